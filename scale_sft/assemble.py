@@ -1,0 +1,222 @@
+"""From a configuration to the pieces that the main loop turns. Cheap checks come before expensive loads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base_weight import ResidentDeltas, combine_fingerprints
+from .config import Config
+from .data import BatchOrder, Examples, load_examples
+from .distributed import Cluster, World
+from .errors import UserError
+from .evaluate import Evaluation, exact_match, held_out_loss
+from .export import Adapter
+from .model import (
+    Target,
+    attach_taps,
+    find_targets,
+    load_base,
+    load_model_config,
+    load_tokenizer,
+    resolve_dtype,
+)
+from .plan import Placement, choose_placement
+from .spiel.algorithm import SparseFineTuning
+from .spiel.delta import DeltaStore, budget
+from .spiel.schedule import LearningRateSchedule, ReallocationSchedule
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known before any process group or weight: tokenizer, examples, model configuration, lengths."""
+
+    config: Config
+    tokenizer: Any
+    model_config: Any
+    dtype: torch.dtype
+    train: Examples
+    eval: Examples | None
+    order: BatchOrder
+    steps: int
+    placement: Placement
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Read and check everything but the weights.
+
+    Raises:
+        UserError: see `load_model_config`, `load_examples`; or the batch does not divide over the ranks.
+    """
+    model_config = load_model_config(config.model)
+    tokenizer = load_tokenizer(config.model)
+    data, run = config.data, config.run
+    world = World.from_environment()
+    _check_batch(config, world.size)
+    longest = getattr(model_config, "max_position_embeddings", None)
+    if longest and data.max_length > longest:
+        raise UserError(f"max_length: got {data.max_length}, but the base has positions for {longest} tokens only")
+    train = load_examples(data.train_data, "train", tokenizer, data, data.max_train_examples)
+    held_out = data.eval_data and load_examples(data.eval_data, "eval", tokenizer, data, data.max_eval_examples)
+    total = None if run.steps else math.ceil((run.epochs or 1) * len(train))
+    order = BatchOrder(len(train), run.global_batch_size, run.seed, total)
+    dtype = resolve_dtype(config.model, model_config)
+    placement = choose_placement(config, model_config, dtype, world)
+    return Inputs(
+        config, tokenizer, model_config, dtype, train, held_out or None, order, run.steps or order.steps(), placement
+    )
+
+
+def _check_batch(config: Config, ranks: int) -> None:
+    size, micro = config.run.global_batch_size, config.run.micro_batch_size
+    unit = ranks * (micro or 1)
+    if size % unit:
+        nearest = max(unit, round(size / unit) * unit)
+        cut = f"{ranks} ranks" + (f" of micro-batches of {micro}" if micro else "")
+        raise UserError(f"global_batch_size: {size} does not divide over {cut}; nearest that does: {nearest}")
+    proposal = config.sparse.proposal_batch_size
+    if proposal and micro and proposal > unit:
+        raise UserError(
+            f"proposal_batch_size: got {proposal}, but one micro-step of all ranks holds {unit} sequences; candidates "
+            "are proposed by one micro-step. Lower it, or raise micro_batch_size"
+        )
+
+
+@dataclass
+class Session:
+    """A run, ready to go: the model with its taps, the deltas, and what moves them."""
+
+    inputs: Inputs
+    cluster: Cluster
+    model: nn.Module
+    targets: list[Target]
+    tuning: SparseFineTuning
+    resident: ResidentDeltas
+    learning_rate: LearningRateSchedule
+    base_hash: str
+
+    def evaluate(self, *, answers: bool = False) -> Evaluation | None:
+        """Held-out loss and, with `answers`, exact match of generated answers; None without held-out data."""
+        inputs, config = self.inputs, self.inputs.config
+        if inputs.eval is None:
+            return None
+        size, pad = config.run.eval_batch_size, inputs.tokenizer.pad_token_id
+        result = held_out_loss(self.model, inputs.eval, self.cluster, size, pad)
+        if not answers or not config.data.exact_match_examples:
+            return result
+        matched = exact_match(
+            self.model,
+            inputs.tokenizer,
+            inputs.eval,
+            self.cluster,
+            count=config.data.exact_match_examples,
+            batch_size=size,
+            max_new_tokens=config.data.max_new_tokens,
+        )
+        return Evaluation(result.loss, result.target_tokens, matched)
+
+    def adapter(self) -> Adapter:
+        """The present deltas, with all that is needed to use them."""
+        config, store = self.inputs.config, self.tuning.store
+        info = {
+            "base": config.model.base,
+            "revision": config.model.revision,
+            "dtype": str(self.inputs.dtype).removeprefix("torch."),
+            "base_hash": self.base_hash,
+            "method": config.sparse.method,
+        }
+        return Adapter(
+            indices={delta.name: delta.indices for delta in store},
+            deltas={delta.name: delta.deltas for delta in store},
+            shapes={delta.name: delta.shape for delta in store},
+            info=info,
+        )
+
+
+def assemble(inputs: Inputs, cluster: Cluster) -> Session:
+    """Load the base, choose its targets, and set up the method.
+
+    Raises:
+        UserError: the base does not load, targets match nothing, or ranks loaded different weights.
+    """
+    config = inputs.config
+    model = load_base(config.model, inputs.model_config, cluster.load_device)
+    targets = find_targets(model, config.sparse.target_modules)
+    shapes = {target.name: target.shape for target in targets}
+    active = budget_of(config, shapes)
+    tuning = build_tuning(config, shapes, active, inputs.steps, cluster)
+    attach_taps(targets, tuning.recorder.record, cluster.materialize)
+    model = cluster.prepare(model)
+    parts = {target.name: cluster.part_of(target.module.weight) for target in targets}
+    prints = cluster.fingerprints(parts)
+    base_hash = combine_fingerprints(prints, shapes)
+    cluster.check_identical({"base": base_hash}, "the base model")
+    return Session(
+        inputs=inputs,
+        cluster=cluster,
+        model=model,
+        targets=targets,
+        tuning=tuning,
+        resident=ResidentDeltas(tuning.store, parts, cluster.settle),
+        learning_rate=LearningRateSchedule(
+            peak=config.optimizer.learning_rate,
+            total_steps=inputs.steps,
+            warmup_fraction=config.optimizer.warmup_fraction,
+            decay=config.optimizer.lr_schedule,
+        ),
+        base_hash=base_hash,
+    )
+
+
+def budget_of(config: Config, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """K of each weight; a total beyond what the targets hold is an error."""
+    sparse = config.sparse
+    everything = sum(o * i for o, i in shapes.values())
+    if sparse.tunable_weights and sparse.tunable_weights > everything:
+        raise UserError(f"tunable_weights: got {sparse.tunable_weights:,}, the targets have {everything:,} entries")
+    return budget(
+        shapes,
+        density=sparse.density,
+        tunable_weights=sparse.tunable_weights,
+        rank_equivalent=sparse.rank_equivalent,
+    )
+
+
+def build_tuning(
+    config: Config, shapes: dict[str, tuple[int, int]], active: dict[str, int], steps: int, cluster: Cluster
+) -> SparseFineTuning:
+    """The method of the configuration over fresh deltas of the given budget."""
+    sparse, optimizer = config.sparse, config.optimizer
+    schedule = ReallocationSchedule(
+        total_steps=steps,
+        update_interval_steps=sparse.update_interval_steps,
+        estimation_steps=sparse.estimation_steps,
+        initial_replacement_fraction=sparse.initial_replacement_fraction,
+        replacement_schedule=sparse.replacement_schedule,
+        only_first=sparse.method == "static",
+        estimates=sparse.method != "ma",
+    )
+    store = DeltaStore(
+        shapes,
+        active,
+        seed=config.run.seed,
+        device=cluster.device,
+        cohorts=len(schedule.reallocations()),
+        keep_reference=sparse.drop_criterion == "change",
+    )
+    return SparseFineTuning(
+        store,
+        method=sparse.method,
+        schedule=schedule,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        candidate_ratio=sparse.candidate_ratio,
+        drop_criterion=sparse.drop_criterion,
+        max_grad_norm=optimizer.max_grad_norm,
+        select=cluster.select_candidates,
+    )

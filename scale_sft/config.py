@@ -1,0 +1,392 @@
+"""Every option of a run: name, default, unit, meaning and check, each written once.
+
+A recipe is YAML with one section per dataclass below; every key is a command-line option of the same name too, and the
+command line wins. `load` reports all mistakes together, before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import UserError
+
+DEMO = "demo"
+"""As `base`, `train_data`, `eval_data`: the small pretrained model and the task that ship with the package."""
+
+
+class ConfigError(UserError):
+    """One or several options are wrong; the message names each with what was got, what was expected and a remedy."""
+
+
+def option(default: Any, help: str, *, check: Callable[[Any], str | None] | None = None, choices: tuple = ()) -> Any:
+    """A dataclass field that is an option. `check` returns what is wrong, or None."""
+    return field(default=default, metadata={"help": help, "check": check, "choices": choices})
+
+
+def at_least(low: float) -> Callable[[Any], str | None]:
+    return lambda value: None if value >= low else f"must be at least {low}"
+
+
+def above(low: float) -> Callable[[Any], str | None]:
+    return lambda value: None if value > low else f"must be above {low}"
+
+
+def between(low: float, high: float, *, open_low: bool = False) -> Callable[[Any], str | None]:
+    """A check low <= value <= high (low < value where `open_low`)."""
+
+    def check(value: Any) -> str | None:
+        if (value > low if open_low else value >= low) and value <= high:
+            return None
+        return f"must lie in {'(' if open_low else '['}{low}, {high}]"
+
+    return check
+
+
+def _betas(value: Any) -> str | None:
+    return None if len(value) == 2 and all(0 <= beta < 1 for beta in value) else "must be two numbers in [0, 1)"
+
+
+def _density(value: float) -> str | None:
+    if 0 < value <= 1:
+        return None
+    return "must lie in (0, 1]: it is a fraction, 0.02 trains 2 % of the target weights"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The frozen base model."""
+
+    base: str = option(DEMO, "Base model: a local folder, a hub id, or 'demo' for the small model that ships.")
+    revision: str | None = option(None, "Revision (branch, tag or commit) of a hub model.")
+    dtype: str = option(
+        "auto",
+        "Dtype of the base and of the computation; auto: as the model is stored.",
+        choices=("auto", "bfloat16", "float32"),
+    )
+    base_placement: str = option(
+        "auto",
+        "Where the base lies: replicate (whole on every rank), shard (DeepSpeed ZeRO-3), or auto: replicate where it "
+        "fits the device, otherwise shard.",
+        choices=("auto", "replicate", "shard"),
+    )
+    ds_config: str | None = option(
+        None, "DeepSpeed configuration (JSON) for base_placement shard; default: the launcher's, or the shipped ZeRO-3."
+    )
+    gradient_checkpointing: bool = option(False, "Recompute each block in the backward pass: less memory, more time.")
+    attention: str = option(
+        "sdpa", "Attention implementation.", choices=("sdpa", "eager", "flash_attention_2", "flex_attention")
+    )
+    trust_remote_code: bool = option(False, "Run model code that comes with the base. Only for sources you trust.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseConfig:
+    """The sparse deltas: which method, how many, where, and how they move."""
+
+    method: str = option(
+        "ag",
+        "ag: grow by accumulated gradients (SFT-AG); ma: grow by SM3 momentum approximation (SFT-MA, least memory); "
+        "static: choose once by gradient, then keep.",
+        choices=("ag", "ma", "static"),
+    )
+    density: float | None = option(
+        None, "Fraction of each target weight that is trained. Exactly one budget must be given.", check=_density
+    )
+    tunable_weights: int | None = option(
+        None, "Total number of trained entries, spread evenly over the target weights.", check=at_least(1)
+    )
+    rank_equivalent: int | None = option(
+        None, "As many trained entries as LoRA of this rank would have: r * (rows + columns).", check=at_least(1)
+    )
+    target_modules: tuple[str, ...] | str | None = option(
+        None,
+        "Layers to train: names ('q_proj,v_proj'; a module path or its end) or one regular expression for the whole "
+        "path. Default: all linear layers inside the transformer blocks.",
+    )
+    update_interval_steps: int = option(20, "S: optimizer steps between reallocations.", check=at_least(1))
+    estimation_steps: int = option(
+        5, "G: steps over which candidates are estimated before a reallocation.", check=at_least(1)
+    )
+    initial_replacement_fraction: float = option(
+        0.2, "a: fraction of the active entries replaced at first; it falls to 0 over the run.", check=between(0, 1)
+    )
+    replacement_schedule: str = option("linear", "How the fraction falls to 0.", choices=("linear", "cosine"))
+    candidate_ratio: float = option(
+        1.0, "Candidates for growth per active entry (SFT-AG).", check=between(0, 100, open_low=True)
+    )
+    drop_criterion: str = option(
+        "magnitude",
+        "Drop the smallest |delta| (magnitude) or the smallest change since the last reallocation (change).",
+        choices=("magnitude", "change"),
+    )
+    proposal_batch_size: int | None = option(
+        None,
+        "Sequences of the global batch whose gradient proposes candidates (SFT-AG, static); default: the first "
+        "micro-step of all ranks. Set it to get the same candidates however batches are cut into micro-batches.",
+        check=at_least(1),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How the deltas are updated: AdamW for ag and static, SM3 for ma."""
+
+    learning_rate: float = option(1e-3, "Peak learning rate. Sparse deltas want far higher rates.", check=above(0))
+    betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay rates of the two moments.", check=_betas)
+    eps: float = option(1e-8, "Added to the denominator (AdamW) or under the root (SM3).", check=above(0))
+    weight_decay: float = option(0.0, "Decoupled decay of the deltas towards the pretrained model.", check=at_least(0))
+    max_grad_norm: float | None = option(
+        None, "Clip the norm of the gradient of all active entries to this; default: no clipping.", check=above(0)
+    )
+    warmup_fraction: float = option(0.03, "Fraction of the steps over which the rate rises.", check=between(0, 1))
+    lr_schedule: str = option(
+        "linear", "How the learning rate falls after warm-up.", choices=("linear", "cosine", "constant")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is learned and what is held out."""
+
+    train_data: str = option(DEMO, "Training examples: a .jsonl or .json file, or 'demo'.")
+    eval_data: str | None = option(None, "Held-out examples, evaluated before, during and after training.")
+    max_length: int = option(512, "Longest example in tokens; longer ones are cut at the end.", check=at_least(2))
+    loss_on: str = option(
+        "completion",
+        "Tokens that count: completion (what follows the prompt; in conversations all assistant turns) or all.",
+        choices=("completion", "assistant", "all"),
+    )
+    max_train_examples: int | None = option(None, "Use only the first so many training examples.", check=at_least(1))
+    max_eval_examples: int | None = option(None, "Use only the first so many held-out examples.", check=at_least(1))
+    exact_match_examples: int = option(
+        0, "Held-out examples to answer by greedy generation and compare with the reference; 0: none.", check=at_least(0)
+    )
+    max_new_tokens: int = option(64, "Longest generated answer in tokens.", check=at_least(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long, how large the batches, and where the files go."""
+
+    steps: int | None = option(None, "Optimizer steps; give this or epochs.", check=at_least(1))
+    epochs: float | None = option(None, "Passes over the training data; default 1 if steps is not given.", check=above(0))
+    global_batch_size: int = option(
+        16, "Sequences per optimizer step, over all ranks and micro-steps.", check=at_least(1)
+    )
+    micro_batch_size: int | None = option(
+        None, "Sequences per forward pass of one rank; default: the whole share of the rank.", check=at_least(1)
+    )
+    eval_batch_size: int = option(16, "Sequences per forward pass of one rank in evaluation.", check=at_least(1))
+    seed: int = option(0, "Seed of the initial indices and of the data order.", check=at_least(0))
+    output_dir: str = option("runs/sft", "Folder of the run; must be new.")
+    eval_every_steps: int | None = option(
+        None, "Evaluate every so many steps as well; default: at the start and at the end.", check=at_least(1)
+    )
+    log_every_steps: int = option(10, "Steps between records in metrics.jsonl and on the console.", check=at_least(1))
+    save_merged: bool = option(False, "Also write the merged model, a plain transformers folder, at the end.")
+    tracker: str | None = option(
+        None, "Experiment tracker: tensorboard, or any other that accelerate knows (wandb, mlflow, ...)."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run, completely."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sparse: SparseConfig = field(default_factory=SparseConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+SECTIONS: dict[str, type] = {
+    name: kind for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)
+}
+OPTIONS: dict[str, str] = {f.name: section for section, kind in SECTIONS.items() for f in dataclasses.fields(kind)}
+"""Section of every option by its name; names are unique over all sections."""
+
+
+def load(recipe: str | Path | None, overrides: Mapping[str, Any]) -> Config:
+    """The configuration of a recipe (YAML) with options that win over it.
+
+    Args:
+        recipe: path of a YAML file, or None for the defaults.
+        overrides: option name -> value, a string (as typed) or already of the right type; None is ignored.
+    Raises:
+        ConfigError: everything that is wrong with it, in one message.
+    """
+    mistakes: list[str] = []
+    values: dict[str, Any] = _read_recipe(recipe, mistakes) if recipe is not None else {}
+    given = {name: value for name, value in overrides.items() if value is not None}
+    budgets = ("density", "tunable_weights", "rank_equivalent")
+    for alternatives in (budgets, ("steps", "epochs")):  # one given on the command line replaces the recipe's
+        if any(name in given for name in alternatives):
+            values = {name: value for name, value in values.items() if name not in alternatives}
+    for name, value in given.items():
+        if name not in OPTIONS:
+            mistakes.append(unknown(f"option --{name}", name, OPTIONS))
+        else:
+            values[name] = value
+    sections = {section: _section(kind, values, mistakes) for section, kind in SECTIONS.items()}
+    if not mistakes:
+        config = Config(**sections)
+        mistakes += _together(config)
+    if mistakes:
+        where = f" in {recipe}" if recipe else ""
+        raise ConfigError(f"{len(mistakes)} mistake{'s' * (len(mistakes) > 1)}{where}:\n  " + "\n  ".join(mistakes))
+    return config
+
+
+def unknown(what: str, name: str, known: Mapping | list | tuple) -> str:
+    """'unknown WHAT; did you mean ...?' with the nearest of the known names."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"unknown {what}" + (f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}")
+
+
+def _read_recipe(recipe: str | Path, mistakes: list[str]) -> dict[str, Any]:
+    """Option values of a YAML file, flattened over its sections."""
+    try:
+        tree = yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"recipe {recipe}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"recipe {recipe}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"recipe {recipe}: expected sections ({', '.join(SECTIONS)}), got {type(tree).__name__}")
+    values: dict[str, Any] = {}
+    for section, content in tree.items():
+        if section not in SECTIONS:
+            hint = f"; '{section}' belongs in section '{OPTIONS[section]}'" if section in OPTIONS else ""
+            mistakes.append(unknown(f"section '{section}'", str(section), SECTIONS) + hint)
+            continue
+        if content is not None and not isinstance(content, dict):
+            mistakes.append(f"section '{section}': expected options, got {content!r}")
+            continue
+        known = [f.name for f in dataclasses.fields(SECTIONS[section])]
+        for name, value in (content or {}).items():
+            if name in known:
+                values[name] = value
+            elif name in OPTIONS:
+                mistakes.append(f"'{name}' stands in section '{section}'; it belongs in '{OPTIONS[name]}'")
+            else:
+                mistakes.append(unknown(f"key '{section}.{name}'", str(name), known))
+    return values
+
+
+def _section(kind: type, values: Mapping[str, Any], mistakes: list[str]) -> Any:
+    """One section's dataclass from the values that belong to it; mistakes are appended."""
+    hints = typing.get_type_hints(kind)
+    arguments = {}
+    for f in dataclasses.fields(kind):
+        if f.name not in values:
+            continue
+        try:
+            value = convert(values[f.name], hints[f.name])
+        except (ValueError, TypeError, KeyError, OverflowError):
+            mistakes.append(f"{f.name}: got {values[f.name]!r}, expected {describe_type(hints[f.name])}")
+            continue
+        choices, check = f.metadata["choices"], f.metadata["check"]
+        if value is not None and choices and value not in choices:
+            mistakes.append(f"{f.name}: {unknown(repr(value), str(value), choices)}; choices: {', '.join(choices)}")
+        elif value is not None and check and (wrong := check(value)):
+            mistakes.append(f"{f.name}: got {value}, {wrong}")
+        else:
+            arguments[f.name] = value
+    return kind(**arguments)
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """`value` as the type of an option; strings are read as the command line would have them.
+
+    Raises:
+        ValueError, TypeError: it is no such value.
+    """
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+        if type(None) in kinds:
+            return None
+        raise ValueError("a value is needed")
+    if tuple[float, float] in kinds:
+        items = value.split(",") if isinstance(value, str) else value
+        return tuple(float(item) for item in items)
+    if tuple[str, ...] in kinds:
+        if isinstance(value, str):
+            return tuple(value.split(",")) if "," in value else value
+        return tuple(str(item) for item in value)
+    kind = next(kind for kind in kinds if kind is not type(None))
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        return {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}[str(value).lower()]
+    if isinstance(value, bool) or (kind is int and float(value) != int(float(value))):
+        raise ValueError("not a number of this kind")
+    if kind is int:
+        return int(value) if not isinstance(value, str) or value.lstrip("+-").isdigit() else int(float(value))
+    number = kind(value)
+    if kind is float and number != number:
+        raise ValueError("not a number")
+    return number
+
+
+def describe_type(hint: Any) -> str:
+    """A type as a person would call it."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return " or ".join(words.get(kind, "a list") for kind in kinds)
+
+
+def _together(config: Config) -> list[str]:
+    """What is wrong with options that are right one by one."""
+    mistakes = []
+    sparse, run = config.sparse, config.run
+    given = {n: getattr(sparse, n) for n in ("density", "tunable_weights", "rank_equivalent") if getattr(sparse, n)}
+    if len(given) != 1:
+        got = " and ".join(f"{name} {value}" for name, value in given.items()) or "none"
+        mistakes.append(
+            f"budget: got {got}, expected exactly one of density, tunable_weights, rank_equivalent "
+            "(for example --density 0.02)"
+        )
+    if run.steps and run.epochs:
+        mistakes.append(f"length: got steps {run.steps} and epochs {run.epochs}, expected one of them")
+    if sparse.estimation_steps > sparse.update_interval_steps:
+        mistakes.append(
+            f"estimation_steps: got {sparse.estimation_steps}, must not exceed update_interval_steps "
+            f"({sparse.update_interval_steps}), the distance between two reallocations"
+        )
+    if run.micro_batch_size and run.global_batch_size % run.micro_batch_size:
+        divisors = [d for d in range(1, run.global_batch_size + 1) if run.global_batch_size % d == 0]
+        nearest = min(divisors, key=lambda d: abs(d - run.micro_batch_size))
+        mistakes.append(
+            f"micro_batch_size: global_batch_size {run.global_batch_size} does not divide by {run.micro_batch_size}; "
+            f"nearest that does: {nearest}"
+        )
+    if sparse.proposal_batch_size and sparse.proposal_batch_size > run.global_batch_size:
+        mistakes.append(
+            f"proposal_batch_size: got {sparse.proposal_batch_size}, must not exceed global_batch_size "
+            f"({run.global_batch_size})"
+        )
+    if config.data.exact_match_examples and not config.data.eval_data:
+        mistakes.append("exact_match_examples: needs eval_data")
+    return mistakes
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as a recipe that `load` reads back to the same."""
+    tree = dataclasses.asdict(config)
+    return yaml.safe_dump(_plain(tree), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

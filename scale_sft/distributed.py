@@ -1,0 +1,397 @@
+"""Ranks: the one module that knows them, and the only importer of accelerate, deepspeed and torch.distributed.
+
+Reduce inputs, then decide: only gradients are summed over ranks, every decision that follows is deterministic and
+therefore the same everywhere; digests prove it.
+Shapes: W ranks; N entries of a weight, cut into W flat parts; C candidates.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base_weight import WeightPart, fingerprint
+from .errors import UserError
+from .spiel.topk import top_k_magnitude, top_k_sorted
+
+_STRICT_DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True)
+class World:
+    """What the launcher says, before any process group exists."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """As `accelerate launch` (torchrun) sets it; one process where it sets nothing."""
+        read = lambda name, default: int(os.environ.get(name, default))  # noqa: E731
+        return cls(read("RANK", 0), read("WORLD_SIZE", 1), read("LOCAL_RANK", 0), read("LOCAL_WORLD_SIZE", 1))
+
+    def device(self) -> torch.device:
+        """The GPU of this process, or the CPU."""
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    def device_memory_bytes(self) -> int:
+        """Memory that this process can still get: of its GPU, or its share of what the machine has free."""
+        if torch.cuda.is_available():
+            return torch.cuda.mem_get_info(self.local_rank)[0]
+        import psutil
+
+        return psutil.virtual_memory().available // self.local_size
+
+
+def leave(message: str, status: int = 1) -> None:
+    """End this process with one message: once, where every rank found the same."""
+    world = World.from_environment()
+    if world.rank == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)  # the launcher ends all ranks with the first that ends: let rank 0 speak
+    sys.exit(status)
+
+
+@dataclass
+class Cluster:
+    """The ranks of a run and what they do together. Made by `start`; `close` must be called at the end."""
+
+    accelerator: Any
+    sharded: bool
+    device: torch.device
+    traffic_bytes: Counter = field(default_factory=Counter)  # payload this rank contributed, by purpose, since asked
+    engine: Any = None
+
+    @classmethod
+    def start(
+        cls,
+        *,
+        sharded: bool,
+        dtype: torch.dtype,
+        ds_config: str | None = None,
+        tracker: str | None = None,
+        logging_dir: Path | None = None,
+        timeout_seconds: float = 1800,
+    ) -> Cluster:
+        """Join the process group that the launcher describes.
+
+        Raises:
+            UserError: the launcher's world and the one that came about differ, or sharding is impossible here.
+        """
+        _one_run_over_all_nodes()
+        from accelerate import Accelerator, InitProcessGroupKwargs
+
+        world = World.from_environment()
+        gpu = torch.cuda.is_available()
+        group = InitProcessGroupKwargs(backend="nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout_seconds))
+        arguments: dict[str, Any] = {"log_with": tracker, "project_dir": logging_dir}
+        if world.size > 1 or (sharded and "LOCAL_RANK" in os.environ):
+            arguments["kwargs_handlers"] = [group]
+        launcher_config = _forget_launchers_deepspeed()
+        if sharded:
+            arguments["deepspeed_plugin"] = _deepspeed_plugin(ds_config or launcher_config, dtype)
+        else:
+            arguments["cpu"] = not gpu
+        accelerator = Accelerator(**arguments)
+        found = str(accelerator.distributed_type).rsplit(".", 1)[-1]
+        if accelerator.num_processes != world.size:
+            raise UserError(
+                f"world: the launcher started {world.size} processes, accelerate sees {accelerator.num_processes} "
+                f"({found}); gradients would not be shared. Launch with one of launch/*.yaml"
+            )
+        if sharded and found != "DEEPSPEED":
+            raise UserError(f"base_placement: shard was asked for, but accelerate runs {found}, not DeepSpeed")
+        return cls(accelerator=accelerator, sharded=sharded, device=accelerator.device)
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def size(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def introduce(self, placement: str) -> list[str]:
+        """One line per rank: who is here, where, with what."""
+        line = (
+            f"rank {self.rank} of {self.size}  host {socket.gethostname()}  device {_device_name(self.device)}  "
+            f"base {placement}"
+        )
+        return self.gather_objects(line)
+
+    # --- the base model -----------------------------------------------------------------------------------------
+
+    @property
+    def load_device(self) -> torch.device | None:
+        """Where a freshly loaded model goes; None: loading has already put it into shards."""
+        return None if self.sharded else self.device
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Hand the frozen model to DeepSpeed where it is sharded; returns what forward passes go through."""
+        if not self.sharded:
+            return model
+        self.engine = self.accelerator.prepare(model)
+        return self.engine.module
+
+    @contextmanager
+    def materialize(self, weight: nn.Parameter) -> Iterator[Tensor]:
+        """The whole weight inside a backward pass: ZeRO-3 may have partitioned it again since the forward pass."""
+        absent = self.sharded and weight.ds_status.name == "NOT_AVAILABLE"
+        if absent:
+            weight.all_gather()
+        try:
+            yield weight.detach()
+        finally:
+            if absent:
+                weight.partition()
+
+    def part_of(self, weight: nn.Parameter) -> WeightPart:
+        """The part of a weight that this rank holds: rank r of a ZeRO-3 shard has [r * size, (r + 1) * size)."""
+        if not self.sharded:
+            return WeightPart.whole(weight)
+        size = weight.ds_tensor.ds_numel
+        start = min(self.rank * size, weight.ds_numel)
+        stop = min(start + size, weight.ds_numel)
+        return WeightPart(lambda: weight.ds_tensor.data.view(-1)[: stop - start], start, stop)
+
+    def settle(self) -> None:
+        """Bring every sharded weight back to its shards: a write into the shard of a gathered weight is lost."""
+        if self.engine is None:
+            return
+        self.engine.optimizer.partition_all_parameters()
+
+    def fingerprints(self, parts: Mapping[str, WeightPart]) -> dict[str, tuple[int, int]]:
+        """Fingerprint of each whole weight, whatever parts of it lie here."""
+        self.settle()
+        own = {name: fingerprint(part) for name, part in parts.items()}
+        if not self.sharded:
+            return own
+        mask = (1 << 64) - 1
+        everyone = self.gather_objects(own)
+        return {name: tuple(sum(prints[name][n] for prints in everyone) & mask for n in (0, 1)) for name in own}
+
+    # --- gradients ----------------------------------------------------------------------------------------------
+
+    def sum_(self, flat: Tensor, purpose: str = "gradients") -> None:
+        """Sum a tensor over the ranks, in place: one flat all-reduce."""
+        if self.size == 1:
+            return
+        self.traffic_bytes[purpose] += flat.numel() * flat.element_size()
+        torch.distributed.all_reduce(flat)
+
+    def sum_floats(self, *values: float) -> list[float]:
+        """Sums of a few numbers over the ranks, in double precision."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        self.sum_(tensor, "scalars")
+        return tensor.tolist()
+
+    def select_candidates(self, gradient: Tensor, count: int) -> Tensor:
+        """The `count` entries of largest magnitude of a gradient [N] summed over the ranks: [C] sorted int64.
+
+        Each rank gets the sum of one part (reduce-scatter), takes the top of it, and the top of those tops is the top
+        of the whole. Exact, and the same on every rank because all decide on the same gathered values.
+        """
+        if self.size == 1:
+            return top_k_magnitude(gradient, count)
+        n, world = gradient.numel(), self.size
+        part = -(-n // world)
+        padded = torch.zeros(part * world, dtype=torch.float32, device=gradient.device)
+        padded[:n] = gradient
+        mine = torch.empty(part, dtype=torch.float32, device=gradient.device)
+        _reduce_scatter(mine, padded)
+        start = min(self.rank * part, n)
+        mine = mine[: min(part, n - start)]
+        local = min(count, mine.numel())
+        top = top_k_magnitude(mine, local)
+        length = min(count, part)
+        values = torch.full((length,), -1.0, dtype=torch.float32, device=gradient.device)
+        indices = torch.zeros(length, dtype=torch.int64, device=gradient.device)
+        values[:local], indices[:local] = mine[top].abs(), top + start
+        all_values, all_indices = self._gather(values), self._gather(indices)
+        self.traffic_bytes["proposal"] += 4 * part * world + 12 * length
+        chosen = top_k_sorted(all_values, count)
+        return all_indices[chosen].sort().values
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        """All ranks' tensors [n], one after the other: [W * n]."""
+        pieces = [torch.empty_like(tensor) for _ in range(self.size)]
+        torch.distributed.all_gather(pieces, tensor)
+        return torch.cat(pieces)
+
+    # --- agreement ----------------------------------------------------------------------------------------------
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """A small Python object of every rank, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def check_identical(self, digests: Mapping[str, str], what: str) -> None:
+        """Stop the run if ranks differ in any of the named digests (hex SHA-256).
+
+        Raises:
+            UserError: names the first weight (or item) and the ranks that differ from the majority.
+        """
+        if self.size == 1:
+            return
+        own = bytearray(b"".join(bytes.fromhex(value) for value in digests.values()))
+        tensor = torch.frombuffer(own, dtype=torch.uint8).to(self.device)
+        rows = self._gather(tensor).view(self.size, len(digests), -1).cpu()
+        for n, name in enumerate(digests):
+            kinds = Counter(bytes(rows[rank, n].tolist()) for rank in range(self.size))
+            if len(kinds) > 1:
+                usual = kinds.most_common(1)[0][0]
+                odd = [rank for rank in range(self.size) if bytes(rows[rank, n].tolist()) != usual]
+                raise UserError(f"ranks disagree on {what}: {name} differs on rank {', '.join(map(str, odd))}")
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.accelerator.wait_for_everyone()
+
+    def on_main(self, work: Callable[[], Any]) -> None:
+        """Let the main rank do `work` (files); the others wait. A failure there ends all ranks."""
+        failure = None
+        if self.is_main:
+            try:
+                work()
+            except Exception as error:  # must reach the other ranks, or they would wait for ever
+                failure = error
+        failures = self.gather_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        if failures[0] is not None:
+            raise UserError(f"rank 0 could not go on: {failures[0]}")
+
+    def tracking(self, name: str, settings: Mapping[str, Any]) -> Callable[[dict[str, float], int], None] | None:
+        """The logging function of the tracker that the run was started with, on the main rank."""
+        if not self.accelerator.log_with:
+            return None
+        flat = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in settings.items()}
+        self.accelerator.init_trackers(name, config=flat)
+        return lambda values, step: self.accelerator.log(values, step=step)
+
+    def close(self) -> None:
+        """Leave the process group; without it some runs abort after they have finished."""
+        self.accelerator.end_training()
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory of this process so far: of the GPU's allocator, or private memory now on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import psutil
+
+    info = psutil.Process().memory_info()
+    return info.rss - getattr(info, "shared", 0)
+
+
+def no_gather() -> Any:
+    """A stand-in for `Cluster.materialize` where weights are whole."""
+    return nullcontext()
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def _reduce_scatter(output: Tensor, flat: Tensor) -> None:
+    torch.distributed.reduce_scatter_tensor(output, flat)
+
+
+def _one_run_over_all_nodes() -> None:
+    """Refuse a launcher that trains alone on every node of a job step.
+
+    Raises:
+        UserError: Slurm started this step on several nodes, the launcher's world spans fewer.
+    """
+    world = World.from_environment()
+    nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
+    spanned = -(-world.size // max(1, world.local_size))
+    if nodes > 1 and spanned < nodes:
+        raise UserError(
+            f"world: this job step runs on {nodes} nodes, but the launcher's world spans {spanned}: each node would "
+            "train alone. Give accelerate launch --num_machines, --machine_rank and --main_process_ip, and with "
+            "DeepSpeed --deepspeed_multinode_launcher standard, as launch/slurm_multinode.sbatch does"
+        )
+
+
+def _forget_launchers_deepspeed() -> str | None:
+    """Take DeepSpeed's settings out of the environment; returns the launcher's ds configuration file, if any.
+
+    Whether DeepSpeed runs is decided by `base_placement`, not by the accelerate configuration.
+    """
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_DEEPSPEED_")] + [
+        "ACCELERATE_USE_DEEPSPEED",
+        "ACCELERATE_CONFIG_DS_FIELDS",
+    ]:
+        os.environ.pop(name, None)
+    return path if path and path.lower() != "none" else None
+
+
+def _deepspeed_plugin(ds_config: str | None, dtype: torch.dtype) -> Any:
+    """Accelerate's DeepSpeed plug-in for an all-frozen base from a ds configuration file."""
+    try:
+        import deepspeed
+    except ImportError:
+        raise UserError("base_placement: shard needs deepspeed >= 0.19.3: pip install 'deepspeed>=0.19.3'") from None
+    from accelerate import DeepSpeedPlugin
+
+    settings = read_ds_config(ds_config)
+    settings["bf16"] = {"enabled": dtype is torch.bfloat16}
+    settings["train_micro_batch_size_per_gpu"] = 1  # the loop owns its batches; DeepSpeed only wants a number
+    settings["gradient_accumulation_steps"] = 1
+    settings.pop("train_batch_size", None)
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would want a compiler
+    return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=True)
+
+
+def read_ds_config(path: str | None) -> dict[str, Any]:
+    """A DeepSpeed configuration: the given file, looked up from here and beside the package, or the shipped ZeRO-3.
+
+    Raises:
+        UserError: it is missing, no JSON, not stage 3, or keeps a second copy of the shards (hpZ, NVMe).
+    """
+    root = Path(__file__).parent.parent
+    wanted = Path(path) if path else root / "ds_configs" / "zero3.json"
+    found = next((place for place in (wanted, root / wanted) if place.is_file()), None)
+    if found is None:
+        raise UserError(f"ds_config: no such file: {wanted}")
+    try:
+        settings = json.loads(found.read_text(encoding="utf-8"))
+        zero = settings["zero_optimization"]
+        stage = zero["stage"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"ds_config: {found}: expected JSON with zero_optimization.stage: {error!r}") from None
+    if stage != 3:
+        raise UserError(f"ds_config: {found}: zero_optimization.stage is {stage}; a frozen base is sharded by stage 3")
+    if zero.get("zero_hpz_partition_size", 1) > 1:
+        raise UserError(f"ds_config: {found}: zero_hpz_partition_size keeps a second copy that deltas would not reach")
+    if zero.get("offload_param", {}).get("device") == "nvme":
+        raise UserError(f"ds_config: {found}: offload_param to nvme is not supported; use cpu")
+    return settings

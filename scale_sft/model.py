@@ -1,0 +1,210 @@
+"""The frozen base: find it, load it, choose its target weights, and route their layers through taps.
+
+Any Hugging Face causal language model whose layers are `nn.Linear` or GPT-2's `Conv1D` (transposed weight).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import DEMO, ModelConfig
+from .errors import UserError
+from .spiel.linear import Materialize, Record, WeightTap, attach, nullcontext
+
+PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer whose weight gets a sparse delta."""
+
+    name: str  # of the weight, as in the state dict: "model.layers.0.mlp.up_proj.weight"
+    module: nn.Module
+    shape: tuple[int, int]  # of the weight as stored: (out, in) for nn.Linear, (in, out) for Conv1D
+    transposed: bool
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+def base_location(base: str) -> str:
+    """The folder or hub id behind a `base` option."""
+    return str(PACKAGE / "demo" / "base") if base == DEMO else base
+
+
+def load_model_config(config: ModelConfig) -> Any:
+    """The transformers configuration of the base, without its weights; dropout switched off.
+
+    Differs from what transformers would do in training mode: a frozen base under sparse deltas is trained without
+    dropout (the paper uses none for SFT), so that a step depends on nothing but its batch.
+
+    Raises:
+        UserError: there is no such model, or it is not a causal language model.
+    """
+    from transformers import AutoConfig
+
+    location = base_location(config.base)
+    if Path(location).is_dir() and not (Path(location) / "config.json").exists():
+        raise UserError(f"base: folder '{location}' holds no config.json; expected a transformers model folder")
+    try:
+        found = AutoConfig.from_pretrained(
+            location, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"base: '{config.base}' is neither a model folder here nor a model that the hub gave: {reason}"
+        ) from None
+    for key, value in found.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(found, key, 0.0)
+    found.use_cache = False
+    return found
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer of the base, with a padding token (the end token where it has none of its own)."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            base_location(config.base), revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"base: '{config.base}' has no tokenizer that loads: {str(error).splitlines()[0]}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def resolve_dtype(config: ModelConfig, model_config: Any) -> torch.dtype:
+    """The dtype of base and computation: as asked for, or as the model is stored (float16 becomes bfloat16)."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    stored = getattr(model_config, "dtype", None) or torch.float32
+    stored = getattr(torch, stored) if isinstance(stored, str) else stored
+    return torch.bfloat16 if stored is torch.float16 else stored
+
+
+def load_base(config: ModelConfig, model_config: Any, device: torch.device | None) -> nn.Module:
+    """The pretrained model, frozen, in training mode (checkpointing needs it; there is no dropout).
+
+    Args:
+        device: where to put it; None leaves it where loading put it (shards under ZeRO-3).
+    Raises:
+        UserError: the weights do not load as a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base_location(config.base),
+            config=model_config,
+            revision=config.revision,
+            dtype=resolve_dtype(config, model_config),
+            attn_implementation=config.attention,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"base: '{config.base}' does not load: {str(error).splitlines()[0]}") from None
+    model.requires_grad_(False)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    return model if device is None else model.to(device)
+
+
+def find_targets(model: nn.Module, wanted: tuple[str, ...] | str | None) -> list[Target]:
+    """The layers to train, in the model's order.
+
+    Args:
+        wanted: None for all linear layers inside the transformer blocks; names (a module path or its end); or one
+            regular expression that matches whole module paths.
+    Raises:
+        UserError: a name matches nothing, a layer is of an unsupported kind, or its weight is shared (tied).
+    """
+    layers = {path: module for path, module in model.named_modules() if _is_matrix_layer(module)}
+    if wanted is None:
+        inside = {path for path in layers if re.search(r"\.\d+\.", path)}
+        chosen = {path: layers[path] for path in layers if path in inside and _supported(layers[path])}
+    else:
+        chosen = _choose(layers, wanted)
+    if not chosen:
+        raise UserError(f"target_modules: this model has no linear layers in its blocks; layers: {_listing(layers)}")
+    unsupported = [path for path, module in chosen.items() if not _supported(module)]
+    if unsupported:
+        kinds = ", ".join(sorted({type(chosen[path]).__name__ for path in unsupported}))
+        raise UserError(
+            f"target_modules: '{unsupported[0]}' is a {kinds} layer; only nn.Linear and Conv1D can carry a delta"
+        )
+    owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    for path, module in chosen.items():
+        if owners[id(module.weight)] > 1:
+            raise UserError(
+                f"target_modules: the weight of '{path}' is tied to another layer (usually the embeddings), which "
+                "would change with it; leave it out"
+            )
+    return [
+        Target(
+            name=f"{path}.weight",
+            module=module,
+            shape=tuple(getattr(module.weight, "ds_shape", module.weight.shape)),
+            transposed=_is_conv1d(module),
+        )
+        for path, module in chosen.items()
+    ]
+
+
+def attach_taps(targets: list[Target], record: Record, materialize: Materialize = nullcontext) -> None:
+    """Route the targets' layers through taps that offer each weight gradient to `record`."""
+    for target in targets:
+        tap = WeightTap(
+            target.module, target.name, record, transposed=target.transposed, materialize=materialize
+        )
+        attach(tap)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+def _is_matrix_layer(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or isinstance(module, nn.Embedding):
+        return False
+    return len(getattr(weight, "ds_shape", weight.shape)) == 2
+
+
+def _supported(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or _is_conv1d(module)
+
+
+def _choose(layers: dict[str, nn.Module], wanted: tuple[str, ...] | str) -> dict[str, nn.Module]:
+    names = (wanted,) if isinstance(wanted, str) else wanted
+    chosen: set[str] = set()
+    for name in names:
+        matches = {path for path in layers if path == name or path.endswith("." + name)}
+        if not matches and isinstance(wanted, str):
+            try:
+                matches = {path for path in layers if re.fullmatch(wanted, path)}
+            except re.error as error:
+                raise UserError(f"target_modules: '{wanted}' is no regular expression: {error}") from None
+        if not matches:
+            raise UserError(f"target_modules: '{name}' matches no layer; this model has {_listing(layers)}")
+        chosen |= matches
+    return {path: module for path, module in layers.items() if path in chosen}
+
+
+def _listing(layers: dict[str, nn.Module]) -> str:
+    """The kinds of layers there are: 'q_proj (8x), ...'."""
+    counts = Counter(path.rsplit(".", 1)[-1] for path in layers)
+    return ", ".join(f"{leaf} ({count}x)" for leaf, count in counts.items()) or "none"

@@ -1,0 +1,56 @@
+"""Command-line options made from the dataclasses of `config`: one per field, of the same name."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Callable
+
+import click
+
+from . import config
+
+
+class SuggestingCommand(click.Command):
+    """A command that answers an unknown option with the nearest one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            name = error.option_name.lstrip("-").replace("-", "_")
+            raise click.UsageError(config.unknown(f"option --{name}", name, config.OPTIONS), ctx) from None
+
+
+def with_config_options(function: Callable) -> Callable:
+    """Adds --config and one option per configuration field; values arrive as strings, `config.load` reads them."""
+    for section, kind in reversed(config.SECTIONS.items()):
+        hints = typing.get_type_hints(kind)
+        for field in reversed(dataclasses.fields(kind)):
+            function = click.option(
+                *_spellings(field.name),
+                field.name,
+                metavar="|".join(field.metadata["choices"]) or _metavar(hints[field.name]),
+                help=f"[{section}] {field.metadata['help']}{_default(field.default)}",
+            )(function)
+    return click.option("--config", "recipe", metavar="RECIPE", help="YAML recipe; options given here win over it.")(
+        function
+    )
+
+
+def _spellings(name: str) -> list[str]:
+    return [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
+
+
+def _metavar(hint: typing.Any) -> str:
+    return config.describe_type(hint).split(" or ")[0].split()[-1].upper()
+
+
+def _default(value: typing.Any) -> str:
+    if value is None:
+        return ""
+    shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if value in (True, False) and isinstance(value, bool) else value
+    return f"  [default: {shown}]"
+
+

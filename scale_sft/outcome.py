@@ -1,0 +1,125 @@
+"""What a run tells and leaves: its description at the start; adapter, report, merged model and summary at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .assemble import Session
+from .evaluate import Evaluation
+from .export import merge
+from .metrics import Metrics, NullMetrics
+from .report import write_report
+from .run_folder import RunFolder
+
+
+def open_metrics(session: Session, run: RunFolder) -> Metrics | NullMetrics:
+    """The record keeper: a real one on the main rank, elsewhere one that does nothing."""
+    if not session.cluster.is_main:
+        return NullMetrics()
+    import dataclasses
+
+    config = session.inputs.config
+    settings = {key: value for section in dataclasses.asdict(config).values() for key, value in section.items()}
+    return Metrics(
+        run.path,
+        total_steps=session.inputs.steps,
+        log_every_steps=config.run.log_every_steps,
+        track=session.cluster.tracking("tracker", settings),
+    )
+
+
+def describe(session: Session, metrics: Metrics | NullMetrics) -> None:
+    """Say what will be trained, on what, with how much memory."""
+    inputs, config, store = session.inputs, session.inputs.config, session.tuning.store
+    entries = sum(target.numel for target in session.targets)
+    for line in session.cluster.introduce(inputs.placement.name):
+        metrics.note(line)
+    state = [store.flat, session.tuning.recorder.flat]
+    for delta in store:
+        state += [delta.indices, delta.cohort, *session.tuning.optimizer.state_of(delta.name).values()]
+    state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state) + session.resident.bytes
+    held_out = f", {len(inputs.eval):,} held out" if inputs.eval else ""
+    rows = {
+        "base": f"{config.model.base} ({str(inputs.dtype).removeprefix('torch.')})",
+        "placement": f"{inputs.placement.name} ({inputs.placement.reason})",
+        "method": config.sparse.method,
+        "active entries": f"{store.active:,} of {entries:,} in {len(store)} weights ({store.active / entries:.2%})",
+        "delta state": f"{state_bytes / 2**20:.1f} MiB ({state_bytes / store.active:.1f} bytes per active entry)",
+        "data": f"{len(inputs.train):,} examples from {inputs.train.source}{held_out}",
+        "steps": f"{inputs.steps} of {config.run.global_batch_size} sequences, reallocation at "
+        f"{len(session.tuning.schedule.reallocations())} of them",
+    }
+    metrics.describe("sparse fine-tuning", rows, _kinds(session))
+
+
+def _kinds(session: Session) -> list[dict[str, str]]:
+    """One row per kind of layer and shape."""
+    kinds: dict[tuple[str, tuple[int, int]], list[str]] = {}
+    for target in session.targets:
+        kinds.setdefault((target.name.split(".")[-2], target.shape), []).append(target.name)
+    rows = []
+    for (leaf, shape), names in kinds.items():
+        active = sum(session.tuning.store[name].active for name in names)
+        size = len(names) * shape[0] * shape[1]
+        rows.append(
+            {
+                "layer": leaf,
+                "count": str(len(names)),
+                "shape": f"{shape[0]} x {shape[1]}",
+                "active": f"{active:,}",
+                "density": f"{active / size:.2%}",
+            }
+        )
+    return rows
+
+
+def finish(
+    session: Session,
+    metrics: Metrics | NullMetrics,
+    run: RunFolder,
+    before: Evaluation | None,
+    after: Evaluation | None,
+) -> None:
+    """Save the adapter, the report and, if asked for, the merged model; sum up."""
+    cluster, config = session.cluster, session.inputs.config
+    cluster.on_main(lambda: run.save_adapter(session.adapter()))
+    metrics.summary(**_totals(session))
+    written: dict[str, Path] = {"adapter": run.adapter}
+
+    def write_the_rest() -> None:
+        if config.run.save_merged:
+            written["merged model"] = merge(run.adapter, run.merged)
+        written["report"] = write_report(run.path)
+
+    cluster.on_main(write_the_rest)
+    rows: dict[str, Any] = {}
+    if before and after:
+        rows["held-out loss"] = f"{before.loss:.4f} before, {after.loss:.4f} after"
+        if after.exact_match is not None:
+            rows["exact match"] = f"{before.exact_match:.1%} before, {after.exact_match:.1%} after"
+    rows |= {name: str(path) for name, path in written.items()}
+    metrics.describe("done", rows)
+
+
+def _totals(session: Session) -> dict[str, Any]:
+    """Per weight: counts by cohort and size of the deltas, for the report."""
+    store, cohorts = session.tuning.store, len(session.tuning.cohort_steps)
+    per_weight = {
+        delta.name: {
+            "active": delta.active,
+            "numel": delta.numel,
+            "cohort_counts": torch.bincount(delta.cohort.int(), minlength=cohorts).tolist(),
+            "l2_delta": float(torch.linalg.vector_norm(delta.deltas)),
+            "max_abs_delta": float(delta.deltas.abs().max()),
+        }
+        for delta in store
+    }
+    return {
+        "active": store.active,
+        "cohort_steps": session.tuning.cohort_steps,
+        "cohort_counts": store.cohort_counts(cohorts),
+        "per_weight": per_weight,
+    }

@@ -1,0 +1,140 @@
+"""Algorithms 1 and 2 without their model: update, drop, grow over all weights.
+
+Whoever runs the model calls, for each step: `begin_step`, backward passes that feed the recorder, a sum of
+`recorder.flat` over ranks if there are several, then `update` and, where the schedule says so, `reallocate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .delta import DeltaStore, SparseDelta
+from .optimizer import SM3, AdamW
+from .reallocate import Exchange, apply_exchange, drop_scores, exchange_by_accumulators, exchange_by_gradient
+from .sampling import GradientRecorder, Select
+from .schedule import ReallocationSchedule
+from .topk import top_k_magnitude
+
+
+class Carrier(Protocol):
+    """What carries the deltas into the forward pass."""
+
+    def write(self) -> None:
+        """All deltas have new values."""
+
+    def follow(self, delta: SparseDelta) -> None:
+        """One weight has new indices; a `write` will come."""
+
+
+@dataclass(frozen=True)
+class Turnover:
+    """What one reallocation did, over all weights."""
+
+    number: int  # counted from 1; also the cohort of the grown entries
+    step: int
+    active: int
+    replaced: int  # entries active now that were not before
+    dropped: int
+
+
+class SparseFineTuning:
+    """SFT-AG, SFT-MA or static selection over a store of deltas.
+
+    Args:
+        store: the deltas.
+        method: `ag`, `ma` or `static`.
+        schedule: when, how many.
+        betas, eps, weight_decay: of AdamW (`ag`, `static`) or SM3 (`ma`: eps and weight_decay).
+        candidate_ratio: C / K.
+        drop_criterion: `magnitude` or `change`; the store must keep a reference for `change`.
+        max_grad_norm: clip the norm of all active gradients; candidates are scaled along. None: never.
+        select: how candidates are chosen from one weight's gradient (over all ranks).
+    """
+
+    def __init__(
+        self,
+        store: DeltaStore,
+        *,
+        method: str,
+        schedule: ReallocationSchedule,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        candidate_ratio: float = 1.0,
+        drop_criterion: str = "magnitude",
+        max_grad_norm: float | None = None,
+        select: Select = top_k_magnitude,
+    ):
+        self.store, self.method, self.schedule = store, method, schedule
+        self.drop_criterion, self.max_grad_norm = drop_criterion, max_grad_norm
+        self.cohort_steps = [0]  # by cohort: the step that grew it
+        if method == "ma":
+            self.optimizer = SM3(store, eps=eps, weight_decay=weight_decay)
+        else:
+            self.optimizer = AdamW(
+                store,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                estimation_steps=schedule.estimation_steps,
+            )
+        self.recorder = GradientRecorder(
+            store,
+            candidates_of(store, candidate_ratio),
+            estimation_steps=schedule.estimation_steps,
+            select=select,
+        )
+
+    def begin_step(self, step: int) -> None:
+        """Open step `step` (counted from 1): gradients start at zero, a phase may open."""
+        self.recorder.begin_step(self.schedule.phase(step))
+
+    def clip(self) -> Tensor:
+        """Norm of the active gradients before clipping: fp32 scalar; the recorded gradients are clipped in place."""
+        norm = torch.linalg.vector_norm(self.recorder.gradients)
+        if self.max_grad_norm is not None:
+            self.recorder.flat.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def update(self, learning_rate: float) -> None:
+        """One optimizer step on all deltas, and one more term of the candidates' estimates."""
+        self.recorder.end_step()
+        self.optimizer.step(self.recorder.gradients, learning_rate)
+
+    def reallocate(self, step: int, carrier: Carrier) -> Turnover:
+        """Drop and grow in every weight, at the end of step `step` (lines 9 to 16 of Algorithm 1)."""
+        number = len(self.cohort_steps)
+        self.cohort_steps.append(step)
+        self.optimizer.begin_cohort()
+        replaced = dropped = 0
+        for delta in self.store:
+            exchange = self._exchange(delta, self.schedule.replaced(step, delta.active))
+            self.optimizer.follow(delta, exchange, self.recorder.candidates.get(delta.name))
+            apply_exchange(delta, exchange, number)
+            carrier.follow(delta)
+            replaced += exchange.replaced
+            dropped += int((~exchange.kept).sum())
+        self.recorder.close_estimation()
+        return Turnover(number, step, self.store.active, replaced, dropped)
+
+    def _exchange(self, delta: SparseDelta, k: int) -> Exchange:
+        scores = drop_scores(delta, self.drop_criterion)
+        if self.method == "ma":
+            state = self.optimizer.state_of(delta.name)
+            return exchange_by_accumulators(delta.indices, scores, state["row"], state["col"], k)
+        candidates = self.recorder.candidates[delta.name]
+        return exchange_by_gradient(delta.indices, scores, candidates.indices, candidates.mean, k)
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each weight's indices, deltas and optimizer state: equal on all ranks, or something is wrong."""
+        return {name: self.store.digest(name, *self.optimizer.state_of(name).values()) for name in self.store.names}
+
+
+def candidates_of(store: DeltaStore, ratio: float) -> Mapping[str, int]:
+    """C of each weight: ratio * K, at least 1 and at most N."""
+    return {delta.name: max(1, min(int(ratio * delta.active), delta.numel)) for delta in store}

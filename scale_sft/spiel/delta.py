@@ -1,0 +1,181 @@
+"""The sparse delta of one weight, and the store of all of them (section 3.1: eta and phi).
+
+Shapes: O rows, I columns of a weight; N = O * I entries, flattened row-major; K active entries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INITIAL_COHORT = 0
+
+
+@dataclass
+class SparseDelta:
+    """The active entries of one weight.
+
+    `indices` are sorted, unique and within [0, O * I). `deltas`, `cohort` run parallel to them; `deltas` is a view of
+    the store's flat buffer. An entry's cohort is the number of the reallocation that grew it (0: chosen at random at
+    the start); ages and bias corrections are kept once per cohort and not once per entry.
+    """
+
+    name: str
+    shape: tuple[int, int]  # (O, I)
+    indices: Tensor  # [K] int32 (int64 where O * I does not fit)
+    deltas: Tensor  # [K] fp32
+    cohort: Tensor  # [K] uint8 or int16
+    reference: Tensor | None = None  # [K] fp32: deltas at the last reallocation, kept only for drop_criterion `change`
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def active(self) -> int:
+        return self.indices.numel()
+
+
+class DeltaStore:
+    """All sparse deltas of a model, in a fixed order of names, over one flat buffer of deltas.
+
+    Args:
+        shapes: (O, I) of each target weight by name.
+        active: K of each weight; 1 <= K <= O * I. Need not be uniform.
+        seed: of the random initial indices; each weight has a generator of its own, seeded by (seed, purpose, name).
+        device: where the state lives.
+        cohorts: how many reallocations the run can have at most (decides the width of the cohort tensor).
+        keep_reference: keep the deltas of the last reallocation (drop criterion `change`).
+        indices: initial indices by name instead of random ones: [K], any integer type, sorted, unique.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        active: Mapping[str, int],
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        cohorts: int = 255,
+        keep_reference: bool = False,
+        indices: Mapping[str, Tensor] | None = None,
+    ):
+        self.flat = torch.zeros(sum(active.values()), dtype=torch.float32, device=device)
+        cohort_dtype = torch.uint8 if cohorts <= 255 else torch.int16
+        self._deltas: dict[str, SparseDelta] = {}
+        start = 0
+        for name, shape in shapes.items():
+            chosen = indices[name] if indices else random_indices(shape, active[name], seed, name)
+            dtype = torch.int32 if shape[0] * shape[1] <= torch.iinfo(torch.int32).max else torch.int64
+            view = self.flat[start : start + active[name]]
+            self._deltas[name] = SparseDelta(
+                name=name,
+                shape=shape,
+                indices=chosen.to(device=device, dtype=dtype),
+                deltas=view,
+                cohort=torch.full(view.shape, INITIAL_COHORT, dtype=cohort_dtype, device=device),
+                reference=torch.zeros_like(view) if keep_reference else None,
+            )
+            start += active[name]
+
+    def __getitem__(self, name: str) -> SparseDelta:
+        return self._deltas[name]
+
+    def __iter__(self) -> Iterator[SparseDelta]:
+        return iter(self._deltas.values())
+
+    def __len__(self) -> int:
+        return len(self._deltas)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._deltas)
+
+    @property
+    def active(self) -> int:
+        """Active entries of all weights: K summed."""
+        return self.flat.numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self.flat.device
+
+    def cohort_counts(self, cohorts: int) -> list[int]:
+        """How many active entries belong to each of the cohorts 0 .. cohorts - 1."""
+        counts = torch.zeros(cohorts, dtype=torch.int64, device=self.device)
+        for delta in self:
+            counts += torch.bincount(delta.cohort.int(), minlength=cohorts)
+        return counts.tolist()
+
+    def digest(self, name: str, *more: Tensor) -> str:
+        """SHA-256 of one weight's indices, deltas, cohorts and `more` (its optimizer state): 64 hex digits."""
+        delta = self[name]
+        return digest(delta.indices, delta.deltas, delta.cohort, *more)
+
+
+def digest(*tensors: Tensor) -> str:
+    """SHA-256 over the bytes, dtypes and shapes of tensors: 64 hex digits."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def seeded_generator(seed: int, purpose: str, name: str = "") -> torch.Generator:
+    """A CPU generator for one purpose: the same on every rank, device and Python process."""
+    key = hashlib.sha256(f"{seed}\0{purpose}\0{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+
+
+def random_indices(shape: tuple[int, int], k: int, seed: int, name: str) -> Tensor:
+    """`k` distinct flat indices of an [O, I] weight, uniform, sorted: [k] int64 on the CPU.
+
+    Sparse draws reject repeats instead of permuting all N entries, so memory is O(k).
+    """
+    n = shape[0] * shape[1]
+    generator = seeded_generator(seed, "initial indices", name)
+    if 3 * k > n:
+        return torch.randperm(n, generator=generator)[:k].sort().values
+    found = torch.empty(0, dtype=torch.int64)
+    while found.numel() < k:
+        found = torch.cat((found, torch.randint(n, (k + k // 4 + 8,), generator=generator))).unique()
+    return found[torch.randperm(found.numel(), generator=generator)[:k]].sort().values
+
+
+def budget(
+    shapes: Mapping[str, tuple[int, int]],
+    *,
+    density: float | None = None,
+    tunable_weights: int | None = None,
+    rank_equivalent: int | None = None,
+) -> dict[str, int]:
+    """Active entries K of each weight, from exactly one of three budgets (section 3.2, footnote 2; section 4.3).
+
+    `density`: K = floor(density * N). `tunable_weights`: a total, spread uniformly. `rank_equivalent`:
+    K = r * (O + I), the trainable parameters of LoRA of rank r. Never fewer than 1 nor more than N.
+    """
+    if [density, tunable_weights, rank_equivalent].count(None) != 2:
+        raise ValueError("a budget needs exactly one of density, tunable_weights, rank_equivalent")
+    size: Callable[[int, int], int] = lambda o, i: o * i
+    if rank_equivalent is not None:
+        wanted = {name: rank_equivalent * (o + i) for name, (o, i) in shapes.items()}
+    elif density is not None:
+        wanted = {name: int(density * size(*shape)) for name, shape in shapes.items()}
+    else:
+        wanted = _spread(tunable_weights, {name: size(*shape) for name, shape in shapes.items()})
+    return {name: max(1, min(wanted[name], size(*shapes[name]))) for name in shapes}
+
+
+def _spread(total: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Shares of `total` in proportion to `sizes`; what rounding leaves goes to the largest remainders, in order."""
+    everything = sum(sizes.values())
+    shares = {name: total * size // everything for name, size in sizes.items()}
+    by_remainder = sorted(sizes, key=lambda name: -(total * sizes[name] % everything))
+    for name in by_remainder[: total - sum(shares.values())]:
+        shares[name] += 1
+    return shares

@@ -1,0 +1,90 @@
+"""A linear layer with a stock forward pass whose backward offers the weight gradient to a recorder (Eq. 5 and 7).
+
+The delta is resident in the weight, so the forward pass is the layer's own: no clone, no scatter, no adapter. The
+backward pass forms dW = dY^T X, hands it to the recorder and forgets it; the frozen weight gets no `.grad`.
+Shapes: T tokens (all leading dimensions), I in, O out.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+Record = Callable[[str, Tensor], None]
+Materialize = Callable[[nn.Parameter], AbstractContextManager[Tensor]]
+"""Gives the whole weight for the time of a `with` block, wherever it is kept (whole, or in shards)."""
+
+
+class WeightTap:
+    """What one layer's backward pass needs to know: which weight, laid out how, and who records its gradient.
+
+    Args:
+        module: `nn.Linear` (weight [O, I]) or a layer of transposed weight [I, O] such as GPT-2's `Conv1D`.
+        name: of the weight, as the recorder knows it.
+        record: called once per backward pass with (name, dW), dW in the layout of the weight.
+        transposed: the weight is [I, O].
+        materialize: see `Materialize`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        record: Record,
+        *,
+        transposed: bool = False,
+        materialize: Materialize = nullcontext,
+    ):
+        self.module, self.name, self.record, self.transposed = module, name, record, transposed
+        self.materialize = materialize
+        self.stock_forward = module.forward
+        self.anchor = torch.zeros((), requires_grad=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., I] -> [..., O]; without gradients exactly the layer's own forward."""
+        if not torch.is_grad_enabled():
+            return self.stock_forward(x)
+        return _TappedLinear.apply(x, self.anchor, self)
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """dX = dY W: [..., O] -> [..., I]."""
+        with self.materialize(self.module.weight) as weight:
+            return dy @ (weight.t() if self.transposed else weight)
+
+    def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
+        """dW = dY^T X in the layout of the weight, from x [..., I] and dy [..., O]."""
+        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        return x.t() @ dy if self.transposed else dy.t() @ x
+
+
+class _TappedLinear(torch.autograd.Function):
+    """The layer's own forward under autograd. Only the input is kept: never the weight, nor anything of its size."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, anchor: Tensor, tap: WeightTap) -> Tensor:
+        # `anchor` requires a gradient and gets none: it makes backward run where x needs no gradient (first layer).
+        ctx.tap = tap
+        ctx.save_for_backward(x)
+        return tap.stock_forward(x)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        (x,) = ctx.saved_tensors  # first: with checkpointing the block is recomputed here
+        tap = ctx.tap
+        dx = tap.input_gradient(dy) if ctx.needs_input_grad[0] else None
+        tap.record(tap.name, tap.weight_gradient(x, dy))
+        return dx, None, None
+
+
+def attach(tap: WeightTap) -> None:
+    """Route the module's forward through the tap; on the instance, so that other libraries' hooks stay in place."""
+    tap.module.forward = types.MethodType(lambda _, x: tap.forward(x), tap.module)
+
+
+def detach(module: nn.Module) -> None:
+    """Undo `attach`: the module has its class's forward again."""
+    module.__dict__.pop("forward", None)

@@ -1,0 +1,108 @@
+"""What the backward pass records: gradients of the active deltas (Eq. 7), and candidates for growth (Eq. 8).
+
+Shapes: N entries of a weight, K active, C candidates; all gradients fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .delta import DeltaStore
+from .schedule import Phase
+from .topk import top_k_magnitude
+
+Select = Callable[[Tensor, int], Tensor]
+"""(gradient [N], C) -> [C] sorted indices of the C largest magnitudes, of the gradient summed over all ranks."""
+
+
+@dataclass
+class Candidates:
+    """Growth candidates of one weight and the running estimates of their gradient (Eq. 8)."""
+
+    indices: Tensor  # [C] as the delta's indices: sorted, unique
+    mean: Tensor  # [C] fp32
+    mean_square: Tensor  # [C] fp32
+
+
+class GradientRecorder:
+    """Receives each weight's dense gradient once per backward pass, keeps what is asked for, lets go of the rest.
+
+    Args:
+        store: whose active entries are recorded.
+        candidates: C of each weight; needed only where a phase proposes.
+        estimation_steps: G, over which Eq. 8 averages.
+        select: how candidates are chosen from one weight's gradient; the default sees this process only.
+    """
+
+    def __init__(
+        self,
+        store: DeltaStore,
+        candidates: Mapping[str, int] | None = None,
+        *,
+        estimation_steps: int = 5,
+        select: Select = top_k_magnitude,
+    ):
+        self.store, self.counts, self.select = store, dict(candidates or {}), select
+        self.estimation_steps = estimation_steps
+        self.phase = Phase.OFF
+        self.candidates: dict[str, Candidates] = {}
+        self.received: set[str] = set()  # weights that were offered a gradient that is not all zero
+        self.watch = True  # look for dead gradients: the first step only
+        self._allocate(0)
+
+    def _allocate(self, candidates: int) -> None:
+        """One flat buffer for all that is summed over ranks: active gradients first, then candidates' gradients."""
+        self.flat = torch.zeros(self.store.active + candidates, dtype=torch.float32, device=self.store.device)
+        sizes = [delta.active for delta in self.store]
+        if candidates:
+            sizes += [self.counts[name] for name in self.store.names]
+        pieces = self.flat.split(sizes)
+        self._active = dict(zip(self.store.names, pieces, strict=False))
+        self._candidate = dict(zip(self.store.names, pieces[len(self.store) :], strict=False))
+
+    @property
+    def gradients(self) -> Tensor:
+        """[sum of K] fp32: the gradients of the active deltas, in the order of the store's flat buffer."""
+        return self.flat[: self.store.active]
+
+    def begin_step(self, phase: Phase) -> None:
+        """Forget the last step's gradients; open an estimation phase where `phase` proposes."""
+        self.phase = phase
+        if phase is Phase.PROPOSE:
+            self.candidates = {}
+            self._allocate(sum(self.counts[name] for name in self.store.names))
+        else:
+            self.flat.zero_()
+
+    def record(self, name: str, gradient: Tensor) -> None:
+        """Take from `gradient`, the dense [O, I] gradient of one weight in one backward pass, what is asked for."""
+        gradient = gradient.reshape(-1)
+        if self.watch and name not in self.received and bool(gradient.any()):
+            self.received.add(name)
+        self._active[name] += gradient.index_select(0, self.store[name].indices)
+        if self.phase is Phase.OFF:
+            return
+        if name not in self.candidates:
+            chosen = self.select(gradient, self.counts[name]).to(self.store[name].indices.dtype)
+            zeros = torch.zeros(chosen.shape, dtype=torch.float32, device=chosen.device)
+            self.candidates[name] = Candidates(chosen, zeros, zeros.clone())
+        self._candidate[name] += gradient.index_select(0, self.candidates[name].indices)
+
+    def end_step(self) -> None:
+        """After the buffer is summed over ranks: one more term of the running estimates (Eq. 8)."""
+        self.watch = False
+        if self.phase is Phase.OFF:
+            return
+        for name, candidates in self.candidates.items():
+            gradient = self._candidate[name]
+            candidates.mean.add_(gradient, alpha=1 / self.estimation_steps)
+            candidates.mean_square.addcmul_(gradient, gradient, value=1 / self.estimation_steps)
+
+    def close_estimation(self) -> None:
+        """Free the candidates after the reallocation that used them."""
+        self.candidates = {}
+        self._allocate(0)

@@ -1,0 +1,85 @@
+"""When the active indices are reallocated, and how many of them (section 3.2, Eq. 9).
+
+Steps are counted from 1: step t is the t-th optimizer step. S update interval, G estimation steps, T all steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Phase(Enum):
+    """What the backward passes of a step record beside the gradients of the active deltas."""
+
+    OFF = "off"
+    PROPOSE = "propose"  # the first micro-step chooses the candidates, all micro-steps estimate them
+    ESTIMATE = "estimate"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReallocationSchedule:
+    """The reallocation schedule of Eq. 9.
+
+    Differs from the paper: its text puts updates "every S steps" and the estimation phase before them; the authors'
+    code reallocates whenever t % S == G % S, which is what is done here, so that the first one happens at t = G.
+    """
+
+    total_steps: int
+    update_interval_steps: int = 20
+    estimation_steps: int = 5
+    initial_replacement_fraction: float = 0.2
+    replacement_schedule: str = "linear"  # or "cosine"
+    only_first: bool = False  # `static`: gradient-selected once at t = G, then fixed
+    estimates: bool = True  # False for SFT-MA, which needs no candidates
+
+    def reallocates_at(self, step: int) -> bool:
+        """Whether drop and grow happen at the end of step `step` (counted from 1)."""
+        first, interval = self.estimation_steps, self.update_interval_steps
+        if self.only_first:
+            return step == first
+        return step <= self.total_steps and step >= first and step % interval == first % interval
+
+    def phase(self, step: int) -> Phase:
+        """What step `step` records: the G steps that end at a reallocation estimate, the first of them proposes."""
+        if not self.estimates:
+            return Phase.OFF
+        ahead = (self.estimation_steps - step) % self.update_interval_steps
+        if ahead >= self.estimation_steps or not self.reallocates_at(step + ahead):
+            return Phase.OFF
+        return Phase.PROPOSE if ahead == self.estimation_steps - 1 else Phase.ESTIMATE
+
+    def replaced(self, step: int, active: int) -> int:
+        """k(t) of Eq. 9: how many of `active` entries are up for replacement at step `step`."""
+        if step == self.estimation_steps:
+            return active
+        progress = step / self.total_steps
+        left = 1 - progress if self.replacement_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return int(self.initial_replacement_fraction * left * active)
+
+    def reallocations(self) -> list[int]:
+        """All steps at which drop and grow happen."""
+        return [step for step in range(1, self.total_steps + 1) if self.reallocates_at(step)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRateSchedule:
+    """Linear warm-up over a fraction of the steps, then linear, cosine or no decay (section 4.3: linear after 3 %)."""
+
+    peak: float
+    total_steps: int
+    warmup_fraction: float = 0.03
+    decay: str = "linear"  # or "cosine" or "constant"
+
+    def at(self, step: int) -> float:
+        """The learning rate of step `step` (counted from 1); never 0 at the first step."""
+        warmup = math.ceil(self.warmup_fraction * self.total_steps)
+        if step <= warmup:
+            return self.peak * step / warmup
+        progress = (step - 1 - warmup) / max(1, self.total_steps - warmup)
+        if self.decay == "linear":
+            return self.peak * (1 - progress)
+        if self.decay == "cosine":
+            return self.peak * (1 + math.cos(math.pi * progress)) / 2
+        return self.peak

@@ -1,0 +1,182 @@
+"""Deterministic top-k: of a long vector, and of an outer product that is never formed.
+
+Shapes: N entries, k chosen, O rows, I columns, E excluded entries. All ties go to the smaller index, so that every
+rank and every device chooses the same entries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK_ENTRIES = 1 << 22
+SAMPLE_ENTRIES = 1 << 15
+
+
+def top_k_magnitude(values: Tensor, k: int) -> Tensor:
+    """Indices of the `k` entries of largest magnitude, sorted ascending; ties go to the smaller index.
+
+    The vector is read in chunks against a floor guessed from a strided sample, so that temporaries stay near `k`
+    entries and one chunk, however long the vector is. The guess only costs time when it is wrong.
+
+    Args:
+        values: [N] floating point, any device.
+        k: 0 <= k <= N.
+    Returns:
+        [k] int64, ascending.
+    Raises:
+        ValueError: k is out of range, or fewer than k entries are comparable (NaN).
+    """
+    n = values.numel()
+    if not 0 <= k <= n:
+        raise ValueError(f"top-k of a vector: k must lie in [0, {n}], got {k}")
+    if k == 0:
+        return torch.empty(0, dtype=torch.int64, device=values.device)
+    for floor in (_sampled_floor(values, k), 0.0):
+        found, magnitudes = _entries_from(values, floor, k)
+        if found.numel() >= k:
+            return found[top_k_sorted(magnitudes, k)]
+    raise ValueError(f"top-k of a vector: only {found.numel()} of {n} entries are numbers, {k} wanted (NaN?)")
+
+
+def top_k_sorted(scores: Tensor, k: int) -> Tensor:
+    """Positions of the `k` largest scores, ascending; of equal scores the smaller positions.
+
+    Args:
+        scores: [N] real numbers, any sign, no NaN.
+        k: 0 <= k <= N.
+    Returns:
+        [k] int64, ascending.
+    """
+    if k == 0:
+        return torch.empty(0, dtype=torch.int64, device=scores.device)
+    threshold = torch.topk(scores, k, sorted=False).values.min()
+    above = scores > threshold
+    level = (scores == threshold).nonzero().squeeze(1)
+    above[level[: k - int(above.sum())]] = True
+    return above.nonzero().squeeze(1)
+
+
+def bottom_k_sorted(scores: Tensor, k: int) -> Tensor:
+    """Positions of the `k` smallest scores [N], ascending int64; of equal scores the smaller positions."""
+    return top_k_sorted(-scores, k)
+
+
+def _sampled_floor(values: Tensor, k: int) -> float:
+    """A magnitude that about 1.5 k entries reach, estimated from a strided sample; 0 where a sample says nothing."""
+    n = values.numel()
+    if n <= CHUNK_ENTRIES // 4:
+        return 0.0
+    sample = values[:: max(1, n // SAMPLE_ENTRIES)].abs()
+    rank = int(1.5 * k * sample.numel() / n) + 32
+    if rank >= sample.numel():
+        return 0.0
+    floor = float(torch.topk(sample.float(), rank, sorted=False).values.min())
+    return floor if floor == floor else 0.0
+
+
+def _entries_from(values: Tensor, floor: float, k: int) -> tuple[Tensor, Tensor]:
+    """Indices (ascending) and magnitudes of entries of magnitude >= floor, all that the top k can contain.
+
+    Whenever much more than `k` entries have gathered they are cut to the top k so far; with ties going to the smaller
+    index, nothing that is cut can come back.
+    """
+    found = torch.empty(0, dtype=torch.int64, device=values.device)
+    magnitudes = torch.empty(0, dtype=values.dtype, device=values.device)
+    for start in range(0, values.numel(), CHUNK_ENTRIES):
+        chunk = values[start : start + CHUNK_ENTRIES].abs()
+        inside = (chunk >= floor).nonzero().squeeze(1)
+        found, magnitudes = torch.cat((found, inside + start)), torch.cat((magnitudes, chunk[inside]))
+        if found.numel() > 2 * k + CHUNK_ENTRIES:
+            best = top_k_sorted(magnitudes, k)
+            found, magnitudes = found[best], magnitudes[best]
+    return found, magnitudes
+
+
+def in_sorted(needles: Tensor, haystack: Tensor) -> Tensor:
+    """Which of `needles` [k] occur in `haystack` [E], sorted ascending: [k] bool."""
+    if haystack.numel() == 0:
+        return torch.zeros(needles.shape, dtype=torch.bool, device=needles.device)
+    needles = needles.to(haystack.dtype)
+    place = torch.searchsorted(haystack, needles).clamp_(max=haystack.numel() - 1)
+    return haystack[place] == needles
+
+
+def top_k_of_product(row: Tensor, col: Tensor, k: int, excluded: Tensor) -> Tensor:
+    """Flat indices of the `k` largest products row[i] * col[j] outside `excluded` (section 3.3, growth of SFT-MA).
+
+    The outer product is never formed. Products of non-negative floats are monotone in each factor, also after
+    rounding, so the number of products that reach a threshold is a binary search per row over the sorted columns;
+    the threshold itself is bisected over the bit patterns of non-negative floats, which are ordered as the numbers are.
+    Differs from the paper: the fourth root of Eq. 10 is left out; it keeps the order.
+
+    Args:
+        row: [O] fp32, non-negative.
+        col: [I] fp32, non-negative.
+        k: 0 <= k <= O * I - E.
+        excluded: [E] flat indices i * I + j, sorted ascending, unique.
+    Returns:
+        [k] int64, ascending; ties of the (rounded) product go to the smaller flat index. O(O log I + k + E) memory.
+    """
+    n_free = row.numel() * col.numel() - excluded.numel()
+    if not 0 <= k <= n_free:
+        raise ValueError(f"top-k of an outer product: k must lie in [0, {n_free}], got {k}")
+    if k == 0:
+        return torch.empty(0, dtype=torch.int64, device=row.device)
+    width = col.numel()
+    excluded = excluded.long()
+    excluded_row, excluded_col = excluded // width, excluded % width
+    excluded_product = row[excluded_row] * col[excluded_col]
+    col_sorted, col_order = torch.sort(col, descending=True, stable=True)
+
+    def free_from(threshold: Tensor) -> int:
+        reached = int(_reached_per_row(row, col_sorted, threshold).sum())
+        return reached - int((excluded_product >= threshold).sum())
+
+    low, high = 0, int((row.max() * col.max()).view(torch.int32)) + 1  # free_from(low) >= k > free_from(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if free_from(_from_bits(middle, row)) >= k else (low, middle)
+    threshold = _from_bits(low, row)
+
+    at_least = _reached_per_row(row, col_sorted, threshold)
+    above = _reached_per_row(row, col_sorted, _from_bits(low + 1, row))
+    strictly = _flat_entries(torch.arange(row.numel(), device=row.device), torch.zeros_like(above), above, col_order)
+    strictly = strictly[~in_sorted(strictly, excluded)]
+
+    # Of the entries that equal the threshold, the first k - len(strictly) in flat order: whole rows, then part of one.
+    wanted = k - strictly.numel()
+    level_excluded = torch.bincount(excluded_row[excluded_product == threshold], minlength=row.numel())
+    free_level = (at_least - above - level_excluded).cumsum(0)
+    rows_needed = int(torch.searchsorted(free_level, wanted)) + 1 if wanted else 0
+    some = torch.arange(rows_needed, device=row.device)
+    level = _flat_entries(some, above[:rows_needed], at_least[:rows_needed], col_order)
+    level = level[~in_sorted(level, excluded)].sort().values[:wanted]
+    return torch.cat((strictly, level)).sort().values
+
+
+def _from_bits(bits: int, like: Tensor) -> Tensor:
+    """The non-negative float whose bit pattern is `bits`, as a scalar tensor on the device of `like`."""
+    return torch.tensor(bits, dtype=torch.int32, device=like.device).view(torch.float32)
+
+
+def _reached_per_row(row: Tensor, col_sorted: Tensor, threshold: Tensor) -> Tensor:
+    """[O] int64: how many of the descending columns [I] satisfy fl(row[i] * col) >= threshold."""
+    low = torch.zeros(row.shape, dtype=torch.int64, device=row.device)
+    high = torch.full_like(low, col_sorted.numel())
+    for _ in range(col_sorted.numel().bit_length()):
+        middle = (low + high) // 2
+        reaches = row * col_sorted[middle.clamp(max=col_sorted.numel() - 1)] >= threshold
+        open_ = low < high
+        low = torch.where(open_ & reaches, middle + 1, low)
+        high = torch.where(open_ & ~reaches, middle, high)
+    return low
+
+
+def _flat_entries(rows: Tensor, start: Tensor, stop: Tensor, col_order: Tensor) -> Tensor:
+    """Flat indices of columns col_order[start[r]:stop[r]] of each row r, in no particular order within a row."""
+    count = stop - start
+    owner = torch.repeat_interleave(torch.arange(rows.numel(), device=rows.device), count)
+    first = count.cumsum(0) - count
+    within = torch.arange(owner.numel(), device=rows.device) - first[owner] + start[owner]
+    return rows[owner] * col_order.numel() + col_order[within]

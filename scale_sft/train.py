@@ -1,0 +1,209 @@
+"""Algorithm 1 of the paper over a real model: update, drop, grow. The entry point of `accelerate launch`.
+
+    accelerate launch scale_sft/train.py --config RECIPE [--option value ...]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: its folder must not hide libraries, its package must be found
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import click
+
+from scale_sft import config as configuration
+from scale_sft.errors import UserError
+from scale_sft.options import SuggestingCommand, with_config_options
+
+
+def train(session, metrics, run) -> None:
+    """The loop: T optimizer steps, each on one global batch, with drop and grow where the schedule says so.
+
+    Raises:
+        UserError: the loss or the gradient is no finite number; the last good deltas have been saved.
+    """
+    tuning, cluster, order = session.tuning, session.cluster, session.inputs.order
+    for step in range(1, session.inputs.steps + 1):
+        began = time.perf_counter()
+        learning_rate = session.learning_rate.at(step)
+        batch = order.batch(step)
+
+        # --- forward and backward over the micro-batches: the recorder receives the gradients -----------------
+        tuning.begin_step(step)
+        loss, tokens = forward_backward(session, batch)
+        cluster.sum_(tuning.recorder.flat)
+        grad_norm = tuning.clip().item()
+        stop_unless_finite(session, run, step, learning_rate, loss, grad_norm)
+        if step == 1:
+            refuse_dead_gradients(session)
+
+        # --- update, drop, grow ---------------------------------------------------------------------------------
+        tuning.update(learning_rate)
+        if tuning.schedule.reallocates_at(step):
+            reallocate(session, metrics, step)
+        session.resident.write()
+
+        metrics.step(
+            step,
+            loss=loss,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            tokens=tokens["all"],
+            target_tokens=tokens["target"],
+            seconds=time.perf_counter() - began,
+            **measurements(cluster),
+        )
+        every = session.inputs.config.run.eval_every_steps
+        if every and step % every == 0 and step < session.inputs.steps:
+            evaluate(session, metrics, step)
+
+
+def forward_backward(session, batch: list[int]) -> tuple[float, dict[str, int]]:
+    """Gradients of one global batch: the sum of its token losses over the global number of target tokens.
+
+    Each micro-batch contributes its share of that mean, so the cut into ranks and micro-batches does not matter.
+    Returns the mean loss, and how many tokens the batch has.
+    """
+    from scale_sft.data import collate, micro_batches
+    from scale_sft.evaluate import token_loss_sum
+    from scale_sft.spiel.schedule import Phase
+
+    inputs, cluster = session.inputs, session.cluster
+    proposing = session.tuning.recorder.phase is Phase.PROPOSE
+    first = inputs.config.sparse.proposal_batch_size if proposing else None
+    target_tokens = inputs.train.target_tokens(batch)
+    total = 0.0
+    for members in micro_batches(batch, cluster.rank, cluster.size, inputs.config.run.micro_batch_size, first):
+        micro_batch = collate(inputs.train, members, inputs.tokenizer.pad_token_id, cluster.device)
+        loss = token_loss_sum(session.model, micro_batch) / target_tokens
+        loss.backward()
+        total += loss.detach()
+    (mean,) = cluster.sum_floats(float(total))
+    return mean, {"target": target_tokens, "all": sum(len(inputs.train.input_ids[n]) for n in batch)}
+
+
+def reallocate(session, metrics, step: int) -> None:
+    """Drop and grow in every weight, then prove that all ranks did the same."""
+    began = time.perf_counter()
+    tuning = session.tuning
+    session.resident.settle()
+    turnover = tuning.reallocate(step, session.resident)
+    session.cluster.check_identical(tuning.digests(), f"the deltas after reallocation {turnover.number}")
+    metrics.reallocation(
+        step,
+        number=turnover.number,
+        active=turnover.active,
+        replaced=turnover.replaced,
+        grown=turnover.replaced,
+        dropped=turnover.dropped,
+        seconds=time.perf_counter() - began,
+        cohort_counts=tuning.store.cohort_counts(len(tuning.cohort_steps)),
+        cohort_steps=tuning.cohort_steps,
+    )
+
+
+def stop_unless_finite(session, run, step: int, learning_rate: float, loss: float, grad_norm: float) -> None:
+    """A loss or gradient that is no number ends the run; the deltas before this step are the last good state."""
+    from math import isfinite
+
+    if isfinite(loss) and isfinite(grad_norm):
+        return
+    session.cluster.on_main(lambda: run.save_adapter(session.adapter()))
+    raise UserError(
+        f"step {step}: the loss is {loss} and the gradient norm {grad_norm} at learning rate {learning_rate:.3g}; "
+        f"the deltas of step {step - 1} are saved in {run.adapter}. Lower learning_rate, or set max_grad_norm"
+    )
+
+
+def refuse_dead_gradients(session) -> None:
+    """After step 1: a weight that no gradient reached would never learn, silently."""
+    received = set().union(*session.cluster.gather_objects(session.tuning.recorder.received))
+    missing = [name for name in session.tuning.store.names if name not in received]
+    if missing:
+        raise UserError(
+            f"target_modules: no gradient reached '{missing[0]}' at step 1 ({len(missing)} of "
+            f"{len(session.tuning.store)} weights); it takes no part in the loss: leave it out"
+        )
+
+
+def evaluate(session, metrics, step: int, *, answers: bool = False):
+    """Held-out loss (and exact match) at `step`, on record; None without held-out data."""
+    began = time.perf_counter()
+    with metrics.phase("evaluating"):
+        result = session.evaluate(answers=answers)
+    if result is not None:
+        metrics.evaluation(
+            step,
+            loss=result.loss,
+            perplexity=result.perplexity,
+            target_tokens=result.target_tokens,
+            seconds=time.perf_counter() - began,
+            exact_match=result.exact_match,
+        )
+    return result
+
+
+def measurements(cluster) -> dict[str, int]:
+    """Memory, and bytes that this rank put into collectives since it was last asked."""
+    from scale_sft.distributed import memory_bytes
+
+    traffic = {f"comm_{purpose}_bytes": count for purpose, count in cluster.traffic_bytes.items()}
+    cluster.traffic_bytes.clear()
+    return {"memory_bytes": memory_bytes(cluster.device), **traffic}
+
+
+def run_training(config: configuration.Config) -> None:
+    """A whole run: inputs, ranks, model, loop, files."""
+    from scale_sft import assemble, outcome
+    from scale_sft.distributed import Cluster
+    from scale_sft.run_folder import RunFolder
+
+    run = RunFolder(config.run.output_dir)
+    run.refuse_if_taken()
+    inputs = assemble.read_inputs(config)
+    cluster = Cluster.start(
+        sharded=inputs.placement.sharded,
+        dtype=inputs.dtype,
+        ds_config=config.model.ds_config,
+        tracker=config.run.tracker,
+        logging_dir=run.path,
+    )
+    try:
+        session = assemble.assemble(inputs, cluster)
+        cluster.on_main(lambda: run.claim(config))
+        with outcome.open_metrics(session, run) as metrics:
+            outcome.describe(session, metrics)
+            before = evaluate(session, metrics, 0, answers=True)
+            train(session, metrics, run)
+            after = evaluate(session, metrics, inputs.steps, answers=True)
+            outcome.finish(session, metrics, run, before, after)
+    finally:
+        cluster.close()
+
+
+@click.command(cls=SuggestingCommand, context_settings={"max_content_width": 110})
+@with_config_options
+def main(recipe: str | None, **options: str | None) -> None:
+    """Fine-tune a causal language model sparsely: a frozen base, a few per cent of its weights moved.
+
+    \b
+    accelerate launch scale_sft/train.py --config scale_sft/recipes/demo.yaml
+    accelerate launch --config_file launch/zero3_8gpu.yaml scale_sft/train.py --config RECIPE --density 0.01
+
+    Options come from the recipe; any given here win over it.
+    """
+    from scale_sft.distributed import leave
+
+    try:
+        run_training(configuration.load(recipe, options))
+    except UserError as error:
+        leave(str(error))
+    except KeyboardInterrupt:
+        leave("interrupted", 130)
+
+
+if __name__ == "__main__":
+    main()
