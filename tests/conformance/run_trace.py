@@ -148,12 +148,12 @@ def compare(trace: Trace, tuning: SparseFineTuning, step: int) -> tuple[float, f
 def main(trace_file: Path, tolerance: float, shard: bool, ds_config: str | None, checkpointing: bool) -> None:
     """Replay TRACE and compare indices and deltas at every recorded step."""
     trace = Trace.read(trace_file)
-    cluster = Cluster.start(sharded=shard, dtype=torch.float32, ds_config=ds_config)
-    say = print if cluster.is_main else lambda *_: None
     good = True
     with tempfile.TemporaryDirectory() as folder:
-        write_base(trace, folder)
+        write_base(trace, folder)  # before DeepSpeed is there: it would shard this model too
+        cluster = Cluster.start(sharded=shard, dtype=torch.float32, ds_config=ds_config)
         model, tuning, resident = build(trace, cluster, folder, checkpointing)
+    say = print if cluster.is_main else lambda *_: None
     for step in range(1, trace.settings["total_steps"] + 1):
         tuning.begin_step(step)
         loss = step_loss(model, cluster, trace.tensors["batches"][step - 1])
