@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ from .plan import Placement, choose_placement
 from .spiel.algorithm import SparseFineTuning
 from .spiel.delta import DeltaStore, budget
 from .spiel.schedule import LearningRateSchedule, ReallocationSchedule
+
+
+DEFAULT_MAX_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,7 @@ def read_inputs(config: Config) -> Inputs:
     data, run = config.data, config.run
     world = World.from_environment()
     _check_batch(config, world.size)
-    longest = getattr(model_config, "max_position_embeddings", None)
-    if longest and data.max_length > longest:
-        raise UserError(f"max_length: got {data.max_length}, but the base has positions for {longest} tokens only")
+    data = replace(data, max_length=_max_length(data.max_length, model_config))
     train = load_examples(data.train_data, "train", tokenizer, data, data.max_train_examples)
     held_out = data.eval_data and load_examples(data.eval_data, "eval", tokenizer, data, data.max_eval_examples)
     total = None if run.steps else math.ceil((run.epochs or 1) * len(train))
@@ -69,6 +70,14 @@ def read_inputs(config: Config) -> Inputs:
     return Inputs(
         config, tokenizer, model_config, dtype, train, held_out or None, order, run.steps or order.steps(), placement
     )
+
+
+def _max_length(wanted: int | None, model_config: Any) -> int:
+    """The longest example in tokens: as asked for, or 2,048 (section 4.3) where the base has as many positions."""
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if wanted and positions and wanted > positions:
+        raise UserError(f"max_length: got {wanted}, but the base has positions for {positions} tokens only")
+    return wanted or min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
 
 
 def _check_batch(config: Config, ranks: int) -> None:

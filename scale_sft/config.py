@@ -159,7 +159,11 @@ class DataConfig:
 
     train_data: str = option(DEMO, "Training examples: a .jsonl or .json file, or 'demo'.")
     eval_data: str | None = option(None, "Held-out examples, evaluated before, during and after training.")
-    max_length: int = option(512, "Longest example in tokens; longer ones are cut at the end.", check=at_least(2))
+    max_length: int | None = option(
+        None,
+        "Longest example in tokens; longer ones are cut at the end. Default: 2048, or what the base has positions for.",
+        check=at_least(2),
+    )
     loss_on: str = option(
         "completion",
         "Tokens that count: completion (what follows the prompt; in conversations all assistant turns) or all.",

@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -26,9 +26,6 @@ from torch import Tensor, nn
 from .base_weight import WeightPart, fingerprint
 from .errors import UserError
 from .spiel.topk import top_k_magnitude, top_k_sorted
-
-_STRICT_DIGEST_BYTES = 32
-
 
 @dataclass(frozen=True)
 class World:
@@ -309,17 +306,14 @@ def memory_bytes(device: torch.device) -> int:
     return info.rss - getattr(info, "shared", 0)
 
 
-def no_gather() -> Any:
-    """A stand-in for `Cluster.materialize` where weights are whole."""
-    return nullcontext()
-
-
 def _device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def _reduce_scatter(output: Tensor, flat: Tensor) -> None:
-    torch.distributed.reduce_scatter_tensor(output, flat)
+    """Sum `flat` [W * n] over the ranks; rank r gets part r [n]. Newer torch has renamed the call."""
+    call = getattr(torch.distributed, "reduce_scatter_single", None) or torch.distributed.reduce_scatter_tensor
+    call(output, flat)
 
 
 def _one_run_over_all_nodes() -> None:

@@ -7,21 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .files import write_text
+
 METRICS_FILE = "metrics.jsonl"
 PREVIOUS_FILE = "metrics.previous.jsonl"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name in the same folder, flush it to disk, and rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -51,7 +40,7 @@ def discard_after(path: Path, first_step: int) -> None:
         os.replace(path, path.with_name(PREVIOUS_FILE))
         return
     kept = [record for record in read_metrics(path) if record["step"] <= first_step and record["event"] != "end"]
-    write_atomically(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept).encode())
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
 
 
 def jsonable(value: Any) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 
 from .config import DEMO, ModelConfig
 from .errors import UserError
-from .spiel.linear import Materialize, Record, WeightTap, attach, nullcontext
+from .spiel.linear import Materialize, Record, WeightTap, attach
 
 PACKAGE = Path(__file__).parent
 
@@ -103,7 +104,9 @@ def load_base(config: ModelConfig, model_config: Any, device: torch.device | Non
         UserError: the weights do not load as a causal language model.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base_location(config.base),

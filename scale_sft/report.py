@@ -11,7 +11,7 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from scale_sft.metrics_file import write_atomically
+from scale_sft.files import write_bytes
 from scale_sft.report_axes import GRID, INK, STYLE
 from scale_sft.report_data import KindOfWeight, Run, by_kind, load_run, overview
 from scale_sft.report_plots import PLOTS, Plot
@@ -35,10 +35,10 @@ def write_report(output_dir: Path) -> Path:
             missing[plot.title] = figure
             continue
         png, svg = render(figure, plot)
-        write_atomically(picture, png)
+        write_bytes(picture, png)
         sections.append(_section(plot, svg))
     page = _page(run, sections, missing)
-    write_atomically(output_dir / REPORT_FILE, page.encode("utf-8"))
+    write_bytes(output_dir / REPORT_FILE, page.encode("utf-8"))
     return output_dir / REPORT_FILE
 
 
