@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from .base_weight import ResidentDeltas, combine_fingerprints
-from .config import Config
+from .config import Config, to_yaml
 from .data import BatchOrder, Examples, load_examples
 from .distributed import Cluster, World
 from .errors import UserError
@@ -47,6 +48,12 @@ class Inputs:
     order: BatchOrder
     steps: int
     placement: Placement
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the configuration and of the tokenised data: ranks that differ in them must not train together."""
+        settings = hashlib.sha256(to_yaml(self.config).encode()).hexdigest()
+        digests = {"the configuration": settings, "train_data": self.train.digest()}
+        return digests | ({"eval_data": self.eval.digest()} if self.eval else {})
 
 
 def read_inputs(config: Config) -> Inputs:
@@ -153,6 +160,7 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
         UserError: the base does not load, targets match nothing, or ranks loaded different weights.
     """
     config = inputs.config
+    cluster.check_identical(inputs.digests(), "their inputs")
     model = load_base(config.model, inputs.model_config, cluster.load_device)
     targets = find_targets(model, config.sparse.target_modules)
     shapes = {target.name: target.shape for target in targets}

@@ -103,9 +103,13 @@ class ResidentDeltas:
 
     @property
     def bytes(self) -> int:
-        """Memory of the base values and local indices put aside by this process."""
-        tensors = [place[1] for place in self._places.values()] + list(self._base.values())
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        """Memory of the base values, and of local indices where they are not the deltas' own."""
+        total = 0
+        for delta in self.store:
+            local, base = self._places[delta.name][1], self._base[delta.name]
+            shared = local.untyped_storage().data_ptr() == delta.indices.untyped_storage().data_ptr()
+            total += base.nbytes + (0 if shared else local.nbytes)
+        return total
 
 
 def fingerprint(part: WeightPart) -> tuple[int, int]:

@@ -5,8 +5,10 @@ Shapes: B sequences of a micro-batch, L their padded length in tokens.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,13 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def digest(self) -> str:
+        """SHA-256 over all tokens and labels: 64 hex digits."""
+        sha = hashlib.sha256()
+        for ids, labels in zip(self.input_ids, self.labels, strict=True):
+            sha.update(array("q", [len(ids), *ids, *labels]).tobytes())
+        return sha.hexdigest()
 
     def target_tokens(self, members: Sequence[int]) -> int:
         """How many tokens of these examples count; the first of a sequence is never predicted."""

@@ -157,7 +157,7 @@ def measurements(cluster) -> dict[str, int]:
 
 def run_training(config: configuration.Config) -> None:
     """A whole run: inputs, ranks, model, loop, files."""
-    from scale_sft import assemble, outcome
+    from scale_sft import assemble
     from scale_sft.distributed import Cluster
     from scale_sft.run_folder import RunFolder
 
@@ -172,16 +172,23 @@ def run_training(config: configuration.Config) -> None:
         logging_dir=run.path,
     )
     try:
-        session = assemble.assemble(inputs, cluster)
-        cluster.on_main(lambda: run.claim(config))
-        with outcome.open_metrics(session, run) as metrics:
-            outcome.describe(session, metrics)
-            before = evaluate(session, metrics, 0, answers=True)
-            train(session, metrics, run)
-            after = evaluate(session, metrics, inputs.steps, answers=True)
-            outcome.finish(session, metrics, run, before, after)
+        run_on(cluster, inputs, run)
     finally:
         cluster.close()
+
+
+def run_on(cluster, inputs, run) -> None:
+    """A run over ranks that are there already."""
+    from scale_sft import assemble, outcome
+
+    session = assemble.assemble(inputs, cluster)
+    cluster.on_main(lambda: run.claim(inputs.config))
+    with outcome.open_metrics(session, run) as metrics:
+        outcome.describe(session, metrics)
+        before = evaluate(session, metrics, 0, answers=True)
+        train(session, metrics, run)
+        after = evaluate(session, metrics, inputs.steps, answers=True)
+        outcome.finish(session, metrics, run, before, after)
 
 
 @click.command(cls=SuggestingCommand, context_settings={"max_content_width": 110})

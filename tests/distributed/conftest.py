@@ -1,0 +1,81 @@
+"""Starting runs on several ranks (gloo, CPU), with a time-out on everything."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STRICT = "ds_configs/zero3_cpu.json"
+"""Releases every weight at once: nothing may rely on a weight that happens to be still gathered."""
+
+COMMON = {
+    "base": "demo",
+    "dtype": "float32",
+    "eval_data": "demo",
+    "max_train_examples": 200,
+    "max_eval_examples": 24,
+    "density": 0.03,
+    "learning_rate": 1e-2,
+    "steps": 14,
+    "global_batch_size": 8,
+    "update_interval_steps": 4,
+    "estimation_steps": 2,
+    "log_every_steps": 1,
+}
+
+
+def environment(home: Path) -> dict[str, str]:
+    """No GPU, no network, one thread per rank, caches in a temporary folder."""
+    return os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(home),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "TQDM_DISABLE": "1",
+    }
+
+
+def command(ranks: int, sharded: bool, *script: str) -> list[str]:
+    """`accelerate launch` of a script on CPU ranks of this machine, by the shipped configurations."""
+    name = "cpu_zero3_2proc.yaml" if sharded else "cpu_2proc.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    if ranks == 1 and not sharded:
+        return [*launcher, "--num_processes", "1", "--cpu", *script]
+    return [*launcher, "--config_file", f"launch/{name}", "--num_processes", str(ranks), *script]
+
+
+@pytest.fixture(scope="session")
+def hf_home(tmp_path_factory):
+    return tmp_path_factory.mktemp("hf_home")
+
+
+@pytest.fixture(scope="session")
+def launch_runs(tmp_path_factory, hf_home):
+    """launch_runs(ranks, sharded, [options, ...]) -> the run folders, in order."""
+
+    def run(ranks: int, sharded: bool, runs: list[dict]) -> list[Path]:
+        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+        placement = {"base_placement": "shard", "ds_config": STRICT} if sharded else {"base_placement": "replicate"}
+        plan, outputs = [], []
+        for number, options in enumerate(runs):
+            outputs.append(folder / f"run{number}")
+            plan.append({"options": COMMON | placement | options | {"output_dir": str(outputs[-1])}})
+        plan_file = folder / "plan.json"
+        plan_file.write_text(json.dumps(plan))
+        done = subprocess.run(
+            command(ranks, sharded, "tests/distributed/worker.py", str(plan_file)),
+            cwd=ROOT,
+            env=environment(hf_home),
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        return outputs
+
+    return run
