@@ -1,0 +1,107 @@
+"""What one rank sees from inside: small scenes for the tests, started by `accelerate launch`.
+
+    probe.py planted DIR     rank 1 changes one delta behind the others' back; the digests must tell
+    probe.py differing DIR   rank 1 comes with another seed
+    probe.py memory DIR      private memory of this rank while a base of DIR is loaded, sharded and used
+"""
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from scale_sft import assemble, train
+from scale_sft.config import load
+from scale_sft.distributed import Cluster, World, leave
+from scale_sft.errors import UserError
+from scale_sft.metrics import NullMetrics
+from scale_sft.run_folder import RunFolder
+
+MIB = 1 << 20
+
+
+def private_bytes() -> int:
+    """Anonymous memory of this process; mapped files (the weights on disk) do not count."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("no RssAnon in /proc/self/status")
+
+
+class Peak(threading.Thread):
+    """Samples private memory until stopped."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak, self.stopped = 0, threading.Event()
+
+    def run(self):
+        while not self.stopped.is_set():
+            self.peak = max(self.peak, private_bytes())
+            time.sleep(0.005)
+
+
+def options(folder: str, **more) -> dict:
+    plain = {"train_data": "demo", "dtype": "float32", "density": 0.01, "steps": 6, "global_batch_size": 4}
+    return plain | {"update_interval_steps": 3, "estimation_steps": 2, "output_dir": f"{folder}/run"} | more
+
+
+def planted(folder: str) -> None:
+    inputs = assemble.read_inputs(load(None, options(folder, base_placement="replicate")))
+    cluster = Cluster.start(sharded=False, dtype=inputs.dtype, timeout_seconds=60)
+    session = assemble.assemble(inputs, cluster)
+    name = session.tuning.store.names[3]
+    if cluster.rank == 1:
+        session.tuning.store[name].deltas[5] += 1e-6
+    try:
+        train.train(session, NullMetrics(), RunFolder(f"{folder}/run"))
+    except UserError as error:
+        leave(f"{error} [planted in {name}]")
+
+
+def differing(folder: str) -> None:
+    world = World.from_environment()
+    inputs = assemble.read_inputs(load(None, options(folder, base_placement="replicate", seed=world.rank)))
+    cluster = Cluster.start(sharded=False, dtype=inputs.dtype, timeout_seconds=60)
+    try:
+        assemble.assemble(inputs, cluster)
+    except UserError as error:
+        leave(str(error))
+
+
+def memory(folder: str) -> None:
+    settings = options(folder, base=f"{folder}/base", base_placement="shard", ds_config="ds_configs/zero3_cpu.json")
+    inputs = assemble.read_inputs(load(None, settings))
+    cluster = Cluster.start(sharded=True, dtype=inputs.dtype, timeout_seconds=120)
+    before = private_bytes()
+    watch = Peak()
+    watch.start()
+    session = assemble.assemble(inputs, cluster)
+    watch.stopped.set()
+    watch.join()
+    session.resident.settle()
+    settled = private_bytes()
+    train.train(session, NullMetrics(), RunFolder(f"{folder}/run"))
+    session.resident.settle()
+    gathered = sum(p.ds_status.name != "NOT_AVAILABLE" for p in session.model.parameters())
+    figures = {
+        "rank": cluster.rank,
+        "settled": settled - before,
+        "load_peak": watch.peak - before,
+        "after_training": private_bytes() - before,
+        "gathered": gathered,
+        "base": sum(p.ds_numel for p in session.model.parameters()) * 4,
+        "state": sum(t.nbytes for t in (session.tuning.store.flat, session.tuning.recorder.flat)),
+    }
+    Path(folder, f"memory{cluster.rank}.json").write_text(json.dumps(figures))
+    cluster.close()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"planted": planted, "differing": differing, "memory": memory}[sys.argv[1]](sys.argv[2])

@@ -1,0 +1,108 @@
+"""Ranks that disagree are found and named; a rank that dies takes the others with it; the base is really sharded."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT, STRICT, command, environment
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+
+def probe(scene, folder, hf_home, *, sharded=False, more_environment=None):
+    return subprocess.run(
+        command(2, sharded, "tests/distributed/probe.py", scene, str(folder)),
+        cwd=ROOT,
+        env=environment(hf_home) | (more_environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def test_a_planted_difference_on_one_rank_is_caught_and_named(tmp_path, hf_home):
+    done = probe("planted", tmp_path, hf_home)
+    assert done.returncode != 0
+    error = next(line for line in done.stderr.splitlines() if line.startswith("error:"))
+    assert "differs on rank 1" in error
+    weight = error.split("planted in ")[1].rstrip("]")
+    assert f"{weight} differs" in error
+
+
+def test_ranks_that_come_with_different_configurations_do_not_train(tmp_path, hf_home):
+    done = probe("differing", tmp_path, hf_home)
+    assert done.returncode != 0
+    assert "error: ranks disagree on their inputs: the configuration differs on rank 1" in done.stderr
+
+
+def test_a_rank_holds_half_of_the_base_and_never_much_more(tmp_path, hf_home):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base", max_shard_size="60MB")
+    AutoTokenizer.from_pretrained(ROOT / "scale_sft" / "demo" / "base").save_pretrained(tmp_path / "base")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2, "the base must come in several files"
+    done = probe("memory", tmp_path, hf_home, sharded=True, more_environment={"MALLOC_MMAP_THRESHOLD_": "65536"})
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in (0, 1):
+        seen = json.loads((tmp_path / f"memory{rank}.json").read_text())
+        print({key: value / 2**20 for key, value in seen.items()})
+        base, slack = seen["base"], 40 * 2**20
+        assert seen["settled"] < base / 2 + seen["state"] + slack
+        assert seen["load_peak"] < 0.75 * base + slack
+        assert seen["after_training"] < base / 2 + 8 * seen["state"] + 2 * slack
+        assert seen["gathered"] == 0
+
+
+def ranks_of(launcher: subprocess.Popen) -> dict[int, int]:
+    """Process ids of the ranks that a launcher started."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            settings = dict(
+                item.split("=", 1) for item in (entry / "environ").read_text().split("\0") if "=" in item
+            )
+            parents = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if "LOCAL_RANK" in settings and int(parents[1]) == launcher.pid:
+            found[int(settings["LOCAL_RANK"])] = int(entry.name)
+    return found
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
+def test_a_rank_that_dies_ends_the_run_within_a_minute_and_is_named(tmp_path, hf_home, sharded):
+    run = tmp_path / "run"
+    options = ["--density", "0.03", "--steps", "100000", "--log_every_steps", "1", "--output_dir", str(run)]
+    options += ["--dtype", "float32"] + (["--base_placement", "shard", "--ds_config", STRICT] if sharded else [])
+    log = (tmp_path / "log").open("w")
+    launcher = subprocess.Popen(
+        command(2, sharded, "scale_sft/train.py", *options), cwd=ROOT, env=environment(hf_home), stdout=log, stderr=log
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while not (run / "metrics.jsonl").exists() or '"step": 3' not in (run / "metrics.jsonl").read_text():
+            assert launcher.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        began = time.monotonic()
+        os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+        status = launcher.wait(timeout=60)
+        print(f"ended after {time.monotonic() - began:.1f} s")
+    finally:
+        launcher.kill()
+        launcher.wait()
+    text = (tmp_path / "log").read_text()
+    assert status != 0
+    assert "rank      : 1 (local_rank: 1)" in text and "exitcode  : -9" in text
