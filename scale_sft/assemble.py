@@ -115,11 +115,9 @@ class Session:
     learning_rate: LearningRateSchedule
     base_hash: str
 
-    def evaluate(self, *, answers: bool = False) -> Evaluation | None:
-        """Held-out loss and, with `answers`, exact match of generated answers; None without held-out data."""
+    def evaluate(self, *, answers: bool = False) -> Evaluation:
+        """Held-out loss and, with `answers`, exact match of generated answers; there must be held-out data."""
         inputs, config = self.inputs, self.inputs.config
-        if inputs.eval is None:
-            return None
         size, pad = config.run.eval_batch_size, inputs.tokenizer.pad_token_id
         result = held_out_loss(self.model, inputs.eval, self.cluster, size, pad)
         if not answers or not config.data.exact_match_examples:

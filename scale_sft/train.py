@@ -131,18 +131,19 @@ def refuse_dead_gradients(session) -> None:
 
 def evaluate(session, metrics, step: int, *, answers: bool = False):
     """Held-out loss (and exact match) at `step`, on record; None without held-out data."""
+    if session.inputs.eval is None:
+        return None
     began = time.perf_counter()
     with metrics.phase("evaluating"):
         result = session.evaluate(answers=answers)
-    if result is not None:
-        metrics.evaluation(
-            step,
-            loss=result.loss,
-            perplexity=result.perplexity,
-            target_tokens=result.target_tokens,
-            seconds=time.perf_counter() - began,
-            exact_match=result.exact_match,
-        )
+    metrics.evaluation(
+        step,
+        loss=result.loss,
+        perplexity=result.perplexity,
+        target_tokens=result.target_tokens,
+        seconds=time.perf_counter() - began,
+        exact_match=result.exact_match,
+    )
     return result
 
 
