@@ -17,6 +17,7 @@ from .distributed import Cluster, World
 from .errors import UserError
 from .evaluate import Evaluation, exact_match, held_out_loss
 from .export import Adapter
+from .memory import PeakMemory
 from .model import (
     Target,
     attach_taps,
@@ -114,6 +115,7 @@ class Session:
     resident: ResidentDeltas
     learning_rate: LearningRateSchedule
     base_hash: str
+    load_peak_bytes: int  # of this rank, above what it had before
 
     def evaluate(self, *, answers: bool = False) -> Evaluation:
         """Held-out loss and, with `answers`, exact match of generated answers; there must be held-out data."""
@@ -159,7 +161,8 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
     """
     config = inputs.config
     cluster.check_identical(inputs.digests(), "their inputs")
-    model = load_base(config.model, inputs.model_config, cluster.load_device)
+    with PeakMemory(cluster.device) as loading:
+        model = load_base(config.model, inputs.model_config, cluster.load_device)
     targets = find_targets(model, config.sparse.target_modules)
     shapes = {target.name: target.shape for target in targets}
     active = budget_of(config, shapes)
@@ -184,6 +187,7 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
             decay=config.optimizer.lr_schedule,
         ),
         base_hash=base_hash,
+        load_peak_bytes=loading.added,
     )
 
 

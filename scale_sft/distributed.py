@@ -296,16 +296,6 @@ class Cluster:
         self.accelerator.end_training()
 
 
-def memory_bytes(device: torch.device) -> int:
-    """Peak memory of this process so far: of the GPU's allocator, or private memory now on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import psutil
-
-    info = psutil.Process().memory_info()
-    return info.rss - getattr(info, "shared", 0)
-
-
 def _device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 

@@ -35,6 +35,7 @@ def describe(session: Session, metrics: Metrics | NullMetrics) -> None:
     """Say what will be trained, on what, with how much memory."""
     inputs, config, store = session.inputs, session.inputs.config, session.tuning.store
     entries = sum(target.numel for target in session.targets)
+    load_peaks = session.cluster.gather_objects(session.load_peak_bytes)
     for line in session.cluster.introduce(inputs.placement.name):
         metrics.note(line)
     state = [store.flat, session.tuning.recorder.flat]
@@ -45,6 +46,7 @@ def describe(session: Session, metrics: Metrics | NullMetrics) -> None:
     rows = {
         "base": f"{config.model.base} ({str(inputs.dtype).removeprefix('torch.')})",
         "placement": f"{inputs.placement.name} ({inputs.placement.reason})",
+        "loading": f"{max(load_peaks) / 2**20:,.0f} MiB at most on a rank",
         "method": config.sparse.method,
         "active entries": f"{store.active:,} of {entries:,} in {len(store)} weights ({store.active / entries:.2%})",
         "delta state": f"{state_bytes / 2**20:.1f} MiB ({state_bytes / store.active:.1f} bytes per active entry)",
@@ -119,6 +121,7 @@ def _totals(session: Session) -> dict[str, Any]:
         for delta in store
     }
     return {
+        "load_peak_bytes": session.load_peak_bytes,
         "active": store.active,
         "cohort_steps": session.tuning.cohort_steps,
         "cohort_counts": store.cohort_counts(cohorts),

@@ -149,7 +149,7 @@ def evaluate(session, metrics, step: int, *, answers: bool = False):
 
 def measurements(cluster) -> dict[str, int]:
     """Memory, and bytes that this rank put into collectives since it was last asked."""
-    from scale_sft.distributed import memory_bytes
+    from scale_sft.memory import memory_bytes
 
     traffic = {f"comm_{purpose}_bytes": count for purpose, count in cluster.traffic_bytes.items()}
     cluster.traffic_bytes.clear()

@@ -7,8 +7,6 @@
 
 import json
 import sys
-import threading
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -19,31 +17,9 @@ from scale_sft import assemble, train
 from scale_sft.config import load
 from scale_sft.distributed import Cluster, World, leave
 from scale_sft.errors import UserError
+from scale_sft.memory import PeakMemory, private_bytes
 from scale_sft.metrics import NullMetrics
 from scale_sft.run_folder import RunFolder
-
-MIB = 1 << 20
-
-
-def private_bytes() -> int:
-    """Anonymous memory of this process; mapped files (the weights on disk) do not count."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("no RssAnon in /proc/self/status")
-
-
-class Peak(threading.Thread):
-    """Samples private memory until stopped."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.peak, self.stopped = 0, threading.Event()
-
-    def run(self):
-        while not self.stopped.is_set():
-            self.peak = max(self.peak, private_bytes())
-            time.sleep(0.005)
 
 
 def options(folder: str, **more) -> dict:
@@ -83,11 +59,8 @@ def memory(folder: str) -> None:
     inputs = assemble.read_inputs(load(None, settings))
     cluster = Cluster.start(sharded=True, dtype=inputs.dtype, timeout_seconds=120)
     before = private_bytes()
-    watch = Peak()
-    watch.start()
-    session = assemble.assemble(inputs, cluster)
-    watch.stopped.set()
-    watch.join()
+    with PeakMemory(cluster.device) as watch:
+        session = assemble.assemble(inputs, cluster)
     session.resident.settle()
     settled = private_bytes()
     train.train(session, NullMetrics(), RunFolder(f"{folder}/run"))
@@ -96,7 +69,7 @@ def memory(folder: str) -> None:
     figures = {
         "rank": cluster.rank,
         "settled": settled - before,
-        "load_peak": watch.peak - before,
+        "load_peak": watch.added,
         "after_training": private_bytes() - before,
         "gathered": gathered,
         "base": sum(p.ds_numel for p in session.model.parameters()) * 4,
