@@ -5,6 +5,7 @@ Everything is given by fixtures, most of them functions:
     tiny_model("llama")            folder of a random model: llama, gpt2, opt or qwen2 (float32, or "bfloat16")
     pairs_file, messages_file      two dozen examples: prompt/completion, and conversations
     train_run(steps=3, ...)        a run in this process with tiny defaults; returns its folder, raises UserError
+    session(method="ma", ...)      the same run just before its first step: model, deltas, schedules
     train_cli("--steps", "3")      the training command in this process; result with exit_code, stdout, stderr
     run_cli("--steps", "3")        the training command as a process of its own; returncode, stdout, stderr
     shared("traces/ag.safetensors")  a file that lies beside the project; skips the test where there is none
@@ -20,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,25 @@ def train_run(run_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> C
         return Path(config.run.output_dir)
 
     return run
+
+
+@pytest.fixture
+def session(run_options: dict[str, Any]) -> Iterator[Callable[..., Any]]:
+    """(option=value, ...) -> an assembled `Session` in this process, ready for its first step; no files."""
+    clusters = []
+
+    def assemble_one(**options: Any) -> Any:
+        from scale_sft import assemble
+        from scale_sft.config import load
+        from scale_sft.distributed import Cluster
+
+        inputs = assemble.read_inputs(load(None, {**run_options, **options}))
+        clusters.append(Cluster.start(sharded=inputs.placement.sharded, dtype=inputs.dtype))
+        return assemble.assemble(inputs, clusters[-1])
+
+    yield assemble_one
+    for cluster in clusters:
+        cluster.close()
 
 
 @pytest.fixture
