@@ -83,7 +83,7 @@ def test_a_density_outside_0_to_1_is_refused(density: str) -> None:
     assert said.startswith("1 mistake") and f"density: got {float(density)}" in said and "(0, 1]" in said
 
 
-@pytest.mark.parametrize("density", ["two per cent", "nan", "true"])
+@pytest.mark.parametrize("density", ["two per cent", "nan", "inf", "true"])
 def test_a_density_that_is_no_number_is_refused(density: str) -> None:
     said = mistakes({"density": density})
     assert said.startswith("1 mistake") and "density: got" in said and "expected a number" in said
@@ -110,7 +110,8 @@ def test_exactly_one_budget_must_be_given(options: dict, got: str) -> None:
         ({"steps": "1.5"}, "steps: got '1.5', expected a whole number"),
         ({"steps": "0"}, "steps: got 0, must be at least 1"),
         ({"steps": 5, "epochs": 2}, "expected one of them"),
-        ({"learning_rate": "0"}, "learning_rate: got 0.0, must be above 0"),
+        ({"learning_rate": "0"}, "learning_rate: got 0.0, must lie in (0, "),
+        ({"learning_rate": "inf"}, "learning_rate: got 'inf', expected a number"),
         ({"betas": "0.9"}, "betas: got (0.9,), must be two numbers"),
         ({"betas": "0.9,1.0"}, "must be two numbers in [0, 1)"),
         ({"initial_replacement_fraction": 1.5}, "must lie in [0, 1]"),

@@ -16,7 +16,7 @@ def load(tokenizer, tmp_path):
     def get(content, name: str = "data.jsonl", **options) -> Examples:
         text = content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)
         (tmp_path / name).write_text(text, encoding="utf-8")
-        return load_examples(str(tmp_path / name), "train", tokenizer, DataConfig(**options), None)
+        return load_examples(str(tmp_path / name), "train", tokenizer, DataConfig(**{"max_length": 64, **options}), None)
 
     return get
 

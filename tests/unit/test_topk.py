@@ -65,11 +65,12 @@ def test_a_k_out_of_range_is_refused(k: int) -> None:
         top_k_of_product(torch.ones(2), torch.ones(3), k, torch.tensor([4]))
 
 
-def test_entries_that_are_no_number_are_never_chosen() -> None:
-    values = torch.tensor([1.0, float("nan"), 3.0, float("inf")])
-    assert top_k_magnitude(values, 3).tolist() == [0, 2, 3]
-    with pytest.raises(ValueError, match="only 3 of 4 entries are numbers"):
-        top_k_magnitude(values, 4)
+def test_entries_that_are_no_number_are_chosen_last() -> None:
+    nan = float("nan")
+    values = torch.tensor([1.0, nan, nan, 3.0, float("inf")])
+    assert top_k_magnitude(values, 3).tolist() == [0, 3, 4]
+    assert top_k_magnitude(values, 4).tolist() == [0, 1, 3, 4]
+    assert top_k_magnitude(torch.full((5,), nan), 2).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("seed", range(5))
