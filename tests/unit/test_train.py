@@ -100,7 +100,7 @@ def test_the_loss_is_the_mean_over_the_target_tokens_of_the_global_batch(session
     for n in batch:  # one by one, with the loss of transformers
         ids, labels = (torch.tensor([rows[n]]) for rows in (run.inputs.train.input_ids, run.inputs.train.labels))
         targets = int((labels[:, 1:] != -100).sum())
-        sums, count = sums + float(stock(input_ids=ids, labels=labels).loss) * targets, count + targets
+        sums, count = sums + stock(input_ids=ids, labels=labels).loss.item() * targets, count + targets
     assert loss == pytest.approx(sums / count, rel=1e-5) and tokens["target"] == count
 
 
