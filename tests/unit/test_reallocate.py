@@ -3,6 +3,9 @@ import random
 import pytest
 import torch
 
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
 from scale_sft.spiel.algorithm import SparseFineTuning
 from scale_sft.spiel.delta import DeltaStore
 from scale_sft.spiel.reallocate import apply_exchange, drop_scores, exchange_by_accumulators, exchange_by_gradient
@@ -104,6 +107,17 @@ def test_the_change_criterion_measures_from_the_last_reallocation() -> None:
     assert torch.equal(delta.reference, delta.deltas) and delta.deltas.tolist() == [0.0, 1.0, -2.0]
 
 
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many entries the largest tensor made under it has."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.entries = max([self.entries, *(leaf.numel() for leaf in tree_leaves(result) if torch.is_tensor(leaf))])
+        return result
+
+
 class Nowhere:
     """Deltas that are carried into no model."""
 
@@ -147,3 +161,16 @@ def test_the_number_of_active_entries_never_changes_and_indices_stay_sorted(meth
             assert torch.equal(new, delta.cohort == turnover.number)
     assert moved > 0
     assert len(tuning.cohort_steps) == 1 + len(schedule.reallocations())
+
+
+def test_an_update_and_growth_of_momentum_approximation_make_no_tensor_of_the_weights_size() -> None:
+    shape, active = (384, 640), 500
+    schedule = ReallocationSchedule(total_steps=10, update_interval_steps=3, estimation_steps=1, estimates=False)
+    tuning = SparseFineTuning(DeltaStore({"w": shape}, {"w": active}), method="ma", schedule=schedule)
+    tuning.begin_step(1)
+    tuning.recorder.record("w", torch.randn(shape))
+    with LargestTensor() as largest:
+        tuning.update(0.01)
+        turnover = tuning.reallocate(1, Nowhere())
+    assert turnover.replaced == active
+    assert 0 < largest.entries <= 4 * (sum(shape) + active)  # of 245,760
