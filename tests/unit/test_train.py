@@ -12,6 +12,7 @@ from scale_sft.data import collate
 from scale_sft.errors import UserError
 from scale_sft.evaluate import token_loss_sum
 from scale_sft.export import load_adapter
+from scale_sft.run_folder import RunFolder
 
 
 def adapter_tensors(run: Path) -> dict[str, Tensor]:
@@ -85,7 +86,7 @@ def test_the_cut_into_micro_batches_does_not_change_the_deltas(train_run, tmp_pa
         results.append(dense_deltas(run))
         losses.append([record["loss"] for record in records(run, "step")])
     for deltas, curve in zip(results[1:], losses[1:], strict=True):
-        torch.testing.assert_close(deltas, results[0], rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(deltas, results[0], rtol=1e-4, atol=1e-6)
         assert torch.equal(deltas != 0, results[0] != 0)
         assert curve == pytest.approx(losses[0], rel=1e-5)
 
@@ -163,14 +164,27 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_deltas(
 
 
 def test_a_learning_rate_far_too_high_is_one_error_with_nothing_broken_saved(train_run, tmp_path) -> None:
-    """Whatever overflows first: the loss, the gradient, or (by decay) the deltas themselves."""
-    for method, decay, steps in [("ag", 0, 6), ("ma", 0, 6), ("ag", 1e6, 40), ("ma", 1e6, 40)]:
-        output = tmp_path / f"{method}-{decay}"
-        with pytest.raises(UserError, match=r"^step \d+: .* at learning rate 1e\+06; the deltas of step \d+ "):
-            train_run(method=method, learning_rate=1e6, weight_decay=decay, lr_schedule="constant", warmup_fraction=0,
-                      steps=steps, max_grad_norm=1e-3, output_dir=str(output))  # fmt: skip
-        if (output / "adapter").exists():
-            load_adapter(output / "adapter")
+    for method in ("ag", "ma"):
+        output = tmp_path / method
+        with pytest.raises(UserError, match=r"^step \d: .* at learning rate 1e\+06; the deltas of step \d are saved in"):
+            train_run(method=method, learning_rate=1e6, lr_schedule="constant", warmup_fraction=0, output_dir=str(output))
+        load_adapter(output / "adapter")
+
+
+def test_deltas_that_have_overflowed_are_not_saved_as_a_good_state(session, tmp_path) -> None:
+    run, folder = session(), RunFolder(tmp_path / "run")
+    run.tuning.store["model.layers.0.mlp.up_proj.weight"].deltas[3] = torch.inf
+    with pytest.raises(UserError, match="the deltas of step 6 have overflowed and are not saved"):
+        train.stop_unless_finite(run, folder, 7, 0.1, float("nan"), 1.0)
+    assert not folder.adapter.exists()
+
+
+def test_a_candidates_gradient_that_is_no_number_stops_the_run_too(session, tmp_path) -> None:
+    run = session()
+    run.tuning.begin_step(1)
+    run.tuning.recorder.flat[-1] = torch.nan
+    with pytest.raises(UserError, match="^step 1: "):
+        train.stop_unless_finite(run, RunFolder(tmp_path / "run"), 1, 0.1, 2.0, 1.0)
 
 
 def test_a_weight_that_no_gradient_reaches_is_named_at_step_1(train_run, tiny_model, tmp_path) -> None:
@@ -287,3 +301,23 @@ def test_the_command_trains_from_any_folder(run_cli, run_options) -> None:
     done = run_cli(*[part for name, value in run_options.items() for part in (f"--{name}", value)])
     assert done.returncode == 0, done.stderr
     assert (Path(run_options["output_dir"]) / "report.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "train_data, eval_data, method, rate",
+    [
+        ("t0_train.jsonl", "t0_eval.jsonl", "ag", 1e-2),
+        ("gsm8k_train_messages.jsonl", "gsm8k_test_messages.jsonl", "ma", 5e-2),
+    ],
+)
+def test_a_pretrained_model_learns_real_data(train_run, shared, train_data, eval_data, method, rate) -> None:
+    """Prompt and completion, and conversations: held-out loss falls clearly below that of the base."""
+    run = train_run(
+        base=str(shared("models/llama-7m")), train_data=str(shared(f"data/{train_data}")),
+        eval_data=str(shared(f"data/{eval_data}")), max_train_examples=400, max_eval_examples=48, max_length=256,
+        method=method, learning_rate=rate, steps=25, global_batch_size=8, update_interval_steps=8, estimation_steps=4,
+    )  # fmt: skip
+    before, after = (record["loss"] for record in records(run, "eval"))
+    assert after < before - 0.1, (before, after)
