@@ -27,7 +27,7 @@ from .model import (
     load_tokenizer,
     resolve_dtype,
 )
-from .plan import Placement, choose_placement
+from .plan import Placement, choose_placement, empty_model
 from .spiel.algorithm import SparseFineTuning
 from .spiel.delta import DeltaStore, budget
 from .spiel.schedule import LearningRateSchedule, ReallocationSchedule
@@ -61,13 +61,15 @@ def read_inputs(config: Config) -> Inputs:
     """Read and check everything but the weights.
 
     Raises:
-        UserError: see `load_model_config`, `load_examples`; or the batch does not divide over the ranks.
+        UserError: see `load_model_config`, `find_targets`, `budget_of`, `load_examples`; or the batch does not divide
+            over the ranks.
     """
     model_config = load_model_config(config.model)
     tokenizer = load_tokenizer(config.model)
     data, run = config.data, config.run
     world = World.from_environment()
     _check_batch(config, world.size)
+    _check_targets(config, model_config)
     data = replace(data, max_length=_max_length(data.max_length, model_config))
     train = load_examples(data.train_data, "train", tokenizer, data, data.max_train_examples)
     held_out = data.eval_data and load_examples(data.eval_data, "eval", tokenizer, data, data.max_eval_examples)
@@ -86,6 +88,12 @@ def _max_length(wanted: int | None, model_config: Any) -> int:
     if wanted and positions and wanted > positions:
         raise UserError(f"max_length: got {wanted}, but the base has positions for {positions} tokens only")
     return wanted or min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
+
+
+def _check_targets(config: Config, model_config: Any) -> None:
+    """Raises UserError for targets or a budget that the base cannot have, before any weight is loaded."""
+    targets = find_targets(empty_model(config, model_config), config.sparse.target_modules)
+    budget_of(config, {target.name: target.shape for target in targets})
 
 
 def _check_batch(config: Config, ranks: int) -> None:
@@ -192,11 +200,14 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
 
 
 def budget_of(config: Config, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
-    """K of each weight; a total beyond what the targets hold is an error."""
+    """K of each weight; a total beyond what the targets hold, or below one entry for each, is an error."""
     sparse = config.sparse
-    everything = sum(o * i for o, i in shapes.values())
-    if sparse.tunable_weights and sparse.tunable_weights > everything:
-        raise UserError(f"tunable_weights: got {sparse.tunable_weights:,}, the targets have {everything:,} entries")
+    everything, total = sum(o * i for o, i in shapes.values()), sparse.tunable_weights
+    if total and not len(shapes) <= total <= everything:
+        raise UserError(
+            f"tunable_weights: got {total:,}, expected {len(shapes):,} to {everything:,}: the targets are {len(shapes):,} "
+            f"weights of {everything:,} entries, and each gets at least one"
+        )
     return budget(
         shapes,
         density=sparse.density,

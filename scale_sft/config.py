@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -140,7 +141,7 @@ class SparseConfig:
 class OptimizerConfig:
     """How the deltas are updated: AdamW for ag and static, SM3 for ma."""
 
-    learning_rate: float = option(1e-3, "Peak learning rate. Sparse deltas want far higher rates.", check=above(0))
+    learning_rate: float = option(1e-3, "Peak learning rate. Sparse deltas want far higher rates.", check=between(0, 1e6, open_low=True))
     betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay rates of the two moments.", check=_betas)
     eps: float = option(1e-8, "Added to the denominator (AdamW) or under the root (SM3).", check=above(0))
     weight_decay: float = option(0.0, "Decoupled decay of the deltas towards the pretrained model.", check=at_least(0))
@@ -337,8 +338,8 @@ def convert(value: Any, hint: Any) -> Any:
     if kind is int:
         return int(value) if not isinstance(value, str) or value.lstrip("+-").isdigit() else int(float(value))
     number = kind(value)
-    if kind is float and number != number:
-        raise ValueError("not a number")
+    if kind is float and not math.isfinite(number):
+        raise ValueError("not a finite number")
     return number
 
 

@@ -225,7 +225,8 @@ class Cluster:
         length = min(count, part)
         values = torch.full((length,), -1.0, dtype=torch.float32, device=gradient.device)
         indices = torch.zeros(length, dtype=torch.int64, device=gradient.device)
-        values[:local], indices[:local] = mine[top].abs(), top + start
+        values[:local] = mine[top].abs().nan_to_num(nan=-0.5, posinf=torch.inf)  # below any number, above the padding
+        indices[:local] = top + start
         all_values, all_indices = self._gather(values), self._gather(indices)
         self.traffic_bytes["proposal"] += 4 * part * world + 12 * length
         chosen = top_k_sorted(all_values, count)

@@ -121,7 +121,8 @@ def load_base(config: ModelConfig, model_config: Any, device: torch.device | Non
         raise UserError(f"base: '{config.base}' does not load: {str(error).splitlines()[0]}") from None
     model.requires_grad_(False)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # the second name is that of earlier versions
     model.train()
     return model if device is None else model.to(device)
 

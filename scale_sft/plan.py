@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from .config import Config
 from .distributed import World
@@ -46,12 +47,17 @@ class Placement:
         return "shard" if self.sharded else "replicate"
 
 
-def footprint(config: Config, model_config: Any, dtype: torch.dtype) -> Footprint:
-    """Arithmetic over a model built on the meta device: nothing is loaded."""
+def empty_model(config: Config, model_config: Any) -> nn.Module:
+    """The base on the meta device: its layers and shapes, no weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
+        return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
+
+
+def footprint(config: Config, model_config: Any, dtype: torch.dtype) -> Footprint:
+    """Arithmetic over the shapes of the model: nothing is loaded."""
+    model = empty_model(config, model_config)
     targets = find_targets(model, config.sparse.target_modules)
     shapes = {target.name: target.shape for target in targets}
     sparse = config.sparse

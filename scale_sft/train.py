@@ -109,12 +109,16 @@ def stop_unless_finite(session, run, step: int, learning_rate: float, loss: floa
     """A loss or gradient that is no number ends the run; the deltas before this step are the last good state."""
     from math import isfinite
 
-    if isfinite(loss) and isfinite(grad_norm):
+    tuning = session.tuning
+    if isfinite(loss) and isfinite(grad_norm) and bool(tuning.recorder.flat.isfinite().all()):
         return
-    session.cluster.on_main(lambda: run.save_adapter(session.adapter()))
+    kept = f"the deltas of step {step - 1} have overflowed and are not saved"
+    if bool(tuning.store.flat.isfinite().all()):
+        session.cluster.on_main(lambda: run.save_adapter(session.adapter()))
+        kept = f"the deltas of step {step - 1} are saved in {run.adapter}"
     raise UserError(
         f"step {step}: the loss is {loss} and the gradient norm {grad_norm} at learning rate {learning_rate:.3g}; "
-        f"the deltas of step {step - 1} are saved in {run.adapter}. Lower learning_rate, or set max_grad_norm"
+        f"{kept}. Lower learning_rate, or set max_grad_norm"
     )
 
 

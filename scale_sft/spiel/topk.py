@@ -16,6 +16,9 @@ SAMPLE_ENTRIES = 1 << 15
 def top_k_magnitude(values: Tensor, k: int) -> Tensor:
     """Indices of the `k` entries of largest magnitude, sorted ascending; ties go to the smaller index.
 
+    What is no number (NaN) counts as smaller than any number: a gradient that is broken stops the run where all ranks
+    see it, and not here on some of them.
+
     The vector is read in chunks against a floor guessed from a strided sample, so that temporaries stay near `k`
     entries and one chunk, however long the vector is. The guess only costs time when it is wrong.
 
@@ -25,7 +28,7 @@ def top_k_magnitude(values: Tensor, k: int) -> Tensor:
     Returns:
         [k] int64, ascending.
     Raises:
-        ValueError: k is out of range, or fewer than k entries are comparable (NaN).
+        ValueError: k is out of range.
     """
     n = values.numel()
     if not 0 <= k <= n:
@@ -36,7 +39,8 @@ def top_k_magnitude(values: Tensor, k: int) -> Tensor:
         found, magnitudes = _entries_from(values, floor, k)
         if found.numel() >= k:
             return found[top_k_sorted(magnitudes, k)]
-    raise ValueError(f"top-k of a vector: only {found.numel()} of {n} entries are numbers, {k} wanted (NaN?)")
+    no_numbers = values.isnan().nonzero().squeeze(1)[: k - found.numel()]
+    return torch.cat((found, no_numbers)).sort().values
 
 
 def top_k_sorted(scores: Tensor, k: int) -> Tensor:

@@ -135,7 +135,8 @@ def compare(trace: Trace, tuning: SparseFineTuning, step: int) -> tuple[float, f
         common = torch.isin(mine, indices)
         shared, wanted = shared + int(common.sum()), wanted + max(indices.numel(), mine.numel())
         if common.any():
-            error = max(error, float((delta.deltas.cpu()[common] - deltas[mine[common]]).abs().max()))
+            difference = float((delta.deltas.cpu()[common] - deltas[mine[common]]).abs().max())
+            error = max(error, difference) if difference == difference else math.inf
     return shared / wanted, error
 
 
@@ -148,13 +149,14 @@ def compare(trace: Trace, tuning: SparseFineTuning, step: int) -> tuple[float, f
 def main(trace_file: Path, tolerance: float, shard: bool, ds_config: str | None, checkpointing: bool) -> None:
     """Replay TRACE and compare indices and deltas at every recorded step."""
     trace = Trace.read(trace_file)
-    good = True
+    recorded, last = trace.recorded_steps(), trace.settings["total_steps"]
+    good = bool(recorded) and recorded[-1] <= last  # otherwise there is nothing to compare, or not all of it
     with tempfile.TemporaryDirectory() as folder:
         write_base(trace, folder)  # before DeepSpeed is there: it would shard this model too
         cluster = Cluster.start(sharded=shard, dtype=torch.float32, ds_config=ds_config)
         model, tuning, resident = build(trace, cluster, folder, checkpointing)
     say = print if cluster.is_main else lambda *_: None
-    for step in range(1, trace.settings["total_steps"] + 1):
+    for step in range(1, last + 1):
         tuning.begin_step(step)
         loss = step_loss(model, cluster, trace.tensors["batches"][step - 1])
         cluster.sum_(tuning.recorder.flat)
@@ -166,7 +168,7 @@ def main(trace_file: Path, tolerance: float, shard: bool, ds_config: str | None,
         resident.write()
         expected = float(trace.tensors["losses"][step - 1])
         good &= math.isclose(loss, expected, rel_tol=1e-4)
-        if step in trace.recorded_steps():
+        if step in recorded:
             overlap, error = compare(trace, tuning, step)
             good &= overlap == 1.0 and error <= tolerance
             say(f"step {step:3d}  loss {loss:.6f} (trace {expected:.6f})  indices {overlap:8.3%}  delta error {error:.1e}")

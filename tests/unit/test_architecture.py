@@ -1,0 +1,78 @@
+"""The rules of who may import whom, held against the code."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "scale_sft"
+FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
+METHOD = [name for name in FILES if name.startswith("spiel/")]
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of all modules that a file imports, wherever in it; `from a import b` gives a and a.b."""
+    package = ["scale_sft", *path.relative_to(PACKAGE).parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def used_names(path: Path) -> set[str]:
+    """Dotted names such as `torch.distributed.all_reduce` that occur in a file's expressions."""
+    return {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+
+
+def test_there_is_something_to_check() -> None:
+    assert {"train.py", "cli.py", "distributed.py", "spiel/algorithm.py"} <= set(FILES)
+
+
+@pytest.mark.parametrize("file", METHOD)
+def test_the_method_imports_nothing_of_the_package_outside_itself(file: str) -> None:
+    ours = {name for name in imports(FILES[file]) if within(name, "scale_sft")}
+    assert all(within(name, "scale_sft.spiel") for name in ours), ours
+
+
+@pytest.mark.parametrize("file", METHOD)
+def test_the_method_needs_torch_alone(file: str) -> None:
+    import sys
+
+    foreign = {name.split(".")[0] for name in imports(FILES[file])} - set(sys.stdlib_module_names)
+    assert foreign <= {"torch", "scale_sft"}
+
+
+@pytest.mark.parametrize("file", [name for name in FILES if name != "distributed.py"])
+def test_only_distributed_knows_ranks(file: str) -> None:
+    for library in ("accelerate", "deepspeed", "torch.distributed"):
+        assert not [name for name in imports(FILES[file]) if within(name, library)], library
+    assert not [name for name in used_names(FILES[file]) if within(name, "torch.distributed")]
+
+
+@pytest.mark.parametrize("file", [name for name in FILES if name not in ("train.py", "cli.py")])
+def test_nothing_imports_the_entry_points(file: str) -> None:
+    entries = ("scale_sft.train", "scale_sft.cli")
+    assert not [name for name in imports(FILES[file]) if any(within(name, entry) for entry in entries)]
+
+
+def test_the_entry_points_do_not_import_each_other() -> None:
+    assert not [name for name in imports(FILES["train.py"]) if within(name, "scale_sft.cli")]
+    assert not [name for name in imports(FILES["cli.py"]) if within(name, "scale_sft.train")]
+
+
+def test_the_main_loop_reads_like_the_algorithm() -> None:
+    """At most about 40 lines of code."""
+    tree = ast.parse(FILES["train.py"].read_text())
+    loop = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
+    lines = FILES["train.py"].read_text().splitlines()[loop.body[1].lineno - 1 : loop.end_lineno]
+    assert len([line for line in lines if line.strip() and not line.strip().startswith("#")]) <= 45
