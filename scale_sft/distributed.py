@@ -38,9 +38,10 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        """As `accelerate launch` (torchrun) sets it; one process where it sets nothing."""
+        """As `accelerate launch` (torchrun) or DeepSpeed's launcher sets it; one process where nothing is set."""
         read = lambda name, default: int(os.environ.get(name, default))  # noqa: E731
-        return cls(read("RANK", 0), read("WORLD_SIZE", 1), read("LOCAL_RANK", 0), read("LOCAL_WORLD_SIZE", 1))
+        local_size = read("LOCAL_WORLD_SIZE", read("LOCAL_SIZE", 1))  # the latter: DeepSpeed's launcher
+        return cls(read("RANK", 0), read("WORLD_SIZE", 1), read("LOCAL_RANK", 0), local_size)
 
     def device(self) -> torch.device:
         """The GPU of this process, or the CPU."""
@@ -55,13 +56,24 @@ class World:
         return psutil.virtual_memory().available // self.local_size
 
 
-def leave(message: str, status: int = 1) -> None:
-    """End this process with one message: once, where every rank found the same."""
+SAVED_STATUS = 75
+"""Exit status of a run that was interrupted, has saved itself, and wants to be started again (EX_TEMPFAIL)."""
+
+
+def leave(message: str, status: int = 1, patience_seconds: float = 15) -> None:
+    """End this process with one message: once, where every rank found the same.
+
+    The launcher ends all ranks with the first that ends. So the others wait for rank 0 to speak; who is still there
+    after `patience_seconds` has met something that rank 0 has not, and says so, naming itself. With `SAVED_STATUS` the
+    file $SCALE_SFT_REQUEUE_FILE is made: `accelerate launch` turns every status but 0 into 1.
+    """
     world = World.from_environment()
-    if world.rank == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(3)  # the launcher ends all ranks with the first that ends: let rank 0 speak
+    if world.rank:
+        time.sleep(patience_seconds)
+        message = f"rank {world.rank} on {socket.gethostname()}: {message}"
+    elif status == SAVED_STATUS and (requeue_file := os.environ.get("SCALE_SFT_REQUEUE_FILE")):
+        Path(requeue_file).touch()
+    print(message if status == SAVED_STATUS else f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
@@ -91,7 +103,6 @@ class Cluster:
         Raises:
             UserError: the launcher's world and the one that came about differ, or sharding is impossible here.
         """
-        _one_run_over_all_nodes()
         from accelerate import Accelerator, InitProcessGroupKwargs
 
         world = World.from_environment()
@@ -113,7 +124,11 @@ class Cluster:
                 f"({found}); gradients would not be shared. Launch with one of launch/*.yaml"
             )
         if sharded and found != "DEEPSPEED":
-            raise UserError(f"base_placement: shard was asked for, but accelerate runs {found}, not DeepSpeed")
+            why = "ACCELERATE_USE_CPU is set, which switches DeepSpeed off: unset it"
+            raise UserError(
+                f"base_placement: shard was asked for, but accelerate runs {found}, not DeepSpeed"
+                + (f"; {why}" if "ACCELERATE_USE_CPU" in os.environ else "")
+            )
         return cls(accelerator=accelerator, sharded=sharded, device=accelerator.device)
 
     @property
@@ -307,16 +322,28 @@ def _reduce_scatter(output: Tensor, flat: Tensor) -> None:
     call(output, flat)
 
 
-def _one_run_over_all_nodes() -> None:
-    """Refuse a launcher that trains alone on every node of a job step.
+def refuse_lonely_launchers() -> None:
+    """Refuse a launcher that starts less than it was asked for, so that each part would train alone without a word.
 
     Raises:
-        UserError: Slurm started this step on several nodes, the launcher's world spans fewer.
+        UserError: Accelerate left several machines to DeepSpeed's own launcher, which found one; or was asked for
+            several processes and started one; or Slurm started this step on more nodes than the launcher's world has.
     """
     world = World.from_environment()
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if by_accelerate and os.environ.get("CROSS_SIZE") == "1":  # set by DeepSpeed's launcher: its number of machines
+        raise UserError(
+            "world: accelerate was asked for several machines and left them to DeepSpeed's own launcher (pdsh), which "
+            "found only this one: each machine would train alone. Add --deepspeed_multinode_launcher standard"
+        )
+    if by_accelerate and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "world: accelerate was asked for several processes or machines, but started this process alone (so it does "
+            "with --cpu). Launch with one of launch/*.yaml; for a run of one process unset MASTER_ADDR"
+        )
     nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
     spanned = -(-world.size // max(1, world.local_size))
-    if nodes > 1 and spanned < nodes:
+    if spanned < nodes:
         raise UserError(
             f"world: this job step runs on {nodes} nodes, but the launcher's world spans {spanned}: each node would "
             "train alone. Give accelerate launch --num_machines, --machine_rank and --main_process_ip, and with "

@@ -163,9 +163,10 @@ def measurements(cluster) -> dict[str, int]:
 def run_training(config: configuration.Config) -> None:
     """A whole run: inputs, ranks, model, loop, files."""
     from scale_sft import assemble
-    from scale_sft.distributed import Cluster
+    from scale_sft.distributed import Cluster, refuse_lonely_launchers
     from scale_sft.run_folder import RunFolder
 
+    refuse_lonely_launchers()
     run = RunFolder(config.run.output_dir)
     run.refuse_if_taken()
     inputs = assemble.read_inputs(config)

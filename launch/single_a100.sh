@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# One 80 GB GPU, no DeepSpeed: makes .venv where it is missing, then trains.
+#   ./launch/single_a100.sh [recipe.yaml] [--option value ...]     default: scale_sft/recipes/llama2_7b_ag.yaml
+#   ./launch/single_a100.sh --train_data my_data.jsonl --output_dir runs/mine
+# SCALE_SFT_VENV: a virtual environment to use as it is. SCALE_SFT_ALLOW_CPU=1: go on without a GPU.
+# Paths are relative to the current folder.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+recipe=$root/scale_sft/recipes/llama2_7b_ag.yaml
+case "${1:--}" in
+    -*) ;;
+    *) recipe=$1; shift ;;
+esac
+[ -f "$recipe" ] || die "recipe $recipe: no such file (shipped ones: $root/scale_sft/recipes/)"
+
+if [ -z "${SCALE_SFT_ALLOW_CPU:-}" ] && ! nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then
+    die "no GPU here (nvidia-smi lists none): run it where there is one, or set SCALE_SFT_ALLOW_CPU=1 to train on the CPU"
+fi
+
+if [ -n "${SCALE_SFT_VENV:-}" ]; then
+    python=$SCALE_SFT_VENV/bin/python
+    [ -x "$python" ] || die "SCALE_SFT_VENV=$SCALE_SFT_VENV holds no bin/python"
+else
+    ensure_venv ""
+fi
+
+export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+# Long and short batches take turns: without this the allocator keeps pieces that fit neither.
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+
+# Options of the caller come last, so they win.
+exec "$python" -m accelerate.commands.launch --config_file "$root/launch/single_gpu.yaml" \
+    "$root/scale_sft/train.py" --config "$recipe" --base_placement replicate "$@"
