@@ -138,8 +138,9 @@ def find_targets(model: nn.Module, wanted: tuple[str, ...] | str | None) -> list
     """
     layers = {path: module for path, module in model.named_modules() if _is_matrix_layer(module)}
     if wanted is None:
-        inside = {path for path in layers if re.search(r"\.\d+\.", path)}
-        chosen = {path: layers[path] for path in layers if path in inside and _supported(layers[path])}
+        inside = {path: module for path, module in layers.items() if re.search(r"\.\d+\.", path)}
+        # a kind of nn.Linear that cannot carry a delta is told below, not passed over
+        chosen = {path: module for path, module in inside.items() if _supported(module) or isinstance(module, nn.Linear)}
     else:
         chosen = _choose(layers, wanted)
     if not chosen:

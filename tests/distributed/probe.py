@@ -2,6 +2,7 @@
 
     probe.py planted DIR     rank 1 changes one delta behind the others' back; the digests must tell
     probe.py differing DIR   rank 1 comes with another seed
+    probe.py broken DIR      half of each gradient of rank 1 is no number while candidates are proposed
     probe.py memory DIR      private memory of this rank while a base of DIR is loaded, sharded and used
 """
 
@@ -20,6 +21,7 @@ from scale_sft.errors import UserError
 from scale_sft.memory import PeakMemory, private_bytes
 from scale_sft.metrics import NullMetrics
 from scale_sft.run_folder import RunFolder
+from scale_sft.spiel.sampling import GradientRecorder
 
 
 def options(folder: str, **more) -> dict:
@@ -54,6 +56,27 @@ def differing(folder: str) -> None:
         leave(str(error))
 
 
+def broken(folder: str) -> None:
+    done, record = [0], GradientRecorder.record
+
+    def damaged(recorder, name, gradient):
+        if World.from_environment().rank == 1 and done[0] == 3:
+            gradient.view(-1)[: gradient.numel() // 2] = torch.nan
+        record(recorder, name, gradient)
+
+    class Counting(NullMetrics):
+        def step(self, step, **values):
+            done[0] = step
+
+    GradientRecorder.record = damaged
+    inputs = assemble.read_inputs(load(None, options(folder, base_placement="replicate")))
+    cluster = Cluster.start(sharded=False, dtype=inputs.dtype, timeout_seconds=60)
+    try:
+        train.train(assemble.assemble(inputs, cluster), Counting(), RunFolder(f"{folder}/run"))
+    except UserError as error:
+        leave(str(error))
+
+
 def memory(folder: str) -> None:
     settings = options(folder, base=f"{folder}/base", base_placement="shard", ds_config="ds_configs/zero3_cpu.json")
     inputs = assemble.read_inputs(load(None, settings))
@@ -81,4 +104,4 @@ def memory(folder: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"planted": planted, "differing": differing, "memory": memory}[sys.argv[1]](sys.argv[2])
+    {"planted": planted, "differing": differing, "broken": broken, "memory": memory}[sys.argv[1]](sys.argv[2])

@@ -40,6 +40,16 @@ def test_ranks_that_come_with_different_configurations_do_not_train(tmp_path, hf
     assert "error: ranks disagree on their inputs: the configuration differs on rank 1" in done.stderr
 
 
+def test_a_gradient_that_is_no_number_on_one_rank_stops_all_with_one_message(tmp_path, hf_home):
+    """While candidates are proposed, the one moment at which ranks exchange more than a sum."""
+    done = probe("broken", tmp_path, hf_home)
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and errors[0].startswith("error: step 4: the loss is ")
+    assert "the gradient norm nan at learning rate" in errors[0] and "the deltas of step 3 are saved" in errors[0]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_a_rank_holds_half_of_the_base_and_never_much_more(tmp_path, hf_home):
     torch = pytest.importorskip("torch")
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM

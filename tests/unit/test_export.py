@@ -84,6 +84,27 @@ def test_adapter_merged_and_trained_model_have_bit_identical_logits(trained, arc
     assert torch.equal(logits(run.model), untouched)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["ag", "ma"])
+def test_whatever_is_not_active_has_its_pretrained_bits_and_restoring_gives_all_back(
+    trained, architecture, dtype, method
+) -> None:
+    run, _, base = trained(architecture, dtype, method)
+    pretrained = dict(load(base).named_parameters())
+    active = {delta.name: delta.indices.long() for delta in run.tuning.store}
+    bits = lambda tensor: tensor.detach().flatten().view(torch.int16 if dtype == "bfloat16" else torch.int32)  # noqa: E731
+    changed = 0
+    for name, weight in run.model.named_parameters():
+        differs = bits(weight) != bits(pretrained[name])
+        changed += int(differs.sum())
+        differs[active.get(name, [])] = False
+        assert not differs.any(), name
+    assert changed > 0
+    run.resident.restore()
+    for name, weight in run.model.named_parameters():
+        assert torch.equal(bits(weight), bits(pretrained[name])), name
+
+
 @pytest.mark.parametrize("prefix", [True, False])
 def test_a_base_stored_with_or_without_the_class_prefix_is_merged(trained, tiny_model, tmp_path, prefix: bool) -> None:
     """GPT-2 files name their tensors with or without `transformer.`; both load to the same model."""

@@ -78,11 +78,13 @@ class PackedLinear(nn.Linear):
     """Stands for a layer whose weight is not what it seems."""
 
 
-def test_a_layer_of_an_unsupported_kind_is_named(load) -> None:
+@pytest.mark.parametrize("wanted", [None, ("up_proj",), r".*\.1\.mlp\..*"])
+def test_a_linear_layer_of_an_unsupported_kind_is_named_and_never_passed_over(load, wanted) -> None:
     model = load()
     model.model.layers[1].mlp.up_proj = PackedLinear(32, 48)
     with pytest.raises(UserError, match="'model.layers.1.mlp.up_proj' is a PackedLinear layer"):
-        find_targets(model, ("up_proj",))
+        find_targets(model, wanted)
+    assert len(find_targets(model, ("q_proj",))) == 2
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen2", "opt"])

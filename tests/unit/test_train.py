@@ -206,7 +206,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_folder_that_holds_another_run_is_left_as_it_is(train_run, monkeypatch) -> None:
     run = train_run(steps=2)
     before = contents(run)
-    monkeypatch.setattr(assemble, "load_base", lambda *_: pytest.fail("a weight was loaded"))
+    monkeypatch.setattr(assemble, "load_base", lambda *_, **__: pytest.fail("a weight was loaded"))
     with pytest.raises(UserError, match="output_dir: .* already holds a run"):
         train_run(steps=3, seed=5)
     assert contents(run) == before
@@ -266,7 +266,7 @@ def test_bad_input_is_one_error_before_any_weight_is_loaded(
     options |= {name: places.get(value, value) for name, value in given.items()}
     if case == "ranks":
         monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(assemble, "load_base", lambda *_: pytest.fail("a weight was loaded"))
+    monkeypatch.setattr(assemble, "load_base", lambda *_, **__: pytest.fail("a weight was loaded"))
     before = contents(tmp_path)
     result = train_cli(*[part for option in options.items() for part in option])
     said = " ".join(result.stderr.split())
@@ -316,8 +316,8 @@ def test_a_pretrained_model_learns_real_data(train_run, shared, train_data, eval
     """Prompt and completion, and conversations: held-out loss falls clearly below that of the base."""
     run = train_run(
         base=str(shared("models/llama-7m")), train_data=str(shared(f"data/{train_data}")),
-        eval_data=str(shared(f"data/{eval_data}")), max_train_examples=400, max_eval_examples=48, max_length=256,
-        method=method, learning_rate=rate, steps=25, global_batch_size=8, update_interval_steps=8, estimation_steps=4,
+        eval_data=str(shared(f"data/{eval_data}")), max_train_examples=200, max_eval_examples=32, max_length=None,
+        method=method, learning_rate=rate, steps=16, global_batch_size=4, update_interval_steps=6, estimation_steps=3,
     )  # fmt: skip
     before, after = (record["loss"] for record in records(run, "eval"))
-    assert after < before - 0.1, (before, after)
+    assert after < before - 0.5, (before, after)
