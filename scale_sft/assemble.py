@@ -32,7 +32,6 @@ from .spiel.algorithm import SparseFineTuning
 from .spiel.delta import DeltaStore, budget
 from .spiel.schedule import LearningRateSchedule, ReallocationSchedule
 
-
 DEFAULT_MAX_LENGTH = 2048
 
 

@@ -27,6 +27,7 @@ from .base_weight import WeightPart, fingerprint
 from .errors import UserError
 from .spiel.topk import top_k_magnitude, top_k_sorted
 
+
 @dataclass(frozen=True)
 class World:
     """What the launcher says, before any process group exists."""
@@ -39,7 +40,7 @@ class World:
     @classmethod
     def from_environment(cls) -> World:
         """As `accelerate launch` (torchrun) or DeepSpeed's launcher sets it; one process where nothing is set."""
-        read = lambda name, default: int(os.environ.get(name, default))  # noqa: E731
+        read = lambda name, default: int(os.environ.get(name, default))
         local_size = read("LOCAL_WORLD_SIZE", read("LOCAL_SIZE", 1))  # the latter: DeepSpeed's launcher
         return cls(read("RANK", 0), read("WORLD_SIZE", 1), read("LOCAL_RANK", 0), local_size)
 

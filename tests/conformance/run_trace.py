@@ -136,7 +136,7 @@ def compare(trace: Trace, tuning: SparseFineTuning, step: int) -> tuple[float, f
         shared, wanted = shared + int(common.sum()), wanted + max(indices.numel(), mine.numel())
         if common.any():
             difference = float((delta.deltas.cpu()[common] - deltas[mine[common]]).abs().max())
-            error = max(error, difference) if difference == difference else math.inf
+            error = math.inf if math.isnan(difference) else max(error, difference)
     return shared / wanted, error
 
 

@@ -86,7 +86,7 @@ def move_a_delta(tensors: dict, settings: dict) -> None:
 
 def move_an_index(tensors: dict, settings: dict) -> None:
     indices = tensors["step002/indices/model.layers.0.self_attn.q_proj"]
-    free = sorted(set(range(1024)) - set(indices.tolist()))[0]
+    free = min(set(range(1024)) - set(indices.tolist()))
     indices[3] = free
     indices.copy_(indices.sort().values)
 
@@ -159,6 +159,6 @@ def test_the_unchanged_trace_is_reproduced(good: Path) -> None:
 def test_the_runner_is_a_command_of_its_own(good: Path, tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, str(HERE / "run_trace.py"), str(good)], cwd=tmp_path, env=dict(os.environ),
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert run.returncode == 0 and "reproduced on 1 rank(s)" in run.stdout, run.stderr

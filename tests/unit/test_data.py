@@ -37,7 +37,7 @@ def test_with_loss_on_all_every_token_counts(load, tokenizer) -> None:
 
 
 def test_every_assistant_turn_and_its_end_count(load, tokenizer) -> None:
-    turn = lambda role, content: {"role": role, "content": content}  # noqa: E731
+    turn = lambda role, content: {"role": role, "content": content}
     rows = [{"messages": [turn("user", "a?"), turn("assistant", "b"), turn("user", "c?"), turn("assistant", "d")]}]
     examples = load(rows)
     assert tokenizer.decode(examples.input_ids[0]).startswith("<s>user:a?</s><s>assistant:b</s>")

@@ -28,7 +28,7 @@ def test_random_indices_cover_a_weight_evenly() -> None:
 
 
 def test_random_indices_depend_on_seed_and_name_and_nothing_else() -> None:
-    draw = lambda seed, name: random_indices((100, 100), 50, seed, name).tolist()  # noqa: E731
+    draw = lambda seed, name: random_indices((100, 100), 50, seed, name).tolist()
     first = draw(1, "w")
     torch.manual_seed(123)
     torch.rand(7)

@@ -92,7 +92,7 @@ def test_whatever_is_not_active_has_its_pretrained_bits_and_restoring_gives_all_
     run, _, base = trained(architecture, dtype, method)
     pretrained = dict(load(base).named_parameters())
     active = {delta.name: delta.indices.long() for delta in run.tuning.store}
-    bits = lambda tensor: tensor.detach().flatten().view(torch.int16 if dtype == "bfloat16" else torch.int32)  # noqa: E731
+    bits = lambda tensor: tensor.detach().flatten().view(torch.int16 if dtype == "bfloat16" else torch.int32)
     changed = 0
     for name, weight in run.model.named_parameters():
         differs = bits(weight) != bits(pretrained[name])
@@ -130,7 +130,7 @@ def test_a_base_in_several_files_is_merged(trained, tmp_path) -> None:
 def test_a_merged_folder_has_tokenizer_and_configuration(trained, tmp_path) -> None:
     from transformers import AutoTokenizer
 
-    _, adapter, base = trained()
+    _, adapter, _ = trained()
     folder = merged(adapter, tmp_path / "merged")
     assert AutoTokenizer.from_pretrained(folder)("1 + 1")["input_ids"]
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"

@@ -52,7 +52,7 @@ def tapped(kind: str) -> tuple[nn.Module, list[tuple[str, Tensor]]]:
     torch.manual_seed(0)
     layer, recorded = LAYERS[kind]().requires_grad_(False), []
     nn.init.normal_(layer.weight)
-    record = lambda name, gradient: recorded.append((name, gradient))  # noqa: E731
+    record = lambda name, gradient: recorded.append((name, gradient))
     attach(WeightTap(layer, "w", record, transposed=kind == "conv1d"))
     return layer, recorded
 
@@ -142,12 +142,13 @@ def test_training_forward_passes_cost_what_those_of_the_stock_model_cost(session
         stock.get_parameter(target.name).requires_grad_(True)
     found = []
     for model in (run.model, stock):
-        saved: dict[int, int] = {}
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: saved.__setitem__(tensor.data_ptr(), tensor.untyped_storage().nbytes()) or tensor, lambda t: t
-        ), Operations(set(), []) as operations:
-            token_loss_sum(model, batch)
-        found.append((operations.names, sum(saved.values())))
+        saved: list[Tensor] = []
+        keep = lambda tensor, saved=saved: saved.append(tensor) or tensor  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with Operations(set(), []) as operations:
+                token_loss_sum(model, batch)
+        sizes = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
+        found.append((operations.names, sum(sizes.values())))
     (own_names, own_bytes), (stock_names, stock_bytes) = found
     if quantity == "bytes":
         assert own_bytes <= stock_bytes

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -64,7 +65,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_linearly() -> None:
     rates = [rate.at(step) for step in range(1, 101)]
     assert rates[:10] == pytest.approx([n / 10 for n in range(1, 11)])
     assert max(rates) == 1.0 and min(rates) > 0
-    falls = [before - after for before, after in zip(rates[10:], rates[11:], strict=False)]
+    falls = [before - after for before, after in itertools.pairwise(rates[10:])]
     assert falls == pytest.approx([1 / 90] * len(falls))
 
 
