@@ -16,7 +16,7 @@ esac
 [ -f "$recipe" ] || die "recipe $recipe: no such file (shipped ones: $root/scale_sft/recipes/)"
 
 if [ -z "${SCALE_SFT_ALLOW_CPU:-}" ] && ! nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then
-    die "no GPU here (nvidia-smi lists none): run it where there is one, or set SCALE_SFT_ALLOW_CPU=1 to train on the CPU"
+    die "no GPU here (nvidia-smi lists none): run it where there is one, or set SCALE_SFT_ALLOW_CPU=1 to use the CPU"
 fi
 
 if [ -n "${SCALE_SFT_VENV:-}" ]; then

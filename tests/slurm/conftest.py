@@ -47,8 +47,9 @@ class Slurm:
 
     def script(self, action: str, *arguments: str, timeout: float = 60, cwd: Path = ROOT, **environment: str):
         return subprocess.run(
-            [SHARED / "mini-slurm.sh", action, self.folder, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-            env=self.environment | environment, timeout=timeout, check=False, stdin=subprocess.DEVNULL,
+            [SHARED / "mini-slurm.sh", action, self.folder, *map(str, arguments)], cwd=cwd,
+            env=self.environment | environment, capture_output=True, text=True, timeout=timeout, check=False,
+            stdin=subprocess.DEVNULL,
         )  # fmt: skip
 
     def submit(self, *arguments: str | Path, cwd: Path, **environment: str) -> str:

@@ -1,5 +1,6 @@
 """launch/slurm_multinode.sbatch in a real Slurm, with a stand-in for Python that notes how it is called."""
 
+import itertools
 import json
 import sys
 import time
@@ -77,7 +78,7 @@ def test_nodes_gpus_and_address_come_from_slurm(slurm, submit, tmp_path):
     expected["--main_process_port"] = str(20000 + int(job))
     for node in ("0", "1"):
         arguments = started(tmp_path, node)
-        values = dict(zip(arguments, arguments[1:], strict=False))
+        values = dict(itertools.pairwise(arguments))
         assert {key: values[key] for key in expected} == expected
         assert values["--machine_rank"] == node
         assert values["--deepspeed_config_file"].endswith("ds_configs/zero3.json")
@@ -88,8 +89,8 @@ def test_a_preempted_job_saves_and_starts_again(slurm, submit, tmp_path):
     job = submit(behaviour="save on signal")
     for node in (0, 1):
         started(tmp_path, node)
-    urgent = slurm.submit("--partition=high", "--nodes=2", "--exclusive", "--output=urgent", "--wrap=true", cwd=tmp_path)
-    slurm.wait(urgent, 60)
+    urgent = ("--partition=high", "--nodes=2", "--exclusive", "--output=urgent", "--wrap=true")
+    slurm.wait(slurm.submit(*urgent, cwd=tmp_path), 60)
     started(tmp_path, 0, restarts=1)
     ended = slurm.wait(job, 60)
     log = (tmp_path / f"slurm-{job}.log").read_text()
@@ -117,7 +118,11 @@ def test_a_failure_ends_the_job_and_is_shown(slurm, submit, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
-    [((), "no recipe given"), (("--steps", "3"), "no recipe given"), (("none.yaml",), "recipe none.yaml: no such file")],
+    [
+        ((), "no recipe given"),
+        (("--steps", "3"), "no recipe given"),
+        (("none.yaml",), "recipe none.yaml: no such file"),
+    ],
 )
 def test_a_missing_recipe_is_named(slurm, tmp_path, arguments, reason):
     job = slurm.submit(SBATCH, *arguments, cwd=tmp_path)

@@ -1,8 +1,12 @@
 """Two nodes train the adapter that one process trains; launchers that would train alone on each are refused."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -83,3 +87,28 @@ srun --label bash -c 'timeout 120 {sys.executable} -m accelerate.commands.launch
     assert "each node would train alone" in log or "each machine would train alone" in log, log
     assert "step 1" not in log
     assert not list(tmp_path.glob("run-*"))
+
+
+def rank_process(job: str, rank: int) -> int | None:
+    """Process id of a rank of a job; all nodes share this machine's process table."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            settings = (entry / "environ").read_text().split("\0")
+        except OSError:
+            continue
+        if f"SLURM_JOB_ID={job}" in settings and f"RANK={rank}" in settings:
+            return int(entry.name)
+    return None
+
+
+def test_a_rank_that_dies_ends_the_job_within_a_minute_and_is_named(slurm, folder):
+    job = slurm.submit(SBATCH, "recipe.yaml", "--steps", "100000", "--output_dir", "runs/killed", cwd=folder)
+    metrics = folder / "runs" / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not metrics.exists() or '"step": 3' not in metrics.read_text():
+        assert time.monotonic() < deadline and "JobState=FAILED" not in slurm.state(job)
+        time.sleep(0.5)
+    os.kill(rank_process(job, 1), signal.SIGKILL)
+    assert "JobState=FAILED" in slurm.wait(job, 60)
+    log = (folder / f"slurm-{job}.log").read_text()
+    assert "host      : n2" in log and "rank      : 1 (local_rank: 0)" in log and "SIGKILL" in log, log

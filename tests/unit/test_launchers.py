@@ -15,6 +15,11 @@ def torchrun(rank: int, size: int, local_size: int) -> dict[str, str]:
             "MASTER_ADDR": "n1", "MASTER_PORT": "29500", **ACCELERATE}  # fmt: skip
 
 
+def deepspeed(rank: int, size: int, machines: int) -> dict[str, str]:
+    return {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": "0", "LOCAL_SIZE": str(size // machines),
+            "CROSS_SIZE": str(machines), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # fmt: skip
+
+
 @pytest.fixture
 def environment(monkeypatch):
     """Sets the launcher's variables; those of the surrounding system do not count."""
@@ -32,10 +37,7 @@ def environment(monkeypatch):
         ({"SLURM_STEP_NUM_NODES": "2", **torchrun(1, 8, 8)}, "runs on 2 nodes, but the launcher's world spans 1"),
         ({"SLURM_STEP_NUM_NODES": "2"}, "runs on 2 nodes, but the launcher's world spans 1"),
         ({"MASTER_ADDR": "n1", "MASTER_PORT": "29500", **ACCELERATE}, "started this process alone"),
-        (
-            {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_SIZE": "8", "CROSS_SIZE": "1", "SLURM_STEP_NUM_NODES": "2", **ACCELERATE},
-            "--deepspeed_multinode_launcher standard",
-        ),
+        ({"SLURM_STEP_NUM_NODES": "2", **deepspeed(3, 8, 1), **ACCELERATE}, "--deepspeed_multinode_launcher standard"),
     ],
     ids=["one torchrun per node", "one process per node", "--cpu --num_machines 2", "pdsh without a host file"],
 )  # fmt: skip
@@ -52,8 +54,8 @@ def test_a_launcher_that_trains_alone_is_refused(environment, values, reason):
         ACCELERATE,
         torchrun(1, 4, 4),
         {"SLURM_STEP_NUM_NODES": "2", **torchrun(9, 16, 8)},
-        {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_SIZE": "8", "CROSS_SIZE": "2", "SLURM_STEP_NUM_NODES": "2", **ACCELERATE},
-        {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_SIZE": "8", "CROSS_SIZE": "1", "MASTER_ADDR": "127.0.0.1"},
+        {"SLURM_STEP_NUM_NODES": "2", **deepspeed(9, 16, 2), **ACCELERATE},
+        deepspeed(3, 8, 1),
     ],
     ids=["python", "accelerate, one process", "torchrun", "two nodes", "pdsh, two nodes", "deepspeed, one node"],
 )  # fmt: skip

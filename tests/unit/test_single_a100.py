@@ -21,11 +21,12 @@ def script(tmp_path):
     (tools / "nvidia-smi").write_text("#!/bin/sh\nexit 1\n")
     (tools / "nvidia-smi").chmod(0o755)
 
+    base = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SCALE_SFT_VENV": str(tmp_path / "venv")}
+
     def run(*arguments, **environment):
         return subprocess.run(
             [str(ROOT / "launch" / "single_a100.sh"), *arguments], cwd=tmp_path, capture_output=True, text=True,
-            timeout=60, check=False,
-            env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SCALE_SFT_VENV": str(tmp_path / "venv"), **environment},
+            timeout=60, check=False, env={**base, **environment},
         )  # fmt: skip
 
     return run
