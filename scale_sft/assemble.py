@@ -52,7 +52,8 @@ class Inputs:
     def digests(self) -> dict[str, str]:
         """SHA-256 of the configuration and of the tokenised data: ranks that differ in them must not train together."""
         settings = hashlib.sha256(to_yaml(self.config).encode()).hexdigest()
-        digests = {"the configuration": settings, "train_data": self.train.digest()}
+        placement = hashlib.sha256(self.placement.name.encode()).hexdigest()
+        digests = {"the configuration": settings, "base_placement": placement, "train_data": self.train.digest()}
         return digests | ({"eval_data": self.eval.digest()} if self.eval else {})
 
 
@@ -167,7 +168,7 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
         UserError: the base does not load, targets match nothing, or ranks loaded different weights.
     """
     config = inputs.config
-    cluster.check_identical(inputs.digests(), "their inputs")
+    cluster.check_identical(inputs.digests, "their inputs")
     with PeakMemory(cluster.device) as loading:
         model = load_base(config.model, inputs.model_config, cluster.load_device)
     targets = find_targets(model, config.sparse.target_modules)
@@ -179,7 +180,7 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
     parts = {target.name: cluster.part_of(target.module.weight) for target in targets}
     prints = cluster.fingerprints(parts)
     base_hash = combine_fingerprints(prints, shapes)
-    cluster.check_identical({"base": base_hash}, "the base model")
+    cluster.check_identical(lambda: {"base": base_hash}, "the base model")
     return Session(
         inputs=inputs,
         cluster=cluster,

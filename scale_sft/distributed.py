@@ -49,12 +49,15 @@ class World:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
     def device_memory_bytes(self) -> int:
-        """Memory that this process can still get: of its GPU, or its share of what the machine has free."""
+        """Memory of this process's GPU, or its share of the machine's.
+
+        All of it, not what happens to be free: what is decided from it must come out alike on every rank.
+        """
         if torch.cuda.is_available():
-            return torch.cuda.mem_get_info(self.local_rank)[0]
+            return torch.cuda.get_device_properties(self.local_rank).total_memory
         import psutil
 
-        return psutil.virtual_memory().available // self.local_size
+        return psutil.virtual_memory().total // self.local_size
 
 
 SAVED_STATUS = 75
@@ -264,14 +267,15 @@ class Cluster:
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def check_identical(self, digests: Mapping[str, str], what: str) -> None:
-        """Stop the run if ranks differ in any of the named digests (hex SHA-256).
+    def check_identical(self, take_digests: Callable[[], Mapping[str, str]], what: str) -> None:
+        """Stop the run if ranks differ in any of the named digests (hex SHA-256); a single rank takes none.
 
         Raises:
             UserError: names the first weight (or item) and the ranks that differ from the majority.
         """
         if self.size == 1:
             return
+        digests = take_digests()
         own = bytearray(b"".join(bytes.fromhex(value) for value in digests.values()))
         tensor = torch.frombuffer(own, dtype=torch.uint8).to(self.device)
         rows = self._gather(tensor).view(self.size, len(digests), -1).cpu()

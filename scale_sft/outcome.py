@@ -87,7 +87,7 @@ def finish(
 ) -> None:
     """Save the adapter, the report and, if asked for, the merged model; sum up."""
     cluster, config = session.cluster, session.inputs.config
-    cluster.check_identical(session.tuning.digests(), "the deltas at the end")
+    cluster.check_identical(session.tuning.digests, "the deltas at the end")
     cluster.on_main(lambda: run.save_adapter(session.adapter()))
     metrics.summary(**_totals(session))
     written: dict[str, Path] = {"adapter": run.adapter}

@@ -91,7 +91,7 @@ def reallocate(session, metrics, step: int) -> None:
     tuning = session.tuning
     session.resident.settle()
     turnover = tuning.reallocate(step, session.resident)
-    session.cluster.check_identical(tuning.digests(), f"the deltas after reallocation {turnover.number}")
+    session.cluster.check_identical(tuning.digests, f"the deltas after reallocation {turnover.number}")
     metrics.reallocation(
         step,
         number=turnover.number,

@@ -164,7 +164,7 @@ def main(trace_file: Path, tolerance: float, shard: bool, ds_config: str | None,
         if tuning.schedule.reallocates_at(step):
             resident.settle()
             tuning.reallocate(step, resident)
-            cluster.check_identical(tuning.digests(), "the deltas")
+            cluster.check_identical(tuning.digests, "the deltas")
         resident.write()
         expected = float(trace.tensors["losses"][step - 1])
         good &= math.isclose(loss, expected, rel_tol=1e-4)
