@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -208,9 +209,9 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
     config = inputs.config
     cluster.check_identical(inputs.digests(), "their inputs")
     quantization, device = inputs.quantization, cluster.load_device
-    if quantization and device is None:
-        device = staging_device(cluster.device, inputs.placement.base_bytes)
-    with PeakMemory(cluster.device) as loading:
+    if quantization:
+        device = device or staging_device(cluster.device, inputs.placement.base_bytes)
+    with PeakMemory(cluster.device) as loading, cluster.loading_whole() if quantization else nullcontext():
         model = load_base(config.model, inputs.model_config, device, quantization)
     targets = find_targets(model, config.sparse.target_modules)
     shapes = {target.name: target.shape for target in targets}

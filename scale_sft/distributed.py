@@ -159,6 +159,23 @@ class Cluster:
         """Where a freshly loaded model goes; None: loading has already put it into shards."""
         return None if self.sharded else self.device
 
+    @contextmanager
+    def loading_whole(self) -> Iterator[None]:
+        """Inside the block transformers loads a model whole on every rank, also where the run shards it afterwards.
+
+        A quantised base cannot be loaded into shards, and transformers would refuse to say where it goes.
+        """
+        if not self.sharded:
+            yield
+            return
+        from transformers.integrations import deepspeed as integration
+
+        integration.unset_hf_deepspeed_config()
+        try:
+            yield
+        finally:
+            integration.set_hf_deepspeed_config(self.accelerator.state.deepspeed_plugin.dschf)
+
     def prepare(self, model: nn.Module) -> nn.Module:
         """Hand the frozen model to DeepSpeed where it is sharded; returns what forward passes go through."""
         if not self.sharded:
