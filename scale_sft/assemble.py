@@ -81,7 +81,7 @@ def read_inputs(config: Config) -> Inputs:
     world = World.from_environment()
     _check_batch(config, world.size)
     _check_targets(config, model_config)
-    data = replace(data, max_length=_max_length(data.max_length, model_config))
+    data = replace(data, max_length=max_length(data.max_length, model_config))
     dtype = resolve_dtype(config.model, model_config)
     placement = choose_placement(config, model_config, dtype, world, quantization)
     if quantization and placement.sharded:
@@ -104,7 +104,7 @@ def read_inputs(config: Config) -> Inputs:
     )
 
 
-def _max_length(wanted: int | None, model_config: Any) -> int:
+def max_length(wanted: int | None, model_config: Any) -> int:
     """The longest example in tokens: as asked for, or 2,048 (section 4.3) where the base has as many positions."""
     positions = getattr(model_config, "max_position_embeddings", None)
     if wanted and positions and wanted > positions:

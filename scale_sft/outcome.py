@@ -105,7 +105,8 @@ def finish(
             written["merged model"] = merge(run.adapter, run.merged)
         written["report"] = write_report(run.path)
 
-    cluster.on_main(write_the_rest)
+    with cluster.loading_whole():  # merging loads a quantised base once more
+        cluster.on_main(write_the_rest)
     rows: dict[str, Any] = {}
     if before and after:
         rows["held-out loss"] = f"{before.loss:.4f} before, {after.loss:.4f} after"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from logging import ERROR, getLogger
 from typing import Any
 
 import torch
@@ -124,6 +125,7 @@ def require_bitsandbytes() -> None:
         version = metadata.version("bitsandbytes")
     except metadata.PackageNotFoundError:
         raise UserError(f"quantization: needs bitsandbytes >= {wanted}, which is not installed: {remedy}") from None
+    getLogger("bitsandbytes.backends.cpu.ops").setLevel(ERROR)  # it recommends a kernel that is not used here
     found = tuple(int(part) for part in version.split(".")[:2])
     if found < OLDEST_BITSANDBYTES:
         raise UserError(f"quantization: needs bitsandbytes >= {wanted}, found {version}: {remedy}")

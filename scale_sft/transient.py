@@ -7,6 +7,7 @@ else is made. The packed base is only ever read. The second way beside `Resident
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from functools import partial
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from .base_weight import effective_values
 from .quantized import PackedWeight, PlainWeight
 from .spiel.delta import DeltaStore, SparseDelta
-from .spiel.linear import Materialize, Record, WeightTap, attach, nullcontext
+from .spiel.linear import Materialize, Record, WeightTap, attach
 
 
 def add_delta_(weight: Tensor, indices: Tensor, deltas: Tensor) -> None:
