@@ -26,6 +26,7 @@ EIGHT_BIT_LAYERS = ("Linear8bitLt",)
 BLOCK_ENTRIES = 64  # of one scale, in 4 bits
 SCALES_PER_BLOCK = 256  # that double quantisation quantises together
 CHUNK_ENTRIES = 1 << 22
+INT8_PIECES = 16  # at least so many: the fp32 temporary is an eighth of the bf16 weight, or less
 _MASK64 = (1 << 64) - 1
 
 
@@ -212,7 +213,7 @@ class PackedWeight:
     def _dequantize_int8(self, packed: Tensor) -> Tensor:
         """In pieces, so that the fp32 product of entry and scale never exists for the whole weight."""
         weight = torch.empty(self.shape, dtype=self.dtype, device=packed.device)
-        rows = max(1, CHUNK_ENTRIES // self.shape[1])
+        rows = max(1, min(CHUNK_ENTRIES // self.shape[1], self.shape[0] // INT8_PIECES))
         for first in range(0, self.shape[0], rows):
             part = slice(first, first + rows)
             weight[part] = (packed[part] * self.scales[part, None]).mul_(1 / 127)

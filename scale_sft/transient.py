@@ -21,7 +21,8 @@ from .spiel.linear import Materialize, Record, WeightTap, attach
 def add_delta_(weight: Tensor, indices: Tensor, deltas: Tensor) -> None:
     """Write effective values into a dequantised weight [O, I], in place: indices [K] flat, deltas [K]."""
     entries = weight.view(-1)
-    entries.scatter_(0, indices, effective_values(entries.gather(0, indices), deltas))
+    values = effective_values(entries.gather(0, indices), deltas)
+    entries.index_put_((indices,), values)  # on a CPU scatter_ would copy a bf16 weight to fp32 and back
 
 
 class TransientDeltas:
