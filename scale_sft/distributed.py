@@ -180,8 +180,20 @@ class Cluster:
         """Hand the frozen model to DeepSpeed where it is sharded; returns what forward passes go through."""
         if not self.sharded:
             return model
+        if not all(hasattr(weight, "ds_id") for weight in model.parameters()):
+            self._cut(model)
         self.engine = self.accelerator.prepare(model)
         return self.engine.module
+
+    def _cut(self, model: nn.Module) -> None:
+        """Cut a model that was loaded whole into shards, weight by weight: DeepSpeed's engine would first move all of it
+        to the device, where it need not fit."""
+        import deepspeed
+
+        deepspeed.zero.Init(module=model, config_dict_or_path=self.accelerator.state.deepspeed_plugin.dschf.config)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
 
     @contextmanager
     def materialize(self, weight: nn.Parameter) -> Iterator[Tensor]:

@@ -424,3 +424,9 @@ def test_resident_deltas_on_a_quantised_base_are_refused(open_session):
     parts = {target.name: session.cluster.part_of(target.module.weight) for target in session.targets}
     with pytest.raises(UserError, match="quantised.*TransientDeltas"):
         ResidentDeltas(session.tuning.store, parts)
+
+
+@pytest.mark.parametrize("recipe", sorted(Path(quantized.__file__).parent.glob("recipes/*nf4*.yaml")), ids=lambda p: p.stem)
+def test_recipes_of_quantised_bases_load(recipe):
+    config = load(recipe, {})
+    assert config.model.quantization == "nf4" and config.model.double_quantization
