@@ -146,6 +146,7 @@ class Session:
     learning_rate: LearningRateSchedule
     base_hash: str
     load_peak_bytes: int  # of this rank, above what it had before
+    loaded_on: torch.device | None = None  # where a quantised base was quantised
 
     def evaluate(self, *, answers: bool = False) -> Evaluation:
         """Held-out loss and, with `answers`, exact match of generated answers; there must be held-out data."""
@@ -191,7 +192,7 @@ class Session:
             "method": config.sparse.method,
         }
         if self.inputs.quantization:
-            info |= self.inputs.quantization.description(self.cluster.device)
+            info |= self.inputs.quantization.description(self.loaded_on)
         return Adapter(
             indices={delta.name: delta.indices for delta in store},
             deltas={delta.name: delta.deltas for delta in store},
@@ -241,6 +242,7 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
         ),
         base_hash=base_hash,
         load_peak_bytes=loading.added,
+        loaded_on=device,
     )
 
 
