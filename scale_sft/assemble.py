@@ -177,8 +177,8 @@ class Session:
         found = hash_of_base(self.targets, self.cluster, self.resident)
         if found != self.base_hash:
             raise UserError(
-                f"base: its packed weights have changed during the run: their hash is {found[:16]}..., at the start it was "
-                f"{self.base_hash[:16]}...; something wrote into them, and the deltas belong to no base any more"
+                f"base: its packed weights have changed during the run: their hash is {found[:16]}..., at the start it "
+                f"was {self.base_hash[:16]}...; something wrote into them, and the deltas belong to no base any more"
             )
 
     def adapter(self) -> Adapter:
@@ -220,7 +220,10 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
     tuning = build_tuning(config, shapes, active, inputs.steps, cluster)
     transient = None
     if quantization:  # before the packed weights are cut into shards
-        transient = tap_quantized(model, targets, tuning, cluster, inputs.dtype)
+        packed = packed_weights(model, inputs.dtype, cluster.device)
+        plain = {t.name: PlainWeight(t.module, t.transposed) for t in targets if t.name not in packed}
+        transient = TransientDeltas(tuning.store, packed | plain, cluster.materialize)
+        attach_transient_taps(transient, tuning.store.names, tuning.recorder.record)
     else:
         attach_taps(targets, tuning.recorder.record, cluster.materialize)
     model = cluster.prepare(model)
@@ -244,17 +247,6 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
         load_peak_bytes=loading.added,
         loaded_on=device,
     )
-
-
-def tap_quantized(
-    model: nn.Module, targets: list[Target], tuning: SparseFineTuning, cluster: Cluster, dtype: torch.dtype
-) -> TransientDeltas:
-    """Transient deltas over a freshly loaded quantised base, with taps on all its quantised layers and targets."""
-    packed = packed_weights(model, dtype, cluster.device)
-    plain = {t.name: PlainWeight(t.module, t.transposed) for t in targets if t.name not in packed}
-    transient = TransientDeltas(tuning.store, {**packed, **plain}, cluster.materialize)
-    attach_transient_taps(transient, tuning.store.names, tuning.recorder.record)
-    return transient
 
 
 def hash_of_base(targets: list[Target], cluster: Cluster, transient: TransientDeltas | None) -> str:

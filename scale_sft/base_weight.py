@@ -119,8 +119,8 @@ def _refuse_packed(delta: SparseDelta, part: WeightPart) -> None:
     entries = part.entries()
     if not entries.is_floating_point():
         raise UserError(
-            f"weight '{delta.name}' is quantised (packed {str(entries.dtype).removeprefix('torch.')}): a resident delta "
-            "cannot be written into it; use TransientDeltas"
+            f"weight '{delta.name}' is quantised (packed {str(entries.dtype).removeprefix('torch.')}): a resident "
+            "delta cannot be written into it; use TransientDeltas"
         )
 
 

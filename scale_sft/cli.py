@@ -47,8 +47,8 @@ def main() -> None:
 def merge(adapter: Path, output: Path, base: str | None, quantize: str | None) -> None:
     """Write base + ADAPTER as a plain transformers folder (ADAPTER: the adapter/ folder of a run).
 
-    Its logits are those of the trained model, bit for bit. Needs the memory of one safetensors file at a time. A base in
-    4 or 8 bits is dequantised, and the result is written in bfloat16.
+    Its logits are those of the trained model, bit for bit. Needs the memory of one safetensors file at a time. A base
+    in 4 or 8 bits is dequantised, and the result is written in bfloat16.
     """
     from .export import merge as merge_adapter
 

@@ -76,8 +76,8 @@ class ModelConfig:
     )
     quantization: str = option(
         "none",
-        "Keep the base in 4 bits (nf4, fp4) or 8 bits (int8) and add the deltas to the dequantised weights; none: as it is "
-        "stored. A base that is stored quantised by bitsandbytes stays so.",
+        "Keep the base in 4 bits (nf4, fp4) or 8 bits (int8) and add the deltas to the dequantised weights; none: as it "
+        "is stored. A base that is stored quantised by bitsandbytes stays so.",
         choices=("none", "nf4", "fp4", "int8"),
     )
     double_quantization: bool = option(True, "Quantise the scales of a 4-bit base too: 0.05 bytes less per weight.")
@@ -139,8 +139,8 @@ class SparseConfig:
     )
     delta_dtype: str = option(
         "float32",
-        "Dtype of the deltas themselves; bfloat16 saves 2 bytes per entry and loses updates that are small beside their "
-        "delta. Gradients and optimizer state are float32 in any case.",
+        "Dtype of the deltas themselves; bfloat16 saves 2 bytes per entry and loses updates that are small beside "
+        "their delta. Gradients and optimizer state are float32 in any case.",
         choices=("float32", "bfloat16"),
     )
     proposal_batch_size: int | None = option(

@@ -186,7 +186,7 @@ class Cluster:
         return self.engine.module
 
     def _cut(self, model: nn.Module) -> None:
-        """Cut a model that was loaded whole into shards, weight by weight: DeepSpeed's engine would first move all of it
+        """Cut a model that was loaded whole into shards, weight by weight: the engine would first move all of it
         to the device, where it need not fit."""
         import deepspeed
 

@@ -37,7 +37,8 @@ def merge_quantized(
 ) -> dict[str, Tensor]:
     """Write dequantised base + adapter as a plain transformers folder in `dtype`; every layer is dequantised.
 
-    Needs memory for the quantised base and one file of 4 GiB. A run that computed in bfloat16 is reproduced bit for bit.
+    Needs memory for the quantised base and one file of 4 GiB. A run that computed in bfloat16 is reproduced bit for
+    bit.
 
     Returns:
         The base values of the active entries, by weight name: [K] in `dtype`.

@@ -169,8 +169,8 @@ def find_targets(model: nn.Module, wanted: tuple[str, ...] | str | None) -> list
     if unsupported:
         kinds = ", ".join(sorted({type(chosen[path]).__name__ for path in unsupported}))
         raise UserError(
-            f"target_modules: '{unsupported[0]}' is a {kinds} layer; only nn.Linear and Conv1D, as they are or in 4 or 8 "
-            "bits of bitsandbytes, can carry a delta"
+            f"target_modules: '{unsupported[0]}' is a {kinds} layer; only nn.Linear and Conv1D, as they are or in 4 or "
+            "8 bits of bitsandbytes, can carry a delta"
         )
     owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     for path, module in chosen.items():

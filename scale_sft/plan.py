@@ -129,11 +129,11 @@ def _place_quantized(asked: str, needs: Footprint, world: World) -> Placement:
         return Placement(sharded, "as asked for by base_placement" + (f"; {whole}" if sharded else ""), needs.base)
     room = int(world.device_memory_bytes() * (1 - ACTIVATION_RESERVE_FRACTION))
     figures = (
-        f"the quantised base ({needs.base / GIB:.2f} GiB) and its training state need {needs.total / GIB:.2f} GiB, a device "
-        f"has room for {room / GIB:.2f} GiB"
+        f"the quantised base ({needs.base / GIB:.2f} GiB) and its training state need {needs.total / GIB:.2f} GiB, a "
+        f"device has room for {room / GIB:.2f} GiB"
     )
     if needs.total <= room:
-        return Placement(False, f"auto: {figures}; whole on every rank it moves no weights, sharded it would", needs.base)
+        return Placement(False, f"auto: {figures}; whole everywhere it moves no weights, sharded it would", needs.base)
     if world.size == 1:
         return Placement(False, f"auto: {figures}, but one process cannot shard; it may not fit", needs.base)
     return Placement(True, f"auto: {figures}; {whole}", needs.base)

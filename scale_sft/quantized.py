@@ -1,7 +1,8 @@
 """A base in 4 or 8 bits (section 3.4): what it is, how it is loaded, how its values are had back.
 
 bitsandbytes keeps a weight as packed bytes and a small state of scales. The packed bytes are a parameter, which ZeRO-3
-may cut into shards; the state stays whole on every rank. Indices, budgets and counts are those of the dequantised weight.
+may cut into shards; the state stays whole on every rank. Indices, budgets and counts are those of the dequantised
+weight.
 Shapes: O out, I in of the dequantised weight; P packed entries.
 """
 
@@ -99,16 +100,16 @@ def resolve_quantization(config: ModelConfig, model_config: Any) -> Quantization
     method = stored.get("quant_method", "bitsandbytes")
     method = getattr(method, "value", method)
     eight = bool(stored.get("load_in_8bit"))
-    if method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit") or stored.get("llm_int8_has_fp16_weight"):
+    if not method.startswith("bitsandbytes") or stored.get("llm_int8_has_fp16_weight"):
         raise UserError(
-            f"base: '{config.base}' is stored quantised by '{method}', whose layers cannot be dequantised here; expected "
-            "bitsandbytes in 4 or 8 bits. Take the unquantised base, with quantization nf4 if memory is short"
+            f"base: '{config.base}' is stored quantised by '{method}', whose layers cannot be dequantised here; "
+            "expected bitsandbytes in 4 or 8 bits. Take the unquantised base, with quantization nf4 if memory is short"
         )
     kind = "int8" if eight else stored.get("bnb_4bit_quant_type", "fp4")
     if config.quantization not in ("none", kind):
         raise UserError(
-            f"quantization: got {config.quantization}, but '{config.base}' is stored in {kind} already; leave the option "
-            "out, or take the unquantised base"
+            f"quantization: got {config.quantization}, but '{config.base}' is stored in {kind} already; leave the "
+            "option out, or take the unquantised base"
         )
     require_bitsandbytes()
     storage = stored.get("bnb_4bit_quant_storage", "uint8")
@@ -133,7 +134,9 @@ def require_bitsandbytes() -> None:
 
 
 def refuse_corrupting_storage(quantization: Quantization, dtype: torch.dtype) -> None:
-    """Before a quantised base is sharded: DeepSpeed casts floating-point parameters to its own dtype, packed or not.
+    """Before a quantised base is sharded: DeepSpeed's engine casts floating-point parameters, packed or not.
+
+    Weights that are cut before the engine sees them escape that in DeepSpeed 0.19.8; nothing promises that they will.
 
     Raises:
         UserError: the packed bytes are stored as floating-point numbers of another dtype than the computation's.
@@ -142,9 +145,9 @@ def refuse_corrupting_storage(quantization: Quantization, dtype: torch.dtype) ->
     if not storage.is_floating_point or storage is dtype:
         return
     raise UserError(
-        f"base_placement: shard would destroy this base: its 4-bit weights are stored as {_name(storage)} "
-        f"(bnb_4bit_quant_storage), which DeepSpeed casts to {_name(dtype)}, the dtype of the run. Use base_placement "
-        f"replicate, or quantise the original base with bnb_4bit_quant_storage uint8"
+        f"base_placement: shard could destroy this base: its 4-bit weights are stored as {_name(storage)} "
+        f"(bnb_4bit_quant_storage), which DeepSpeed may cast to {_name(dtype)}, the dtype of the run. Use "
+        f"base_placement replicate, or quantise the original base with bnb_4bit_quant_storage uint8"
     )
 
 
@@ -190,7 +193,10 @@ class PackedWeight:
         weight = module.weight
         state = getattr(weight, "quant_state" if self.four_bit else "SCB", None)
         if state is None:
-            raise UserError(f"quantization: the {type(module).__name__} layer of '{name}' holds no scales; not quantised")
+            raise UserError(
+                f"quantization: the {type(module).__name__} layer of '{name}' holds no scales, so it cannot be "
+                "dequantised; expected a layer that bitsandbytes has quantised"
+            )
         if self.four_bit:
             # On processors with AVX512-bf16 the layer would repack its weight in place in the first evaluation, under
             # ZeRO-3 into the gathered copy only, which corrupts it.

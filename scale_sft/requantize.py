@@ -114,7 +114,7 @@ def _measure(
                 delta_norm += float(delta.square().sum())
                 active += int((delta != 0).sum())
                 undone += int(((delta != 0) & (became == 0)).sum())
-    relative = lambda error, norm: (error / norm) ** 0.5 if norm else 0.0  # noqa: E731
+    relative = lambda error, norm: (error / norm) ** 0.5 if norm else 0.0
     return active, undone, relative(delta_error, delta_norm), relative(weight_error, weight_norm)
 
 

@@ -41,7 +41,8 @@ def on_dequantized_bases(launch_runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
     runs = [{**OPTIONS, "base": str(dequantize(kind, folder / kind))} for kind in KINDS]
     names = [*KINDS, "packed"]
-    return dict(zip(names, launch_runs(1, False, [*runs, {**OPTIONS, "steps": 1, "quantization": KINDS[0]}]), strict=True))
+    packed = {**OPTIONS, "steps": 1, "quantization": KINDS[0]}
+    return dict(zip(names, launch_runs(1, False, [*runs, packed]), strict=True))
 
 
 def hash_of(run):

@@ -18,6 +18,7 @@ from scale_sft.errors import UserError
 from scale_sft.model import find_targets, load_base, load_model_config
 from scale_sft.quantized import packed_weights, resolve_quantization
 from scale_sft.spiel.delta import DeltaStore
+from scale_sft.spiel.linear import detach
 from scale_sft.train import forward_backward
 from scale_sft.transient import TransientDeltas
 
@@ -114,7 +115,8 @@ def test_gradients_equal_those_of_the_dequantised_base_with_deltas_and_checkpoin
 ):
     plain = dequantized_copy(tiny_model("llama"), "nf4", tmp_path / "plain")
     gradients = []
-    for options in ({"base": str(plain)}, {"quantization": "nf4"}, {"quantization": "nf4", "gradient_checkpointing": True}):
+    packed = {"quantization": "nf4"}
+    for options in ({"base": str(plain)}, packed, packed | {"gradient_checkpointing": True}):
         session = open_session(**options)
         store = session.tuning.store
         store.flat.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
@@ -218,6 +220,18 @@ def test_no_layer_may_repack_its_weight_on_avx512_bf16_processors(open_session):
     assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
+def test_not_even_the_layers_own_evaluation_repacks_their_weights(open_session):
+    session = open_session(quantization="nf4")
+    module = session.model.model.layers[0].self_attn.q_proj  # 32 x 32: of a shape that would be repacked
+    before = module.weight.data.clone()
+    detach(module)
+    session.model.eval()
+    with torch.no_grad():
+        module(torch.ones(1, 3, 32))
+    assert module.weight.data.equal(before)
+    session.check_packed_base()
+
+
 def test_nothing_is_raised_to_fp32_and_everything_is_frozen(open_session, tiny_model):
     session = open_session(quantization="nf4", base=str(tiny_model("opt", "bfloat16")))
     packed = {id(weight.module.weight) for weight in session.resident.packed.values()}
@@ -284,7 +298,8 @@ def test_cohort_numbers_beyond_bf16_stay_exact():
 
     store = DeltaStore({"w": (4, 4)}, {"w": 4}, cohorts=600, dtype=torch.bfloat16)
     delta = store["w"]
-    apply_exchange(delta, exchange_by_accumulators(delta.indices, delta.deltas.abs(), torch.ones(4), torch.ones(4), 2), 513)
+    ones = torch.ones(4)
+    apply_exchange(delta, exchange_by_accumulators(delta.indices, delta.deltas.abs(), ones, ones, 2), 513)
     assert sorted(delta.cohort.tolist()) == [0, 0, 513, 513]
 
 
@@ -326,7 +341,7 @@ def test_merging_back_into_four_bits_prints_what_is_lost(train_run, pairs_file, 
     run = train_run(quantization="nf4", dtype="bfloat16", eval_data=str(pairs_file), max_eval_examples=4, steps=3)
     text = merge_into_few_bits(run / "adapter", tmp_path / "few", "nf4")
     assert "deltas vanish" in text and "merged in bfloat16" in text and "in nf4" in text
-    model, quantization = load_quantized(tmp_path / "few", "none", "bfloat16")
+    _, quantization = load_quantized(tmp_path / "few", "none", "bfloat16")
     assert quantization.on_disk and quantization.kind == "nf4"
     assert {path.name for path in tmp_path.glob(".few*")} == set()
 
@@ -394,7 +409,7 @@ def test_a_storage_type_that_zero3_corrupts_is_refused_when_sharding(train_run, 
     AutoModelForCausalLM.from_pretrained(tiny_model("llama"), quantization_config=settings).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     train_run(base=str(folder), steps=1, dtype="bfloat16", output_dir=str(tmp_path / "replicated"))
-    with pytest.raises(UserError, match="bnb_4bit_quant_storage.*casts to bfloat16"):
+    with pytest.raises(UserError, match="bnb_4bit_quant_storage.*may cast to bfloat16"):
         train_run(base=str(folder), dtype="bfloat16", base_placement="shard", output_dir=str(tmp_path / "sharded"))
 
 
@@ -426,7 +441,10 @@ def test_resident_deltas_on_a_quantised_base_are_refused(open_session):
         ResidentDeltas(session.tuning.store, parts)
 
 
-@pytest.mark.parametrize("recipe", sorted(Path(quantized.__file__).parent.glob("recipes/*nf4*.yaml")), ids=lambda p: p.stem)
+RECIPES = sorted(Path(quantized.__file__).parent.glob("recipes/*nf4*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_of_quantised_bases_load(recipe):
     config = load(recipe, {})
     assert config.model.quantization == "nf4" and config.model.double_quantization

@@ -60,7 +60,7 @@ def measure(name: str, options: dict, tmp_path: Path, capsys) -> dict[str, tuple
         print(f"\n{name}: MiB of base, delta state, step beyond both, together; largest layer {largest / MIB:.1f}")
         for kind, (base, state, step, _) in figures.items():
             label = "bfloat16" if kind == "none" else kind
-            print(f"  {label:9} {base / MIB:8.1f} {state / MIB:8.1f} {step / MIB:8.1f} {(base + state + step) / MIB:8.1f}")
+            print(f"  {label:9}", *(f"{size / MIB:8.1f}" for size in (base, state, step, base + state + step)))
     return figures
 
 
