@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,9 +29,18 @@ from .model import (
     resolve_dtype,
 )
 from .plan import Placement, choose_placement, empty_model
+from .quantized import (
+    PlainWeight,
+    Quantization,
+    packed_weights,
+    refuse_corrupting_storage,
+    resolve_quantization,
+    staging_device,
+)
 from .spiel.algorithm import SparseFineTuning
 from .spiel.delta import DeltaStore, budget
 from .spiel.schedule import LearningRateSchedule, ReallocationSchedule
+from .transient import TransientDeltas, attach_transient_taps
 
 DEFAULT_MAX_LENGTH = 2048
 
@@ -43,6 +53,7 @@ class Inputs:
     tokenizer: Any
     model_config: Any
     dtype: torch.dtype
+    quantization: Quantization | None
     train: Examples
     eval: Examples | None
     order: BatchOrder
@@ -65,24 +76,36 @@ def read_inputs(config: Config) -> Inputs:
             over the ranks.
     """
     model_config = load_model_config(config.model)
+    quantization = resolve_quantization(config.model, model_config)
     tokenizer = load_tokenizer(config.model)
     data, run = config.data, config.run
     world = World.from_environment()
     _check_batch(config, world.size)
     _check_targets(config, model_config)
-    data = replace(data, max_length=_max_length(data.max_length, model_config))
+    data = replace(data, max_length=max_length(data.max_length, model_config))
+    dtype = resolve_dtype(config.model, model_config)
+    placement = choose_placement(config, model_config, dtype, world, quantization)
+    if quantization and placement.sharded:
+        refuse_corrupting_storage(quantization, dtype)
     train = load_examples(data.train_data, "train", tokenizer, data, data.max_train_examples)
     held_out = data.eval_data and load_examples(data.eval_data, "eval", tokenizer, data, data.max_eval_examples)
     total = None if run.steps else math.ceil((run.epochs or 1) * len(train))
     order = BatchOrder(len(train), run.global_batch_size, run.seed, total)
-    dtype = resolve_dtype(config.model, model_config)
-    placement = choose_placement(config, model_config, dtype, world)
     return Inputs(
-        config, tokenizer, model_config, dtype, train, held_out or None, order, run.steps or order.steps(), placement
+        config=config,
+        tokenizer=tokenizer,
+        model_config=model_config,
+        dtype=dtype,
+        quantization=quantization,
+        train=train,
+        eval=held_out or None,
+        order=order,
+        steps=run.steps or order.steps(),
+        placement=placement,
     )
 
 
-def _max_length(wanted: int | None, model_config: Any) -> int:
+def max_length(wanted: int | None, model_config: Any) -> int:
     """The longest example in tokens: as asked for, or 2,048 (section 4.3) where the base has as many positions."""
     positions = getattr(model_config, "max_position_embeddings", None)
     if wanted and positions and wanted > positions:
@@ -120,10 +143,11 @@ class Session:
     model: nn.Module
     targets: list[Target]
     tuning: SparseFineTuning
-    resident: ResidentDeltas
+    resident: ResidentDeltas | TransientDeltas
     learning_rate: LearningRateSchedule
     base_hash: str
     load_peak_bytes: int  # of this rank, above what it had before
+    loaded_on: torch.device | None = None  # where a quantised base was quantised
 
     def evaluate(self, *, answers: bool = False) -> Evaluation:
         """Held-out loss and, with `answers`, exact match of generated answers; there must be held-out data."""
@@ -143,6 +167,21 @@ class Session:
         )
         return Evaluation(result.loss, result.target_tokens, matched)
 
+    def check_packed_base(self) -> None:
+        """Prove that a quantised base has still the bytes that it was loaded with.
+
+        Raises:
+            UserError: it has not; what was trained belongs to no base.
+        """
+        if self.inputs.quantization is None:
+            return
+        found = hash_of_base(self.targets, self.cluster, self.resident)
+        if found != self.base_hash:
+            raise UserError(
+                f"base: its packed weights have changed during the run: their hash is {found[:16]}..., at the start it "
+                f"was {self.base_hash[:16]}...; something wrote into them, and the deltas belong to no base any more"
+            )
+
     def adapter(self) -> Adapter:
         """The present deltas, with all that is needed to use them."""
         config, store = self.inputs.config, self.tuning.store
@@ -153,6 +192,8 @@ class Session:
             "base_hash": self.base_hash,
             "method": config.sparse.method,
         }
+        if self.inputs.quantization:
+            info |= self.inputs.quantization.description(self.loaded_on)
         return Adapter(
             indices={delta.name: delta.indices for delta in store},
             deltas={delta.name: delta.deltas for delta in store},
@@ -169,25 +210,34 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
     """
     config = inputs.config
     cluster.check_identical(inputs.digests, "their inputs")
-    with PeakMemory(cluster.device) as loading:
-        model = load_base(config.model, inputs.model_config, cluster.load_device)
+    quantization, device = inputs.quantization, cluster.load_device
+    if quantization:
+        device = device or staging_device(cluster.device, inputs.placement.base_bytes)
+    with PeakMemory(cluster.device) as loading, cluster.loading_whole() if quantization else nullcontext():
+        model = load_base(config.model, inputs.model_config, device, quantization)
     targets = find_targets(model, config.sparse.target_modules)
     shapes = {target.name: target.shape for target in targets}
     active = budget_of(config, shapes)
     tuning = build_tuning(config, shapes, active, inputs.steps, cluster)
-    attach_taps(targets, tuning.recorder.record, cluster.materialize)
+    transient = None
+    if quantization:  # before the packed weights are cut into shards
+        packed = packed_weights(model, inputs.dtype, cluster.device)
+        plain = {t.name: PlainWeight(t.module, t.transposed) for t in targets if t.name not in packed}
+        transient = TransientDeltas(tuning.store, packed | plain, cluster.materialize)
+        attach_transient_taps(transient, tuning.store.names, tuning.recorder.record)
+    else:
+        attach_taps(targets, tuning.recorder.record, cluster.materialize)
     model = cluster.prepare(model)
-    parts = {target.name: cluster.part_of(target.module.weight) for target in targets}
-    prints = cluster.fingerprints(parts)
-    base_hash = combine_fingerprints(prints, shapes)
+    base_hash = hash_of_base(targets, cluster, transient)
     cluster.check_identical(lambda: {"base": base_hash}, "the base model")
+    parts = {target.name: cluster.part_of(target.module.weight) for target in targets}
     return Session(
         inputs=inputs,
         cluster=cluster,
         model=model,
         targets=targets,
         tuning=tuning,
-        resident=ResidentDeltas(tuning.store, parts, cluster.settle),
+        resident=transient or ResidentDeltas(tuning.store, parts, cluster.settle),
         learning_rate=LearningRateSchedule(
             peak=config.optimizer.learning_rate,
             total_steps=inputs.steps,
@@ -196,7 +246,16 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
         ),
         base_hash=base_hash,
         load_peak_bytes=loading.added,
+        loaded_on=device,
     )
+
+
+def hash_of_base(targets: list[Target], cluster: Cluster, transient: TransientDeltas | None) -> str:
+    """Hash of the target weights as they are now, wherever they lie; of quantised ones, of packed bytes and scales."""
+    prints = cluster.fingerprints({target.name: cluster.part_of(target.module.weight) for target in targets})
+    if transient:
+        prints = transient.with_states(prints)
+    return combine_fingerprints(prints, {target.name: target.shape for target in targets})
 
 
 def budget_of(config: Config, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
@@ -237,6 +296,7 @@ def build_tuning(
         device=cluster.device,
         cohorts=len(schedule.reallocations()),
         keep_reference=sparse.drop_criterion == "change",
+        dtype=getattr(torch, sparse.delta_dtype),
     )
     return SparseFineTuning(
         store,

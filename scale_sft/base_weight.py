@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .errors import UserError
 from .spiel.delta import DeltaStore, SparseDelta
 
 ROUNDING_RULE = "effective = (base.float() + delta).to(base.dtype)"
@@ -64,6 +65,7 @@ class ResidentDeltas:
         self._base: dict[str, Tensor] = {}
         self.settle()
         for delta in store:
+            _refuse_packed(delta, self.parts[delta.name])
             self._put_aside(delta)
 
     def _put_aside(self, delta: SparseDelta) -> None:
@@ -110,6 +112,16 @@ class ResidentDeltas:
             shared = local.untyped_storage().data_ptr() == delta.indices.untyped_storage().data_ptr()
             total += base.nbytes + (0 if shared else local.nbytes)
         return total
+
+
+def _refuse_packed(delta: SparseDelta, part: WeightPart) -> None:
+    """Raises UserError for packed bytes: a delta cannot be written into them, and their places are not its indices."""
+    entries = part.entries()
+    if not entries.is_floating_point():
+        raise UserError(
+            f"weight '{delta.name}' is quantised (packed {str(entries.dtype).removeprefix('torch.')}): a resident "
+            "delta cannot be written into it; use TransientDeltas"
+        )
 
 
 def fingerprint(part: WeightPart) -> tuple[int, int]:

@@ -39,13 +39,24 @@ def main() -> None:
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="New folder for the merged model.")
 @click.option("--base", help="Folder or hub id of the base, if it is not where the adapter says.")
-def merge(adapter: Path, output: Path, base: str | None) -> None:
+@click.option(
+    "--quantize",
+    type=click.Choice(["nf4", "fp4", "int8"]),
+    help="Of an adapter to a quantised base: write the result in few bits again; says what is lost.",
+)
+def merge(adapter: Path, output: Path, base: str | None, quantize: str | None) -> None:
     """Write base + ADAPTER as a plain transformers folder (ADAPTER: the adapter/ folder of a run).
 
-    Its logits are those of the trained model, bit for bit. Needs the memory of one safetensors file at a time.
+    Its logits are those of the trained model, bit for bit. Needs the memory of one safetensors file at a time. A base
+    in 4 or 8 bits is dequantised, and the result is written in bfloat16.
     """
     from .export import merge as merge_adapter
 
+    if quantize:
+        from .requantize import merge_into_few_bits
+
+        click.echo(merge_into_few_bits(adapter, output, quantize, base))
+        return
     click.echo(f"merged model: {merge_adapter(adapter, output, base)}")
 
 

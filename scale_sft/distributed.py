@@ -162,12 +162,41 @@ class Cluster:
         """Where a freshly loaded model goes; None: loading has already put it into shards."""
         return None if self.sharded else self.device
 
+    @contextmanager
+    def loading_whole(self) -> Iterator[None]:
+        """Inside the block transformers loads a model whole on every rank, also where the run shards it afterwards.
+
+        A quantised base cannot be loaded into shards, and transformers would refuse to say where it goes.
+        """
+        if not self.sharded:
+            yield
+            return
+        from transformers.integrations import deepspeed as integration
+
+        integration.unset_hf_deepspeed_config()
+        try:
+            yield
+        finally:
+            integration.set_hf_deepspeed_config(self.accelerator.state.deepspeed_plugin.dschf)
+
     def prepare(self, model: nn.Module) -> nn.Module:
         """Hand the frozen model to DeepSpeed where it is sharded; returns what forward passes go through."""
         if not self.sharded:
             return model
+        if not all(hasattr(weight, "ds_id") for weight in model.parameters()):
+            self._cut(model)
         self.engine = self.accelerator.prepare(model)
         return self.engine.module
+
+    def _cut(self, model: nn.Module) -> None:
+        """Cut a model that was loaded whole into shards, weight by weight: the engine would first move all of it
+        to the device, where it need not fit."""
+        import deepspeed
+
+        deepspeed.zero.Init(module=model, config_dict_or_path=self.accelerator.state.deepspeed_plugin.dschf.config)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
 
     @contextmanager
     def materialize(self, weight: nn.Parameter) -> Iterator[Tensor]:

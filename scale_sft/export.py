@@ -167,9 +167,13 @@ def merge(adapter_folder: str | Path, output: str | Path, base: str | None = Non
     Raises:
         UserError: wrong base, unreadable adapter, or an output folder that is not empty.
     """
+    from .merge_quantized import is_quantized, merge_quantized
     from .model import base_location
 
     adapter, output = load_adapter(adapter_folder), Path(output)
+    if is_quantized(adapter):
+        merge_quantized(adapter_folder, output, base)
+        return output
     if output.exists() and any(output.iterdir()):
         raise UserError(f"merge: output folder {output} is not empty; choose a new one")
     source = _local_folder(base_location(base or adapter.info["base"]), adapter.info.get("revision"))

@@ -1,6 +1,7 @@
 """The frozen base: find it, load it, choose its target weights, and route their layers through taps.
 
-Any Hugging Face causal language model whose layers are `nn.Linear` or GPT-2's `Conv1D` (transposed weight).
+Any Hugging Face causal language model whose layers are `nn.Linear`, GPT-2's `Conv1D` (transposed weight), or either of
+them quantised by bitsandbytes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 
 from .config import DEMO, ModelConfig
 from .errors import UserError
+from .quantized import Quantization, cast_the_rest, is_quantized_layer
 from .spiel.linear import Materialize, Record, WeightTap, attach
 
 PACKAGE = Path(__file__).parent
@@ -28,7 +30,7 @@ class Target:
 
     name: str  # of the weight, as in the state dict: "model.layers.0.mlp.up_proj.weight"
     module: nn.Module
-    shape: tuple[int, int]  # of the weight as stored: (out, in) for nn.Linear, (in, out) for Conv1D
+    shape: tuple[int, int]  # of the weight: (out, in); (in, out) for Conv1D; dequantised where it is quantised
     transposed: bool
 
     @property
@@ -87,19 +89,30 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def resolve_dtype(config: ModelConfig, model_config: Any) -> torch.dtype:
-    """The dtype of base and computation: as asked for, or as the model is stored (float16 becomes bfloat16)."""
+    """The dtype of base and computation: as asked for, or as the model is stored (float16 becomes bfloat16).
+
+    Of a quantised base on a GPU: bfloat16 where the GPU computes in it, otherwise float32.
+    """
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
+    quantized = config.quantization != "none" or getattr(model_config, "quantization_config", None) is not None
+    if quantized and torch.cuda.is_available():
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float32
     stored = getattr(model_config, "dtype", None) or torch.float32
     stored = getattr(torch, stored) if isinstance(stored, str) else stored
     return torch.bfloat16 if stored is torch.float16 else stored
 
 
-def load_base(config: ModelConfig, model_config: Any, device: torch.device | None) -> nn.Module:
+def load_base(
+    config: ModelConfig, model_config: Any, device: torch.device | None, quantization: Quantization | None = None
+) -> nn.Module:
     """The pretrained model, frozen, in training mode (checkpointing needs it; there is no dropout).
 
     Args:
-        device: where to put it; None leaves it where loading put it (shards under ZeRO-3).
+        device: where to put it; None leaves it where loading put it (shards under ZeRO-3). A quantised base needs one:
+            it is quantised there, and lies there whole until it is cut into shards.
+        quantization: how the base is kept, if not in its dtype.
     Raises:
         UserError: the weights do not load as a causal language model.
     """
@@ -107,15 +120,18 @@ def load_base(config: ModelConfig, model_config: Any, device: torch.device | Non
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+    dtype = resolve_dtype(config, model_config)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base_location(config.base),
             config=model_config,
             revision=config.revision,
-            dtype=resolve_dtype(config, model_config),
+            dtype=dtype,
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            **(quantization.loading(device) if quantization else {}),
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base: '{config.base}' does not load: {str(error).splitlines()[0]}") from None
@@ -124,6 +140,10 @@ def load_base(config: ModelConfig, model_config: Any, device: torch.device | Non
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})  # the second name is that of earlier versions
     model.train()
+    if quantization:
+        if quantization.on_disk:
+            cast_the_rest(model, dtype)
+        return model
     return model if device is None else model.to(device)
 
 
@@ -149,7 +169,8 @@ def find_targets(model: nn.Module, wanted: tuple[str, ...] | str | None) -> list
     if unsupported:
         kinds = ", ".join(sorted({type(chosen[path]).__name__ for path in unsupported}))
         raise UserError(
-            f"target_modules: '{unsupported[0]}' is a {kinds} layer; only nn.Linear and Conv1D can carry a delta"
+            f"target_modules: '{unsupported[0]}' is a {kinds} layer; only nn.Linear and Conv1D, as they are or in 4 or "
+            "8 bits of bitsandbytes, can carry a delta"
         )
     owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     for path, module in chosen.items():
@@ -162,7 +183,7 @@ def find_targets(model: nn.Module, wanted: tuple[str, ...] | str | None) -> list
         Target(
             name=f"{path}.weight",
             module=module,
-            shape=tuple(getattr(module.weight, "ds_shape", module.weight.shape)),
+            shape=_shape(module),
             transposed=_is_conv1d(module),
         )
         for path, module in chosen.items()
@@ -178,6 +199,13 @@ def attach_taps(targets: list[Target], record: Record, materialize: Materialize 
         attach(tap)
 
 
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """Of the weight: whole where it is sharded, dequantised where it is packed."""
+    if is_quantized_layer(module):
+        return (module.out_features, module.in_features)
+    return tuple(getattr(module.weight, "ds_shape", module.weight.shape))
+
+
 def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
@@ -190,7 +218,7 @@ def _is_matrix_layer(module: nn.Module) -> bool:
 
 
 def _supported(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or _is_conv1d(module)
+    return type(module) is nn.Linear or _is_conv1d(module) or is_quantized_layer(module)
 
 
 def _choose(layers: dict[str, nn.Module], wanted: tuple[str, ...] | str) -> dict[str, nn.Module]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .assemble import Session
+from .assemble import Inputs, Session
 from .evaluate import Evaluation
 from .export import merge
 from .metrics import Metrics, NullMetrics
@@ -44,7 +44,7 @@ def describe(session: Session, metrics: Metrics | NullMetrics) -> None:
     state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state) + session.resident.bytes
     held_out = f", {len(inputs.eval):,} held out" if inputs.eval else ""
     rows = {
-        "base": f"{config.model.base} ({str(inputs.dtype).removeprefix('torch.')})",
+        "base": f"{config.model.base} ({str(inputs.dtype).removeprefix('torch.')}{_kept(inputs)})",
         "placement": f"{inputs.placement.name} ({inputs.placement.reason})",
         "loading": f"{max(load_peaks) / 2**20:,.0f} MiB at most on a rank",
         "method": config.sparse.method,
@@ -55,6 +55,13 @@ def describe(session: Session, metrics: Metrics | NullMetrics) -> None:
         f"{len(session.tuning.schedule.reallocations())} of them",
     }
     metrics.describe("sparse fine-tuning", rows, _kinds(session))
+
+
+def _kept(inputs: Inputs) -> str:
+    """How a quantised base is kept, and what was not done to it."""
+    if inputs.quantization is None:
+        return ""
+    return f"; linear layers in {inputs.quantization}, nothing raised to float32"
 
 
 def _kinds(session: Session) -> list[dict[str, str]]:
@@ -88,6 +95,7 @@ def finish(
     """Save the adapter, the report and, if asked for, the merged model; sum up."""
     cluster, config = session.cluster, session.inputs.config
     cluster.check_identical(session.tuning.digests, "the deltas at the end")
+    session.check_packed_base()
     cluster.on_main(lambda: run.save_adapter(session.adapter()))
     metrics.summary(**_totals(session))
     written: dict[str, Path] = {"adapter": run.adapter}
@@ -97,7 +105,8 @@ def finish(
             written["merged model"] = merge(run.adapter, run.merged)
         written["report"] = write_report(run.path)
 
-    cluster.on_main(write_the_rest)
+    with cluster.loading_whole():  # merging loads a quantised base once more
+        cluster.on_main(write_the_rest)
     rows: dict[str, Any] = {}
     if before and after:
         rows["held-out loss"] = f"{before.loss:.4f} before, {after.loss:.4f} after"

@@ -14,6 +14,7 @@ from torch import nn
 from .config import Config
 from .distributed import World
 from .model import find_targets
+from .quantized import Quantization
 from .spiel.delta import budget
 
 GIB = 1 << 30
@@ -28,7 +29,7 @@ class Footprint:
     base: int
     deltas: int  # indices, deltas, gradients, cohorts, base values, optimizer state
     candidates: int  # during an estimation phase
-    weight_gradient: int  # the largest dense gradient of one weight
+    weight_gradient: int  # the largest dense gradient of one weight; of a quantised base, or its dequantised copy
 
     @property
     def total(self) -> int:
@@ -41,6 +42,7 @@ class Placement:
 
     sharded: bool
     reason: str
+    base_bytes: int | None = None  # whole, of a quantised base: what loading it takes on every rank
 
     @property
     def name(self) -> str:
@@ -55,7 +57,9 @@ def empty_model(config: Config, model_config: Any) -> nn.Module:
         return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
 
 
-def footprint(config: Config, model_config: Any, dtype: torch.dtype) -> Footprint:
+def footprint(
+    config: Config, model_config: Any, dtype: torch.dtype, quantization: Quantization | None = None
+) -> Footprint:
     """Arithmetic over the shapes of the model: nothing is loaded."""
     model = empty_model(config, model_config)
     targets = find_targets(model, config.sparse.target_modules)
@@ -69,23 +73,46 @@ def footprint(config: Config, model_config: Any, dtype: torch.dtype) -> Footprin
             rank_equivalent=sparse.rank_equivalent,
         ).values()
     )
-    per_entry = 4 + 4 + 4 + 1 + dtype.itemsize + (0 if sparse.method == "ma" else 8)
+    kept_base = 0 if quantization else dtype.itemsize  # resident deltas put the base values aside
+    delta = getattr(torch, sparse.delta_dtype).itemsize
+    per_entry = 4 + delta + 4 + 1 + kept_base + (0 if sparse.method == "ma" else 8)
     accumulators = sum(4 * (o + i) for o, i in shapes.values()) if sparse.method == "ma" else 0
     candidates = 0 if sparse.method == "ma" else int(16 * sparse.candidate_ratio * active)
     return Footprint(
-        base=sum(weight.numel() for weight in model.parameters()) * dtype.itemsize,
+        base=_base_bytes(model, dtype, quantization),
         deltas=per_entry * active + accumulators,
         candidates=candidates,
         weight_gradient=max(o * i for o, i in shapes.values()) * dtype.itemsize,
     )
 
 
-def choose_placement(config: Config, model_config: Any, dtype: torch.dtype, world: World) -> Placement:
-    """Replicate the base where it and its training state fit a device, otherwise shard it."""
+def _base_bytes(model: Any, dtype: torch.dtype, quantization: Quantization | None) -> int:
+    """Of all weights; quantised are the linear layers but the output layer."""
+    everything = sum(weight.numel() for weight in model.parameters())
+    if quantization is None:
+        return everything * dtype.itemsize
+    output = model.get_output_embeddings()
+    layers = (module for module in model.modules() if type(module).__name__ in ("Linear", "Conv1D"))
+    packed = sum(module.weight.numel() for module in layers if module is not output)
+    return (everything - packed) * dtype.itemsize + int(packed * quantization.bytes_per_entry)
+
+
+def choose_placement(
+    config: Config, model_config: Any, dtype: torch.dtype, world: World, quantization: Quantization | None = None
+) -> Placement:
+    """Replicate the base where it and its training state fit a device, otherwise shard it.
+
+    A quantised base that fits is replicated too: a step then moves only the gradients of the deltas, and gathering even
+    4 bits per weight moves far more. A base that transformers quantises is loaded whole by every rank before DeepSpeed
+    cuts it into shards, which the reason says.
+    """
     asked = config.model.base_placement
-    if asked != "auto":
+    if asked != "auto" and quantization is None:
         return Placement(asked == "shard", "as asked for by base_placement")
-    need = footprint(config, model_config, dtype).total
+    needs = footprint(config, model_config, dtype, quantization)
+    if quantization:
+        return _place_quantized(asked, needs, world)
+    need = needs.total
     room = int(world.device_memory_bytes() * (1 - ACTIVATION_RESERVE_FRACTION))
     figures = f"base and training state need {need / GIB:.2f} GiB, a device has room for {room / GIB:.2f} GiB"
     if need <= room:
@@ -93,3 +120,20 @@ def choose_placement(config: Config, model_config: Any, dtype: torch.dtype, worl
     if world.size == 1:
         return Placement(False, f"auto: {figures}, but one process cannot shard; it may not fit")
     return Placement(True, f"auto: {figures}")
+
+
+def _place_quantized(asked: str, needs: Footprint, world: World) -> Placement:
+    whole = f"each rank loads the whole quantised base, {needs.base / GIB:.2f} GiB, before it is cut into shards"
+    if asked != "auto":
+        sharded = asked == "shard"
+        return Placement(sharded, "as asked for by base_placement" + (f"; {whole}" if sharded else ""), needs.base)
+    room = int(world.device_memory_bytes() * (1 - ACTIVATION_RESERVE_FRACTION))
+    figures = (
+        f"the quantised base ({needs.base / GIB:.2f} GiB) and its training state need {needs.total / GIB:.2f} GiB, a "
+        f"device has room for {room / GIB:.2f} GiB"
+    )
+    if needs.total <= room:
+        return Placement(False, f"auto: {figures}; whole everywhere it moves no weights, sharded it would", needs.base)
+    if world.size == 1:
+        return Placement(False, f"auto: {figures}, but one process cannot shard; it may not fit", needs.base)
+    return Placement(True, f"auto: {figures}; {whole}", needs.base)

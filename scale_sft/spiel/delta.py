@@ -27,9 +27,9 @@ class SparseDelta:
     name: str
     shape: tuple[int, int]  # (O, I)
     indices: Tensor  # [K] int32 (int64 where O * I does not fit)
-    deltas: Tensor  # [K] fp32
+    deltas: Tensor  # [K] fp32 or bf16
     cohort: Tensor  # [K] uint8 or int16
-    reference: Tensor | None = None  # [K] fp32: deltas at the last reallocation, kept only for drop_criterion `change`
+    reference: Tensor | None = None  # [K] as deltas: deltas at the last reallocation, kept only for drop_criterion `change`
 
     @property
     def numel(self) -> int:
@@ -50,6 +50,7 @@ class DeltaStore:
         device: where the state lives.
         cohorts: how many reallocations the run can have at most (decides the width of the cohort tensor).
         keep_reference: keep the deltas of the last reallocation (drop criterion `change`).
+        dtype: of the deltas, float32 or bfloat16 (section 3.4); gradients and optimizer state are fp32 in any case.
         indices: initial indices by name instead of random ones: [K], any integer type, sorted, unique.
     """
 
@@ -62,20 +63,21 @@ class DeltaStore:
         device: torch.device | str = "cpu",
         cohorts: int = 255,
         keep_reference: bool = False,
+        dtype: torch.dtype = torch.float32,
         indices: Mapping[str, Tensor] | None = None,
     ):
-        self.flat = torch.zeros(sum(active.values()), dtype=torch.float32, device=device)
+        self.flat = torch.zeros(sum(active.values()), dtype=dtype, device=device)
         cohort_dtype = torch.uint8 if cohorts <= 255 else torch.int16
         self._deltas: dict[str, SparseDelta] = {}
         start = 0
         for name, shape in shapes.items():
             chosen = indices[name] if indices else random_indices(shape, active[name], seed, name)
-            dtype = torch.int32 if shape[0] * shape[1] <= torch.iinfo(torch.int32).max else torch.int64
+            index_dtype = torch.int32 if shape[0] * shape[1] <= torch.iinfo(torch.int32).max else torch.int64
             view = self.flat[start : start + active[name]]
             self._deltas[name] = SparseDelta(
                 name=name,
                 shape=shape,
-                indices=chosen.to(device=device, dtype=dtype),
+                indices=chosen.to(device=device, dtype=index_dtype),
                 deltas=view,
                 cohort=torch.full(view.shape, INITIAL_COHORT, dtype=cohort_dtype, device=device),
                 reference=torch.zeros_like(view) if keep_reference else None,

@@ -1,7 +1,8 @@
-"""A linear layer with a stock forward pass whose backward offers the weight gradient to a recorder (Eq. 5 and 7).
+"""A linear layer whose backward pass offers the weight gradient to a recorder (Eq. 5 and 7).
 
-The delta is resident in the weight, so the forward pass is the layer's own: no clone, no scatter, no adapter. The
-backward pass forms dW = dY^T X, hands it to the recorder and forgets it; the frozen weight gets no `.grad`.
+Resident delta (in the weight itself): the forward pass is the layer's own, no clone, no scatter, no adapter. Transient
+delta (section 3.4): the effective weight is made anew for each forward and each backward pass, and discarded after use.
+The backward pass forms dW = dY^T X, hands it to the recorder and forgets it; the frozen weight gets no `.grad`.
 Shapes: T tokens (all leading dimensions), I in, O out.
 """
 
@@ -13,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 Record = Callable[[str, Tensor], None]
 Materialize = Callable[[nn.Parameter], AbstractContextManager[Tensor]]
@@ -25,33 +27,47 @@ class WeightTap:
     Args:
         module: `nn.Linear` (weight [O, I]) or a layer of transposed weight [I, O] such as GPT-2's `Conv1D`.
         name: of the weight, as the recorder knows it.
-        record: called once per backward pass with (name, dW), dW in the layout of the weight.
+        record: called once per backward pass with (name, dW), dW in the layout of the weight; None: the layer is not
+            trained, and no dW is formed.
         transposed: the weight is [I, O].
         materialize: see `Materialize`.
+        effective_weight: makes a copy of the whole weight with its delta added, which the tap may hold for the time of
+            one product; None: the module's weight has the delta in it.
     """
 
     def __init__(
         self,
         module: nn.Module,
         name: str,
-        record: Record,
+        record: Record | None,
         *,
         transposed: bool = False,
         materialize: Materialize = nullcontext,
+        effective_weight: Callable[[], Tensor] | None = None,
     ):
         self.module, self.name, self.record, self.transposed = module, name, record, transposed
-        self.materialize = materialize
+        self.materialize, self.effective_weight = materialize, effective_weight
         self.stock_forward = module.forward
         self.anchor = torch.zeros((), requires_grad=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., I] -> [..., O]; without gradients exactly the layer's own forward."""
-        if not torch.is_grad_enabled():
-            return self.stock_forward(x)
+        """x: [..., I] -> [..., O]; without gradients the same values from the same effective weight."""
+        if not torch.is_grad_enabled() or (self.record is None and not x.requires_grad):
+            return self.output(x)
         return _TappedLinear.apply(x, self.anchor, self)
+
+    def output(self, x: Tensor) -> Tensor:
+        """Y = X W^T + b: [..., I] -> [..., O], outside autograd."""
+        if self.effective_weight is None:
+            return self.stock_forward(x)
+        weight = self.effective_weight()
+        return functional.linear(x, weight.t() if self.transposed else weight, self.module.bias)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
         """dX = dY W: [..., O] -> [..., I]."""
+        if self.effective_weight is not None:
+            weight = self.effective_weight()
+            return dy @ (weight.t() if self.transposed else weight)
         with self.materialize(self.module.weight) as weight:
             return dy @ (weight.t() if self.transposed else weight)
 
@@ -62,21 +78,23 @@ class WeightTap:
 
 
 class _TappedLinear(torch.autograd.Function):
-    """The layer's own forward under autograd. Only the input is kept: never the weight, nor anything of its size."""
+    """The layer's forward under autograd. Only the input is kept: never the weight, nor anything of its size."""
 
     @staticmethod
     def forward(ctx, x: Tensor, anchor: Tensor, tap: WeightTap) -> Tensor:
         # `anchor` requires a gradient and gets none: it makes backward run where x needs no gradient (first layer).
         ctx.tap = tap
-        ctx.save_for_backward(x)
-        return tap.stock_forward(x)
+        if tap.record is not None:
+            ctx.save_for_backward(x)
+        return tap.output(x)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        (x,) = ctx.saved_tensors  # first: with checkpointing the block is recomputed here
+        saved = ctx.saved_tensors  # first: with checkpointing the block is recomputed here
         tap = ctx.tap
         dx = tap.input_gradient(dy) if ctx.needs_input_grad[0] else None
-        tap.record(tap.name, tap.weight_gradient(x, dy))
+        if tap.record is not None:
+            tap.record(tap.name, tap.weight_gradient(saved[0], dy))
         return dx, None, None
 
 

@@ -6,7 +6,8 @@ arguments. The classes hold the state and follow drop and grow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -85,6 +86,17 @@ def sm3_update(
     deltas.addcdiv_(gradients, nu.add_(eps).sqrt_(), value=-learning_rate)
 
 
+@contextmanager
+def in_fp32(deltas: Tensor) -> Iterator[Tensor]:
+    """Deltas to update in place: themselves where they are fp32; of bf16 ones a copy, rounded once, at the end."""
+    if deltas.dtype is torch.float32:
+        yield deltas
+        return
+    work = deltas.float()
+    yield work
+    deltas.copy_(work)
+
+
 class Optimizer(Protocol):
     """What the main loop and the checkpoint ask of an optimizer."""
 
@@ -116,8 +128,8 @@ class AdamW:
     ):
         self.store, self.betas, self.eps, self.weight_decay = store, betas, eps, weight_decay
         self.estimation_steps = estimation_steps
-        self.exp_avg = torch.zeros_like(store.flat)
-        self.exp_avg_sq = torch.zeros_like(store.flat)
+        self.exp_avg = torch.zeros_like(store.flat, dtype=torch.float32)
+        self.exp_avg_sq = torch.zeros_like(store.flat, dtype=torch.float32)
         self.gradients_seen = [0]  # by cohort
         self._views = _views(store, self.exp_avg), _views(store, self.exp_avg_sq)
 
@@ -126,18 +138,19 @@ class AdamW:
         self.gradients_seen = [n + 1 for n in self.gradients_seen]
         for flat, cohort, first in self._chunks():
             part = slice(first, first + flat.numel())
-            adamw_update(
-                flat,
-                gradients[part],
-                self.exp_avg[part],
-                self.exp_avg_sq[part],
-                cohort,
-                self.gradients_seen,
-                learning_rate=learning_rate,
-                betas=self.betas,
-                eps=self.eps,
-                weight_decay=self.weight_decay,
-            )
+            with in_fp32(flat) as deltas:
+                adamw_update(
+                    deltas,
+                    gradients[part],
+                    self.exp_avg[part],
+                    self.exp_avg_sq[part],
+                    cohort,
+                    self.gradients_seen,
+                    learning_rate=learning_rate,
+                    betas=self.betas,
+                    eps=self.eps,
+                    weight_decay=self.weight_decay,
+                )
 
     def _chunks(self):
         """(deltas, cohort, first position) of pieces that keep temporaries small: all at once for small models."""
@@ -183,16 +196,17 @@ class SM3:
         """Update all deltas with `gradients` [sum of K] fp32, the gradient of the global batch."""
         first = 0
         for delta in self.store:
-            sm3_update(
-                delta.deltas,
-                gradients[first : first + delta.active],
-                delta.indices,
-                self.row[delta.name],
-                self.col[delta.name],
-                learning_rate=learning_rate,
-                eps=self.eps,
-                weight_decay=self.weight_decay,
-            )
+            with in_fp32(delta.deltas) as deltas:
+                sm3_update(
+                    deltas,
+                    gradients[first : first + delta.active],
+                    delta.indices,
+                    self.row[delta.name],
+                    self.col[delta.name],
+                    learning_rate=learning_rate,
+                    eps=self.eps,
+                    weight_decay=self.weight_decay,
+                )
             first += delta.active
 
     def begin_cohort(self) -> None:

@@ -45,7 +45,7 @@ def drop_scores(delta: SparseDelta, criterion: str) -> Tensor:
     the paper's Algorithm 1 (line 10).
     """
     if criterion == "change":
-        return (delta.deltas - delta.reference).abs()
+        return (delta.deltas.float() - delta.reference.float()).abs()
     return delta.deltas.abs()
 
 
@@ -109,6 +109,6 @@ def apply_exchange(delta: SparseDelta, exchange: Exchange, cohort: int) -> None:
     zeros = torch.zeros(grown.shape, dtype=delta.deltas.dtype, device=grown.device)
     delta.indices = exchange.merge(delta.indices, grown)
     delta.deltas.copy_(exchange.merge(delta.deltas, zeros))
-    delta.cohort = exchange.merge(delta.cohort, torch.full_like(zeros, cohort))
+    delta.cohort = exchange.merge(delta.cohort, torch.full_like(zeros, cohort, dtype=delta.cohort.dtype))
     if delta.reference is not None:
         delta.reference.copy_(delta.deltas)

@@ -1,0 +1,291 @@
+"""A base in 4 or 8 bits (section 3.4): what it is, how it is loaded, how its values are had back.
+
+bitsandbytes keeps a weight as packed bytes and a small state of scales. The packed bytes are a parameter, which ZeRO-3
+may cut into shards; the state stays whole on every rank. Indices, budgets and counts are those of the dequantised
+weight.
+Shapes: O out, I in of the dequantised weight; P packed entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from logging import ERROR, getLogger
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base_weight import WeightPart, fingerprint
+from .config import ModelConfig
+from .errors import UserError
+
+OLDEST_BITSANDBYTES = (0, 48)
+FOUR_BIT_LAYERS = ("Linear4bit", "LinearNF4", "LinearFP4")
+EIGHT_BIT_LAYERS = ("Linear8bitLt",)
+BLOCK_ENTRIES = 64  # of one scale, in 4 bits
+SCALES_PER_BLOCK = 256  # that double quantisation quantises together
+CHUNK_ENTRIES = 1 << 22
+INT8_PIECES = 16  # at least so many: the fp32 temporary is an eighth of the bf16 weight, or less
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the linear layers of a base are kept."""
+
+    kind: str  # nf4, fp4 or int8
+    double: bool  # the scales are quantised too (4 bits only)
+    storage: torch.dtype  # of the packed parameter
+    on_disk: bool  # the base is stored like this; otherwise it is quantised while it is loaded
+
+    def __str__(self) -> str:
+        twice = ", double quantised" if self.double and self.kind != "int8" else ""
+        return self.kind + twice + (" on disk" if self.on_disk else "")
+
+    def description(self, device: torch.device) -> dict[str, Any]:
+        """For adapter_config.json; the bytes depend on the kind of device where a base was quantised."""
+        return {
+            "quantization": self.kind,
+            "double_quantization": self.double,
+            "quantized_on": "disk" if self.on_disk else device.type,
+        }
+
+    @property
+    def bytes_per_entry(self) -> float:
+        """Memory of one entry of a weight, scales included (one scale per row in 8 bits is next to nothing)."""
+        if self.kind == "int8":
+            return 1.0
+        scale = 1 + 4 / SCALES_PER_BLOCK if self.double else 4
+        return 0.5 + scale / BLOCK_ENTRIES
+
+    @property
+    def state_bytes_per_entry(self) -> float:
+        """The part of `bytes_per_entry` that every rank keeps, also of a sharded base."""
+        return 0.0 if self.kind == "int8" else self.bytes_per_entry - 0.5
+
+    def loading(self, device: torch.device) -> dict[str, Any]:
+        """Arguments for `from_pretrained`; weights are quantised on `device`, one after the other."""
+        where = {"device_map": {"": str(device)}}
+        if self.on_disk:
+            return where
+        from transformers import BitsAndBytesConfig
+
+        if self.kind == "int8":
+            return {**where, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.kind,
+            bnb_4bit_use_double_quant=self.double,
+            bnb_4bit_quant_storage=self.storage,
+        )
+        return {**where, "quantization_config": settings}
+
+
+def resolve_quantization(config: ModelConfig, model_config: Any) -> Quantization | None:
+    """How the base is to be kept, from the options and from how it is stored; None: not quantised.
+
+    Raises:
+        UserError: bitsandbytes is missing or too old, the base is stored in a format that cannot be dequantised here,
+            or in another one than asked for.
+    """
+    stored = getattr(model_config, "quantization_config", None)
+    if stored is None:
+        if config.quantization == "none":
+            return None
+        require_bitsandbytes()
+        return Quantization(config.quantization, config.double_quantization, torch.uint8, on_disk=False)
+    stored = stored if isinstance(stored, Mapping) else stored.to_dict()
+    method = stored.get("quant_method", "bitsandbytes")
+    method = getattr(method, "value", method)
+    eight = bool(stored.get("load_in_8bit"))
+    if not method.startswith("bitsandbytes") or stored.get("llm_int8_has_fp16_weight"):
+        raise UserError(
+            f"base: '{config.base}' is stored quantised by '{method}', whose layers cannot be dequantised here; "
+            "expected bitsandbytes in 4 or 8 bits. Take the unquantised base, with quantization nf4 if memory is short"
+        )
+    kind = "int8" if eight else stored.get("bnb_4bit_quant_type", "fp4")
+    if config.quantization not in ("none", kind):
+        raise UserError(
+            f"quantization: got {config.quantization}, but '{config.base}' is stored in {kind} already; leave the "
+            "option out, or take the unquantised base"
+        )
+    require_bitsandbytes()
+    storage = stored.get("bnb_4bit_quant_storage", "uint8")
+    storage = getattr(torch, storage) if isinstance(storage, str) else storage
+    return Quantization(
+        kind, bool(stored.get("bnb_4bit_use_double_quant")), torch.int8 if eight else storage, on_disk=True
+    )
+
+
+def require_bitsandbytes() -> None:
+    """Raises UserError if bitsandbytes is missing or older than what this module was written for."""
+    wanted = ".".join(map(str, OLDEST_BITSANDBYTES))
+    remedy = f"pip install 'bitsandbytes>={wanted}', or leave quantization at none"
+    try:
+        version = metadata.version("bitsandbytes")
+    except metadata.PackageNotFoundError:
+        raise UserError(f"quantization: needs bitsandbytes >= {wanted}, which is not installed: {remedy}") from None
+    getLogger("bitsandbytes.backends.cpu.ops").setLevel(ERROR)  # it recommends a kernel that is not used here
+    found = tuple(int(part) for part in version.split(".")[:2])
+    if found < OLDEST_BITSANDBYTES:
+        raise UserError(f"quantization: needs bitsandbytes >= {wanted}, found {version}: {remedy}")
+
+
+def refuse_corrupting_storage(quantization: Quantization, dtype: torch.dtype) -> None:
+    """Before a quantised base is sharded: DeepSpeed's engine casts floating-point parameters, packed or not.
+
+    Weights that are cut before the engine sees them escape that in DeepSpeed 0.19.8; nothing promises that they will.
+
+    Raises:
+        UserError: the packed bytes are stored as floating-point numbers of another dtype than the computation's.
+    """
+    storage = quantization.storage
+    if not storage.is_floating_point or storage is dtype:
+        return
+    raise UserError(
+        f"base_placement: shard could destroy this base: its 4-bit weights are stored as {_name(storage)} "
+        f"(bnb_4bit_quant_storage), which DeepSpeed may cast to {_name(dtype)}, the dtype of the run. Use "
+        f"base_placement replicate, or quantise the original base with bnb_4bit_quant_storage uint8"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def staging_device(device: torch.device, base_bytes: int) -> torch.device:
+    """Where a quantised base lies whole before it is cut into shards: on the GPU if it fits there, else in main memory.
+
+    Args:
+        base_bytes: of the whole quantised base.
+    """
+    if device.type != "cuda":
+        return device
+    free = torch.cuda.mem_get_info(device)[0]
+    return device if 1.2 * base_bytes < free else torch.device("cpu")
+
+
+def is_quantized_layer(module: nn.Module) -> bool:
+    """Whether a layer is one of bitsandbytes' that `PackedWeight` can dequantise."""
+    return type(module).__name__ in FOUR_BIT_LAYERS + EIGHT_BIT_LAYERS
+
+
+class PackedWeight:
+    """The quantised weight [O, I] of one layer, before or after its packed parameter was cut into shards.
+
+    Args:
+        name: of the weight, for messages.
+        module: a bitsandbytes layer, just loaded.
+        dtype: of the values that dequantising gives.
+        device: where the computation runs; the scales move there.
+    Raises:
+        UserError: the layer has no scales, so it cannot be dequantised.
+    """
+
+    transposed = False  # also of GPT-2's Conv1D, whose weight is turned round when it is quantised
+
+    def __init__(self, name: str, module: nn.Module, dtype: torch.dtype, device: torch.device):
+        self.module, self.dtype = module, dtype
+        self.shape = (module.out_features, module.in_features)
+        self.four_bit = type(module).__name__ in FOUR_BIT_LAYERS
+        weight = module.weight
+        state = getattr(weight, "quant_state" if self.four_bit else "SCB", None)
+        if state is None:
+            raise UserError(
+                f"quantization: the {type(module).__name__} layer of '{name}' holds no scales, so it cannot be "
+                "dequantised; expected a layer that bitsandbytes has quantised"
+            )
+        if self.four_bit:
+            # On processors with AVX512-bf16 the layer would repack its weight in place in the first evaluation, under
+            # ZeRO-3 into the gathered copy only, which corrupts it.
+            module.support_avx512bf16_for_cpu = False
+            state.to(device)
+            state.dtype = dtype  # dequantise straight into the compute dtype: one copy, one rounding
+            self.state, self.scales = state, None
+        else:
+            self.state, self.scales = None, state.to(device=device, dtype=torch.float32)
+            weight.CB = weight.SCB = None  # a second reference would keep the whole weight beside its shard
+
+    def dequantize(self, packed: Tensor) -> Tensor:
+        """[P] packed bytes of the whole weight -> a new tensor [O, I] in the compute dtype."""
+        if not self.four_bit:
+            return self._dequantize_int8(packed.view(self.shape))
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(packed, self.state)
+
+    def _dequantize_int8(self, packed: Tensor) -> Tensor:
+        """In pieces, so that the fp32 product of entry and scale never exists for the whole weight."""
+        weight = torch.empty(self.shape, dtype=self.dtype, device=packed.device)
+        rows = max(1, min(CHUNK_ENTRIES // self.shape[1], self.shape[0] // INT8_PIECES))
+        for first in range(0, self.shape[0], rows):
+            part = slice(first, first + rows)
+            weight[part] = (packed[part] * self.scales[part, None]).mul_(1 / 127)
+        return weight
+
+    def _state_tensors(self) -> list[Tensor]:
+        if not self.four_bit:
+            return [self.scales]
+        if not self.state.nested:
+            return [self.state.absmax]
+        return [self.state.absmax, self.state.state2.absmax, self.state.offset.reshape(1)]
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of the scales."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._state_tensors())
+
+    def with_state(self, packed_print: tuple[int, int]) -> tuple[int, int]:
+        """Fingerprint of the weight from that of its packed bytes: the scales, which every rank holds, join it."""
+        prints = [packed_print]
+        for number, tensor in enumerate(self._state_tensors(), start=1):
+            start = number << 48  # far from the places of the packed entries
+            flat = tensor.detach().contiguous().view(-1)
+            prints.append(fingerprint(WeightPart(lambda flat=flat: flat, start, start + flat.numel())))
+        return sum(a for a, _ in prints) & _MASK64, sum(b for _, b in prints) & _MASK64
+
+
+class PlainWeight:
+    """A target of a quantised base whose own weight was left unquantised: to dequantise it is to copy it."""
+
+    state_bytes = 0
+
+    def __init__(self, module: nn.Module, transposed: bool):
+        self.module, self.transposed = module, transposed
+
+    def dequantize(self, stored: Tensor) -> Tensor:
+        """A new tensor like the weight."""
+        return stored.clone()
+
+    def with_state(self, own_print: tuple[int, int]) -> tuple[int, int]:
+        """Nothing joins the weight's own fingerprint."""
+        return own_print
+
+
+def packed_weights(model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, PackedWeight]:
+    """All quantised weights of a freshly loaded model, by name; call it before the model is sharded.
+
+    Raises:
+        UserError: there is none, or one that cannot be dequantised.
+    """
+    found = {
+        f"{path}.weight": PackedWeight(f"{path}.weight", module, dtype, device)
+        for path, module in model.named_modules()
+        if is_quantized_layer(module)
+    }
+    if not found:
+        raise UserError("quantization: this model has no layers that bitsandbytes can quantise")
+    return found
+
+
+def cast_the_rest(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring the unquantised parameters of a base that is quantised on disk into the compute dtype, in place.
+
+    transformers leaves them in the dtype that they are stored in. Buffers stay as they are.
+    """
+    packed = {id(module.weight) for module in model.modules() if is_quantized_layer(module)}
+    for parameter in model.parameters():
+        if id(parameter) not in packed and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
