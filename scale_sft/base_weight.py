@@ -19,12 +19,27 @@ from .spiel.delta import DeltaStore, SparseDelta
 
 ROUNDING_RULE = "effective = (base.float() + delta).to(base.dtype)"
 _CHUNK_ENTRIES = 1 << 22
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per entry
 _MASK64 = (1 << 64) - 1
 
 
 def effective_values(base: Tensor, deltas: Tensor) -> Tensor:
     """The one rounding rule: base [K] in its dtype, deltas [K] fp32 -> [K] in base's dtype."""
     return (base.float() + deltas).to(base.dtype)
+
+
+def read_entries(entries: Tensor, indices: Tensor) -> Tensor:
+    """entries [N], indices [K] int32 or int64 -> their values [K]."""
+    return entries.index_select(0, indices)
+
+
+def write_entries(entries: Tensor, indices: Tensor, values: Tensor) -> None:
+    """entries[indices] = values, in place: entries [N], indices [K] distinct, values [K] of the same dtype.
+
+    Written as bits: on a CPU a scatter of bfloat16 would take the whole weight to fp32 and back.
+    """
+    bits = _BITS[entries.element_size()]
+    entries.view(bits).scatter_(0, indices, values.view(bits))
 
 
 @dataclass(frozen=True)
@@ -75,7 +90,7 @@ class ResidentDeltas:
         local = delta.indices[where]  # a view: a weight that is kept whole needs no copy of its indices
         local = (local - part.start if part.start else local).to(entries.device)
         self._places[delta.name] = (where, local)
-        self._base[delta.name] = entries.gather(0, local)
+        self._base[delta.name] = read_entries(entries, local)
 
     def write(self) -> None:
         """Write the effective value of every active entry into its weight."""
@@ -84,7 +99,7 @@ class ResidentDeltas:
             where, local = self._places[delta.name]
             base = self._base[delta.name]
             values = effective_values(base, delta.deltas[where].to(base.device))
-            self.parts[delta.name].entries().scatter_(0, local, values)
+            write_entries(self.parts[delta.name].entries(), local, values)
 
     def follow(self, delta: SparseDelta) -> None:
         """After `delta.indices` have changed: the base returns to the old entries, the new ones are put aside.
@@ -101,7 +116,7 @@ class ResidentDeltas:
             self._restore(name)
 
     def _restore(self, name: str) -> None:
-        self.parts[name].entries().scatter_(0, self._places[name][1], self._base[name])
+        write_entries(self.parts[name].entries(), self._places[name][1], self._base[name])
 
     @property
     def bytes(self) -> int:
@@ -131,7 +146,7 @@ def fingerprint(part: WeightPart) -> tuple[int, int]:
     """
     entries = part.entries()
     sums = [0, 0]
-    bits_type = {2: torch.int16, 4: torch.int32, 1: torch.uint8, 8: torch.int64}[entries.element_size()]
+    bits_type = _BITS[entries.element_size()]
     for first in range(0, entries.numel(), _CHUNK_ENTRIES):
         bits = entries[first : first + _CHUNK_ENTRIES].view(bits_type).long()
         place = torch.arange(part.start + first, part.start + first + bits.numel(), device=bits.device)

@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor
 
-from .base_weight import effective_values
+from .base_weight import effective_values, read_entries, write_entries
 from .quantized import PackedWeight, PlainWeight
 from .spiel.delta import DeltaStore, SparseDelta
 from .spiel.linear import Materialize, Record, WeightTap, attach
@@ -21,8 +21,7 @@ from .spiel.linear import Materialize, Record, WeightTap, attach
 def add_delta_(weight: Tensor, indices: Tensor, deltas: Tensor) -> None:
     """Write effective values into a dequantised weight [O, I], in place: indices [K] flat, deltas [K]."""
     entries = weight.view(-1)
-    values = effective_values(entries.gather(0, indices), deltas)
-    entries.index_put_((indices,), values)  # on a CPU scatter_ would copy a bf16 weight to fp32 and back
+    write_entries(entries, indices, effective_values(read_entries(entries, indices), deltas))
 
 
 class TransientDeltas:
