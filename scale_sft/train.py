@@ -45,11 +45,9 @@ def train(session, metrics, checkpoints) -> None:
             refuse_dead_gradients(session)
 
         # --- update, drop, grow ---------------------------------------------------------------------------------
-        finite = isfinite(loss) and isfinite(grad_norm) and bool(tuning.recorder.flat.isfinite().all())
+        finite = finite_or_stop(session, metrics, checkpoints, step, learning_rate, loss, grad_norm)
         if finite:
             tuning.update(learning_rate)
-        else:
-            skip_or_stop(session, metrics, checkpoints, step, learning_rate, loss, grad_norm)
         if tuning.schedule.reallocates_at(step) and tuning.can_reallocate:
             reallocate(session, metrics, step)
         session.resident.write()
@@ -115,30 +113,30 @@ def reallocate(session, metrics, step: int) -> None:
     )
 
 
-def skip_or_stop(session, metrics, checkpoints, step: int, learning_rate: float, loss: float, grad_norm: float) -> None:
-    """A loss or gradient that is no number: leave the step out while that is allowed, otherwise end the run.
+def finite_or_stop(session, metrics, checkpoints, step: int, learning_rate: float, loss: float, grad_norm: float) -> bool:
+    """A loss or gradient that is no number: False, the step is left out, while that is allowed; otherwise the run ends.
 
     Raises:
         UserError: after saving the last good state, that before this step.
     """
-    batch, allowed = session.inputs.order.batch(step), session.inputs.config.run.skip_nonfinite_steps
-    session.tuning.discard_step()
-    what = (
-        f"step {step}: the loss is {loss} and the gradient norm {grad_norm} at learning rate {learning_rate:.3g}, "
-        f"on examples {', '.join(map(str, batch))} (counted from 0)"
-    )
-    if not session.tuning.is_finite():
-        raise UserError(f"{what}. The deltas of step {step - 1} have overflowed and are not saved: lower learning_rate")
-    if len(session.skipped_steps) < allowed:
+    tuning, run, config = session.tuning, checkpoints.run, session.inputs.config.run
+    if isfinite(loss) and isfinite(grad_norm) and bool(tuning.recorder.flat.isfinite().all()):
+        return True
+    tuning.discard_step()
+    batch = ", ".join(map(str, session.inputs.order.batch(step)))
+    what = f"step {step}: the loss is {loss} and the gradient norm {grad_norm} at learning rate {learning_rate:.3g}"
+    if not bool(tuning.store.flat.isfinite().all()):
+        raise UserError(f"{what}; the deltas of step {step - 1} have overflowed and are not saved. Lower learning_rate")
+    if len(session.skipped_steps) < config.skip_nonfinite_steps:
         session.skipped_steps.append(step)
-        metrics.note(f"{what}; left out ({len(session.skipped_steps)} of {allowed} that skip_nonfinite_steps allows)")
-        return
-    failure = checkpoints.save(metrics)
-    session.cluster.on_main(lambda: checkpoints.run.save_adapter(session.adapter()))
-    saved = f"could not be saved: {failure}" if failure else f"is saved in {checkpoints.run.path}"
+        metrics.note(f"{what}; left out: {len(session.skipped_steps)} of {config.skip_nonfinite_steps} that may be")
+        return False
+    session.cluster.on_main(lambda: run.save_adapter(session.adapter()))
+    failure = checkpoints.save(metrics) if tuning.is_finite() else "the optimizer state has overflowed"
+    saved = f"but for a checkpoint: {failure}" if failure else "and as a checkpoint"
     raise UserError(
-        f"{what}. The state after step {step - 1} {saved}. Look at these examples, lower learning_rate, set max_grad_norm, "
-        "or let some steps be left out (skip_nonfinite_steps)"
+        f"{what}; the deltas of step {step - 1} are saved in {run.adapter}, {saved}. The batch was examples {batch} (counted "
+        "from 0). Look at them, lower learning_rate, set max_grad_norm, or allow skip_nonfinite_steps"
     )
 
 

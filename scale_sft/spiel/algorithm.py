@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .delta import DeltaStore, SparseDelta, digest, wrong_with_indices
+from .delta import DeltaStore, SparseDelta, wrong_with_indices
 from .optimizer import SM3, AdamW
 from .reallocate import Exchange, apply_exchange, drop_scores, exchange_by_accumulators, exchange_by_gradient
 from .sampling import CANDIDATE_STATE, GradientRecorder, Select
@@ -141,15 +141,17 @@ class SparseFineTuning:
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of each weight's whole state: equal on all ranks, or something is wrong."""
-        return {name: digest(*self.state_of(name).values()) for name in self.store.names}
+        return {name: self.store.digest(name, *self._moving_state_of(name).values()) for name in self.store.names}
 
     # --- what the next step needs -------------------------------------------------------------------------------
 
     def state_of(self, name: str) -> dict[str, Tensor]:
         """All tensors of one weight that outlive a step; candidates inside an estimation phase. Views, not copies."""
+        return {**self.store[name].state(), **self._moving_state_of(name)}
+
+    def _moving_state_of(self, name: str) -> dict[str, Tensor]:
         candidates = self.recorder.candidates.get(name)
-        in_flight = candidates.state() if candidates else {}
-        return {**self.store[name].state(), **self.optimizer.state_of(name), **in_flight}
+        return {**self.optimizer.state_of(name), **(candidates.state() if candidates else {})}
 
     def is_finite(self) -> bool:
         """Whether no delta and no optimizer state has overflowed: whether the state is worth keeping."""

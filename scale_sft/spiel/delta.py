@@ -137,6 +137,10 @@ class DeltaStore:
             counts += torch.bincount(delta.cohort.int(), minlength=cohorts)
         return counts.tolist()
 
+    def digest(self, name: str, *more: Tensor) -> str:
+        """SHA-256 of one weight's state and `more` (that of its optimizer): 64 hex digits."""
+        return digest(*self[name].state().values(), *more)
+
 
 def digest(*tensors: Tensor) -> str:
     """SHA-256 over the bytes, dtypes and shapes of tensors: 64 hex digits."""

@@ -187,6 +187,23 @@ def hang(step: int) -> None:
     train.forward_backward = hanging
 
 
+def fill_the_disk(filler: str, first: int, last: int) -> None:
+    """To be planted: in the forward pass of step `first` only 8 KiB are left on the disk; until that of step `last`."""
+    from scale_sft import train
+
+    original = train.forward_backward
+
+    def filling(session, batch):
+        if session.step + 1 == first:
+            free = os.statvfs(Path(filler).parent).f_bavail * os.statvfs(Path(filler).parent).f_bsize
+            Path(filler).write_bytes(bytes(free - 8192))
+        if session.step + 1 == last:
+            os.unlink(filler)
+        return original(session, batch)
+
+    train.forward_backward = filling
+
+
 def signal_itself(step: int, number: int) -> None:
     """To be planted: a signal arrives in the forward pass of a step."""
     from scale_sft import train

@@ -63,7 +63,7 @@ def mutate_tensors(file: Path, dice: random.Random) -> None:
     elif kind == 4:
         tensors[name] = tensor.reshape(1, -1)
     elif kind == 5:
-        tensors[f"{name}.more"] = tensor
+        tensors[f"{name}.more"] = tensor.clone()
     else:
         place = dice.randrange(tensor.numel())
         values = [float("nan"), float("inf"), 1e30] if tensor.is_floating_point() else [-1, 127, 0]

@@ -219,7 +219,7 @@ def test_a_loss_that_is_no_number_stops_the_run_with_its_state_saved(train_run, 
         train_run(**saving)
     message = str(raised.value)
     assert "step 4: the loss is nan" in message and "learning rate 0.00" in message and "counted from 0" in message
-    assert "The state after step 3 is saved" in message
+    assert "the deltas of step 3 are saved in" in message and "and as a checkpoint" in message
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
 
 
