@@ -1,8 +1,8 @@
 """Save and resume a run: all that the next step needs, bit for bit, and nothing of the base.
 
-The state is the same on every rank, so the main rank writes it and shares what it reads: neither the number of ranks nor
-the placement of the base enters, and a run may go on with others. Data order and initial indices depend on nothing but
-seed and step; no global random state is used. File format: `checkpoint_files`.
+The state is the same on every rank, so the main rank writes it and shares what it reads: neither the number of ranks
+nor the placement of the base enters, and a run may go on with others. Data order and initial indices depend on nothing
+but seed and step; no global random state is used. File format: `checkpoint_files`.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ class Checkpoints:
             )
         return notes, state, layout
 
-    def _checked_layout(self, checkpoint: Checkpoint, files: TensorFiles, state: Mapping) -> dict[str, dict[str, tuple]]:
+    def _checked_layout(
+        self, checkpoint: Checkpoint, files: TensorFiles, state: Mapping
+    ) -> dict[str, dict[str, tuple]]:
         """(shape, dtype) of every tensor by weight and kind; all tensors are what the method can go on from."""
         tuning = self.session.tuning
         if set(files.kinds) != set(tuning.store.names):
@@ -153,9 +155,7 @@ class Checkpoints:
             metrics.note(f"warning: step {step}: {failure}")
             return failure
         self._saved_step = step
-        metrics.checkpoint(
-            step, bytes=size, active=session.tuning.store.active, seconds=time.perf_counter() - began
-        )
+        metrics.checkpoint(step, bytes=size, active=session.tuning.store.active, seconds=time.perf_counter() - began)
         return None
 
     def _write(self) -> tuple[int, str | None]:

@@ -5,8 +5,8 @@
       state.json                      what is no tensor
       manifest.json                   sizes and SHA-256 of the others and of itself; written last
 
-A checkpoint is written under a temporary name in `checkpoints/`, flushed to disk, and renamed. Only safetensors and JSON
-are ever read; file names come from the list above, never from the content of a file.
+A checkpoint is written under a temporary name in `checkpoints/`, flushed to disk, and renamed. Only safetensors and
+JSON are ever read; file names come from the list above, never from the content of a file.
 """
 
 from __future__ import annotations

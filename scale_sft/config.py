@@ -270,8 +270,8 @@ _COMPARED_BY_EFFECT = (
     "target_modules",
 )  # fmt: skip
 MAY_CHANGE = frozenset(_NO_EFFECT + _COMPARED_BY_EFFECT)
-"""Options that a resumed run may have otherwise than its checkpoint. What the second group leads to must be the same: the
-hash of the target weights, the digest of the examples, the total of steps, the active entries of each weight."""
+"""Options that a resumed run may have otherwise than its checkpoint. What the second group leads to must be the same:
+the hash of the target weights, the digest of the examples, the total of steps, the active entries of each weight."""
 
 
 def load(recipe: str | Path | None, overrides: Mapping[str, Any]) -> Config:

@@ -409,7 +409,9 @@ class Cluster:
             raise UserError(f"rank 0 could not go on: {main_reason}")
         return result
 
-    def share(self, layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def share(
+        self, layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]], own: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """The main rank's tensors of a layout (shape, dtype by name) on every rank; `own` counts there only."""
         shared = {}
         for name, (shape, dtype) in layout.items():

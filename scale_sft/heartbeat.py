@@ -134,7 +134,9 @@ class Heartbeat:
         fewest = min(beat.marks for beat in now)
         behind = [beat for beat in now if beat.marks == fewest]
         behind = [beat for beat in behind if not beat.waiting] or behind
-        return f"no progress for {max(beat.idle_seconds for beat in now):.0f} s, waiting for " + "; ".join(map(str, behind))
+        return f"no progress for {max(beat.idle_seconds for beat in now):.0f} s, waiting for " + "; ".join(
+            map(str, behind)
+        )
 
     def _listen(self) -> list[Beat]:
         return [Beat(**json.loads(self.store.get(str(rank)))) for rank in range(self.size)]

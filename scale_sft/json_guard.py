@@ -26,7 +26,9 @@ def refuse_unreadable_json(path: Path) -> None:
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(f"data: {path}, line {number}: not UTF-8: {error.reason} at byte {error.start + 1}") from None
+                raise UserError(
+                    f"data: {path}, line {number}: not UTF-8: {error.reason} at byte {error.start + 1}"
+                ) from None
             opened = line.count(b"[") + line.count(b"{")
             if opened < DEEPEST and depth < DEEPEST:
                 depth = 0 if path.suffix == ".jsonl" else max(0, depth + opened - line.count(b"]") - line.count(b"}"))
@@ -35,4 +37,6 @@ def refuse_unreadable_json(path: Path) -> None:
                 first = token[0][:1]
                 depth += (first in b"[{") - (first in b"]}")
                 if depth > DEEPEST:
-                    raise UserError(f"data: {path}, line {number}: brackets nested more than {DEEPEST} deep are no data")
+                    raise UserError(
+                        f"data: {path}, line {number}: brackets nested more than {DEEPEST} deep are no data"
+                    )

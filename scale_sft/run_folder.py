@@ -46,7 +46,7 @@ class RunFolder:
             raise UserError(f"output_dir: {error}") from None
 
     def refuse_if_taken(self, config: Config) -> None:
-        """Raises UserError if the folder holds a run that cannot go on with this configuration: nothing is overwritten."""
+        """Raises UserError if the folder holds a run that cannot go on with this configuration."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir: {self.path} is a file; choose a folder")
         present = next((name for name in OWN_FILES if (self.path / name).exists()), None)
@@ -55,7 +55,8 @@ class RunFolder:
         reason = self._why_taken(config)
         if reason:
             raise UserError(
-                f"output_dir: {self.path} already holds a run ({present}){reason}; choose a new folder, or move that one away"
+                f"output_dir: {self.path} already holds a run ({present}){reason}; choose a new folder, or move that "
+                "one away"
             )
 
     def _why_taken(self, config: Config) -> str | None:

@@ -113,7 +113,9 @@ def reallocate(session, metrics, step: int) -> None:
     )
 
 
-def finite_or_stop(session, metrics, checkpoints, step: int, learning_rate: float, loss: float, grad_norm: float) -> bool:
+def finite_or_stop(
+    session, metrics, checkpoints, step: int, learning_rate: float, loss: float, grad_norm: float
+) -> bool:
     """A loss or gradient that is no number: False, the step is left out, while that is allowed; otherwise the run ends.
 
     Raises:
@@ -135,8 +137,8 @@ def finite_or_stop(session, metrics, checkpoints, step: int, learning_rate: floa
     failure = checkpoints.save(metrics) if tuning.is_finite() else "the optimizer state has overflowed"
     saved = f"but for a checkpoint: {failure}" if failure else "and as a checkpoint"
     raise UserError(
-        f"{what}; the deltas of step {step - 1} are saved in {run.adapter}, {saved}. The batch was examples {batch} (counted "
-        "from 0). Look at them, lower learning_rate, set max_grad_norm, or allow skip_nonfinite_steps"
+        f"{what}; the deltas of step {step - 1} are saved in {run.adapter}, {saved}. The batch was examples {batch} "
+        "(counted from 0). Look at them, lower learning_rate, set max_grad_norm, or allow skip_nonfinite_steps"
     )
 
 
@@ -226,7 +228,8 @@ def run_on(cluster, inputs, run) -> None:
                 failure = checkpoints.save(metrics)
                 if failure:
                     raise UserError(f"{stop}: {failure}") from None
-                raise Interrupted(f"{stop}: saved after step {session.step} in {run.path}; start again to go on") from None
+                saved = f"saved after step {session.step} in {run.path}; start again to go on"
+                raise Interrupted(f"{stop}: {saved}") from None
         outcome.finish(session, metrics, run)
 
 

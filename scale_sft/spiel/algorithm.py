@@ -169,7 +169,8 @@ class SparseFineTuning:
         expected = {kind: (tuple(tensor.shape), tensor.dtype) for kind, tensor in own.items()}
         if self._estimating_after(step) and CANDIDATE_STATE[0] in state:
             count = (self.recorder.counts[name],)
-            expected |= dict(zip(CANDIDATE_STATE, [(count, delta.indices.dtype)] + 2 * [(count, torch.float32)], strict=True))
+            dtypes = (delta.indices.dtype, torch.float32, torch.float32)
+            expected |= {kind: (count, dtype) for kind, dtype in zip(CANDIDATE_STATE, dtypes, strict=True)}
         found = {kind: (tuple(tensor.shape), tensor.dtype) for kind, tensor in state.items()}
         if found != expected:
             kind = next(kind for kind in {**expected, **found} if expected.get(kind) != found.get(kind))

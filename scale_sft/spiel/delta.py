@@ -54,7 +54,7 @@ class SparseDelta:
 
 
 def wrong_with_indices(indices: Tensor, shape: tuple[int, int]) -> str | None:
-    """Why `indices` cannot be the active ones of a weight of `shape`, or None: integers [K], in range, sorted, unique."""
+    """Why `indices` cannot be those of a weight of `shape`, or None: integers [K], in range, sorted, unique."""
     if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
         return f"indices are {tuple(indices.shape)} {indices.dtype}, expected one row of integers"
     if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= shape[0] * shape[1]):

@@ -1,8 +1,8 @@
 """Runs in processes of their own that cost little to start, and that can be killed at any chosen place.
 
-A server process imports the heavy libraries once and forks a child for every run (`multiprocessing`'s fork server), so a
-run of a tiny model costs about a second. What goes wrong in a child is planted there by replacing functions; the trainer
-knows nothing of it.
+A server process imports the heavy libraries once and forks a child for every run (`multiprocessing`'s fork server), so
+a run of a tiny model costs about a second. What goes wrong in a child is planted there by replacing functions; the
+trainer knows nothing of it.
 """
 
 from __future__ import annotations
@@ -138,7 +138,10 @@ def _plant_kill(kill: Kill) -> None:
         SparseFineTuning.update = lambda self, rate: (update(self, rate), _die() if begun[-1] == kill.step else None)[0]
     elif kill.place == "recorded":  # the step is done and on record, but not saved
         record = Metrics.step
-        Metrics.step = lambda self, step, **values: (record(self, step, **values), _die() if step == kill.step else None)[0]
+        Metrics.step = lambda self, step, **values: (
+            record(self, step, **values),
+            _die() if step == kill.step else None,
+        )[0]
 
     def at_step(function, half: bool = False, after: bool = False):
         def wrapped(*arguments, **named):

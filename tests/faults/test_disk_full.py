@@ -18,7 +18,9 @@ def small_disk(tmp_path):
     """A folder that is a file system of 256 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, text=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], check=False, capture_output=True, text=True
+    )
     if made.returncode:
         pytest.skip(f"cannot mount a tmpfs here: {made.stderr.strip()}")
     yield folder
@@ -31,7 +33,8 @@ def test_a_full_disk_never_leaves_half_a_checkpoint(on_save_failure, small_disk,
     options = {
         "base": tiny_model("llama"), "train_data": pairs_file, "density": 0.05, "steps": 8, "global_batch_size": 4,
         "update_interval_steps": 4, "estimation_steps": 2, "max_length": 32, "base_placement": "replicate",
-        "save_every_steps": 2, "keep_last": 2, "log_every_steps": 1, "output_dir": run, "on_save_failure": on_save_failure,
+        "save_every_steps": 2, "keep_last": 2, "log_every_steps": 1, "output_dir": run,
+        "on_save_failure": on_save_failure,
     }  # fmt: skip
     status = finish(start(options, log, plant=("fill_the_disk", str(small_disk / "filler"), 4, 6)))
     text = log.read_text()

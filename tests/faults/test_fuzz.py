@@ -43,7 +43,11 @@ def mutate_bytes(content: bytes, dice: random.Random) -> bytes:
         return content[:place] + bytes([content[place] ^ (1 << dice.randrange(8))]) + content[place + 1 :]
     if kind == 6:
         return dice.choice([b"", b"{}", b"[]", b"null", b"\x80\x04N.", b"[" * 100_000, b'{"a":' * 5000, b"NaN"])
-    return content[:place] + dice.choice([b"-1", b"1e999", b'"', b"}", b"\xff\xfe", b"999999999999999999999"]) + content[place + 1 :]
+    return (
+        content[:place]
+        + dice.choice([b"-1", b"1e999", b'"', b"}", b"\xff\xfe", b"999999999999999999999"])
+        + content[place + 1 :]
+    )
 
 
 def mutate_tensors(file: Path, dice: random.Random) -> None:
@@ -104,8 +108,8 @@ def session(tiny_model, pairs_file, tmp_path_factory):
     """A session after 5 of 6 steps, inside an estimation phase, and the checkpoint of that state."""
     folder = tmp_path_factory.mktemp("fuzz")
     options = {
-        "base": str(tiny_model("llama")), "train_data": str(pairs_file), "output_dir": str(folder / "run"), "density": 0.05,
-        "steps": 8, "global_batch_size": 4, "update_interval_steps": 4, "estimation_steps": 3, "max_length": 32,
+        "base": str(tiny_model("llama")), "train_data": str(pairs_file), "output_dir": str(folder / "run"),
+        "density": 0.05, "steps": 8, "global_batch_size": 4, "update_interval_steps": 4, "estimation_steps": 3, "max_length": 32,
         "base_placement": "replicate", "save_every_steps": 1, "keep_last": 9,
     }  # fmt: skip
     inputs = assemble.read_inputs(load(None, options))
@@ -121,14 +125,20 @@ def session(tiny_model, pairs_file, tmp_path_factory):
 def weights_of(session) -> str:
     """A digest of all weights and of the whole state of the method."""
     prints = [fingerprint(WeightPart.whole(weight)) for weight in session.model.parameters()]
-    recorder = sorted((name, [t.tolist() for t in c.state().values()]) for name, c in session.tuning.recorder.candidates.items())
+    recorder = sorted(
+        (name, [t.tolist() for t in c.state().values()]) for name, c in session.tuning.recorder.candidates.items()
+    )
     return json.dumps([prints, sorted(session.tuning.digests().items()), recorder, session.step])
 
 
 def test_mutated_checkpoints(session, tmp_path):
     made, run = session
     original = run.checkpoints / "step_000006"  # steps 5 to 7 estimate
-    assert "candidate_mean" in {kind for kinds in checkpoint_files.TensorFiles(checkpoint_files.verify(original)).kinds.values() for kind in kinds}
+    assert "candidate_mean" in {
+        kind
+        for kinds in checkpoint_files.TensorFiles(checkpoint_files.verify(original)).kinds.values()
+        for kind in kinds
+    }
     seen = {"refused": 0, "loaded": 0}
     state = weights_of(made)
     for number in range(MUTANTS):

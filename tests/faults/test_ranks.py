@@ -71,7 +71,9 @@ def test_zero3_ranks_that_are_killed_end_bit_identical_and_name_the_dead(options
     assert_same_run(run, uninterrupted(2, SHARDED))
 
 
-@pytest.mark.parametrize("ranks, placement", [(1, REPLICATED), (4, REPLICATED), (4, SHARDED)], ids=["1", "4", "4sharded"])
+@pytest.mark.parametrize(
+    "ranks, placement", [(1, REPLICATED), (4, REPLICATED), (4, SHARDED)], ids=["1", "4", "4sharded"]
+)
 def test_a_checkpoint_of_two_sharded_ranks_goes_on_with_others(ranks, placement, options, uninterrupted, tmp_path):
     before = uninterrupted(2, SHARDED)
     settings = {**options, **placement, "output_dir": tmp_path / "run", "resume": before / "checkpoints/step_000006"}
@@ -180,5 +182,7 @@ def test_a_signal_under_accelerate_launch_saves_within_30_seconds_and_the_run_go
         assert f"exitcode  : {SAVED_STATUS}" in text
     log = tmp_path / "log2"
     assert ended(start_ranks(2, settings, log)) == [0, 0], log.read_text()[-4000:]
-    (run / "batches.jsonl").write_text((uninterrupted(2, REPLICATED) / "batches.jsonl").read_text())  # not recorded above
+    (run / "batches.jsonl").write_text(
+        (uninterrupted(2, REPLICATED) / "batches.jsonl").read_text()
+    )  # not recorded above
     assert_same_run_but_more_checkpoints(run, uninterrupted(2, REPLICATED), [saved.name] if step % 3 else [])

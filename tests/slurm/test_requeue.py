@@ -38,7 +38,10 @@ def test_a_job_that_is_signalled_is_requeued_and_ends_with_the_same_bits(slurm, 
     step = int(re.search(r"SIGUSR1: saved after step (\d+) in", said)[1])
     assert 7 <= step < 150 and f"{step} of 150 steps are done" in said
 
-    reference, settings = tmp_path / "reference", {"config": tmp_path / "recipe.yaml", "output_dir": tmp_path / "reference"}
+    reference, settings = (
+        tmp_path / "reference",
+        {"config": tmp_path / "recipe.yaml", "output_dir": tmp_path / "reference"},
+    )
     settings |= {"ds_config": "ds_configs/zero3_cpu.json", "base_placement": "shard"}
     children = start_ranks(2, settings, tmp_path / "log")
     assert [finish(child) for child in children] == [0, 0], (tmp_path / "log").read_text()

@@ -75,7 +75,10 @@ def escape(path):
 DAMAGES = {
     "truncated file": (truncate, "tensors_00001.safetensors has 40 bytes"),
     "flipped byte": (flip_a_byte, "tensors_00002.safetensors: its checksum"),
-    "missing shard": (lambda path: (path / "tensors_00003.safetensors").unlink(), "tensors_00003.safetensors is missing"),
+    "missing shard": (
+        lambda path: (path / "tensors_00003.safetensors").unlink(),
+        "tensors_00003.safetensors is missing",
+    ),
     "missing manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
     "changed manifest": (change_the_manifest, "manifest.json is not as it was written"),
     "no JSON": (lambda path: (path / "manifest.json").write_bytes(b"\xff\x00{"), "manifest.json is damaged"),

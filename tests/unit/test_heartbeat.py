@@ -35,7 +35,7 @@ def ranks(monkeypatch):
     def make(count, timeout_seconds=0.2):
         store, verdicts = Store(), {}
         for rank in range(count):
-            give_up = lambda verdict, rank=rank: verdicts.setdefault(rank, verdict)  # noqa: E731
+            give_up = lambda verdict, rank=rank: verdicts.setdefault(rank, verdict)
             made.append(Heartbeat(store, rank, count, timeout_seconds, give_up))
         for one in made:
             one.start()
@@ -63,7 +63,7 @@ def test_a_rank_behind_the_others_is_named(ranks):
 
 
 def test_a_rank_without_sign_of_life_is_named(ranks):
-    (first, second), verdicts, _ = ranks(2)
+    (_, second), verdicts, _ = ranks(2)
     second._stop.set()
     second._thread.join()
     wait_for(lambda: 0 in verdicts)
@@ -71,15 +71,17 @@ def test_a_rank_without_sign_of_life_is_named(ranks):
 
 
 def test_its_last_words_are_quoted(ranks):
-    (first, second), verdicts, _ = ranks(2)
+    (_, second), verdicts, _ = ranks(2)
     second.close("MemoryError: 40 GiB")
     wait_for(lambda: 0 in verdicts)
     assert "rank 1" in verdicts[0] and "ended with: MemoryError: 40 GiB" in verdicts[0]
 
 
 def test_of_ranks_equally_far_the_one_that_does_not_wait_is_named(ranks, monkeypatch):
-    (first, second), verdicts, _ = ranks(2)
-    monkeypatch.setattr(heartbeat, "_place_of", lambda _: ("train.py:1 in train", threading.current_thread() is first._thread))
+    (first, _), verdicts, _ = ranks(2)
+    monkeypatch.setattr(
+        heartbeat, "_place_of", lambda _: ("train.py:1 in train", threading.current_thread() is first._thread)
+    )
     wait_for(lambda: 0 in verdicts)
     assert "waiting for rank 1" in verdicts[0] and "at train.py:1 in train" in verdicts[0]
 

@@ -13,7 +13,6 @@ from scale_sft.errors import UserError
 from scale_sft.interruption import Interrupted
 from scale_sft.metrics_file import read_metrics
 from scale_sft.spiel.schedule import Phase
-
 from tests.faults.comparing import losses
 
 
@@ -261,7 +260,9 @@ def test_the_limit_of_left_out_steps_holds_over_a_resume(train_run, crashing_run
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("moment", ["step", "evaluation"])
-def test_a_signal_saves_and_stops_and_the_run_goes_on(number, moment, train_run, saving, tmp_path, pairs_file, monkeypatch):
+def test_a_signal_saves_and_stops_and_the_run_goes_on(
+    number, moment, train_run, saving, tmp_path, pairs_file, monkeypatch
+):
     options = {**saving, "eval_data": str(pairs_file), "eval_every_steps": 3, "save_every_steps": None}
     whole = train_run(**{**options, "output_dir": str(tmp_path / "whole")})
     from scale_sft import evaluate
