@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -148,6 +148,9 @@ class Session:
     base_hash: str
     load_peak_bytes: int  # of this rank, above what it had before
     loaded_on: torch.device | None = None  # where a quantised base was quantised
+    step: int = 0  # optimizer steps done
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)  # by step
+    skipped_steps: list[int] = field(default_factory=list)  # without an update: loss or gradient was no finite number
 
     def evaluate(self, *, answers: bool = False) -> Evaluation:
         """Held-out loss and, with `answers`, exact match of generated answers; there must be held-out data."""

@@ -71,5 +71,31 @@ def report(run: Path) -> None:
     click.echo(f"report: {write_report(run)}")
 
 
+@main.group()
+def checkpoint() -> None:
+    """Checkpoints of a run: what is there, and whether it is whole."""
+
+
+@checkpoint.command("ls")
+@click.argument("folder", type=click.Path(path_type=Path))
+def checkpoint_ls(folder: Path) -> None:
+    """List the checkpoints in FOLDER (a run, its checkpoints/ or one of them); sizes are checked, checksums are not."""
+    from .checkpoint_listing import checkpoints_in, table
+
+    click.echo(table(checkpoints_in(folder), "complete (sizes)"))
+
+
+@checkpoint.command("verify")
+@click.argument("folder", type=click.Path(path_type=Path))
+def checkpoint_verify(folder: Path) -> None:
+    """Read the checkpoints in FOLDER completely and compare checksums; status 1 if one is damaged."""
+    from .checkpoint_listing import checkpoints_in, table, verified
+
+    found = [verified(one) for one in checkpoints_in(folder)]
+    click.echo(table(found, "complete (checksums)"))
+    if any(one.problem for one in found):
+        sys.exit(1)
+
+
 if __name__ == "__main__":
     main()

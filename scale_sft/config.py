@@ -206,11 +206,37 @@ class RunConfig:
     )
     eval_batch_size: int = option(16, "Sequences per forward pass of one rank in evaluation.", check=at_least(1))
     seed: int = option(0, "Seed of the initial indices and of the data order.", check=at_least(0))
-    output_dir: str = option("runs/sft", "Folder of the run; must be new.")
+    output_dir: str = option("runs/sft", "Folder of the run: new, or that of the run to go on with.")
     eval_every_steps: int | None = option(
         None, "Evaluate every so many steps as well; default: at the start and at the end.", check=at_least(1)
     )
     log_every_steps: int = option(10, "Steps between records in metrics.jsonl and on the console.", check=at_least(1))
+    save_every_steps: int | None = option(
+        100,
+        "Save a checkpoint every so many steps, and at the last; none: only when a signal stops the run.",
+        check=at_least(1),
+    )
+    keep_last: int = option(2, "Complete checkpoints to keep; older ones are removed.", check=at_least(1))
+    on_save_failure: str = option(
+        "stop",
+        "When a checkpoint cannot be written (disk full): stop with an error, or continue to the next.",
+        choices=("stop", "continue"),
+    )
+    resume: str = option(
+        "auto",
+        "auto: go on from the newest complete checkpoint in output_dir, if any; never: refuse a folder that holds one; "
+        "or the folder of a checkpoint (or of a run) to go on from.",
+    )
+    skip_nonfinite_steps: int = option(
+        0,
+        "How many steps whose loss or gradient norm is no finite number are left out before the run stops.",
+        check=at_least(0),
+    )
+    collective_timeout_seconds: float = option(
+        1800.0,
+        "A rank that makes no progress for so long ends the run; longer than any step, evaluation batch or merge.",
+        check=above(0),
+    )
     save_merged: bool = option(False, "Also write the merged model, a plain transformers folder, at the end.")
     tracker: str | None = option(
         None, "Experiment tracker: tensorboard, or any other that accelerate knows (wandb, mlflow, ...)."
@@ -233,6 +259,19 @@ SECTIONS: dict[str, type] = {
 }
 OPTIONS: dict[str, str] = {f.name: section for section, kind in SECTIONS.items() for f in dataclasses.fields(kind)}
 """Section of every option by its name; names are unique over all sections."""
+
+_NO_EFFECT = (
+    "resume", "save_every_steps", "keep_last", "on_save_failure", "log_every_steps", "eval_every_steps", "save_merged",
+    "tracker", "output_dir", "skip_nonfinite_steps", "collective_timeout_seconds", "base_placement", "ds_config",
+    "gradient_checkpointing", "micro_batch_size", "eval_batch_size", "trust_remote_code",
+)  # fmt: skip
+_COMPARED_BY_EFFECT = (
+    "base", "revision", "train_data", "eval_data", "steps", "epochs", "density", "tunable_weights", "rank_equivalent",
+    "target_modules",
+)  # fmt: skip
+MAY_CHANGE = frozenset(_NO_EFFECT + _COMPARED_BY_EFFECT)
+"""Options that a resumed run may have otherwise than its checkpoint. What the second group leads to must be the same:
+the hash of the target weights, the digest of the examples, the total of steps, the active entries of each weight."""
 
 
 def load(recipe: str | Path | None, overrides: Mapping[str, Any]) -> Config:

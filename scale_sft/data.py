@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .config import DEMO, DataConfig
 from .errors import UserError
+from .json_guard import refuse_unreadable_json
 from .model import PACKAGE
 from .spiel.delta import seeded_generator
 
@@ -87,6 +88,7 @@ def _read_rows(path: Path) -> Any:
         raise UserError(f"data: {path}: expected a .json or .jsonl file")
     if not path.stat().st_size:
         raise UserError(f"data: {path} is empty; expected one JSON object per line")
+    refuse_unreadable_json(path)
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset("json", data_files=str(path), split="train")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -25,7 +27,12 @@ from torch import Tensor, nn
 
 from .base_weight import WeightPart, fingerprint
 from .errors import UserError
+from .heartbeat import STALLED_STATUS, Heartbeat
+from .interruption import SAVED_STATUS, Interrupted, Interruption
 from .spiel.topk import top_k_magnitude, top_k_sorted
+
+_GRACE_SECONDS = 60
+"""By so much a collective's own time-out comes later than the heartbeat's, which knows whom to name."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +67,6 @@ class World:
         return psutil.virtual_memory().total // self.local_size
 
 
-SAVED_STATUS = 75
-"""Exit status of a run that was interrupted, has saved itself, and wants to be started again (EX_TEMPFAIL)."""
-
-
 def leave(message: str, status: int = 1, patience_seconds: float = 15) -> None:
     """End this process with one message: once, where every rank found the same.
 
@@ -90,6 +93,9 @@ class Cluster:
     device: torch.device
     traffic_bytes: Counter = field(default_factory=Counter)  # payload this rank contributed, by purpose, since asked
     engine: Any = None
+    interruption: Interruption = field(default_factory=Interruption)
+    heartbeat: Heartbeat | None = None  # None: there is but one rank
+    stopping: bool = False  # all ranks know that a signal has reached one of them
 
     @classmethod
     def start(
@@ -101,8 +107,11 @@ class Cluster:
         tracker: str | None = None,
         logging_dir: Path | None = None,
         timeout_seconds: float = 1800,
+        interruption: Interruption | None = None,
     ) -> Cluster:
         """Join the process group that the launcher describes.
+
+        `timeout_seconds`: how long other ranks wait for one that makes no progress, before they end with an error.
 
         Raises:
             UserError: the launcher's world and the one that came about differ, or sharding is impossible here.
@@ -111,7 +120,7 @@ class Cluster:
 
         world = World.from_environment()
         gpu = torch.cuda.is_available()
-        group = InitProcessGroupKwargs(backend="nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout_seconds))
+        group = InitProcessGroupKwargs(backend="nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout_seconds + _GRACE_SECONDS))
         arguments: dict[str, Any] = {"log_with": tracker, "project_dir": logging_dir}
         if world.size > 1 or (sharded and "LOCAL_RANK" in os.environ):
             arguments["kwargs_handlers"] = [group]
@@ -133,7 +142,33 @@ class Cluster:
                 f"base_placement: shard was asked for, but accelerate runs {found}, not DeepSpeed"
                 + (f"; {why}" if "ACCELERATE_USE_CPU" in os.environ else "")
             )
-        return cls(accelerator=accelerator, sharded=sharded, device=accelerator.device)
+        cluster = cls(
+            accelerator=accelerator,
+            sharded=sharded,
+            device=accelerator.device,
+            interruption=interruption or Interruption(),
+        )
+        if cluster.size > 1:
+            store = torch.distributed.PrefixStore("heartbeat", _own_store())
+            heartbeat = Heartbeat(store, cluster.rank, cluster.size, timeout_seconds)
+            cluster.barrier()
+            heartbeat.start()
+            cluster.heartbeat = heartbeat
+        return cluster
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Leave the process group. After a collective has failed, say which rank is to blame, and end the process."""
+        if error is not None and self.heartbeat and _connection_lost(error):
+            with self.interruption.deferred():  # the launcher ends us too: say why before it does
+                verdict = self.heartbeat.verdict()
+                print(f"error: {verdict}; noticed by rank {self.rank}: {error}", file=sys.stderr, flush=True)
+                os._exit(STALLED_STATUS)
+        if self.heartbeat:
+            self.heartbeat.close(f"{kind.__name__}: {error}" if error else "")
+        self.close()
 
     @property
     def rank(self) -> int:
@@ -235,12 +270,48 @@ class Cluster:
         everyone = self.gather_objects(own)
         return {name: tuple(sum(prints[name][n] for prints in everyone) & mask for n in (0, 1)) for name in own}
 
+    # --- stopping and stalling ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def in_steps(self) -> Iterator[None]:
+        """The training loop: signals wait for the end of a step, a rank without progress ends the run."""
+        with self.interruption.deferred():
+            if self.heartbeat:
+                self.heartbeat.mark()
+                self.heartbeat.watched = True
+            try:
+                yield
+            finally:
+                if self.heartbeat:
+                    self.heartbeat.watched = False
+
+    def sum_and_agree(self, value: float) -> float:
+        """Sum of a number over the ranks; in the same collective they agree on whether a signal has reached any."""
+        total, asked = self.sum_floats(value, float(self.interruption.asked is not None))
+        self.stopping = self.stopping or asked > 0
+        return total
+
+    def agree_to_stop(self) -> None:
+        """Raises Interrupted, on all ranks, if a signal has reached any: between the batches of an evaluation."""
+        self.sum_and_agree(0.0)
+        self.raise_if_stopping()
+
+    def raise_if_stopping(self) -> None:
+        """Raises Interrupted, on all ranks, once they have agreed to stop."""
+        if self.stopping:
+            raise Interrupted(self.interruption.asked or "a signal to another rank")
+
+    def _mark(self) -> None:
+        if self.heartbeat:
+            self.heartbeat.mark()
+
     # --- gradients ----------------------------------------------------------------------------------------------
 
     def sum_(self, flat: Tensor, purpose: str = "gradients") -> None:
         """Sum a tensor over the ranks, in place: one flat all-reduce."""
         if self.size == 1:
             return
+        self._mark()
         self.traffic_bytes[purpose] += flat.numel() * flat.element_size()
         torch.distributed.all_reduce(flat)
 
@@ -265,6 +336,7 @@ class Cluster:
         padded = torch.zeros(part * world, dtype=torch.float32, device=gradient.device)
         padded[:n] = gradient
         mine = torch.empty(part, dtype=torch.float32, device=gradient.device)
+        self._mark()
         _reduce_scatter(mine, padded)
         start = min(self.rank * part, n)
         mine = mine[: min(part, n - start)]
@@ -282,6 +354,7 @@ class Cluster:
 
     def _gather(self, tensor: Tensor) -> Tensor:
         """All ranks' tensors [n], one after the other: [W * n]."""
+        self._mark()
         pieces = [torch.empty_like(tensor) for _ in range(self.size)]
         torch.distributed.all_gather(pieces, tensor)
         return torch.cat(pieces)
@@ -292,6 +365,7 @@ class Cluster:
         """A small Python object of every rank, in the order of ranks."""
         if self.size == 1:
             return [value]
+        self._mark()
         values: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(values, value)
         return values
@@ -319,19 +393,34 @@ class Cluster:
         """Wait for all ranks."""
         self.accelerator.wait_for_everyone()
 
-    def on_main(self, work: Callable[[], Any]) -> None:
-        """Let the main rank do `work` (files); the others wait. A failure there ends all ranks."""
-        failure = None
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Let the main rank do `work` (files); the others wait and get its small result. A failure ends all ranks."""
+        failure = result = None
         if self.is_main:
             try:
-                work()
+                result = work()
             except Exception as error:  # must reach the other ranks, or they would wait for ever
                 failure = error
-        failures = self.gather_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
+        reason = None if failure is None else f"{type(failure).__name__}: {failure}"
+        main_reason, result = self.gather_objects((reason, result))[0]
         if failure is not None:
             raise failure
-        if failures[0] is not None:
-            raise UserError(f"rank 0 could not go on: {failures[0]}")
+        if main_reason is not None:
+            raise UserError(f"rank 0 could not go on: {main_reason}")
+        return result
+
+    def share(
+        self, layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]], own: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The main rank's tensors of a layout (shape, dtype by name) on every rank; `own` counts there only."""
+        shared = {}
+        for name, (shape, dtype) in layout.items():
+            tensor = own[name].to(self.device) if self.is_main else torch.empty(shape, dtype=dtype, device=self.device)
+            if self.size > 1:
+                self._mark()
+                torch.distributed.broadcast(tensor, 0)
+            shared[name] = tensor
+        return shared
 
     def tracking(self, name: str, settings: Mapping[str, Any]) -> Callable[[dict[str, float], int], None] | None:
         """The logging function of the tracker that the run was started with, on the main rank."""
@@ -344,6 +433,18 @@ class Cluster:
     def close(self) -> None:
         """Leave the process group; without it some runs abort after they have finished."""
         self.accelerator.end_training()
+
+
+def _own_store() -> Any:
+    """The store that the ranks met at, over a connection of its own where it can have one."""
+    store = torch.distributed.distributed_c10d._get_default_store()
+    return store.clone() if hasattr(store, "clone") else store
+
+
+def _connection_lost(error: BaseException) -> bool:
+    """Whether an error came from a collective: another rank has gone, or kept this one waiting for too long."""
+    signs = r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out"
+    return isinstance(error, RuntimeError) and re.search(signs, str(error), re.IGNORECASE) is not None
 
 
 def _device_name(device: torch.device) -> str:

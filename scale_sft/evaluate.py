@@ -47,6 +47,7 @@ def held_out_loss(model: nn.Module, examples: Examples, cluster: Cluster, batch_
     """Token-weighted mean loss over all examples, spread over the ranks."""
     loss = 0.0
     for group in by_length(examples, batch_size * cluster.size):
+        cluster.agree_to_stop()
         for members in micro_batches(group, cluster.rank, cluster.size, batch_size):
             loss += token_loss_sum(model, collate(examples, members, pad_id, cluster.device)).double().item()
     tokens = examples.target_tokens(range(len(examples)))
@@ -72,6 +73,7 @@ def exact_match(
     model.eval()
     try:
         for start in range(0, len(chosen), batch_size * cluster.size):
+            cluster.agree_to_stop()
             group = list(chosen[start : start + batch_size * cluster.size])
             for members in micro_batches(group, cluster.rank, cluster.size, batch_size):
                 present = [n for n in members if n is not None]

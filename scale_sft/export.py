@@ -77,7 +77,10 @@ def load_adapter(folder: str | Path) -> Adapter:
         shapes = {name: (int(shape[0]), int(shape[1])) for name, shape in config.pop("shapes").items()}
         if config["format"] != FORMAT:
             raise UserError(f"adapter: {folder / CONFIG_FILE}: format is {config['format']!r}, expected {FORMAT!r}")
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        wrong = [key for key in ("base", "base_hash", "dtype") if not isinstance(config[key], str)]
+        if wrong or config["dtype"] not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"{(wrong or ['dtype'])[0]} is {config[(wrong or ['dtype'])[0]]!r:.80}")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"adapter: {folder / CONFIG_FILE} is damaged: {error!r}") from None
     indices, deltas = {}, {}
     try:

@@ -9,6 +9,7 @@ This module knows no ranks: the main process makes `Metrics`, every other proces
     step          loss, grad_norm (means), grad_norm_max, learning_rate, tokens, target_tokens, seconds (sums), steps,
                   tokens_per_second; all over the `steps` optimizer steps since the line before
     reallocation  number, active, replaced, grown, dropped, turnover, cohort_counts, cohort_steps, seconds
+    checkpoint    bytes, active, bytes_per_entry, seconds
     eval          loss, perplexity, exact_match, target_tokens, seconds
     end           whatever the run sums up, e.g. per_weight
 """
@@ -172,6 +173,14 @@ class Metrics(AbstractContextManager):
             style="green",
         )
 
+    def checkpoint(self, step: int, *, bytes: int, active: int, seconds: float) -> None:
+        """The state after `step` is on disk. Pending steps are written first: a resumed run begins after them."""
+        self._flush_window()
+        per_entry = bytes / active
+        self._write("checkpoint", step, bytes=bytes, active=active, bytes_per_entry=per_entry, seconds=seconds)
+        size = f"{bytes / 2**20:.1f} MiB, {per_entry:.1f} bytes per active entry"
+        self._display.line(f"step {step}  checkpoint saved ({size})  in {duration(seconds)}", style="dim")
+
     def summary(self, **fields: Any) -> None:
         """The end of the run. The report reads `per_weight`: {name: {active, numel, cohort_counts, l2_delta,
         max_abs_delta}}, and shows every plain number."""
@@ -235,6 +244,9 @@ class NullMetrics(AbstractContextManager):
         pass
 
     def evaluation(self, step: int, **values: Any) -> None:
+        pass
+
+    def checkpoint(self, step: int, **values: Any) -> None:
         pass
 
     def summary(self, **fields: Any) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from .assemble import Inputs, Session
-from .evaluate import Evaluation
 from .export import merge
 from .metrics import Metrics, NullMetrics
 from .report import write_report
@@ -26,6 +25,7 @@ def open_metrics(session: Session, run: RunFolder) -> Metrics | NullMetrics:
     return Metrics(
         run.path,
         total_steps=session.inputs.steps,
+        first_step=session.step,
         log_every_steps=config.run.log_every_steps,
         track=session.cluster.tracking("tracker", settings),
     )
@@ -85,13 +85,7 @@ def _kinds(session: Session) -> list[dict[str, str]]:
     return rows
 
 
-def finish(
-    session: Session,
-    metrics: Metrics | NullMetrics,
-    run: RunFolder,
-    before: Evaluation | None,
-    after: Evaluation | None,
-) -> None:
+def finish(session: Session, metrics: Metrics | NullMetrics, run: RunFolder) -> None:
     """Save the adapter, the report and, if asked for, the merged model; sum up."""
     cluster, config = session.cluster, session.inputs.config
     cluster.check_identical(session.tuning.digests, "the deltas at the end")
@@ -108,10 +102,14 @@ def finish(
     with cluster.loading_whole():  # merging loads a quantised base once more
         cluster.on_main(write_the_rest)
     rows: dict[str, Any] = {}
+    before, after = session.evaluations.get(0), session.evaluations.get(session.step)
     if before and after:
         rows["held-out loss"] = f"{before.loss:.4f} before, {after.loss:.4f} after"
         if after.exact_match is not None:
             rows["exact match"] = f"{before.exact_match:.1%} before, {after.exact_match:.1%} after"
+        best = min(session.evaluations, key=lambda step: session.evaluations[step].loss)
+        if best != session.step:
+            rows["best held-out loss"] = f"{session.evaluations[best].loss:.4f} after step {best}"
     rows |= {name: str(path) for name, path in written.items()}
     metrics.describe("done", rows)
 

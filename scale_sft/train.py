@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
+from math import isfinite
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: its folder must not hide libraries, its package must be found
@@ -16,17 +18,20 @@ import click
 
 from scale_sft import config as configuration
 from scale_sft.errors import UserError
+from scale_sft.interruption import Interrupted, Interruption
 from scale_sft.options import SuggestingCommand, with_config_options
 
 
-def train(session, metrics, run) -> None:
+def train(session, metrics, checkpoints) -> None:
     """The loop: T optimizer steps, each on one global batch, with drop and grow where the schedule says so.
 
     Raises:
-        UserError: the loss or the gradient is no finite number; the last good deltas have been saved.
+        UserError: the loss or the gradient is no finite number; the last good state has been saved.
+        Interrupted: a signal asks the run to stop; `session.step` steps are done.
     """
     tuning, cluster, order = session.tuning, session.cluster, session.inputs.order
-    for step in range(1, session.inputs.steps + 1):
+    evaluate_if_due(session, metrics)
+    for step in range(session.step + 1, session.inputs.steps + 1):
         began = time.perf_counter()
         learning_rate = session.learning_rate.at(step)
         batch = order.batch(step)
@@ -36,29 +41,32 @@ def train(session, metrics, run) -> None:
         loss, tokens = forward_backward(session, batch)
         cluster.sum_(tuning.recorder.flat)
         grad_norm = tuning.clip().item()
-        stop_unless_finite(session, run, step, learning_rate, loss, grad_norm)
         if step == 1:
             refuse_dead_gradients(session)
 
         # --- update, drop, grow ---------------------------------------------------------------------------------
-        tuning.update(learning_rate)
-        if tuning.schedule.reallocates_at(step):
+        finite = finite_or_stop(session, metrics, checkpoints, step, learning_rate, loss, grad_norm)
+        if finite:
+            tuning.update(learning_rate)
+        if tuning.schedule.reallocates_at(step) and tuning.can_reallocate:
             reallocate(session, metrics, step)
         session.resident.write()
+        session.step = step
 
-        metrics.step(
-            step,
-            loss=loss,
-            learning_rate=learning_rate,
-            grad_norm=grad_norm,
-            tokens=tokens["all"],
-            target_tokens=tokens["target"],
-            seconds=time.perf_counter() - began,
-            **measurements(cluster),
-        )
-        every = session.inputs.config.run.eval_every_steps
-        if every and step % every == 0 and step < session.inputs.steps:
-            evaluate(session, metrics, step)
+        if finite:
+            metrics.step(
+                step,
+                loss=loss,
+                learning_rate=learning_rate,
+                grad_norm=grad_norm,
+                tokens=tokens["all"],
+                target_tokens=tokens["target"],
+                seconds=time.perf_counter() - began,
+                **measurements(cluster),
+            )
+        evaluate_if_due(session, metrics)
+        checkpoints.save_if_due(metrics)
+        cluster.raise_if_stopping()
 
 
 def forward_backward(session, batch: list[int]) -> tuple[float, dict[str, int]]:
@@ -81,7 +89,7 @@ def forward_backward(session, batch: list[int]) -> tuple[float, dict[str, int]]:
         loss = token_loss_sum(session.model, micro_batch) / target_tokens
         loss.backward()
         total += loss.detach()
-    (mean,) = cluster.sum_floats(float(total))
+    mean = cluster.sum_and_agree(float(total))
     return mean, {"target": target_tokens, "all": sum(len(inputs.train.input_ids[n]) for n in batch)}
 
 
@@ -105,20 +113,32 @@ def reallocate(session, metrics, step: int) -> None:
     )
 
 
-def stop_unless_finite(session, run, step: int, learning_rate: float, loss: float, grad_norm: float) -> None:
-    """A loss or gradient that is no number ends the run; the deltas before this step are the last good state."""
-    from math import isfinite
+def finite_or_stop(
+    session, metrics, checkpoints, step: int, learning_rate: float, loss: float, grad_norm: float
+) -> bool:
+    """A loss or gradient that is no number: False, the step is left out, while that is allowed; otherwise the run ends.
 
-    tuning = session.tuning
+    Raises:
+        UserError: after saving the last good state, that before this step.
+    """
+    tuning, run, config = session.tuning, checkpoints.run, session.inputs.config.run
     if isfinite(loss) and isfinite(grad_norm) and bool(tuning.recorder.flat.isfinite().all()):
-        return
-    kept = f"the deltas of step {step - 1} have overflowed and are not saved"
-    if bool(tuning.store.flat.isfinite().all()):
-        session.cluster.on_main(lambda: run.save_adapter(session.adapter()))
-        kept = f"the deltas of step {step - 1} are saved in {run.adapter}"
+        return True
+    tuning.discard_step()
+    batch = ", ".join(map(str, session.inputs.order.batch(step)))
+    what = f"step {step}: the loss is {loss} and the gradient norm {grad_norm} at learning rate {learning_rate:.3g}"
+    if not bool(tuning.store.flat.isfinite().all()):
+        raise UserError(f"{what}; the deltas of step {step - 1} have overflowed and are not saved. Lower learning_rate")
+    if len(session.skipped_steps) < config.skip_nonfinite_steps:
+        session.skipped_steps.append(step)
+        metrics.note(f"{what}; left out: {len(session.skipped_steps)} of {config.skip_nonfinite_steps} that may be")
+        return False
+    session.cluster.on_main(lambda: run.save_adapter(session.adapter()))
+    failure = checkpoints.save(metrics) if tuning.is_finite() else "the optimizer state has overflowed"
+    saved = f"but for a checkpoint: {failure}" if failure else "and as a checkpoint"
     raise UserError(
-        f"step {step}: the loss is {loss} and the gradient norm {grad_norm} at learning rate {learning_rate:.3g}; "
-        f"{kept}. Lower learning_rate, or set max_grad_norm"
+        f"{what}; the deltas of step {step - 1} are saved in {run.adapter}, {saved}. The batch was examples {batch} "
+        "(counted from 0). Look at them, lower learning_rate, set max_grad_norm, or allow skip_nonfinite_steps"
     )
 
 
@@ -133,13 +153,17 @@ def refuse_dead_gradients(session) -> None:
         )
 
 
-def evaluate(session, metrics, step: int, *, answers: bool = False):
-    """Held-out loss (and exact match) at `step`, on record; None without held-out data."""
-    if session.inputs.eval is None:
-        return None
+def evaluate_if_due(session, metrics) -> None:
+    """Held-out loss before training, after it and every `eval_every_steps`; at both ends exact match too."""
+    step, every = session.step, session.inputs.config.run.eval_every_steps
+    ends = step in (0, session.inputs.steps)
+    due = ends or (every and step % every == 0)
+    if not due or session.inputs.eval is None or step in session.evaluations:
+        return
     began = time.perf_counter()
     with metrics.phase("evaluating"):
-        result = session.evaluate(answers=answers)
+        result = session.evaluate(answers=ends)
+    session.evaluations[step] = result
     metrics.evaluation(
         step,
         loss=result.loss,
@@ -148,7 +172,6 @@ def evaluate(session, metrics, step: int, *, answers: bool = False):
         seconds=time.perf_counter() - began,
         exact_match=result.exact_match,
     )
-    return result
 
 
 def measurements(cluster) -> dict[str, int]:
@@ -168,33 +191,46 @@ def run_training(config: configuration.Config) -> None:
 
     refuse_lonely_launchers()
     run = RunFolder(config.run.output_dir)
-    run.refuse_if_taken()
-    inputs = assemble.read_inputs(config)
-    cluster = Cluster.start(
-        sharded=inputs.placement.sharded,
-        dtype=inputs.dtype,
-        ds_config=config.model.ds_config,
-        tracker=config.run.tracker,
-        logging_dir=run.path,
-    )
-    try:
-        run_on(cluster, inputs, run)
-    finally:
-        cluster.close()
+    run.refuse_if_taken(config)
+    interruption = Interruption()
+    with interruption.handled():
+        inputs = assemble.read_inputs(config)
+        with Cluster.start(
+            sharded=inputs.placement.sharded,
+            dtype=inputs.dtype,
+            ds_config=config.model.ds_config,
+            tracker=config.run.tracker,
+            logging_dir=run.path,
+            timeout_seconds=config.run.collective_timeout_seconds,
+            interruption=interruption,
+        ) as cluster:
+            run_on(cluster, inputs, run)
 
 
 def run_on(cluster, inputs, run) -> None:
     """A run over ranks that are there already."""
     from scale_sft import assemble, outcome
+    from scale_sft.checkpoint import Checkpoints
 
+    cluster.on_main(run.lock)
     session = assemble.assemble(inputs, cluster)
+    checkpoints = Checkpoints(session, run)
+    notes = checkpoints.resume()
     cluster.on_main(lambda: run.claim(inputs.config))
     with outcome.open_metrics(session, run) as metrics:
         outcome.describe(session, metrics)
-        before = evaluate(session, metrics, 0, answers=True)
-        train(session, metrics, run)
-        after = evaluate(session, metrics, inputs.steps, answers=True)
-        outcome.finish(session, metrics, run, before, after)
+        for note in notes:
+            metrics.note(note)
+        with cluster.in_steps():
+            try:
+                train(session, metrics, checkpoints)
+            except Interrupted as stop:
+                failure = checkpoints.save(metrics)
+                if failure:
+                    raise UserError(f"{stop}: {failure}") from None
+                saved = f"saved after step {session.step} in {run.path}; start again to go on"
+                raise Interrupted(f"{stop}: {saved}") from None
+        outcome.finish(session, metrics, run)
 
 
 @click.command(cls=SuggestingCommand, context_settings={"max_content_width": 110})
@@ -214,6 +250,12 @@ def main(recipe: str | None, **options: str | None) -> None:
         run_training(configuration.load(recipe, options))
     except UserError as error:
         leave(str(error))
+    except Interrupted as stop:
+        leave(str(stop), stop.status, patience_seconds=3)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        leave(f"the disk is full: {error}; make room and start again: the run goes on from its last checkpoint")
     except KeyboardInterrupt:
         leave("interrupted", 130)
 

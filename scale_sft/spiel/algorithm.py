@@ -6,18 +6,18 @@ Whoever runs the model calls, for each step: `begin_step`, backward passes that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .delta import DeltaStore, SparseDelta
+from .delta import DeltaStore, SparseDelta, wrong_with_indices
 from .optimizer import SM3, AdamW
 from .reallocate import Exchange, apply_exchange, drop_scores, exchange_by_accumulators, exchange_by_gradient
-from .sampling import GradientRecorder, Select
-from .schedule import ReallocationSchedule
+from .sampling import CANDIDATE_STATE, GradientRecorder, Select
+from .schedule import Phase, ReallocationSchedule
 from .topk import top_k_magnitude
 
 
@@ -122,6 +122,11 @@ class SparseFineTuning:
         self.recorder.close_estimation()
         return Turnover(number, step, self.store.active, replaced, dropped)
 
+    @property
+    def can_reallocate(self) -> bool:
+        """False where every step of the estimation phase was discarded: nothing is known that could grow."""
+        return self.method == "ma" or bool(self.recorder.candidates)
+
     def _exchange(self, delta: SparseDelta, k: int) -> Exchange:
         scores = drop_scores(delta, self.drop_criterion)
         if self.method == "ma":
@@ -130,9 +135,71 @@ class SparseFineTuning:
         candidates = self.recorder.candidates[delta.name]
         return exchange_by_gradient(delta.indices, scores, candidates.indices, candidates.mean, k)
 
+    def discard_step(self) -> None:
+        """Take nothing from this step's gradients: no update, no estimate. As if only the step count had moved on."""
+        self.recorder.discard_step()
+
     def digests(self) -> dict[str, str]:
-        """SHA-256 of each weight's indices, deltas and optimizer state: equal on all ranks, or something is wrong."""
-        return {name: self.store.digest(name, *self.optimizer.state_of(name).values()) for name in self.store.names}
+        """SHA-256 of each weight's whole state: equal on all ranks, or something is wrong."""
+        return {name: self.store.digest(name, *self._moving_state_of(name).values()) for name in self.store.names}
+
+    # --- what the next step needs -------------------------------------------------------------------------------
+
+    def state_of(self, name: str) -> dict[str, Tensor]:
+        """All tensors of one weight that outlive a step; candidates inside an estimation phase. Views, not copies."""
+        return {**self.store[name].state(), **self._moving_state_of(name)}
+
+    def _moving_state_of(self, name: str) -> dict[str, Tensor]:
+        candidates = self.recorder.candidates.get(name)
+        return {**self.optimizer.state_of(name), **(candidates.state() if candidates else {})}
+
+    def is_finite(self) -> bool:
+        """Whether no delta and no optimizer state has overflowed: whether the state is worth keeping."""
+        states = [self.store.flat, *(t for name in self.store.names for t in self.optimizer.state_of(name).values())]
+        return all(bool(tensor.isfinite().all()) for tensor in states)
+
+    def counters(self) -> dict[str, list[int]]:
+        """What outlives a step and is no tensor."""
+        return {"cohort_steps": list(self.cohort_steps), **self.optimizer.counters()}
+
+    def wrong_with_state(self, name: str, state: Mapping[str, Tensor], step: int, cohorts: int) -> str | None:
+        """Why `state` cannot be what one weight had after `step`, with so many cohorts; None if it can be."""
+        delta = self.store[name]
+        own = {**delta.state(), **self.optimizer.state_of(name)}
+        expected = {kind: (tuple(tensor.shape), tensor.dtype) for kind, tensor in own.items()}
+        if self._estimating_after(step) and CANDIDATE_STATE[0] in state:
+            count = (self.recorder.counts[name],)
+            dtypes = (delta.indices.dtype, torch.float32, torch.float32)
+            expected |= {kind: (count, dtype) for kind, dtype in zip(CANDIDATE_STATE, dtypes, strict=True)}
+        found = {kind: (tuple(tensor.shape), tensor.dtype) for kind, tensor in state.items()}
+        if found != expected:
+            kind = next(kind for kind in {**expected, **found} if expected.get(kind) != found.get(kind))
+            return f"{kind} is {found.get(kind, 'missing')}, expected {expected.get(kind, 'none')}"
+        for kind, tensor in state.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                return f"{kind} holds a value that is no finite number"
+            if kind.endswith("indices") and (wrong := wrong_with_indices(tensor, delta.shape)):
+                return f"{kind}: {wrong}"
+        if int(state["cohort"].max()) >= cohorts or int(state["cohort"].min()) < 0:
+            return f"an entry is of a cohort that never was: there are {cohorts}"
+        return None
+
+    def load_state(self, step: int, states: Iterable[tuple[str, Mapping[str, Tensor]]], counters: Mapping) -> None:
+        """Go on after `step` from what `state_of` and `counters` gave; the carrier must follow afterwards."""
+        self.cohort_steps = list(counters["cohort_steps"])
+        self.optimizer.load_counters(counters)
+        if self._estimating_after(step):
+            self.recorder.open_estimation()
+        for name, state in states:
+            self.store[name].load_state(state)
+            for kind, tensor in self.optimizer.state_of(name).items():
+                tensor.copy_(state[kind])
+            if CANDIDATE_STATE[0] in state:
+                self.recorder.load_candidates(name, state)
+
+    def _estimating_after(self, step: int) -> bool:
+        """Whether the end of `step` lies inside an estimation phase."""
+        return self.schedule.phase(step + 1) is Phase.ESTIMATE
 
 
 def candidates_of(store: DeltaStore, ratio: float) -> Mapping[str, int]:

@@ -39,6 +39,30 @@ class SparseDelta:
     def active(self) -> int:
         return self.indices.numel()
 
+    def state(self) -> dict[str, Tensor]:
+        """All tensors by name; views, not copies."""
+        state = {"indices": self.indices, "deltas": self.deltas, "cohort": self.cohort}
+        return state if self.reference is None else {**state, "reference": self.reference}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` gave; dtypes and shapes are those of this delta."""
+        self.indices = state["indices"].to(self.indices.device, copy=True)  # others may hold views of the old ones
+        self.deltas.copy_(state["deltas"])
+        self.cohort = state["cohort"].to(self.cohort.device, copy=True)
+        if self.reference is not None:
+            self.reference.copy_(state["reference"])
+
+
+def wrong_with_indices(indices: Tensor, shape: tuple[int, int]) -> str | None:
+    """Why `indices` cannot be those of a weight of `shape`, or None: integers [K], in range, sorted, unique."""
+    if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
+        return f"indices are {tuple(indices.shape)} {indices.dtype}, expected one row of integers"
+    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= shape[0] * shape[1]):
+        return f"an index lies outside the weight of shape {shape}"
+    if bool((indices[1:] <= indices[:-1]).any()):
+        return "indices are not sorted and unique"
+    return None
+
 
 class DeltaStore:
     """All sparse deltas of a model, in a fixed order of names, over one flat buffer of deltas.
@@ -114,9 +138,8 @@ class DeltaStore:
         return counts.tolist()
 
     def digest(self, name: str, *more: Tensor) -> str:
-        """SHA-256 of one weight's indices, deltas, cohorts and `more` (its optimizer state): 64 hex digits."""
-        delta = self[name]
-        return digest(delta.indices, delta.deltas, delta.cohort, *more)
+        """SHA-256 of one weight's state and `more` (that of its optimizer): 64 hex digits."""
+        return digest(*self[name].state().values(), *more)
 
 
 def digest(*tensors: Tensor) -> str:

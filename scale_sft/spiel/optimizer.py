@@ -108,6 +108,10 @@ class Optimizer(Protocol):
 
     def state_of(self, name: str) -> dict[str, Tensor]: ...
 
+    def counters(self) -> dict[str, list[int]]: ...
+
+    def load_counters(self, counters: Mapping[str, list[int]]) -> None: ...
+
 
 class AdamW:
     """AdamW for `ag` and `static`: two moments per delta and one age per cohort.
@@ -182,6 +186,13 @@ class AdamW:
         """The state tensors of one weight, by name; views, not copies."""
         return {"exp_avg": self._views[0][name], "exp_avg_sq": self._views[1][name]}
 
+    def counters(self) -> dict[str, list[int]]:
+        """What is no tensor: by cohort, how many gradients its moments have seen."""
+        return {"gradients_seen": list(self.gradients_seen)}
+
+    def load_counters(self, counters: Mapping[str, list[int]]) -> None:
+        self.gradients_seen = list(counters["gradients_seen"])
+
 
 class SM3:
     """SM3 for `ma`: one accumulator per row and per column of each weight; they survive drop and grow."""
@@ -218,6 +229,13 @@ class SM3:
     def state_of(self, name: str) -> dict[str, Tensor]:
         """The state tensors of one weight, by name; views, not copies."""
         return {"row": self.row[name], "col": self.col[name]}
+
+    def counters(self) -> dict[str, list[int]]:
+        """SM3 counts nothing."""
+        return {}
+
+    def load_counters(self, counters: Mapping[str, list[int]]) -> None:
+        """SM3 counts nothing."""
 
 
 def _views(store: DeltaStore, flat: Tensor) -> Mapping[str, Tensor]:

@@ -18,6 +18,8 @@ from .topk import top_k_magnitude
 Select = Callable[[Tensor, int], Tensor]
 """(gradient [N], C) -> [C] sorted indices of the C largest magnitudes, of the gradient summed over all ranks."""
 
+CANDIDATE_STATE = ("candidate_indices", "candidate_mean", "candidate_mean_square")
+
 
 @dataclass
 class Candidates:
@@ -26,6 +28,10 @@ class Candidates:
     indices: Tensor  # [C] as the delta's indices: sorted, unique
     mean: Tensor  # [C] fp32
     mean_square: Tensor  # [C] fp32
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors by name; views, not copies."""
+        return dict(zip(CANDIDATE_STATE, (self.indices, self.mean, self.mean_square), strict=True))
 
 
 class GradientRecorder:
@@ -73,10 +79,28 @@ class GradientRecorder:
         """Forget the last step's gradients; open an estimation phase where `phase` proposes."""
         self.phase = phase
         if phase is Phase.PROPOSE:
-            self.candidates = {}
-            self._allocate(sum(self.counts[name] for name in self.store.names))
+            self.open_estimation()
         else:
             self.flat.zero_()
+
+    def open_estimation(self) -> None:
+        """Forget candidates and make room for new ones."""
+        self.candidates = {}
+        self._allocate(sum(self.counts[name] for name in self.store.names))
+
+    def discard_step(self) -> None:
+        """The gradients of this step are of no use: candidates that they proposed are forgotten.
+
+        The next step of the phase proposes instead; the estimates have one term less.
+        """
+        self.watch = False
+        if self.phase is Phase.PROPOSE:
+            self.candidates = {}
+
+    def load_candidates(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """Take over what `Candidates.state` gave for one weight, in an open estimation phase."""
+        indices, mean, square = (state[key].to(self.store.device, copy=True) for key in CANDIDATE_STATE)
+        self.candidates[name] = Candidates(indices, mean, square)
 
     def record(self, name: str, gradient: Tensor) -> None:
         """Take from `gradient`, the dense [O, I] gradient of one weight in one backward pass, what is asked for."""

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from scale_sft import assemble, train
+from scale_sft.checkpoint import Checkpoints
 from scale_sft.config import load
 from scale_sft.distributed import Cluster, World, leave
 from scale_sft.errors import UserError
@@ -41,7 +42,7 @@ def planted(folder: str) -> None:
                 delta.deltas[delta.deltas.abs().argmax()] += 1e-6
 
     try:
-        train.train(session, Planting(), RunFolder(f"{folder}/run"))
+        train.train(session, Planting(), Checkpoints(session, RunFolder(f"{folder}/run")))
     except UserError as error:
         leave(f"{error} [planted in {delta.name}]")
 
@@ -86,7 +87,7 @@ def memory(folder: str) -> None:
         session = assemble.assemble(inputs, cluster)
     session.resident.settle()
     settled = private_bytes()
-    train.train(session, NullMetrics(), RunFolder(f"{folder}/run"))
+    train.train(session, NullMetrics(), Checkpoints(session, RunFolder(f"{folder}/run")))
     session.resident.settle()
     gathered = sum(p.ds_status.name != "NOT_AVAILABLE" for p in session.model.parameters())
     figures = {

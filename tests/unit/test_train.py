@@ -8,10 +8,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from scale_sft import assemble, train
+from scale_sft.checkpoint import Checkpoints
 from scale_sft.data import collate
 from scale_sft.errors import UserError
 from scale_sft.evaluate import token_loss_sum
 from scale_sft.export import load_adapter
+from scale_sft.metrics import NullMetrics
 from scale_sft.run_folder import RunFolder
 
 
@@ -175,16 +177,16 @@ def test_deltas_that_have_overflowed_are_not_saved_as_a_good_state(session, tmp_
     run, folder = session(), RunFolder(tmp_path / "run")
     run.tuning.store["model.layers.0.mlp.up_proj.weight"].deltas[3] = torch.inf
     with pytest.raises(UserError, match="the deltas of step 6 have overflowed and are not saved"):
-        train.stop_unless_finite(run, folder, 7, 0.1, float("nan"), 1.0)
+        train.finite_or_stop(run, NullMetrics(), Checkpoints(run, folder), 7, 0.1, float("nan"), 1.0)
     assert not folder.adapter.exists()
 
 
 def test_a_candidates_gradient_that_is_no_number_stops_the_run_too(session, tmp_path) -> None:
-    run = session()
+    run, folder = session(), RunFolder(tmp_path / "run")
     run.tuning.begin_step(1)
     run.tuning.recorder.flat[-1] = torch.nan
     with pytest.raises(UserError, match="^step 1: "):
-        train.stop_unless_finite(run, RunFolder(tmp_path / "run"), 1, 0.1, 2.0, 1.0)
+        train.finite_or_stop(run, NullMetrics(), Checkpoints(run, folder), 1, 0.1, 2.0, 1.0)
 
 
 def test_a_weight_that_no_gradient_reaches_is_named_at_step_1(train_run, tiny_model, tmp_path) -> None:
