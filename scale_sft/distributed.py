@@ -120,7 +120,8 @@ class Cluster:
 
         world = World.from_environment()
         gpu = torch.cuda.is_available()
-        group = InitProcessGroupKwargs(backend="nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout_seconds + _GRACE_SECONDS))
+        timeout = timedelta(seconds=timeout_seconds + _GRACE_SECONDS)
+        group = InitProcessGroupKwargs(backend="nccl" if gpu else "gloo", timeout=timeout)
         arguments: dict[str, Any] = {"log_with": tracker, "project_dir": logging_dir}
         if world.size > 1 or (sharded and "LOCAL_RANK" in os.environ):
             arguments["kwargs_handlers"] = [group]
