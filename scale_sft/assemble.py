@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .base_weight import ResidentDeltas, combine_fingerprints
 from .config import Config, to_yaml
-from .data import BatchOrder, Examples, load_examples
+from .data import BatchOrder, Examples
+from .data_cache import load_examples
+from .data_chat import use_template
+from .data_pack import batches_of_rank, refuse_leaks
 from .distributed import Cluster, World
 from .errors import UserError
-from .evaluate import Evaluation, exact_match, held_out_loss
+from .evaluate import Answer, Evaluation, exact_match, greedy_answers, held_out_loss
 from .export import Adapter
 from .memory import PeakMemory
 from .model import (
@@ -59,6 +63,7 @@ class Inputs:
     order: BatchOrder
     steps: int
     placement: Placement
+    row_tokens: int | None  # length of packed rows; None: one sequence per row
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the configuration and of the tokenised data: ranks that differ in them must not train together."""
@@ -77,8 +82,8 @@ def read_inputs(config: Config) -> Inputs:
     """
     model_config = load_model_config(config.model)
     quantization = resolve_quantization(config.model, model_config)
-    tokenizer = load_tokenizer(config.model)
     data, run = config.data, config.run
+    tokenizer = use_template(load_tokenizer(config.model), data.chat_template)
     world = World.from_environment()
     _check_batch(config, world.size)
     _check_targets(config, model_config)
@@ -102,6 +107,7 @@ def read_inputs(config: Config) -> Inputs:
         order=order,
         steps=run.steps or order.steps(),
         placement=placement,
+        row_tokens=data.max_length if data.packing else None,
     )
 
 
@@ -117,6 +123,11 @@ def _check_targets(config: Config, model_config: Any) -> None:
     """Raises UserError for targets or a budget that the base cannot have, before any weight is loaded."""
     targets = find_targets(empty_model(config, model_config), config.sparse.target_modules)
     budget_of(config, {target.name: target.shape for target in targets})
+
+
+def _flat(config: Config) -> bool:
+    """Whether packed rows go into a single one: flash attention cuts sequences only there."""
+    return config.model.attention.startswith("flash")
 
 
 def _check_batch(config: Config, ranks: int) -> None:
@@ -151,24 +162,46 @@ class Session:
     step: int = 0  # optimizer steps done
     evaluations: dict[int, Evaluation] = field(default_factory=dict)  # by step
     skipped_steps: list[int] = field(default_factory=list)  # without an update: loss or gradient was no finite number
+    samples: list[Answer] = field(default_factory=list)  # of the last evaluation
 
     def evaluate(self, *, answers: bool = False) -> Evaluation:
         """Held-out loss and, with `answers`, exact match of generated answers; there must be held-out data."""
         inputs, config = self.inputs, self.inputs.config
         size, pad = config.run.eval_batch_size, inputs.tokenizer.pad_token_id
         result = held_out_loss(self.model, inputs.eval, self.cluster, size, pad)
-        if not answers or not config.data.exact_match_examples:
+        matching = config.data.exact_match_examples if answers else 0
+        wanted = max(matching, config.data.generation_samples)
+        if not wanted:
             return result
-        matched = exact_match(
+        given = greedy_answers(
             self.model,
             inputs.tokenizer,
             inputs.eval,
             self.cluster,
-            count=config.data.exact_match_examples,
+            count=wanted,
             batch_size=size,
             max_new_tokens=config.data.max_new_tokens,
         )
+        matched = exact_match(given[:matching], config.data.answer_pattern) if matching else None
+        self.samples = given[: config.data.generation_samples]
         return Evaluation(result.loss, result.target_tokens, matched)
+
+    def micro_batches(self, batch: Sequence[int], *, proposing: bool) -> Iterator[dict[str, Tensor]]:
+        """This rank's micro-batches of a global batch; `proposing` where the first of them proposes candidates."""
+        inputs, config = self.inputs, self.inputs.config
+        return batches_of_rank(
+            inputs.train,
+            batch,
+            rank=self.cluster.rank,
+            world_size=self.cluster.size,
+            micro_batch_size=config.run.micro_batch_size,
+            first=config.sparse.proposal_batch_size if proposing else None,
+            keep_order=proposing,
+            row_tokens=inputs.row_tokens,
+            flat=_flat(config),
+            pad_id=inputs.tokenizer.pad_token_id,
+            device=self.cluster.device,
+        )
 
     def check_packed_base(self) -> None:
         """Prove that a quantised base has still the bytes that it was loaded with.
@@ -197,6 +230,8 @@ class Session:
         }
         if self.inputs.quantization:
             info |= self.inputs.quantization.description(self.loaded_on)
+        if config.data.chat_template:  # the base does not have it: the merged model needs it
+            info["chat_template"] = self.inputs.tokenizer.chat_template
         return Adapter(
             indices={delta.name: delta.indices for delta in store},
             deltas={delta.name: delta.deltas for delta in store},
@@ -234,6 +269,8 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
     base_hash = hash_of_base(targets, cluster, transient)
     cluster.check_identical(lambda: {"base": base_hash}, "the base model")
     parts = {target.name: cluster.part_of(target.module.weight) for target in targets}
+    if inputs.row_tokens:
+        refuse_leaks(model, inputs.model_config.vocab_size, cluster.device, flat=_flat(config))
     return Session(
         inputs=inputs,
         cluster=cluster,

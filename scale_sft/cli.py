@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from . import __version__
+from . import __version__, commands_data
 from .errors import UserError
 
 
@@ -95,6 +95,9 @@ def checkpoint_verify(folder: Path) -> None:
     click.echo(table(found, "complete (checksums)"))
     if any(one.problem for one in found):
         sys.exit(1)
+
+
+commands_data.register(main)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -54,6 +55,14 @@ def between(low: float, high: float, *, open_low: bool = False) -> Callable[[Any
 
 def _betas(value: Any) -> str | None:
     return None if len(value) == 2 and all(0 <= beta < 1 for beta in value) else "must be two numbers in [0, 1)"
+
+
+def _pattern(value: str) -> str | None:
+    try:
+        re.compile(value)
+    except re.error as error:
+        return f"is no regular expression: {error}"
+    return None
 
 
 def _density(value: float) -> str | None:
@@ -172,8 +181,15 @@ class OptimizerConfig:
 class DataConfig:
     """What is learned and what is held out."""
 
-    train_data: str = option(DEMO, "Training examples: a .jsonl or .json file, or 'demo'.")
-    eval_data: str | None = option(None, "Held-out examples, evaluated before, during and after training.")
+    train_data: tuple[str, ...] | str = option(
+        DEMO,
+        "Training examples: a file (.jsonl, .json, .csv, .parquet, .txt), a folder of them, a hub data set, or 'demo'; "
+        "several with commas. Details as NAME?key=value&key=value: subset, split, revision, weight (uses per epoch), "
+        "keep (COLUMN:VALUE), format, and the names of columns.",
+    )
+    eval_data: tuple[str, ...] | str | None = option(
+        None, "Held-out examples, evaluated before, during and after training; written like train_data."
+    )
     max_length: int | None = option(
         None,
         "Longest example in tokens; longer ones are cut at the end. Default: 2048, or what the base has positions for.",
@@ -181,13 +197,37 @@ class DataConfig:
     )
     loss_on: str = option(
         "completion",
-        "Tokens that count: completion (what follows the prompt; in conversations all assistant turns) or all.",
+        "Tokens that count: completion (what follows the prompt; in conversations all assistant turns), assistant (all "
+        "assistant turns, those of a prompt too) or all.",
         choices=("completion", "assistant", "all"),
     )
+    chat_template: str | None = option(
+        None, "Chat template of conversations: 'tulu' or a Jinja file; default: the tokenizer's own (bases have none)."
+    )
+    packing: bool = option(
+        False,
+        "Put several examples into each row of max_length tokens; none sees another. micro_batch_size then counts rows.",
+    )
+    streaming: bool = option(
+        False, "Read no more of the data than the first max_train_examples (max_eval_examples) of each source."
+    )
+    preprocess_workers: int | None = option(
+        None, "Processes that tokenise; default: one per 20,000 examples, as many as there are cores.", check=at_least(1)
+    )
+    cache_dir: str | None = option(None, "Folder of tokenised data; default: scale_sft/ in the Hugging Face cache.")
     max_train_examples: int | None = option(None, "Use only the first so many training examples.", check=at_least(1))
     max_eval_examples: int | None = option(None, "Use only the first so many held-out examples.", check=at_least(1))
     exact_match_examples: int = option(
         0, "Held-out examples to answer by greedy generation and compare with the reference; 0: none.", check=at_least(0)
+    )
+    answer_pattern: str | None = option(
+        None,
+        "Regular expression that finds the answer to compare in generated and reference text (its last match, and "
+        "there its first group); 'gsm8k' for what follows ####. Default: the whole text.",
+        check=_pattern,
+    )
+    generation_samples: int = option(
+        0, "Held-out prompts to answer at every evaluation; the answers go on record and to the tracker.", check=at_least(0)
     )
     max_new_tokens: int = option(64, "Longest generated answer in tokens.", check=at_least(1))
 
@@ -209,6 +249,12 @@ class RunConfig:
     output_dir: str = option("runs/sft", "Folder of the run: new, or that of the run to go on with.")
     eval_every_steps: int | None = option(
         None, "Evaluate every so many steps as well; default: at the start and at the end.", check=at_least(1)
+    )
+    keep_best: bool = option(
+        True, "With eval_every_steps: keep the adapter of the lowest held-out loss in best_adapter/ as well."
+    )
+    early_stopping_steps: int | None = option(
+        None, "Stop when the held-out loss has not fallen for so many steps (with eval_every_steps).", check=at_least(1)
     )
     log_every_steps: int = option(10, "Steps between records in metrics.jsonl and on the console.", check=at_least(1))
     save_every_steps: int | None = option(
@@ -263,11 +309,12 @@ OPTIONS: dict[str, str] = {f.name: section for section, kind in SECTIONS.items()
 _NO_EFFECT = (
     "resume", "save_every_steps", "keep_last", "on_save_failure", "log_every_steps", "eval_every_steps", "save_merged",
     "tracker", "output_dir", "skip_nonfinite_steps", "collective_timeout_seconds", "base_placement", "ds_config",
-    "gradient_checkpointing", "micro_batch_size", "eval_batch_size", "trust_remote_code",
+    "gradient_checkpointing", "micro_batch_size", "eval_batch_size", "trust_remote_code", "preprocess_workers",
+    "cache_dir", "streaming", "answer_pattern", "generation_samples", "keep_best", "early_stopping_steps",
 )  # fmt: skip
 _COMPARED_BY_EFFECT = (
     "base", "revision", "train_data", "eval_data", "steps", "epochs", "density", "tunable_weights", "rank_equivalent",
-    "target_modules",
+    "target_modules", "chat_template",
 )  # fmt: skip
 MAY_CHANGE = frozenset(_NO_EFFECT + _COMPARED_BY_EFFECT)
 """Options that a resumed run may have otherwise than its checkpoint. What the second group leads to must be the same:
@@ -284,6 +331,34 @@ def load(recipe: str | Path | None, overrides: Mapping[str, Any]) -> Config:
         ConfigError: everything that is wrong with it, in one message.
     """
     mistakes: list[str] = []
+    sections = _read_sections(recipe, overrides, mistakes)
+    if not mistakes:
+        config = Config(**sections)
+        mistakes += _together(config)
+    _refuse(mistakes, recipe)
+    return config
+
+
+def load_sections(recipe: str | Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections of a configuration by name, for commands that need only some: no run must be possible with them.
+
+    Raises:
+        ConfigError: everything that is wrong with single options, in one message.
+    """
+    mistakes: list[str] = []
+    sections = _read_sections(recipe, overrides, mistakes)
+    _refuse(mistakes, recipe)
+    return sections
+
+
+def _refuse(mistakes: list[str], recipe: str | Path | None) -> None:
+    if mistakes:
+        where = f" in {recipe}" if recipe else ""
+        raise ConfigError(f"{len(mistakes)} mistake{'s' * (len(mistakes) > 1)}{where}:\n  " + "\n  ".join(mistakes))
+
+
+def _read_sections(recipe: str | Path | None, overrides: Mapping[str, Any], mistakes: list[str]) -> dict[str, Any]:
+    """All sections of a recipe with options that win over it; mistakes are appended."""
     values: dict[str, Any] = _read_recipe(recipe, mistakes) if recipe is not None else {}
     given = {name: value for name, value in overrides.items() if value is not None}
     budgets = ("density", "tunable_weights", "rank_equivalent")
@@ -295,14 +370,7 @@ def load(recipe: str | Path | None, overrides: Mapping[str, Any]) -> Config:
             mistakes.append(unknown(f"option --{name}", name, OPTIONS))
         else:
             values[name] = value
-    sections = {section: _section(kind, values, mistakes) for section, kind in SECTIONS.items()}
-    if not mistakes:
-        config = Config(**sections)
-        mistakes += _together(config)
-    if mistakes:
-        where = f" in {recipe}" if recipe else ""
-        raise ConfigError(f"{len(mistakes)} mistake{'s' * (len(mistakes) > 1)}{where}:\n  " + "\n  ".join(mistakes))
-    return config
+    return {section: _section(kind, values, mistakes) for section, kind in SECTIONS.items()}
 
 
 def unknown(what: str, name: str, known: Mapping | list | tuple) -> str:
@@ -434,8 +502,11 @@ def _together(config: Config) -> list[str]:
             f"proposal_batch_size: got {sparse.proposal_batch_size}, must not exceed global_batch_size "
             f"({run.global_batch_size})"
         )
-    if config.data.exact_match_examples and not config.data.eval_data:
-        mistakes.append("exact_match_examples: needs eval_data")
+    for name in ("exact_match_examples", "generation_samples"):
+        if getattr(config.data, name) and not config.data.eval_data:
+            mistakes.append(f"{name}: needs eval_data")
+    if run.early_stopping_steps and not (run.eval_every_steps and config.data.eval_data):
+        mistakes.append("early_stopping_steps: needs eval_data and eval_every_steps")
     return mistakes
 
 

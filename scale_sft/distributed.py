@@ -286,15 +286,15 @@ class Cluster:
                 if self.heartbeat:
                     self.heartbeat.watched = False
 
-    def sum_and_agree(self, value: float) -> float:
-        """Sum of a number over the ranks; in the same collective they agree on whether a signal has reached any."""
-        total, asked = self.sum_floats(value, float(self.interruption.asked is not None))
+    def sum_and_agree(self, *values: float) -> list[float]:
+        """Sums of numbers over the ranks; in the same collective they agree on whether a signal has reached any."""
+        *totals, asked = self.sum_floats(*values, float(self.interruption.asked is not None))
         self.stopping = self.stopping or asked > 0
-        return total
+        return totals
 
     def agree_to_stop(self) -> None:
         """Raises Interrupted, on all ranks, if a signal has reached any: between the batches of an evaluation."""
-        self.sum_and_agree(0.0)
+        self.sum_and_agree()
         self.raise_if_stopping()
 
     def raise_if_stopping(self) -> None:
@@ -423,7 +423,7 @@ class Cluster:
             shared[name] = tensor
         return shared
 
-    def tracking(self, name: str, settings: Mapping[str, Any]) -> Callable[[dict[str, float], int], None] | None:
+    def tracking(self, name: str, settings: Mapping[str, Any]) -> Callable[[dict[str, float | str], int], None] | None:
         """The logging function of the tracker that the run was started with, on the main rank."""
         if not self.accelerator.log_with:
             return None

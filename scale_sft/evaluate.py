@@ -6,7 +6,9 @@ Shapes: B sequences, L tokens, V vocabulary.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,19 @@ from torch.nn import functional
 
 from .data import IGNORED, Examples, by_length, collate, micro_batches
 from .distributed import Cluster
+from .errors import UserError
+
+ANSWER_PATTERNS = {"gsm8k": r"####\s*(.+)"}
+"""Named values of `answer_pattern`."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer beside the one that was expected."""
+
+    prompt: str
+    generated: str
+    reference: str
 
 
 @dataclass(frozen=True)
@@ -31,32 +46,62 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))
 
 
-def token_loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Sum of the cross entropies of all target tokens of a batch of [B, L]: fp32 scalar with gradient.
+def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Cross entropies of the target tokens of a batch of [B, L], row by row: [target tokens] fp32 with gradient.
 
     Only the logits of target positions are taken to fp32.
     """
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs, use_cache=False).logits
     labels = batch["labels"][:, 1:]
     wanted = labels != IGNORED
-    return functional.cross_entropy(logits[:, :-1][wanted].float(), labels[wanted], reduction="sum")
+    return functional.cross_entropy(logits[:, :-1][wanted].float(), labels[wanted], reduction="none")
+
+
+def token_loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Sum of the cross entropies of all target tokens of a batch: fp32 scalar with gradient."""
+    return token_losses(model, batch).sum()
 
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, examples: Examples, cluster: Cluster, batch_size: int, pad_id: int) -> Evaluation:
-    """Token-weighted mean loss over all examples, spread over the ranks."""
+    """Token-weighted mean loss over all examples, spread over the ranks, summed in double precision."""
     loss = 0.0
     for group in by_length(examples, batch_size * cluster.size):
         cluster.agree_to_stop()
         for members in micro_batches(group, cluster.rank, cluster.size, batch_size):
-            loss += token_loss_sum(model, collate(examples, members, pad_id, cluster.device)).double().item()
+            loss += token_losses(model, collate(examples, members, pad_id, cluster.device)).double().sum().item()
     tokens = examples.target_tokens(range(len(examples)))
     (total,) = cluster.sum_floats(loss)
     return Evaluation(loss=total / tokens, target_tokens=tokens)
 
 
+def exact_match(answers: Sequence[Answer], pattern: str | None = None) -> float:
+    """Fraction of the answers that equal their reference; see `extract_answer`. One that is not found is wrong."""
+    pairs = [(extract_answer(a.generated, pattern), extract_answer(a.reference, pattern)) for a in answers]
+    return sum(generated is not None and generated == wanted for generated, wanted in pairs) / len(pairs)
+
+
+def extract_answer(text: str, pattern: str | None) -> str | None:
+    """The part of a text that counts as its answer, without spaces at its ends; None if there is none.
+
+    Args:
+        pattern: None for the whole text; a name in ANSWER_PATTERNS; or a regular expression, whose last match (its
+            first group, where it has one) is the answer. Numbers lose thousands separators and a final period.
+    """
+    if pattern is None:
+        return text.strip()
+    found = list(re.finditer(ANSWER_PATTERNS.get(pattern, pattern), text))
+    if not found:
+        return None
+    answer = (found[-1].group(1) if found[-1].re.groups else found[-1].group()) or ""
+    answer = answer.strip()
+    number = answer.replace(",", "").removeprefix("$").rstrip(".")
+    return number if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", number) else answer
+
+
 @torch.no_grad()
-def exact_match(
+def greedy_answers(
     model: nn.Module,
     tokenizer: Any,
     examples: Examples,
@@ -65,40 +110,62 @@ def exact_match(
     count: int,
     batch_size: int,
     max_new_tokens: int,
-) -> float:
-    """Fraction of the first `count` examples whose greedy answer equals the reference, spaces at the ends aside."""
+) -> list[Answer]:
+    """Greedy answers to the prompts of the first `count` examples, in their order, on every rank.
+
+    Raises:
+        UserError: a prompt with its answer would be longer than the model's positions.
+    """
     chosen = range(min(count, len(examples)))
-    right = 0
-    was_training = model.training
-    model.eval()
-    try:
+    own: dict[int, Answer] = {}
+    with _evaluating(model):
         for start in range(0, len(chosen), batch_size * cluster.size):
             cluster.agree_to_stop()
             group = list(chosen[start : start + batch_size * cluster.size])
             for members in micro_batches(group, cluster.rank, cluster.size, batch_size):
                 present = [n for n in members if n is not None]
-                answers = _answers(model, tokenizer, examples, present or [0], cluster, max_new_tokens)
-                right += sum(answers[place] == _reference(tokenizer, examples, n) for place, n in enumerate(present))
+                texts = _generate(model, tokenizer, examples, present or [0], cluster, max_new_tokens)
+                for n, text in zip(present, texts):  # a rank without a share generates too: others may wait for it
+                    prompt, reference = (
+                        tokenizer.decode(part, skip_special_tokens=True) for part in _split(examples, n)
+                    )
+                    own[n] = Answer(prompt.strip(), text.strip(), reference.strip())
+    everyone: dict[int, Answer] = {}
+    for answers in cluster.gather_objects(own):
+        everyone |= answers
+    return [everyone[n] for n in chosen]
+
+
+@contextmanager
+def _evaluating(model: nn.Module):
+    """The model out of training mode for a while: generation wants its cache, which checkpointing forbids."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
-    (total,) = cluster.sum_floats(right)
-    return total / len(chosen)
 
 
 def _split(examples: Examples, n: int) -> tuple[list[int], list[int]]:
-    """The prompt and the answer of an example: what comes before its first target token, and from there on."""
-    labels = examples.labels[n]
-    first = next(place for place in range(1, len(labels)) if labels[place] != IGNORED)
-    return examples.input_ids[n][:first], examples.input_ids[n][first:]
+    """The prompt and the answer of an example: what comes before its first target token, and those that count from
+    there on without a gap (the next turn's question is no answer)."""
+    ids, labels = examples.tokens(n)
+    counts = [label != IGNORED for label in labels]
+    first = next(place for place in range(1, len(ids)) if counts[place])
+    last = next((place for place in range(first, len(ids)) if not counts[place]), len(ids))
+    return ids[:first].tolist(), ids[first:last].tolist()
 
 
-def _reference(tokenizer: Any, examples: Examples, n: int) -> str:
-    return tokenizer.decode(_split(examples, n)[1], skip_special_tokens=True).strip()
-
-
-def _answers(model, tokenizer, examples, members: Sequence[int], cluster: Cluster, max_new_tokens: int) -> list[str]:
+def _generate(model, tokenizer, examples, members: Sequence[int], cluster: Cluster, max_new_tokens: int) -> list[str]:
     prompts = [_split(examples, n)[0] for n in members]
     length = max(map(len, prompts))
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and length + max_new_tokens > positions:
+        raise UserError(
+            f"max_new_tokens: got {max_new_tokens}, but with a prompt of {length} tokens this base has room for "
+            f"{positions - length}; lower it, or max_length"
+        )
     ids = torch.full((len(prompts), length), tokenizer.pad_token_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):  # padded on the left, so that answers start side by side
@@ -111,6 +178,16 @@ def _answers(model, tokenizer, examples, members: Sequence[int], cluster: Cluste
         use_cache=True,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=_stop_tokens(model, tokenizer, examples, members),
         synced_gpus=cluster.sharded and cluster.size > 1,
     )
-    return [tokenizer.decode(row[length:], skip_special_tokens=True).strip() for row in output]
+    return [tokenizer.decode(row[length:], skip_special_tokens=True) for row in output]
+
+
+def _stop_tokens(model: nn.Module, tokenizer: Any, examples: Examples, members: Sequence[int]) -> list[int] | None:
+    """What ends an answer: the model's and the tokenizer's end tokens, and the special tokens that end references (the
+    end of a turn, which a base model does not know as an end)."""
+    config = model.generation_config.eos_token_id
+    stops = set(config if isinstance(config, list) else [config]) | {tokenizer.eos_token_id}
+    stops |= {_split(examples, n)[1][-1] for n in members} & set(tokenizer.all_special_ids)
+    return sorted(stops - {None}) or None

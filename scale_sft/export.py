@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import __version__
 from .base_weight import ROUNDING_RULE, WeightPart, combine_fingerprints, effective_values, fingerprint
 from .errors import UserError
-from .files import write_atomically, write_json
+from .files import write_atomically, write_json, write_text
 
 FORMAT = "scale_sft sparse delta 1"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -198,6 +198,8 @@ def merge(adapter_folder: str | Path, output: str | Path, base: str | None = Non
                 f"{found[:16]}..., expected {adapter.info['base_hash'][:16]}..."
             )
         _copy_small_files(source, work, adapter.info["dtype"])
+        if adapter.info.get("chat_template"):
+            write_text(work / "chat_template.jinja", adapter.info["chat_template"])
         if output.exists():
             output.rmdir()
         work.replace(output)

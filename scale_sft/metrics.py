@@ -11,6 +11,7 @@ This module knows no ranks: the main process makes `Metrics`, every other proces
     reallocation  number, active, replaced, grown, dropped, turnover, cohort_counts, cohort_steps, seconds
     checkpoint    bytes, active, bytes_per_entry, seconds
     eval          loss, perplexity, exact_match, target_tokens, seconds
+    samples       answers: a list of prompt, generated, reference
     end           whatever the run sums up, e.g. per_weight
 """
 
@@ -44,7 +45,7 @@ class Metrics(AbstractContextManager):
         total_steps: int,
         first_step: int = 0,
         log_every_steps: int = 10,
-        track: Callable[[dict[str, float], int], None] | None = None,
+        track: Callable[[dict[str, float | str], int], None] | None = None,
         console: Console | None = None,
     ) -> None:
         """`first_step`: optimizer steps done before this process (0 for a new run, the checkpoint's step on resume).
@@ -181,6 +182,15 @@ class Metrics(AbstractContextManager):
         size = f"{bytes / 2**20:.1f} MiB, {per_entry:.1f} bytes per active entry"
         self._display.line(f"step {step}  checkpoint saved ({size})  in {duration(seconds)}", style="dim")
 
+    def samples(self, step: int, answers: Sequence[Mapping[str, str]]) -> None:
+        """Some generated answers (prompt, generated, reference) after `step` steps; nothing if there are none."""
+        if not answers:
+            return
+        self._write("samples", step, answers=[dict(answer) for answer in answers])
+        if self._track is not None:
+            write = "prompt: {prompt}\n\ngenerated: {generated}\n\nreference: {reference}".format
+            self._track({f"samples/{n}": write(**answer) for n, answer in enumerate(answers, start=1)}, step)
+
     def summary(self, **fields: Any) -> None:
         """The end of the run. The report reads `per_weight`: {name: {active, numel, cohort_counts, l2_delta,
         max_abs_delta}}, and shows every plain number."""
@@ -247,6 +257,9 @@ class NullMetrics(AbstractContextManager):
         pass
 
     def checkpoint(self, step: int, **values: Any) -> None:
+        pass
+
+    def samples(self, step: int, answers: Sequence[Mapping[str, str]]) -> None:
         pass
 
     def summary(self, **fields: Any) -> None:

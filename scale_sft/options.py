@@ -25,18 +25,27 @@ class SuggestingCommand(click.Command):
 
 def with_config_options(function: Callable) -> Callable:
     """Adds --config and one option per configuration field; values arrive as strings, `config.load` reads them."""
-    for section, kind in reversed(config.SECTIONS.items()):
-        hints = typing.get_type_hints(kind)
-        for field in reversed(dataclasses.fields(kind)):
-            function = click.option(
-                *_spellings(field.name),
-                field.name,
-                metavar="|".join(field.metadata["choices"]) or _metavar(hints[field.name]),
-                help=f"[{section}] {field.metadata['help']}{_default(field.default)}",
-            )(function)
-    return click.option("--config", "recipe", metavar="RECIPE", help="YAML recipe; options given here win over it.")(
-        function
-    )
+    return with_options_of(*config.SECTIONS)(function)
+
+
+def with_options_of(*sections: str) -> Callable[[Callable], Callable]:
+    """Adds --config and the options of some sections, for commands that need no more; see `config.load_sections`."""
+
+    def decorate(function: Callable) -> Callable:
+        for section in reversed(sections):
+            hints = typing.get_type_hints(config.SECTIONS[section])
+            for field in reversed(dataclasses.fields(config.SECTIONS[section])):
+                function = click.option(
+                    *_spellings(field.name),
+                    field.name,
+                    metavar="|".join(field.metadata["choices"]) or _metavar(hints[field.name]),
+                    help=f"[{section}] {field.metadata['help']}{_default(field.default)}",
+                )(function)
+        return click.option(
+            "--config", "recipe", metavar="RECIPE", help="YAML recipe; options given here win over it."
+        )(function)
+
+    return decorate
 
 
 def _spellings(name: str) -> list[str]:

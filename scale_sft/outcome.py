@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from .assemble import Inputs, Session
+from .best import best_step
+from .data import Examples
 from .export import merge
 from .metrics import Metrics, NullMetrics
 from .report import write_report
@@ -50,7 +52,7 @@ def describe(session: Session, metrics: Metrics | NullMetrics) -> None:
         "method": config.sparse.method,
         "active entries": f"{store.active:,} of {entries:,} in {len(store)} weights ({store.active / entries:.2%})",
         "delta state": f"{state_bytes / 2**20:.1f} MiB ({state_bytes / store.active:.1f} bytes per active entry)",
-        "data": f"{len(inputs.train):,} examples from {inputs.train.source}{held_out}",
+        "data": f"{len(inputs.train):,} examples from {inputs.train.source}{held_out}{_cut(inputs.train)}",
         "steps": f"{inputs.steps} of {config.run.global_batch_size} sequences, reallocation at "
         f"{len(session.tuning.schedule.reallocations())} of them",
     }
@@ -62,6 +64,13 @@ def _kept(inputs: Inputs) -> str:
     if inputs.quantization is None:
         return ""
     return f"; linear layers in {inputs.quantization}, nothing raised to float32"
+
+
+def _cut(examples: Examples) -> str:
+    """How many training examples max_length has cut or dropped."""
+    if not examples.truncated + examples.dropped:
+        return ""
+    return f"; {examples.truncated:,} cut to max_length, {examples.dropped:,} dropped (no target token left)"
 
 
 def _kinds(session: Session) -> list[dict[str, str]]:
@@ -107,9 +116,10 @@ def finish(session: Session, metrics: Metrics | NullMetrics, run: RunFolder) -> 
         rows["held-out loss"] = f"{before.loss:.4f} before, {after.loss:.4f} after"
         if after.exact_match is not None:
             rows["exact match"] = f"{before.exact_match:.1%} before, {after.exact_match:.1%} after"
-        best = min(session.evaluations, key=lambda step: session.evaluations[step].loss)
+        best = best_step(session.evaluations)
         if best != session.step:
-            rows["best held-out loss"] = f"{session.evaluations[best].loss:.4f} after step {best}"
+            kept = f": {run.best}" if run.keeps_best(config) else ""
+            rows["best held-out loss"] = f"{session.evaluations[best].loss:.4f} after step {best}{kept}"
     rows |= {name: str(path) for name, path in written.items()}
     metrics.describe("done", rows)
 

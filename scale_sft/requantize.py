@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from .assemble import max_length
 from .config import ModelConfig, load
-from .data import Examples, load_examples
+from .data import Examples
+from .data_cache import load_examples
+from .data_chat import use_template
 from .distributed import Cluster
 from .errors import UserError
 from .evaluate import held_out_loss
@@ -146,7 +148,7 @@ def _held_out_data(recipe: Path, merged: Path) -> tuple[Examples, int, int]:
     config, model = load(recipe, {}), ModelConfig(base=str(merged))
     if not config.data.eval_data:
         raise UserError("the run has no eval_data")
-    tokenizer = load_tokenizer(model)
+    tokenizer = use_template(load_tokenizer(model), config.data.chat_template)
     data = replace(config.data, max_length=max_length(config.data.max_length, load_model_config(model)))
     examples = load_examples(data.eval_data, "eval", tokenizer, data, data.max_eval_examples)
     return examples, config.run.eval_batch_size, tokenizer.pad_token_id

@@ -16,7 +16,7 @@ from .export import Adapter, save_adapter
 from .files import write_text
 from .metrics_file import METRICS_FILE, read_metrics
 
-OWN_FILES = ("config.yaml", METRICS_FILE, "adapter", "checkpoints", "merged")
+OWN_FILES = ("config.yaml", METRICS_FILE, "adapter", "best_adapter", "checkpoints", "merged")
 
 
 class RunFolder:
@@ -25,6 +25,7 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.adapter = self.path / "adapter"
+        self.best = self.path / "best_adapter"
         self.merged = self.path / "merged"
         self.checkpoints = self.path / "checkpoints"
         self._lock: IO[str] | None = None
@@ -111,6 +112,10 @@ class RunFolder:
         """Write the resolved configuration."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "config.yaml", to_yaml(config))
+
+    def keeps_best(self, config: Config) -> bool:
+        """Whether the adapter of the lowest held-out loss is kept: with one evaluation at the end there is no choice."""
+        return config.run.keep_best and config.run.eval_every_steps is not None
 
     def save_adapter(self, adapter: Adapter) -> None:
         save_adapter(adapter, self.adapter)

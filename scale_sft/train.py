@@ -25,12 +25,16 @@ from scale_sft.options import SuggestingCommand, with_config_options
 def train(session, metrics, checkpoints) -> None:
     """The loop: T optimizer steps, each on one global batch, with drop and grow where the schedule says so.
 
+    It may end early, for want of a lower held-out loss; `session.step` steps are done.
+
     Raises:
         UserError: the loss or the gradient is no finite number; the last good state has been saved.
         Interrupted: a signal asks the run to stop; `session.step` steps are done.
     """
+    from scale_sft.best import best_step, hopeless
+
     tuning, cluster, order = session.tuning, session.cluster, session.inputs.order
-    evaluate_if_due(session, metrics)
+    evaluate_if_due(session, metrics, checkpoints.run)
     for step in range(session.step + 1, session.inputs.steps + 1):
         began = time.perf_counter()
         learning_rate = session.learning_rate.at(step)
@@ -62,35 +66,37 @@ def train(session, metrics, checkpoints) -> None:
                 tokens=tokens["all"],
                 target_tokens=tokens["target"],
                 seconds=time.perf_counter() - began,
+                padding_fraction=tokens["padding"] / (tokens["padding"] + tokens["all"]),
                 **measurements(cluster),
             )
-        evaluate_if_due(session, metrics)
+        evaluate_if_due(session, metrics, checkpoints.run)
         checkpoints.save_if_due(metrics)
         cluster.raise_if_stopping()
+        if hopeless(session.evaluations, step, session.inputs.config.run.early_stopping_steps):
+            metrics.note(f"stopped: the held-out loss has not fallen since step {best_step(session.evaluations)}")
+            return
 
 
 def forward_backward(session, batch: list[int]) -> tuple[float, dict[str, int]]:
     """Gradients of one global batch: the sum of its token losses over the global number of target tokens.
 
     Each micro-batch contributes its share of that mean, so the cut into ranks and micro-batches does not matter.
-    Returns the mean loss, and how many tokens the batch has.
+    Returns the mean loss, and how many tokens the batch has (target, all, and padding that was computed with them).
     """
-    from scale_sft.data import collate, micro_batches
     from scale_sft.evaluate import token_loss_sum
     from scale_sft.spiel.schedule import Phase
 
     inputs, cluster = session.inputs, session.cluster
     proposing = session.tuning.recorder.phase is Phase.PROPOSE
-    first = inputs.config.sparse.proposal_batch_size if proposing else None
-    target_tokens = inputs.train.target_tokens(batch)
-    total = 0.0
-    for members in micro_batches(batch, cluster.rank, cluster.size, inputs.config.run.micro_batch_size, first):
-        micro_batch = collate(inputs.train, members, inputs.tokenizer.pad_token_id, cluster.device)
+    target_tokens, all_tokens = inputs.train.target_tokens(batch), inputs.train.all_tokens(batch)
+    total, positions = 0.0, 0
+    for micro_batch in session.micro_batches(batch, proposing=proposing):
         loss = token_loss_sum(session.model, micro_batch) / target_tokens
         loss.backward()
         total += loss.detach()
-    mean = cluster.sum_and_agree(float(total))
-    return mean, {"target": target_tokens, "all": sum(len(inputs.train.input_ids[n]) for n in batch)}
+        positions += micro_batch["input_ids"].numel()
+    mean, positions = cluster.sum_and_agree(float(total), positions)
+    return mean, {"target": target_tokens, "all": all_tokens, "padding": positions - all_tokens}
 
 
 def reallocate(session, metrics, step: int) -> None:
@@ -153,8 +159,10 @@ def refuse_dead_gradients(session) -> None:
         )
 
 
-def evaluate_if_due(session, metrics) -> None:
+def evaluate_if_due(session, metrics, run) -> None:
     """Held-out loss before training, after it and every `eval_every_steps`; at both ends exact match too."""
+    from scale_sft.best import best_step, save_best
+
     step, every = session.step, session.inputs.config.run.eval_every_steps
     ends = step in (0, session.inputs.steps)
     due = ends or (every and step % every == 0)
@@ -172,6 +180,9 @@ def evaluate_if_due(session, metrics) -> None:
         seconds=time.perf_counter() - began,
         exact_match=result.exact_match,
     )
+    metrics.samples(step, [vars(answer) for answer in session.samples])
+    if best_step(session.evaluations) == step and run.keeps_best(session.inputs.config):
+        session.cluster.on_main(lambda: save_best(session.adapter(), result.loss, step, run.best))
 
 
 def measurements(cluster) -> dict[str, int]:

@@ -101,7 +101,7 @@ def test_the_loss_is_the_mean_over_the_target_tokens_of_the_global_batch(session
     sums, count = 0.0, 0
     stock = AutoModelForCausalLM.from_pretrained(run.inputs.config.model.base)
     for n in batch:  # one by one, with the loss of transformers
-        ids, labels = (torch.tensor([rows[n]]) for rows in (run.inputs.train.input_ids, run.inputs.train.labels))
+        ids, labels = (torch.from_numpy(part.astype("int64"))[None] for part in run.inputs.train.tokens(n))
         targets = int((labels[:, 1:] != -100).sum())
         sums, count = sums + stock(input_ids=ids, labels=labels).loss.item() * targets, count + targets
     assert loss == pytest.approx(sums / count, rel=1e-5) and tokens["target"] == count
@@ -237,9 +237,9 @@ BAD_INPUT = {
     "missing data": (["--train_data", "MISSING.jsonl"], "MISSING.jsonl"),
     "empty data": (["--train_data", "empty.jsonl"], "empty.jsonl is empty"),
     "data that is not JSON": (["--train_data", "broken.jsonl"], "broken.jsonl, line 2: not JSON"),
-    "data without the fields": (["--train_data", "fields.jsonl"], "expected the fields prompt and completion"),
+    "data without the fields": (["--train_data", "fields.jsonl"], "expected the fields messages; prompt and completion"),
     "missing held-out data": (["--eval_data", "MISSING.jsonl"], "MISSING.jsonl"),
-    "no target token": (["--train_data", "targets.jsonl"], "example 2: no token to learn from"),
+    "no target token": (["--train_data", "targets.jsonl"], "line 2: no token to learn from"),
     "micro-batch": (["--micro_batch_size", "3"], "global_batch_size 4 does not divide by 3; nearest that does: 2"),
     "ranks": (["--global_batch_size", "7"], "global_batch_size: 7 does not divide over 2 ranks; nearest that does: 8"),
     "base": (["--base", "MISSING-MODEL"], "MISSING-MODEL"),
