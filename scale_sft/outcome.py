@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .assemble import Inputs, Session
-from .export import merge
+from .merge import merge
 from .metrics import Metrics, NullMetrics
 from .report import write_report
 from .run_folder import RunFolder
