@@ -95,6 +95,7 @@ class LiveAdapter:
             UserError: see `load_adapter`.
         """
         adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
+        self._gate.require_outside()
         with self._swapping:  # the fingerprints are of the base: nobody may write meanwhile
             return self._prepare(adapter)
 
@@ -126,6 +127,7 @@ class LiveAdapter:
         Raises:
             UserError: see `load_adapter`; the model then carries what it carried before.
         """
+        self._gate.require_outside()
         with self._swapping:
             ready = adapter if adapter is None or isinstance(adapter, Prepared) else self.prepare(adapter)
             self._require_unchanged(ready)
@@ -176,6 +178,7 @@ class LiveAdapter:
 
     def undo(self) -> None:
         """Give the model its base back, bit for bit, and let go of it."""
+        self._gate.require_outside()
         with _registry:
             self.swap(None)
             for hook in self._hooks:
@@ -202,15 +205,18 @@ class LiveAdapter:
 
 
 class Gate:
-    """Many threads may be inside together, or one alone; who wants to be alone goes before those not yet inside.
+    """Many threads may be inside together, or one alone.
 
-    A thread that is inside may enter again (a forward pass within `hold`).
+    Nobody starves: who wants to be alone goes before those who come later, and those who queued meanwhile go before the
+    next who wants to be alone. A thread that is inside may enter again (a forward pass within `hold`).
     """
 
     def __init__(self):
         self._changed = threading.Condition()
         self._inside = 0  # threads
         self._waiting = 0  # threads that want to be alone
+        self._queued = 0  # threads that want to be inside
+        self._admitted = 0  # of those, how many go before the next that wants to be alone
         self._taken = False  # one thread is alone
         self._own = threading.local()
 
@@ -218,7 +224,12 @@ class Gate:
         depth = getattr(self._own, "depth", 0)
         if not depth:
             with self._changed:
-                self._changed.wait_for(lambda: not self._waiting and not self._taken)
+                self._queued += 1
+                try:
+                    self._changed.wait_for(lambda: not self._taken and (self._admitted or not self._waiting))
+                finally:
+                    self._queued -= 1
+                self._admitted = max(0, self._admitted - 1)
                 self._inside += 1
         self._own.depth = depth + 1
 
@@ -232,6 +243,11 @@ class Gate:
                 self._inside -= 1
                 self._changed.notify_all()
 
+    def require_outside(self) -> None:
+        """Raises UserError in a thread that is inside: to be alone it would have to wait for itself."""
+        if getattr(self._own, "depth", 0):
+            raise UserError("adapter: a swap inside hold() or inside a forward pass of the same thread; do it outside")
+
     @contextmanager
     def shared(self) -> Iterator[None]:
         self.enter()
@@ -242,17 +258,17 @@ class Gate:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Raises UserError in a thread that is inside: it would wait for itself."""
-        if getattr(self._own, "depth", 0):
-            raise UserError("adapter: a swap inside hold() or inside a forward pass of the same thread; do it outside")
+        """Nobody else is inside the `with` block."""
         with self._changed:
             self._waiting += 1
-            self._changed.wait_for(lambda: not self._inside and not self._taken)
-            self._waiting -= 1
+            try:
+                self._changed.wait_for(lambda: not (self._inside or self._taken or self._admitted))
+            finally:
+                self._waiting -= 1
             self._taken = True
         try:
             yield
         finally:
             with self._changed:
-                self._taken = False
+                self._taken, self._admitted = False, self._queued
                 self._changed.notify_all()
