@@ -145,6 +145,7 @@ class Session:
     tuning: SparseFineTuning
     resident: ResidentDeltas | TransientDeltas
     learning_rate: LearningRateSchedule
+    base_fingerprints: dict[str, str]  # by weight name; they let adapters with different targets be compared
     base_hash: str
     load_peak_bytes: int  # of this rank, above what it had before
     loaded_on: torch.device | None = None  # where a quantised base was quantised
@@ -193,6 +194,7 @@ class Session:
             "revision": config.model.revision,
             "dtype": str(self.inputs.dtype).removeprefix("torch."),
             "base_hash": self.base_hash,
+            "base_fingerprints": self.base_fingerprints,
             "method": config.sparse.method,
         }
         if self.inputs.quantization:
@@ -247,6 +249,7 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
             warmup_fraction=config.optimizer.warmup_fraction,
             decay=config.optimizer.lr_schedule,
         ),
+        base_fingerprints={name: f"{first:016x}{second:016x}" for name, (first, second) in prints.items()},
         base_hash=base_hash,
         load_peak_bytes=loading.added,
         loaded_on=device,

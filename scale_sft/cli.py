@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from . import __version__, cli_adapters
+from . import __version__, cli_adapters, cli_arithmetic
 from .errors import UserError
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     """Sparse fine-tuning of large language models: tools around `accelerate launch scale_sft/train.py`."""
 
 
-for _command in (cli_adapters.merge, cli_adapters.export):
+for _command in (*cli_adapters.COMMANDS, *cli_arithmetic.COMMANDS):
     main.add_command(_command)
 
 

@@ -68,6 +68,9 @@ def export(
         click.echo(f"uploaded: {exporting.push_to_hub(output, push_to_hub, private=private)}")
 
 
+COMMANDS = (merge, export)
+
+
 def _remarks(written) -> str:
     padding = f", {written.padding:,} unused positions of value 0 as padding" if written.padding else ""
     doubled = (

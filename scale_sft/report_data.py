@@ -195,6 +195,11 @@ def by_kind(run: Run) -> dict[str, KindOfWeight]:
     return table
 
 
+def layer_of(name: str) -> int | None:
+    """The number of the block that a weight belongs to; None outside the numbered blocks."""
+    return _split_name(name)[0]
+
+
 def _split_name(name: str) -> tuple[int | None, str]:
     match = _LAYER.match(name)
     if match is None:
