@@ -25,6 +25,14 @@ class SuggestingCommand(click.Command):
 
 def with_config_options(function: Callable) -> Callable:
     """Adds --config and one option per configuration field; values arrive as strings, `config.load` reads them."""
+    function = with_field_options(function)
+    return click.option("--config", "recipe", metavar="RECIPE", help="YAML recipe; options given here win over it.")(
+        function
+    )
+
+
+def with_field_options(function: Callable) -> Callable:
+    """Adds one option per configuration field."""
     for section, kind in reversed(config.SECTIONS.items()):
         hints = typing.get_type_hints(kind)
         for field in reversed(dataclasses.fields(kind)):
@@ -34,9 +42,7 @@ def with_config_options(function: Callable) -> Callable:
                 metavar="|".join(field.metadata["choices"]) or _metavar(hints[field.name]),
                 help=f"[{section}] {field.metadata['help']}{_default(field.default)}",
             )(function)
-    return click.option("--config", "recipe", metavar="RECIPE", help="YAML recipe; options given here win over it.")(
-        function
-    )
+    return function
 
 
 def _spellings(name: str) -> list[str]:
