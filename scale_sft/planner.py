@@ -30,6 +30,7 @@ DEVICE_RESERVE_BYTES = 1 * GIB
 FRAGMENTATION_FRACTION = 0.05
 """Of a GPU's memory: what the allocator cannot use."""
 MOST_GPUS = 1024
+_FINGERPRINT_BYTES = 44  # temporaries per entry of a chunk while the base's fingerprint is taken
 _BYTES_PER_WEIGHT = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
 
 
@@ -166,7 +167,11 @@ class Planner:
             active=active,
             placement="shard" if sharded else "replicate",
             rows=rows,
-            load_peak=rows["base"] + facts.largest * size * (2 if sharded else 1),
+            load_peak=rows["base"]
+            + max(
+                facts.largest * size * (2 if sharded else 1),
+                sum(state.values()) + _FINGERPRINT_BYTES * min(largest_target, CHUNK_ENTRIES),
+            ),
             host_peak=facts.largest * size * 2 if sharded else stored,
             traffic=_traffic(config, facts, active, candidates, gpus, size if sharded else 0),
             room=room,
