@@ -101,6 +101,7 @@ def test_wrong_requests_are_told() -> None:
     assert "did you mean 'density'" in command("--shape", "7b", "--densty", 0.1).output
 
 
+# fmt: off
 MEASURED = {
     "llama": dict(model="llama", dtype="float32", density=0.02, global_batch_size=2),
     "llama in bf16": dict(model="llama", dtype="bfloat16", density=0.02, global_batch_size=2),
@@ -108,10 +109,14 @@ MEASURED = {
     "SM3, two micro-steps": dict(
         model="llama", dtype="float32", method="ma", density=0.05, global_batch_size=4, micro_batch_size=2
     ),
-    "many deltas": dict(model="llama", dtype="float32", density=0.2, global_batch_size=1),
+    "many deltas": dict(
+        model="llama", dtype="float32", density=0.2, global_batch_size=1, steps=2, estimation_steps=2,
+        update_interval_steps=2,
+    ),  # candidates are all there from the second step of their phase on
     "transposed weights": dict(model="gpt2", dtype="float32", density=0.02, global_batch_size=2),
     "eager attention": dict(model="llama", dtype="float32", rank_equivalent=8, global_batch_size=1, attention="eager"),
 }
+# fmt: on
 
 
 @pytest.mark.slow
@@ -155,4 +160,5 @@ def test_plans_are_within_a_tenth_of_the_measured_peak(tmp_path, tokenizer, tiny
         name: (round(plan / 2**20, 1), round(peak / 2**20, 1), round(plan / peak, 3))
         for name, plan, peak in zip(MEASURED, planned, measured, strict=True)
     }
+    print(table)
     assert all(0.95 <= ratio <= 1.1 for _, _, ratio in table.values()), table
