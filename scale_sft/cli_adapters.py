@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -68,7 +69,32 @@ def export(
         click.echo(f"uploaded: {exporting.push_to_hub(output, push_to_hub, private=private)}")
 
 
-COMMANDS = (merge, export)
+@click.command()
+@click.argument("adapter", type=_ADAPTER)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with a row per weight.")
+@click.option("--html", type=_ADAPTER, help="Write one HTML page with plots to this file.")
+@click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Most moved weights to name.")
+def inspect(adapter: Path, as_json: bool, html: Path | None, top: int) -> None:
+    """Show what ADAPTER holds: entries, magnitudes, layers, rows and columns, most moved weights, provenance."""
+    from .inspect_adapter import inspect as read
+
+    found = read(adapter, top=top)
+    if html is not None:
+        from .inspect_page import write_page
+
+        html.parent.mkdir(parents=True, exist_ok=True)
+        write_page(found, html)
+    if as_json:
+        click.echo(json.dumps(found.as_document(), indent=2, ensure_ascii=False))
+    elif html is not None:
+        click.echo(f"page: {html}")
+    else:
+        from .inspect_page import print_inspection
+
+        print_inspection(found)
+
+
+COMMANDS = (merge, export, inspect)
 
 
 def _remarks(written) -> str:
