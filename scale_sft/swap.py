@@ -22,7 +22,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -68,6 +68,7 @@ class Prepared:
     weights: dict[str, nn.Parameter]
     indices: dict[str, Tensor]  # [K]
     deltas: dict[str, Tensor]  # [K] fp32
+    values: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # base and effective [K], once applied
 
     @property
     def active(self) -> int:
@@ -84,7 +85,6 @@ class LiveAdapter:
         self._prints: dict[str, tuple[int, int]] = {}  # of base weights seen so far; none of them changes its base
         self._dtypes: dict[str, torch.dtype] = {}
         self._applied: Prepared | None = None
-        self._base: dict[str, Tensor] = {}  # [K] by weight name: the overwritten base values
         self._hooks: list = []
         self._swapping = threading.RLock()
 
@@ -138,6 +138,8 @@ class LiveAdapter:
         """Raises UserError if a swap cannot be done on the weights as they are now."""
         if ready is not None and ready.owner is not self:
             raise UserError("adapter: it was prepared for another model, or before an undo; prepare it again")
+        if ready is not None and not self._hooks:
+            raise UserError("adapter: this one was undone; call scale_sft.load_adapter again")
         for one in (self._applied, ready):
             for name, weight in one.weights.items() if one else ():
                 if weight.device != one.indices[name].device or weight.dtype != self._dtypes[name]:
@@ -151,15 +153,15 @@ class LiveAdapter:
         devices = {weight.device for one in (self._applied, ready) if one for weight in one.weights.values()}
         self._wait_for(devices)
         if self._applied is not None:
-            for name, values in self._base.items():
-                self._applied.weights[name].data.view(-1).scatter_(0, self._applied.indices[name], values)
-        self._base = {}
+            for name, (base, _) in self._applied.values.items():
+                self._applied.weights[name].data.view(-1).scatter_(0, self._applied.indices[name], base)
         if ready is not None:
             for name, weight in ready.weights.items():
-                flat = weight.data.view(-1)
-                base = flat.gather(0, ready.indices[name])
-                self._base[name] = base
-                flat.scatter_(0, ready.indices[name], effective_values(base, ready.deltas[name]))
+                entries, indices = weight.data.view(-1), ready.indices[name]
+                if name not in ready.values:
+                    base = entries.gather(0, indices)
+                    ready.values[name] = base, effective_values(base, ready.deltas[name])
+                entries.scatter_(0, indices, ready.values[name][1])
         self._applied = ready
         self._wait_for(devices)
 

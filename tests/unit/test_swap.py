@@ -161,8 +161,22 @@ def test_memory_of_a_swap_is_that_of_the_entries(base, adapters) -> None:
     model = load(base, torch.bfloat16)
     live = scale_sft.load_adapter(model, adapters[0])
     entries = sum(indices.numel() for indices in read_adapter(adapters[0]).indices.values())
-    kept = sum(values.numel() * values.element_size() for values in live._base.values())
-    assert kept == 2 * entries
+    ready = live.prepare(adapters[0])
+    live.swap(ready)
+    tensors = [*ready.indices.values(), *ready.deltas.values(), *(one for pair in ready.values.values() for one in pair)]
+    assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == (4 + 4 + 2 + 2) * entries
+
+
+def test_what_was_undone_is_not_swapped_again(base, adapters) -> None:
+    model = load(base, torch.bfloat16)
+    live = scale_sft.load_adapter(model, adapters[0])
+    ready = live.prepare(adapters[1])
+    live.undo()
+    with pytest.raises(UserError, match="load_adapter again"):
+        live.swap(ready)
+    other = scale_sft.load_adapter(model, adapters[0])
+    with pytest.raises(UserError, match="another model"):
+        other.swap(ready)
 
 
 def _break(adapter, change) -> None:
