@@ -156,6 +156,7 @@ class Session:
     tuning: SparseFineTuning
     resident: ResidentDeltas | TransientDeltas
     learning_rate: LearningRateSchedule
+    base_fingerprints: dict[str, str]  # by weight name; they let adapters with different targets be compared
     base_hash: str
     load_peak_bytes: int  # of this rank, above what it had before
     loaded_on: torch.device | None = None  # where a quantised base was quantised
@@ -211,7 +212,8 @@ class Session:
         """
         if self.inputs.quantization is None:
             return
-        found = hash_of_base(self.targets, self.cluster, self.resident)
+        prints = prints_of_base(self.targets, self.cluster, self.resident)
+        found = combine_fingerprints(prints, {target.name: target.shape for target in self.targets})
         if found != self.base_hash:
             raise UserError(
                 f"base: its packed weights have changed during the run: their hash is {found[:16]}..., at the start it "
@@ -226,6 +228,7 @@ class Session:
             "revision": config.model.revision,
             "dtype": str(self.inputs.dtype).removeprefix("torch."),
             "base_hash": self.base_hash,
+            "base_fingerprints": self.base_fingerprints,
             "method": config.sparse.method,
         }
         if self.inputs.quantization:
@@ -266,7 +269,8 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
     else:
         attach_taps(targets, tuning.recorder.record, cluster.materialize)
     model = cluster.prepare(model)
-    base_hash = hash_of_base(targets, cluster, transient)
+    prints = prints_of_base(targets, cluster, transient)
+    base_hash = combine_fingerprints(prints, shapes)
     cluster.check_identical(lambda: {"base": base_hash}, "the base model")
     parts = {target.name: cluster.part_of(target.module.weight) for target in targets}
     if inputs.row_tokens:
@@ -284,18 +288,19 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
             warmup_fraction=config.optimizer.warmup_fraction,
             decay=config.optimizer.lr_schedule,
         ),
+        base_fingerprints={name: f"{first:016x}{second:016x}" for name, (first, second) in prints.items()},
         base_hash=base_hash,
         load_peak_bytes=loading.added,
         loaded_on=device,
     )
 
 
-def hash_of_base(targets: list[Target], cluster: Cluster, transient: TransientDeltas | None) -> str:
-    """Hash of the target weights as they are now, wherever they lie; of quantised ones, of packed bytes and scales."""
+def prints_of_base(
+    targets: list[Target], cluster: Cluster, transient: TransientDeltas | None
+) -> dict[str, tuple[int, int]]:
+    """Fingerprint of each target weight as it is now, wherever it lies; of quantised ones, of packed bytes and scales."""
     prints = cluster.fingerprints({target.name: cluster.part_of(target.module.weight) for target in targets})
-    if transient:
-        prints = transient.with_states(prints)
-    return combine_fingerprints(prints, {target.name: target.shape for target in targets})
+    return transient.with_states(prints) if transient else prints
 
 
 def budget_of(config: Config, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:

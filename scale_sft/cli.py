@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from . import __version__, commands_data
+from . import __version__, cli_adapters, cli_arithmetic, cli_plan, cli_recipes, commands_data
 from .errors import UserError
 
 
@@ -35,29 +35,8 @@ def main() -> None:
     """Sparse fine-tuning of large language models: tools around `accelerate launch scale_sft/train.py`."""
 
 
-@main.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="New folder for the merged model.")
-@click.option("--base", help="Folder or hub id of the base, if it is not where the adapter says.")
-@click.option(
-    "--quantize",
-    type=click.Choice(["nf4", "fp4", "int8"]),
-    help="Of an adapter to a quantised base: write the result in few bits again; says what is lost.",
-)
-def merge(adapter: Path, output: Path, base: str | None, quantize: str | None) -> None:
-    """Write base + ADAPTER as a plain transformers folder (ADAPTER: the adapter/ folder of a run).
-
-    Its logits are those of the trained model, bit for bit. Needs the memory of one safetensors file at a time. A base
-    in 4 or 8 bits is dequantised, and the result is written in bfloat16.
-    """
-    from .export import merge as merge_adapter
-
-    if quantize:
-        from .requantize import merge_into_few_bits
-
-        click.echo(merge_into_few_bits(adapter, output, quantize, base))
-        return
-    click.echo(f"merged model: {merge_adapter(adapter, output, base)}")
+for _command in (*cli_adapters.COMMANDS, *cli_arithmetic.COMMANDS, *cli_recipes.COMMANDS, *cli_plan.COMMANDS):
+    main.add_command(_command)
 
 
 @main.command()

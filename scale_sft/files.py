@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from .errors import UserError
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -44,3 +47,25 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def new_folder(output: Path, what: str) -> Iterator[Path]:
+    """A working folder that becomes `output` when all is well, and otherwise vanishes.
+
+    Raises:
+        UserError: `output` is there already and not empty; `what` names the command.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{what}: output folder {output} is not empty; choose a new one")
+    work = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        yield work
+        if output.exists():
+            output.rmdir()
+        work.replace(output)
+        sync_folder(output.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -5,9 +5,8 @@ The base is loaded as training loads it, so its values are those that the deltas
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from .base_weight import WeightPart, combine_fingerprints, fingerprint
 from .config import ModelConfig
 from .errors import UserError
 from .export import Adapter, load_adapter
-from .files import write_atomically, write_json
+from .files import new_folder, write_atomically, write_json
 from .model import base_location, find_targets, load_base, load_model_config
 from .quantized import PackedWeight, PlainWeight, packed_weights, resolve_quantization
 from .transient import add_delta_
@@ -47,7 +46,7 @@ def merge_quantized(
     """
     adapter, output = load_adapter(adapter_folder), Path(output)
     config = _model_config(adapter, base)
-    with new_folder(output) as work:
+    with new_folder(output, "merge") as work:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         reference = unquantized_shapes(config)
         weights, model = _load_packed(config, adapter, device)
@@ -173,20 +172,3 @@ def _write_small_files(work: Path, config: ModelConfig, dtype: torch.dtype) -> N
     with suppress(OSError):  # many models have none
         GenerationConfig.from_pretrained(location, revision=config.revision).save_pretrained(work)
     AutoTokenizer.from_pretrained(location, revision=config.revision).save_pretrained(work)
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A working folder that becomes `output` when all is well, and otherwise vanishes."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"merge: output folder {output} is not empty; choose a new one")
-    work = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        yield work
-        if output.exists():
-            output.rmdir()
-        work.replace(output)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

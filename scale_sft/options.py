@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import typing
 from collections.abc import Callable
 
@@ -32,20 +31,26 @@ def with_options_of(*sections: str) -> Callable[[Callable], Callable]:
     """Adds --config and the options of some sections, for commands that need no more; see `config.load_sections`."""
 
     def decorate(function: Callable) -> Callable:
-        for section in reversed(sections):
-            hints = typing.get_type_hints(config.SECTIONS[section])
-            for field in reversed(dataclasses.fields(config.SECTIONS[section])):
-                function = click.option(
-                    *_spellings(field.name),
-                    field.name,
-                    metavar="|".join(field.metadata["choices"]) or _metavar(hints[field.name]),
-                    help=f"[{section}] {field.metadata['help']}{_default(field.default)}",
-                )(function)
+        function = with_field_options(function, *sections)
         return click.option(
             "--config", "recipe", metavar="RECIPE", help="YAML recipe; options given here win over it."
         )(function)
 
     return decorate
+
+
+def with_field_options(function: Callable, *sections: str) -> Callable:
+    """Adds one option per configuration field of some sections; of all where none is named."""
+    for section in reversed(sections or tuple(config.SECTIONS)):
+        hints = typing.get_type_hints(config.SECTIONS[section])
+        for field in reversed(dataclasses.fields(config.SECTIONS[section])):
+            function = click.option(
+                *_spellings(field.name),
+                field.name,
+                metavar="|".join(field.metadata["choices"]) or _metavar(hints[field.name]),
+                help=f"[{section}] {field.metadata['help']}{_default(field.default)}",
+            )(function)
+    return function
 
 
 def _spellings(name: str) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from .assemble import Inputs, Session
 from .best import best_step
 from .data import Examples
-from .export import merge
+from .merge import merge
 from .metrics import Metrics, NullMetrics
 from .report import write_report
 from .run_folder import RunFolder

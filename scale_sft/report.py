@@ -36,7 +36,7 @@ def write_report(output_dir: Path) -> Path:
             continue
         png, svg = render(figure, plot)
         write_bytes(picture, png)
-        sections.append(_section(plot, svg))
+        sections.append(section(plot, svg))
     page = _page(run, sections, missing)
     write_bytes(output_dir / REPORT_FILE, page.encode("utf-8"))
     return output_dir / REPORT_FILE
@@ -57,7 +57,8 @@ def render(figure: Figure, plot: Plot) -> tuple[bytes, str]:
     return png.getvalue(), element.replace("<svg", f'<svg role="img" aria-label="{escape(plot.title)}"', 1)
 
 
-def _section(plot: Plot, svg: str) -> str:
+def section(plot: Plot, svg: str) -> str:
+    """One picture under its title."""
     caption = f"<p>{escape(plot.caption)}</p>" if plot.caption else ""
     return f'<section id="{plot.name}"><h2>{escape(plot.title)}</h2>{caption}{svg}</section>'
 
@@ -67,27 +68,31 @@ def _page(run: Run, sections: Sequence[str], missing: Mapping[str, str]) -> str:
     parts = [
         f"<h1>{escape(run.name)}</h1>",
         f'<p class="quiet">Sparse fine-tuning with scale_sft. Report of {time.strftime("%Y-%m-%d %H:%M:%S %Z")}.</p>',
-        _pairs(overview(run)),
+        pairs(overview(run)),
         *sections,
         _kinds(by_kind(run)),
         f"<section><h2>Left out</h2><ul>{left_out}</ul></section>" if left_out else "",
         _description(run),
-        _details("Every weight", _weights(run)) if run.per_weight else "",
-        _details("Configuration", f"<pre>{escape(run.config_text)}</pre>") if run.config_text else "",
+        details("Every weight", _weights(run)) if run.per_weight else "",
+        details("Configuration", f"<pre>{escape(run.config_text)}</pre>") if run.config_text else "",
     ]
-    title = f"{run.name}: sparse fine-tuning"
+    return page_of(f"{run.name}: sparse fine-tuning", parts)
+
+
+def page_of(title: str, parts: Iterable[str]) -> str:
+    """A page of HTML that needs no other file."""
     return _HTML.replace("{title}", escape(title)).replace("{body}", "\n".join(part for part in parts if part))
 
 
 def _description(run: Run) -> str:
     if run.description is None:
         return ""
-    rows, table = run.description.get("rows") or {}, run.description.get("table") or []
-    columns = list(dict.fromkeys(name for row in table for name in row))
-    content = _pairs(rows)
+    rows, kinds = run.description.get("rows") or {}, run.description.get("table") or []
+    columns = list(dict.fromkeys(name for row in kinds for name in row))
+    content = pairs(rows)
     if columns:
-        content += _table(columns, ([row.get(name, "") for name in columns] for row in table))
-    return _details(run.description.get("title") or "What was trained", content)
+        content += table(columns, ([row.get(name, "") for name in columns] for row in kinds))
+    return details(run.description.get("title") or "What was trained", content)
 
 
 def _kinds(kinds: Mapping[str, KindOfWeight]) -> str:
@@ -106,7 +111,7 @@ def _kinds(kinds: Mapping[str, KindOfWeight]) -> str:
         ]
         for name, kind in kinds.items()
     )
-    return f"<section><h2>Deltas by kind of module</h2>{_table(columns, rows)}</section>"
+    return f"<section><h2>Deltas by kind of module</h2>{table(columns, rows)}</section>"
 
 
 def _weights(run: Run) -> str:
@@ -121,26 +126,28 @@ def _weights(run: Run) -> str:
         ]
         for name, values in run.per_weight.items()
     )
-    return _table(columns, rows)
+    return table(columns, rows)
 
 
 def _figures(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else f"{value:.4g}"
 
 
-def _pairs(rows: Mapping[str, object]) -> str:
+def pairs(rows: Mapping[str, object]) -> str:
+    """A table of names and values."""
     cells = "".join(f"<tr><th>{escape(str(k))}</th><td>{escape(str(v))}</td></tr>" for k, v in rows.items())
     return f'<table class="pairs">{cells}</table>'
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """The first column to the left, all others, being numbers, to the right."""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table class="numbers"><tr>{head}</tr>{body}</table></div>'
 
 
-def _details(title: str, content: str) -> str:
+def details(title: str, content: str) -> str:
+    """Content that opens at a click."""
     return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 

@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -193,6 +193,18 @@ def by_kind(run: Run) -> dict[str, KindOfWeight]:
     for (_, kind), values in by_layer_and_kind(run).items():
         table[kind] = table.get(kind, KindOfWeight()).plus(values)
     return table
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the block that a weight belongs to; None outside the numbered blocks."""
+    return _split_name(name)[0]
+
+
+def kind_of(names: Iterable[str]) -> dict[str, str]:
+    """The kind of module of each weight: `q_proj` for `model.layers.3.self_attn.q_proj.weight`."""
+    kinds = {name: _split_name(name)[1] for name in names}
+    short = _short_names(set(kinds.values()))
+    return {name: short[kind] for name, kind in kinds.items()}
 
 
 def _split_name(name: str) -> tuple[int | None, str]:

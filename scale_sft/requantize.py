@@ -23,7 +23,8 @@ from .distributed import Cluster
 from .errors import UserError
 from .evaluate import held_out_loss
 from .export import Adapter, load_adapter
-from .merge_quantized import is_quantized, is_transposed, merge_quantized, new_folder, unquantized_shapes
+from .files import new_folder
+from .merge_quantized import is_quantized, is_transposed, merge_quantized, unquantized_shapes
 from .model import load_base, load_model_config, load_tokenizer
 from .quantized import PackedWeight, packed_weights, resolve_quantization
 from .transient import TransientDeltas, attach_transient_taps
@@ -71,7 +72,7 @@ def merge_into_few_bits(adapter_folder: str | Path, output: str | Path, kind: st
     merged = output.with_name(f".{output.name}.merged")
     shutil.rmtree(merged, ignore_errors=True)
     try:
-        with new_folder(output) as work:
+        with new_folder(output, "merge") as work:
             kept = merge_quantized(adapter_folder, merged, base)
             model = _load(merged, kind)
             model.save_pretrained(work)  # before the scales are taken out of the layers

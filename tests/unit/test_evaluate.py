@@ -17,7 +17,8 @@ from scale_sft.config import DataConfig, ModelConfig
 from scale_sft.data_cache import load_examples
 from scale_sft.distributed import Cluster
 from scale_sft.evaluate import Answer, Evaluation, exact_match, extract_answer, greedy_answers, held_out_loss
-from scale_sft.export import load_adapter, merge
+from scale_sft.export import load_adapter
+from scale_sft.merge import merge
 from scale_sft.model import load_base, load_model_config
 
 CPU = torch.device("cpu")

@@ -308,7 +308,8 @@ def test_cohort_numbers_beyond_bf16_stay_exact():
 def test_the_merged_bf16_model_is_the_trained_one(open_session, train_run, tiny_model, tmp_path, kind, architecture):
     from transformers import AutoModelForCausalLM
 
-    from scale_sft.export import load_adapter, merge
+    from scale_sft.export import load_adapter
+    from scale_sft.merge import merge
 
     options = {"base": str(tiny_model(architecture)), "dtype": "bfloat16", "quantization": kind}
     run = train_run(**options)
@@ -327,7 +328,7 @@ def test_the_merged_bf16_model_is_the_trained_one(open_session, train_run, tiny_
 
 
 def test_merging_on_another_base_is_refused(train_run, tiny_model, tmp_path):
-    from scale_sft.export import merge
+    from scale_sft.merge import merge
 
     run = train_run(quantization="nf4", steps=2)
     with pytest.raises(UserError, match="not the one that the adapter was trained on"):

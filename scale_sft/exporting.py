@@ -1,0 +1,201 @@
+"""`scale-sft export`: an adapter in a form that stock peft or transformers load, proven to give the same logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base_weight import WeightPart, combine_fingerprints, fingerprint
+from .errors import UserError
+from .export import Adapter, apply_adapter, open_adapter
+from .files import new_folder
+from .merge import BaseFiles, locate_base, merge
+from .merge_quantized import is_quantized
+from .model import base_location
+from .model_card import write_card
+from .peft_formats import Exported, write_shira, write_supertuning
+
+FORMATS = ("shira", "supertuning", "merged")
+
+
+def export(
+    adapter_folder: str | Path, to: str, output: str | Path, *, base: str | None = None, licence: str | None = None
+) -> Exported:
+    """Write an adapter as SHiRA, as Super-Tuning, or merged; with a model card.
+
+    Args:
+        base: folder or hub id of the base, if not the one that the adapter names.
+    Raises:
+        UserError: wrong base, unreadable adapter, an output folder that is not empty, or a format that cannot hold it.
+    """
+    adapter_folder, output = Path(adapter_folder), Path(output)
+    if to == "merged":
+        merge(adapter_folder, output, base)
+        with open_adapter(adapter_folder) as adapter:
+            written = Exported(sum(map(adapter.indices.active, adapter.shapes)), 0)
+        write_card(adapter_folder, output, form=to, licence=licence)
+        return written
+    with open_adapter(adapter_folder) as adapter, new_folder(output, "export") as work:
+        if is_quantized(adapter):
+            raise UserError(
+                f"export: {adapter_folder} was trained on a base in {adapter.info['quantization']}, which --to {to} cannot "
+                "say; use --to merged, which dequantises"
+            )
+        source = locate_base(adapter, base)
+        require_linear(adapter, source, to)
+        named = base_location(base or adapter.info["base"])
+        named = str(Path(named).resolve()) if Path(named).is_dir() else named
+        with BaseFiles(source) as files:
+            values = BaseValues(files, adapter)
+            values.require_same_base()
+            if to == "shira":
+                written = write_shira(adapter, work, named)
+            else:
+                written = write_supertuning(adapter, work, named, values)
+        write_card(adapter_folder, work, form=to, licence=licence)
+    return written
+
+
+class BaseValues(Mapping):
+    """[K] by weight name: the base at the active entries, read from its files at each access."""
+
+    def __init__(self, files: BaseFiles, adapter: Adapter):
+        self._files, self._adapter = files, adapter
+        self._stored = {name: stored for stored, name in files.names_of(adapter).items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._entries(name).gather(0, self._adapter.indices[name].long())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def _entries(self, name: str) -> Tensor:
+        return self._files.entries(self._stored[name], self._adapter.dtype)
+
+    def require_same_base(self) -> None:
+        """Raises UserError if these are not the weights that the adapter was trained on."""
+        prints = {}
+        for name in self._stored:
+            entries = self._entries(name)
+            prints[name] = fingerprint(WeightPart(lambda entries=entries: entries, 0, entries.numel()))
+        found, expected = combine_fingerprints(prints, self._adapter.shapes), self._adapter.info["base_hash"]
+        if found != expected:
+            raise UserError(
+                f"export: '{self._files.folder}' is not the base that the adapter was trained on: the hash of the "
+                f"target weights is {found[:16]}..., expected {expected[:16]}..."
+            )
+
+
+def require_linear(adapter: Adapter, source: Path, to: str) -> None:
+    """Raises UserError if a weight belongs to no `nn.Linear`: peft knows these formats for nothing else."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    layers = dict(model.named_modules())
+    for name in adapter.shapes:
+        layer = layers.get(name.removesuffix(".weight"))
+        if layer is None:
+            raise UserError(f"export: the base '{source}' has no layer for '{name}'")
+        if not isinstance(layer, nn.Linear):
+            raise UserError(
+                f"export: '{name}' belongs to a {type(layer).__name__} layer; peft's {to} format is for nn.Linear only. "
+                "Use --to merged"
+            )
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Logits of the exported model against those of the trained one."""
+
+    logits: int  # how many were compared
+    identical: bool
+    largest_difference: float
+
+
+@torch.inference_mode()
+def verify(
+    adapter_folder: str | Path, to: str, output: str | Path, *, base: str | None = None, device: str = "cpu"
+) -> Verification:
+    """Load an export in stock peft or transformers and compare logits with the base under the adapter itself.
+
+    The inputs are random token ids (seeded): a batch of several sequences, and a single token.
+
+    Raises:
+        UserError: peft is missing or too old; the base or adapter is wrong.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with open_adapter(adapter_folder) as adapter:
+        source = locate_base(adapter, base)
+
+        def load(folder: str | Path) -> nn.Module:
+            return _aligned(AutoModelForCausalLM.from_pretrained(folder, dtype=adapter.dtype).eval().to(device))
+
+        model = load(source)
+        probes = probe_inputs(model.config, device)
+        apply_adapter(model, adapter)
+        wanted = [model(input_ids=ids, use_cache=False).logits for ids in probes]
+        del model
+        model = load(output) if to == "merged" else _in_peft(load(source), output)
+    found = [model(input_ids=ids, use_cache=False).logits for ids in probes]
+    pairs = list(zip(wanted, found, strict=True))
+    return Verification(
+        logits=sum(a.numel() for a in wanted),
+        identical=all(a.dtype is b.dtype and torch.equal(a, b) for a, b in pairs),
+        largest_difference=max(float((a.float() - b.float()).abs().max()) for a, b in pairs),
+    )
+
+
+def _aligned(model: nn.Module) -> nn.Module:
+    """Every weight in memory of its own: weights mapped from a file lie anywhere, and for small products CPU kernels
+    sum in an order that depends on where the weight lies."""
+    for weight in model.parameters():
+        weight.data = weight.data.clone()
+    return model
+
+
+def _in_peft(model: nn.Module, adapter: str | Path) -> nn.Module:
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise UserError("verify: needs peft >= 0.21: pip install 'peft>=0.21'") from None
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).eval()
+    except (ValueError, KeyError, TypeError) as error:  # an older peft does not know the format
+        raise UserError(f"verify: this peft does not load {adapter}: {error}; expected peft >= 0.21") from None
+
+
+def probe_inputs(config: Any, device: str) -> list[Tensor]:
+    """Random token ids, the same every time: [3, L] and [1, 1] int64."""
+    generator = torch.Generator().manual_seed(0)
+    config = config.get_text_config()
+    length = min(32, getattr(config, "max_position_embeddings", None) or 32)
+    shapes = [(3, length), (1, 1)]
+    return [torch.randint(config.vocab_size, shape, generator=generator).to(device) for shape in shapes]
+
+
+def push_to_hub(folder: str | Path, repository: str, *, private: bool = False) -> str:
+    """Upload a folder as a model repository of the Hugging Face hub (made where it does not exist); returns its address.
+
+    Raises:
+        UserError: the hub refuses (no login, no right, no network).
+    """
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    try:
+        address = hub.create_repo(repository, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Sparse fine-tuning with scale_sft")
+    except Exception as error:  # hub errors are many; all mean that it was not uploaded
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"push-to-hub: '{repository}': {first}; log in with `hf auth login`") from None
+    return str(address)

@@ -1,0 +1,319 @@
+"""What a run will need on each device, before it is started and without its weights: `scale-sft plan`.
+
+All sizes in bytes per rank. The base is built on the meta device, one micro-step is traced there (planner_trace), the
+rest is arithmetic over shapes.
+Shapes: W ranks, N entries of a weight, K active entries, C candidates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .assemble import max_length
+from .config import Config
+from .distributed import read_ds_config
+from .errors import UserError
+from .model import find_targets, resolve_dtype
+from .planner_trace import StepMemory, step_memory
+from .spiel.delta import budget
+from .spiel.optimizer import CHUNK_ENTRIES
+
+GIB = 1 << 30
+DEVICE_RESERVE_BYTES = 1 * GIB
+"""Of a GPU: its context, libraries' workspaces and communication buffers."""
+FRAGMENTATION_FRACTION = 0.05
+"""Of a GPU's memory: what the allocator cannot use."""
+MOST_GPUS = 1024
+_FINGERPRINT_BYTES = 44  # temporaries per entry of a chunk while the base's fingerprint is taken
+_BYTES_PER_WEIGHT = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory of one rank at its peaks, the traffic of one step, and whether it fits."""
+
+    entries: int  # of all weights
+    active: int
+    placement: str  # replicate or shard
+    rows: dict[str, int]  # what lies in memory at the peak of a step; they add up to `step_peak`
+    load_peak: int
+    host_peak: int  # main memory of the node per rank while a base for a GPU is loaded
+    traffic: dict[str, int]  # bytes per optimizer step that a rank sends, by what for
+    room: int | None  # None: no limit given
+
+    @property
+    def step_peak(self) -> int:
+        return sum(self.rows.values())
+
+    @property
+    def peak(self) -> int:
+        return max(self.step_peak, self.load_peak)
+
+    @property
+    def fits(self) -> bool:
+        return self.room is None or self.peak <= self.room
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan needs to know of a base: its shapes, from the meta device."""
+
+    entries: int
+    packed: int  # entries that quantisation packs: linear layers but the output layer
+    largest: int  # of one weight of any kind
+    shapes: dict[str, tuple[int, int]]  # of the targets
+
+
+def facts_of(config: Config, model_config: Any) -> Facts:
+    """Build the base on the meta device and find its targets.
+
+    Raises:
+        UserError: targets match nothing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
+    output = model.get_output_embeddings()
+    linear = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D") and m is not output]
+    return Facts(
+        entries=sum(weight.numel() for weight in model.parameters()),
+        packed=sum(module.weight.numel() for module in linear),
+        largest=max(weight.numel() for weight in model.parameters()),
+        shapes={target.name: target.shape for target in find_targets(model, config.sparse.target_modules)},
+    )
+
+
+class Planner:
+    """Plans of one base under varied options; facts and traces are kept.
+
+    Args:
+        model_config: of transformers; what `load_model_config` gives.
+    """
+
+    def __init__(self, model_config: Any):
+        self.model_config = model_config
+        self._facts: dict[Any, Facts] = {}
+        self._steps: dict[Any, StepMemory] = {}
+
+    def plan(self, config: Config, *, gpus: int = 1, gpu_memory_gb: float | None = None) -> Plan:
+        """The plan of a run on `gpus` devices of `gpu_memory_gb` (as vendors count: 2**30 bytes).
+
+        Raises:
+            UserError: the batch does not divide, targets match nothing, or the architecture cannot be traced.
+        """
+        if config.run.global_batch_size % gpus:
+            raise UserError(
+                f"plan: global_batch_size {config.run.global_batch_size} does not divide over {gpus} ranks"
+            )
+        room = None
+        if gpu_memory_gb is not None:
+            room = int(gpu_memory_gb * GIB * (1 - FRAGMENTATION_FRACTION)) - DEVICE_RESERVE_BYTES
+        asked = config.model.base_placement
+        if asked == "shard" or (asked == "auto" and gpus > 1):
+            whole = self._plan(config, gpus, False, room)
+            if asked == "shard" or not whole.fits:
+                return self._plan(config, gpus, True, room)
+            return whole
+        return self._plan(config, gpus, False, room)
+
+    def facts(self, config: Config) -> Facts:
+        key = config.sparse.target_modules
+        if key not in self._facts:
+            self._facts[key] = facts_of(config, self.model_config)
+        return self._facts[key]
+
+    def _plan(self, config: Config, gpus: int, sharded: bool, room: int | None) -> Plan:
+        facts, sparse = self.facts(config), config.sparse
+        dtype = resolve_dtype(config.model, self.model_config)
+        size, quantization = dtype.itemsize, getattr(config.model, "quantization", "none")
+        counts = budget(
+            facts.shapes,
+            density=sparse.density,
+            tunable_weights=sparse.tunable_weights,
+            rank_equivalent=sparse.rank_equivalent,
+        )
+        active, largest_k = sum(counts.values()), max(counts.values())
+        candidates = 0 if sparse.method == "ma" else int(sparse.candidate_ratio * active)
+        largest_target = max(o * i for o, i in facts.shapes.values())
+
+        stored = _stored_base(config, facts, size)
+        step = self._step(config, counts, gpus, dtype)
+        gathered = _gathered(config, facts, size, stored) if sharded else 0
+        proposal = 4 * largest_target if gpus > 1 and candidates else 0
+        dequantised = 2 * largest_target * size if quantization != "none" else 0
+        state = _state_bytes(config, facts, active, size, 1 / gpus if sharded else 1, quantization != "none")
+        after = _after_step_bytes(active, largest_k)
+        rows = {
+            "base": stored // gpus if sharded else stored,
+            "base, gathered": gathered,
+            **state,
+            "candidates": 16 * candidates,
+            "activations": step.activations,
+            "logits": step.logits,
+            "largest weight gradient": largest_target * size,
+            "other working memory": max(step.working - largest_target * size, 0) + dequantised + proposal,
+        }
+        idle = sum(rows[name] for name in ("activations", "logits", "largest weight gradient", "other working memory"))
+        rows["other working memory"] += max(0, after - idle)
+        return Plan(
+            entries=facts.entries,
+            active=active,
+            placement="shard" if sharded else "replicate",
+            rows=rows,
+            load_peak=rows["base"]
+            + max(
+                facts.largest * size * (2 if sharded else 1),
+                sum(state.values()) + _FINGERPRINT_BYTES * min(largest_target, CHUNK_ENTRIES),
+            ),
+            host_peak=facts.largest * size * 2 if sharded else stored,
+            traffic=_traffic(config, facts, active, candidates, gpus, size if sharded else 0),
+            room=room,
+        )
+
+    def _step(self, config: Config, counts: dict[str, int], gpus: int, dtype: torch.dtype) -> StepMemory:
+        model, sequences = config.model, config.run.micro_batch_size or config.run.global_batch_size // gpus
+        tokens = max_length(config.data.max_length, self.model_config)
+        key = (sequences, tokens, config.sparse, model.gradient_checkpointing, model.attention, dtype)
+        if key not in self._steps:
+            self._steps[key] = step_memory(
+                self.model_config,
+                dtype,
+                sequences=sequences,
+                tokens=tokens,
+                target_modules=config.sparse.target_modules,
+                active=counts,
+                proposes=config.sparse.method != "ma",
+                checkpointing=model.gradient_checkpointing,
+                attention=model.attention,
+                trust_remote_code=model.trust_remote_code,
+            )
+        return self._steps[key]
+
+
+def _stored_base(config: Config, facts: Facts, size: int) -> int:
+    """The whole base as it is stored: in its dtype, or packed with its scales (one per 64 entries)."""
+    quantization = getattr(config.model, "quantization", "none")
+    if quantization == "none":
+        return facts.entries * size
+    scales = 0.0 if quantization == "int8" else (1 / 64 + 4 / (64 * 256) if config.model.double_quantization else 4 / 64)
+    return int(facts.packed * (_BYTES_PER_WEIGHT[quantization] + scales)) + (facts.entries - facts.packed) * size
+
+
+def _gathered(config: Config, facts: Facts, size: int, stored: int) -> int:
+    """What ZeRO-3 keeps whole beside the shards: as much as its settings let it, and what it prefetches."""
+    zero = read_ds_config(config.model.ds_config)["zero_optimization"]
+    number = lambda key, default: zero[key] if isinstance(zero.get(key), (int, float)) else default  # noqa: E731
+    entries = number("stage3_max_live_parameters", 10**9) + number("stage3_prefetch_bucket_size", 5 * 10**7)
+    return int(min(stored, max(entries, facts.largest) * size))
+
+
+def _state_bytes(config: Config, facts: Facts, active: int, size: int, part: float, quantised: bool) -> dict[str, int]:
+    """Deltas and what belongs to them; `part`: of the weights' entries that lie on this rank."""
+    sparse = config.sparse
+    delta = 2 if getattr(sparse, "delta_dtype", "float32") == "bfloat16" else 4
+    index = 8 if max(o * i for o, i in facts.shapes.values()) > torch.iinfo(torch.int32).max else 4
+    moments = sum(4 * (o + i) for o, i in facts.shapes.values()) if sparse.method == "ma" else 8 * active
+    kept = 0 if quantised else int(active * part * (size + (index if part < 1 else 0)))
+    reference = delta * active if sparse.drop_criterion == "change" else 0
+    return {
+        "indices": index * active,
+        "deltas and their gradients": (delta + 4 + 1) * active + reference,
+        "optimizer state": moments,
+        "base values put aside": kept,
+    }
+
+
+def _after_step_bytes(active: int, largest_k: int) -> int:
+    """Temporaries of the update (chunks of at most CHUNK_ENTRIES) and of the largest weight's drop and grow."""
+    return max(20 * min(active, CHUNK_ENTRIES) + active, 60 * largest_k)
+
+
+def _traffic(
+    config: Config, facts: Facts, active: int, candidates: int, gpus: int, gathered_size: int
+) -> dict[str, int]:
+    """Bytes that a rank sends per optimizer step, on average over the run, by ring algorithms."""
+    if gpus == 1:
+        return {}
+    ring, sparse = (gpus - 1) / gpus, config.sparse
+    phase = min(1.0, sparse.estimation_steps / sparse.update_interval_steps)
+    found = {"gradients of deltas": int(2 * ring * 4 * active)}
+    if candidates:
+        found["gradients of candidates"] = int(2 * ring * 4 * candidates * phase)
+        targets = sum(o * i for o, i in facts.shapes.values())
+        found["proposal of candidates"] = int((ring * 4 * targets + 12 * candidates * (gpus - 1)) / sparse.update_interval_steps)
+    if gathered_size:
+        micro = config.run.micro_batch_size or config.run.global_batch_size // gpus
+        steps = math.ceil(config.run.global_batch_size / (gpus * micro))
+        found["gathering of the base"] = int(2 * steps * ring * facts.entries * gathered_size)
+    return found
+
+
+def smallest_change(planner: Planner, config: Config, *, gpus: int, gpu_memory_gb: float) -> tuple[str, Plan] | None:
+    """The first change, in the order of what it costs, that makes a run fit: its description and plan; None: none does.
+
+    First what gives the same result in more time (micro-batches, checkpointing, sharding), then more devices, then what
+    changes the run (4 bits, shorter examples, fewer entries).
+    """
+    for told, changed, count in _changes(planner, config, gpus):
+        try:
+            plan = planner.plan(changed, gpus=count, gpu_memory_gb=gpu_memory_gb)
+        except UserError:
+            continue
+        if plan.fits:
+            return told, plan
+    return None
+
+
+def _changes(planner: Planner, config: Config, gpus: int) -> Iterator[tuple[str, Config, int]]:
+    with_ = lambda base, section, **values: dataclasses.replace(  # noqa: E731
+        base, **{section: dataclasses.replace(getattr(base, section), **values)}
+    )
+    share = config.run.global_batch_size // gpus
+    micro = config.run.micro_batch_size or share
+    gentle = config
+    while micro > 1:
+        micro = max(d for d in range(1, micro) if share % d == 0)
+        gentle = with_(config, "run", micro_batch_size=micro)
+        yield f"--micro_batch_size {micro}", gentle, gpus
+    said = f"--micro_batch_size {micro} " if gentle is not config else ""
+    if not config.model.gradient_checkpointing:
+        yield "--gradient_checkpointing true", with_(config, "model", gradient_checkpointing=True), gpus
+        gentle, said = with_(gentle, "model", gradient_checkpointing=True), f"{said}--gradient_checkpointing true "
+        yield said.strip(), gentle, gpus
+    if gpus > 1 and config.model.base_placement == "replicate":
+        gentle, said = with_(gentle, "model", base_placement="shard"), f"{said}--base_placement shard "
+        yield said.strip(), gentle, gpus
+    if hasattr(config.model, "quantization") and config.model.quantization == "none":
+        yield f"{said}--quantization nf4", with_(gentle, "model", quantization="nf4"), gpus
+    for count, told, more in _on_more_devices(gentle, gpus, with_):
+        yield f"{said}{told}", more, count
+    length = max_length(config.data.max_length, planner.model_config)
+    while length > 256:
+        length //= 2
+        yield f"{said}--max_length {length}", with_(gentle, "data", max_length=length), gpus
+    density = config.sparse.density
+    thinner = []
+    while density and density > 1e-4:
+        density /= 2
+        thinner.append((f"{said}--density {density:g}", with_(gentle, "sparse", density=density)))
+        yield *thinner[-1], gpus
+    for told, changed in thinner:
+        for count, where, more in _on_more_devices(changed, gpus, with_):
+            yield f"{told} {where}", more, count
+
+
+def _on_more_devices(config: Config, gpus: int, with_: Callable[..., Config]) -> Iterator[tuple[int, str, Config]]:
+    """The base sharded over twice, four times ... as many devices, one sequence at a time."""
+    while gpus < MOST_GPUS:
+        gpus *= 2
+        batch = max(config.run.global_batch_size, gpus)
+        more = with_(config, "run", global_batch_size=batch, micro_batch_size=1)
+        grown = f" --global_batch_size {batch}" if batch != config.run.global_batch_size else ""
+        yield gpus, f"--base_placement shard on {gpus} GPUs{grown}", with_(more, "model", base_placement="shard")
