@@ -181,7 +181,7 @@ def test_no_copy_of_a_weight_outlives_its_product(open_session):
     """After forward, before backward: autograd keeps activations only."""
     session = open_session(quantization="nf4")
     shapes = {target.shape for target in session.targets}
-    ids = torch.tensor([session.inputs.train.input_ids[0]])
+    ids = torch.tensor([session.inputs.train.tokens(0)[0].tolist()])
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
         session.model(input_ids=ids)
@@ -319,7 +319,7 @@ def test_the_merged_bf16_model_is_the_trained_one(open_session, train_run, tiny_
     for delta in session.tuning.store:
         delta.indices = adapter.indices[delta.name]
         delta.deltas.copy_(adapter.deltas[delta.name])
-    ids = torch.tensor([session.inputs.train.input_ids[3]])
+    ids = torch.tensor([session.inputs.train.tokens(3)[0].tolist()])
     stock = AutoModelForCausalLM.from_pretrained(merged)
     assert stock.dtype is torch.bfloat16 and not hasattr(stock.config, "quantization_config")
     with torch.no_grad():
