@@ -14,7 +14,7 @@ from scale_sft import assemble, checkpoint_files, train
 from scale_sft.base_weight import WeightPart, fingerprint
 from scale_sft.checkpoint import Checkpoints
 from scale_sft.config import load
-from scale_sft.data import load_examples
+from scale_sft.data_cache import load_examples
 from scale_sft.distributed import Cluster
 from scale_sft.errors import UserError
 from scale_sft.export import apply_adapter, load_adapter, undo_adapter
@@ -212,7 +212,7 @@ def test_mutated_data_files(pairs_file, messages_file, tokenizer, tmp_path):
 
         def use(mutant=mutant):
             examples = load_examples(str(mutant), "train", tokenizer, config, None)
-            for ids, labels in zip(examples.input_ids, examples.labels, strict=True):
+            for ids, labels in map(examples.tokens, range(len(examples))):
                 assert len(ids) == len(labels) <= 64 and all(0 <= token < 259 for token in ids)
 
         seen[outcome(use)] += 1
