@@ -36,6 +36,9 @@ def train(session, metrics, checkpoints) -> None:
     tuning, cluster, order = session.tuning, session.cluster, session.inputs.order
     evaluate_if_due(session, metrics, checkpoints.run)
     for step in range(session.step + 1, session.inputs.steps + 1):
+        if hopeless(session.evaluations, session.step, session.inputs.config.run.early_stopping_steps):
+            metrics.note(f"stopped: the held-out loss has not fallen since step {best_step(session.evaluations)}")
+            return
         began = time.perf_counter()
         learning_rate = session.learning_rate.at(step)
         batch = order.batch(step)
@@ -72,9 +75,6 @@ def train(session, metrics, checkpoints) -> None:
         evaluate_if_due(session, metrics, checkpoints.run)
         checkpoints.save_if_due(metrics)
         cluster.raise_if_stopping()
-        if hopeless(session.evaluations, step, session.inputs.config.run.early_stopping_steps):
-            metrics.note(f"stopped: the held-out loss has not fallen since step {best_step(session.evaluations)}")
-            return
 
 
 def forward_backward(session, batch: list[int]) -> tuple[float, dict[str, int]]:
