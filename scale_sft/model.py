@@ -137,14 +137,19 @@ def load_base(
         raise UserError(f"base: '{config.base}' does not load: {str(error).splitlines()[0]}") from None
     model.requires_grad_(False)
     if config.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})  # the second name is that of earlier versions
+        enable_checkpointing(model)
     model.train()
     if quantization:
         if quantization.on_disk:
             cast_the_rest(model, dtype)
         return model
     return model if device is None else model.to(device)
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Recompute each block in the backward pass (non-reentrant: the reentrant way loses gradients silently)."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})  # the second name is that of earlier versions
 
 
 def find_targets(model: nn.Module, wanted: tuple[str, ...] | str | None) -> list[Target]:

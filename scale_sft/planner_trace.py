@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .errors import UserError
-from .model import attach_taps, find_targets
+from .model import attach_taps, enable_checkpointing, find_targets
 from .spiel.topk import CHUNK_ENTRIES
 
 _ATTENTION = "scale_sft_plan"
@@ -136,7 +136,7 @@ def _trace(
         )
     model = model.to(dtype).requires_grad_(False).train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     targets = find_targets(model, target_modules)
     indices = {t.name: torch.empty(active.get(t.name, 1), dtype=torch.int32, device="meta") for t in targets}
     attach_taps(targets, lambda name, gradient: _record(gradient, indices[name], proposes))

@@ -52,7 +52,7 @@ class TensorReader:
                 expected = math.prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize
                 if last - first != expected or not 0 <= first <= last <= size - self._start:
                     raise ValueError(f"'{name}' does not lie within it")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path} is damaged, not readable as safetensors: {error}") from None
 
     def __enter__(self) -> TensorReader:
