@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base_weight import WeightPart, combine_fingerprints, fingerprint
+from .base_weight import WeightPart, combine_fingerprints, fingerprint, read_entries
 from .errors import UserError
 from .export import Adapter, apply_adapter, open_adapter
 from .files import new_folder
 from .merge import BaseFiles, locate_base, merge
-from .merge_quantized import is_quantized
 from .model import base_location
 from .model_card import write_card
 from .peft_formats import Exported, write_shira, write_supertuning
@@ -41,11 +40,7 @@ def export(
         write_card(adapter_folder, output, form=to, licence=licence)
         return written
     with open_adapter(adapter_folder) as adapter, new_folder(output, "export") as work:
-        if is_quantized(adapter):
-            raise UserError(
-                f"export: {adapter_folder} was trained on a base in {adapter.info['quantization']}, which --to {to} cannot "
-                "say; use --to merged, which dequantises"
-            )
+        refuse_quantised(adapter, f"--to {to}")
         source = locate_base(adapter, base)
         require_linear(adapter, source, to)
         named = base_location(base or adapter.info["base"])
@@ -69,7 +64,7 @@ class BaseValues(Mapping):
         self._stored = {name: stored for stored, name in files.names_of(adapter).items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._entries(name).gather(0, self._adapter.indices[name].long())
+        return read_entries(self._entries(name), self._adapter.indices[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -92,6 +87,15 @@ class BaseValues(Mapping):
                 f"export: '{self._files.folder}' is not the base that the adapter was trained on: the hash of the "
                 f"target weights is {found[:16]}..., expected {expected[:16]}..."
             )
+
+
+def refuse_quantised(adapter: Adapter, what: str) -> None:
+    """Raises UserError if the adapter was trained on a quantised base: its logits exist nowhere but in a merged model."""
+    if adapter.info.get("quantization", "none") != "none":
+        raise UserError(
+            f"export: the adapter was trained on a base in {adapter.info['quantization']}, whose rounding {what} would "
+            "not repeat; use --to merged, which writes the dequantised model"
+        )
 
 
 def require_linear(adapter: Adapter, source: Path, to: str) -> None:
@@ -135,6 +139,7 @@ def verify(
     from transformers import AutoModelForCausalLM
 
     with open_adapter(adapter_folder) as adapter:
+        refuse_quantised(adapter, "--verify")
         source = locate_base(adapter, base)
 
         def load(folder: str | Path) -> nn.Module:
