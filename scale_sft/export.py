@@ -175,8 +175,8 @@ def require_fit(weights: Mapping[str, nn.Parameter], adapter: Adapter) -> dict[s
     """
     if adapter.info.get("quantization", "none") != "none":
         raise UserError(
-            f"adapter: it was trained on a base in {adapter.info['quantization']} and cannot be written into packed weights; "
-            "merge it (`scale-sft merge`) and load the merged model"
+            f"adapter: it was trained on a base in {adapter.info['quantization']} and cannot be written into packed "
+            "weights; merge it (`scale-sft merge`) and load the merged model"
         )
     found = {}
     for name, shape in adapter.shapes.items():

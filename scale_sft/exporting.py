@@ -90,7 +90,7 @@ class BaseValues(Mapping):
 
 
 def refuse_quantised(adapter: Adapter, what: str) -> None:
-    """Raises UserError if the adapter was trained on a quantised base: its logits exist nowhere but in a merged model."""
+    """Raises UserError if the adapter was trained on a quantised base: only a merged model repeats its rounding."""
     if adapter.info.get("quantization", "none") != "none":
         raise UserError(
             f"export: the adapter was trained on a base in {adapter.info['quantization']}, whose rounding {what} would "
@@ -111,7 +111,7 @@ def require_linear(adapter: Adapter, source: Path, to: str) -> None:
             raise UserError(f"export: the base '{source}' has no layer for '{name}'")
         if not isinstance(layer, nn.Linear):
             raise UserError(
-                f"export: '{name}' belongs to a {type(layer).__name__} layer; peft's {to} format is for nn.Linear only. "
+                f"export: '{name}' belongs to a {type(layer).__name__} layer; peft's {to} is for nn.Linear only. "
                 "Use --to merged"
             )
 
@@ -189,7 +189,7 @@ def probe_inputs(config: Any, device: str) -> list[Tensor]:
 
 
 def push_to_hub(folder: str | Path, repository: str, *, private: bool = False) -> str:
-    """Upload a folder as a model repository of the Hugging Face hub (made where it does not exist); returns its address.
+    """Upload a folder to a model repository of the Hugging Face hub (made where there is none); returns its address.
 
     Raises:
         UserError: the hub refuses (no login, no right, no network).
@@ -199,7 +199,9 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False) -
     hub = HfApi()
     try:
         address = hub.create_repo(repository, private=private, exist_ok=True)
-        hub.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Sparse fine-tuning with scale_sft")
+        hub.upload_folder(
+            repo_id=repository, folder_path=str(folder), commit_message="Sparse fine-tuning with scale_sft"
+        )
     except Exception as error:  # hub errors are many; all mean that it was not uploaded
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"push-to-hub: '{repository}': {first}; log in with `hf auth login`") from None

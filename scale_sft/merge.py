@@ -82,7 +82,11 @@ def unmerge(adapter_folder: str | Path, merged: str | Path, output: str | Path) 
     merged = Path(merged)
     if not (merged / UNMERGE_FILE).is_file():
         raise UserError(f"unmerge: {merged} holds no {UNMERGE_FILE}; expected a folder that `scale-sft merge` wrote")
-    with open_adapter(adapter_folder) as adapter, BaseFiles(merged) as files, TensorReader(merged / UNMERGE_FILE) as kept:
+    with (
+        open_adapter(adapter_folder) as adapter,
+        BaseFiles(merged) as files,
+        TensorReader(merged / UNMERGE_FILE) as kept,
+    ):
         names = files.names_of(adapter)
         if kept.metadata.get("base_hash") != adapter.info["base_hash"] or set(kept.names) != set(adapter.shapes):
             raise UserError(f"unmerge: {merged} was not merged with this adapter")

@@ -148,5 +148,7 @@ def _results(run: Path) -> dict[str, str]:
 
 def _table(head: tuple[str, str], rows: dict[str, Any]) -> str:
     lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
-    lines += [f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items() if value is not None]
+    lines += [
+        f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items() if value is not None
+    ]
     return "\n".join(lines) + "\n"

@@ -107,9 +107,7 @@ class Planner:
             UserError: the batch does not divide, targets match nothing, or the architecture cannot be traced.
         """
         if config.run.global_batch_size % gpus:
-            raise UserError(
-                f"plan: global_batch_size {config.run.global_batch_size} does not divide over {gpus} ranks"
-            )
+            raise UserError(f"plan: global_batch_size {config.run.global_batch_size} does not divide over {gpus} ranks")
         room = None
         if gpu_memory_gb is not None:
             room = int(gpu_memory_gb * GIB * (1 - FRAGMENTATION_FRACTION)) - DEVICE_RESERVE_BYTES
@@ -249,7 +247,9 @@ def _traffic(
     if candidates:
         found["gradients of candidates"] = int(2 * ring * 4 * candidates * phase)
         targets = sum(o * i for o, i in facts.shapes.values())
-        found["proposal of candidates"] = int((ring * 4 * targets + 12 * candidates * (gpus - 1)) / sparse.update_interval_steps)
+        found["proposal of candidates"] = int(
+            (ring * 4 * targets + 12 * candidates * (gpus - 1)) / sparse.update_interval_steps
+        )
     if gathered_size:
         micro = config.run.micro_batch_size or config.run.global_batch_size // gpus
         steps = math.ceil(config.run.global_batch_size / (gpus * micro))
