@@ -50,7 +50,9 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> 
 
 def scale(adapter: Adapter, factor: float) -> Adapter:
     """All deltas times `factor`; -1 negates the task, 0.5 goes half the way."""
-    return _combine("scale", [adapter], lambda found: (found[0][0], (found[0][1].double() * factor).float()), factor=factor)
+    return _combine(
+        "scale", [adapter], lambda found: (found[0][0], (found[0][1].double() * factor).float()), factor=factor
+    )
 
 
 def intersect(adapters: Sequence[Adapter]) -> Adapter:
@@ -119,7 +121,9 @@ def _info(operation: str, adapters: Sequence[Adapter], **settings: Any) -> dict[
         prints = {name: value for adapter in adapters for name, value in adapter.info["base_fingerprints"].items()}
         shapes = {name: shape for adapter in adapters for name, shape in adapter.shapes.items()}
         info["base_fingerprints"] = prints
-        info["base_hash"] = combine_fingerprints({n: (int(v[:16], 16), int(v[16:], 16)) for n, v in prints.items()}, shapes)
+        info["base_hash"] = combine_fingerprints(
+            {n: (int(v[:16], 16), int(v[16:], 16)) for n, v in prints.items()}, shapes
+        )
     info["method"] = operation
     operands = [
         adapter.info.get("made_from") or {"method": adapter.info.get("method"), "base_hash": adapter.info["base_hash"]}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from . import __version__, cli_adapters, cli_arithmetic, cli_plan, cli_recipes, commands_data
+from . import __version__, cli_adapters, cli_arithmetic, cli_data, cli_plan, cli_recipes
 from .errors import UserError
 
 
@@ -76,7 +76,7 @@ def checkpoint_verify(folder: Path) -> None:
         sys.exit(1)
 
 
-commands_data.register(main)
+cli_data.register(main)
 
 
 if __name__ == "__main__":

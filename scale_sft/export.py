@@ -18,7 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import __version__
-from .base_weight import ROUNDING_RULE, WeightPart, combine_fingerprints, effective_values, fingerprint
+from .base_weight import (
+    ROUNDING_RULE,
+    WeightPart,
+    combine_fingerprints,
+    effective_values,
+    fingerprint,
+    read_entries,
+    write_entries,
+)
 from .errors import UserError
 from .files import write_atomically, write_json
 from .tensor_files import TensorReader
@@ -154,8 +162,8 @@ def apply_adapter(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     for name, indices in adapter.indices.items():
         entries = weights[name].data.view(-1)
         indices = indices.to(entries.device)
-        kept[name] = entries.gather(0, indices)
-        entries.scatter_(0, indices, effective_values(kept[name], adapter.deltas[name].to(entries.device)))
+        kept[name] = read_entries(entries, indices)
+        write_entries(entries, indices, effective_values(kept[name], adapter.deltas[name].to(entries.device)))
     return kept
 
 
@@ -163,8 +171,13 @@ def require_fit(weights: Mapping[str, nn.Parameter], adapter: Adapter) -> dict[s
     """The weights that an adapter belongs to, by name, out of all weights of a model.
 
     Raises:
-        UserError: one is missing, or of another shape or dtype.
+        UserError: one is missing, or of another shape or dtype; or the adapter belongs to a quantised base.
     """
+    if adapter.info.get("quantization", "none") != "none":
+        raise UserError(
+            f"adapter: it was trained on a base in {adapter.info['quantization']} and cannot be written into packed "
+            "weights; merge it (`scale-sft merge`) and load the merged model"
+        )
     found = {}
     for name, shape in adapter.shapes.items():
         if name not in weights:
@@ -186,7 +199,7 @@ def undo_adapter(model: nn.Module, adapter: Adapter, kept: Mapping[str, Tensor])
     weights = dict(model.named_parameters())
     for name, values in kept.items():
         entries = weights[name].data.view(-1)
-        entries.scatter_(0, adapter.indices[name].to(entries.device), values)
+        write_entries(entries, adapter.indices[name].to(entries.device), values)
 
 
 def check_base(parts: Mapping[str, WeightPart], adapter: Adapter) -> None:

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base_weight import WeightPart, combine_fingerprints, fingerprint
+from .base_weight import WeightPart, combine_fingerprints, fingerprint, read_entries
 from .errors import UserError
 from .export import Adapter, apply_adapter, open_adapter
 from .files import new_folder
 from .merge import BaseFiles, locate_base, merge
-from .merge_quantized import is_quantized
 from .model import base_location
 from .model_card import write_card
 from .peft_formats import Exported, write_shira, write_supertuning
@@ -41,11 +40,7 @@ def export(
         write_card(adapter_folder, output, form=to, licence=licence)
         return written
     with open_adapter(adapter_folder) as adapter, new_folder(output, "export") as work:
-        if is_quantized(adapter):
-            raise UserError(
-                f"export: {adapter_folder} was trained on a base in {adapter.info['quantization']}, which --to {to} cannot "
-                "say; use --to merged, which dequantises"
-            )
+        refuse_quantised(adapter, f"--to {to}")
         source = locate_base(adapter, base)
         require_linear(adapter, source, to)
         named = base_location(base or adapter.info["base"])
@@ -69,7 +64,7 @@ class BaseValues(Mapping):
         self._stored = {name: stored for stored, name in files.names_of(adapter).items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._entries(name).gather(0, self._adapter.indices[name].long())
+        return read_entries(self._entries(name), self._adapter.indices[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -94,6 +89,15 @@ class BaseValues(Mapping):
             )
 
 
+def refuse_quantised(adapter: Adapter, what: str) -> None:
+    """Raises UserError if the adapter was trained on a quantised base: only a merged model repeats its rounding."""
+    if adapter.info.get("quantization", "none") != "none":
+        raise UserError(
+            f"export: the adapter was trained on a base in {adapter.info['quantization']}, whose rounding {what} would "
+            "not repeat; use --to merged, which writes the dequantised model"
+        )
+
+
 def require_linear(adapter: Adapter, source: Path, to: str) -> None:
     """Raises UserError if a weight belongs to no `nn.Linear`: peft knows these formats for nothing else."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -107,7 +111,7 @@ def require_linear(adapter: Adapter, source: Path, to: str) -> None:
             raise UserError(f"export: the base '{source}' has no layer for '{name}'")
         if not isinstance(layer, nn.Linear):
             raise UserError(
-                f"export: '{name}' belongs to a {type(layer).__name__} layer; peft's {to} format is for nn.Linear only. "
+                f"export: '{name}' belongs to a {type(layer).__name__} layer; peft's {to} is for nn.Linear only. "
                 "Use --to merged"
             )
 
@@ -135,6 +139,7 @@ def verify(
     from transformers import AutoModelForCausalLM
 
     with open_adapter(adapter_folder) as adapter:
+        refuse_quantised(adapter, "--verify")
         source = locate_base(adapter, base)
 
         def load(folder: str | Path) -> nn.Module:
@@ -184,7 +189,7 @@ def probe_inputs(config: Any, device: str) -> list[Tensor]:
 
 
 def push_to_hub(folder: str | Path, repository: str, *, private: bool = False) -> str:
-    """Upload a folder as a model repository of the Hugging Face hub (made where it does not exist); returns its address.
+    """Upload a folder to a model repository of the Hugging Face hub (made where there is none); returns its address.
 
     Raises:
         UserError: the hub refuses (no login, no right, no network).
@@ -194,7 +199,9 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False) -
     hub = HfApi()
     try:
         address = hub.create_repo(repository, private=private, exist_ok=True)
-        hub.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Sparse fine-tuning with scale_sft")
+        hub.upload_folder(
+            repo_id=repository, folder_path=str(folder), commit_message="Sparse fine-tuning with scale_sft"
+        )
     except Exception as error:  # hub errors are many; all mean that it was not uploaded
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"push-to-hub: '{repository}': {first}; log in with `hf auth login`") from None

@@ -16,7 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .base_weight import WeightPart, combine_fingerprints, effective_values, fingerprint
+from .base_weight import (
+    WeightPart,
+    combine_fingerprints,
+    effective_values,
+    fingerprint,
+    read_entries,
+    write_entries,
+)
 from .errors import UserError
 from .export import Adapter, open_adapter
 from .files import new_folder, write_json, write_text
@@ -53,9 +60,9 @@ def merge(adapter_folder: str | Path, output: str | Path, base: str | None = Non
                 def put_in(name: str, entries: Tensor) -> tuple[int, int]:
                     found = fingerprint(WeightPart(lambda: entries, 0, entries.numel()))
                     indices = adapter.indices[name]
-                    values = entries.gather(0, indices)
+                    values = read_entries(entries, indices)
                     kept.write(name, values)
-                    entries.scatter_(0, indices, effective_values(values, adapter.deltas[name]))
+                    write_entries(entries, indices, effective_values(values, adapter.deltas[name]))
                     return found
 
                 prints = files.rewrite(work, names, adapter, put_in)
@@ -75,7 +82,11 @@ def unmerge(adapter_folder: str | Path, merged: str | Path, output: str | Path) 
     merged = Path(merged)
     if not (merged / UNMERGE_FILE).is_file():
         raise UserError(f"unmerge: {merged} holds no {UNMERGE_FILE}; expected a folder that `scale-sft merge` wrote")
-    with open_adapter(adapter_folder) as adapter, BaseFiles(merged) as files, TensorReader(merged / UNMERGE_FILE) as kept:
+    with (
+        open_adapter(adapter_folder) as adapter,
+        BaseFiles(merged) as files,
+        TensorReader(merged / UNMERGE_FILE) as kept,
+    ):
         names = files.names_of(adapter)
         if kept.metadata.get("base_hash") != adapter.info["base_hash"] or set(kept.names) != set(adapter.shapes):
             raise UserError(f"unmerge: {merged} was not merged with this adapter")
@@ -83,10 +94,10 @@ def unmerge(adapter_folder: str | Path, merged: str | Path, output: str | Path) 
 
             def take_out(name: str, entries: Tensor) -> tuple[int, int]:
                 indices, values = adapter.indices[name], kept.tensor(name)
-                same = entries.gather(0, indices).equal(effective_values(values, adapter.deltas[name]))
+                same = read_entries(entries, indices).equal(effective_values(values, adapter.deltas[name]))
                 if not same:
                     raise UserError(f"unmerge: '{name}' of {merged} does not hold the deltas of this adapter")
-                entries.scatter_(0, indices, values)
+                write_entries(entries, indices, values)
                 return fingerprint(WeightPart(lambda: entries, 0, entries.numel()))
 
             prints = files.rewrite(work, names, adapter, take_out)

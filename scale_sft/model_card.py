@@ -85,7 +85,9 @@ def _card(adapter: Adapter, run: Path, folder: str, form: str, licence: str | No
         for name in names
         if settings.get(section, {}).get(name) is not None
     }
-    use = _USE[form].format(base=info["base"], dtype=info["dtype"], folder=folder)
+    use = _USE[form].format(
+        base="scale_sft/demo/base" if info["base"] == DEMO else info["base"], dtype=info["dtype"], folder=folder
+    )
     parts = [
         _front_matter(info, form, licence),
         f"# Sparse fine-tuning of {base}\n\nA sparse delta of the base model: "
@@ -148,5 +150,7 @@ def _results(run: Path) -> dict[str, str]:
 
 def _table(head: tuple[str, str], rows: dict[str, Any]) -> str:
     lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
-    lines += [f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items() if value is not None]
+    lines += [
+        f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items() if value is not None
+    ]
     return "\n".join(lines) + "\n"

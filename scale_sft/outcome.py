@@ -12,6 +12,7 @@ from .best import best_step
 from .data import Examples
 from .merge import merge
 from .metrics import Metrics, NullMetrics
+from .model_card import write_card
 from .report import write_report
 from .run_folder import RunFolder
 
@@ -106,6 +107,7 @@ def finish(session: Session, metrics: Metrics | NullMetrics, run: RunFolder) -> 
     def write_the_rest() -> None:
         if config.run.save_merged:
             written["merged model"] = merge(run.adapter, run.merged)
+        write_card(run.adapter)
         written["report"] = write_report(run.path)
 
     with cluster.loading_whole():  # merging loads a quantised base once more

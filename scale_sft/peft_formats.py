@@ -80,7 +80,9 @@ def write_supertuning(adapter: Adapter, output: Path, base: str, base_values: Ma
     needed, doubled = {}, 0
     for name, (o, i) in adapter.shapes.items():
         if o * i > torch.iinfo(torch.int32).max:
-            raise UserError(f"export: '{name}' has more entries than Super-Tuning's int32 indices reach; use --to shira")
+            raise UserError(
+                f"export: '{name}' has more entries than Super-Tuning's int32 indices reach; use --to shira"
+            )
         twice = int(exact_addends(base_values[name], adapter.deltas[name])[1].sum())
         needed[name] = adapter.indices[name].numel() + twice
         doubled += twice
@@ -131,7 +133,9 @@ def _sparsity(needed: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) 
     densest = max(needed, key=lambda name: needed[name] / math.prod(shapes[name]))
     density = max(needed[densest], 1) / math.prod(shapes[densest])
     if density > 1:
-        raise UserError(f"export: '{densest}' has more entries than Super-Tuning can hold; use --to shira or --to merged")
+        raise UserError(
+            f"export: '{densest}' has more entries than Super-Tuning can hold; use --to shira or --to merged"
+        )
     sparsity = 1 - density
     short = lambda value: any(int(math.prod(shapes[n]) * (1 - value)) < max(needed[n], 1) for n in needed)  # noqa: E731
     step = 2.0**-53

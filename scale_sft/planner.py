@@ -20,7 +20,9 @@ from .config import Config
 from .distributed import read_ds_config
 from .errors import UserError
 from .model import find_targets, resolve_dtype
+from .plan import empty_model
 from .planner_trace import StepMemory, step_memory
+from .quantized import Quantization, resolve_quantization
 from .spiel.delta import budget
 from .spiel.optimizer import CHUNK_ENTRIES
 
@@ -31,7 +33,6 @@ FRAGMENTATION_FRACTION = 0.05
 """Of a GPU's memory: what the allocator cannot use."""
 MOST_GPUS = 1024
 _FINGERPRINT_BYTES = 44  # temporaries per entry of a chunk while the base's fingerprint is taken
-_BYTES_PER_WEIGHT = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,7 @@ def facts_of(config: Config, model_config: Any) -> Facts:
     Raises:
         UserError: targets match nothing.
     """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
+    model = empty_model(config, model_config)
     output = model.get_output_embeddings()
     linear = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D") and m is not output]
     return Facts(
@@ -109,9 +107,7 @@ class Planner:
             UserError: the batch does not divide, targets match nothing, or the architecture cannot be traced.
         """
         if config.run.global_batch_size % gpus:
-            raise UserError(
-                f"plan: global_batch_size {config.run.global_batch_size} does not divide over {gpus} ranks"
-            )
+            raise UserError(f"plan: global_batch_size {config.run.global_batch_size} does not divide over {gpus} ranks")
         room = None
         if gpu_memory_gb is not None:
             room = int(gpu_memory_gb * GIB * (1 - FRAGMENTATION_FRACTION)) - DEVICE_RESERVE_BYTES
@@ -132,7 +128,7 @@ class Planner:
     def _plan(self, config: Config, gpus: int, sharded: bool, room: int | None) -> Plan:
         facts, sparse = self.facts(config), config.sparse
         dtype = resolve_dtype(config.model, self.model_config)
-        size, quantization = dtype.itemsize, getattr(config.model, "quantization", "none")
+        size, quantization = dtype.itemsize, resolve_quantization(config.model, self.model_config)
         counts = budget(
             facts.shapes,
             density=sparse.density,
@@ -143,15 +139,15 @@ class Planner:
         candidates = 0 if sparse.method == "ma" else int(sparse.candidate_ratio * active)
         largest_target = max(o * i for o, i in facts.shapes.values())
 
-        stored = _stored_base(config, facts, size)
+        stored = _stored_base(facts, size, quantization)
         step = self._step(config, counts, gpus, dtype)
         gathered = _gathered(config, facts, size, stored) if sharded else 0
         proposal = 4 * largest_target if gpus > 1 and candidates else 0
-        dequantised = 2 * largest_target * size if quantization != "none" else 0
-        state = _state_bytes(config, facts, active, size, 1 / gpus if sharded else 1, quantization != "none")
+        dequantised = 2 * largest_target * size if quantization else 0
+        state = _state_bytes(config, facts, active, size, 1 / gpus if sharded else 1, bool(quantization))
         after = _after_step_bytes(active, largest_k)
         rows = {
-            "base": stored // gpus if sharded else stored,
+            "base": _on_each(stored, facts, quantization, gpus) if sharded else stored,
             "base, gathered": gathered,
             **state,
             "candidates": 16 * candidates,
@@ -197,13 +193,17 @@ class Planner:
         return self._steps[key]
 
 
-def _stored_base(config: Config, facts: Facts, size: int) -> int:
-    """The whole base as it is stored: in its dtype, or packed with its scales (one per 64 entries)."""
-    quantization = getattr(config.model, "quantization", "none")
-    if quantization == "none":
+def _stored_base(facts: Facts, size: int, quantization: Quantization | None) -> int:
+    """The whole base as it is stored: in its dtype, or packed with its scales."""
+    if quantization is None:
         return facts.entries * size
-    scales = 0.0 if quantization == "int8" else (1 / 64 + 4 / (64 * 256) if config.model.double_quantization else 4 / 64)
-    return int(facts.packed * (_BYTES_PER_WEIGHT[quantization] + scales)) + (facts.entries - facts.packed) * size
+    return int(facts.packed * quantization.bytes_per_entry) + (facts.entries - facts.packed) * size
+
+
+def _on_each(stored: int, facts: Facts, quantization: Quantization | None, gpus: int) -> int:
+    """One rank's part of a sharded base; scales of packed weights are not cut."""
+    scales = int(facts.packed * quantization.state_bytes_per_entry) if quantization else 0
+    return (stored - scales) // gpus + scales
 
 
 def _gathered(config: Config, facts: Facts, size: int, stored: int) -> int:
@@ -217,7 +217,7 @@ def _gathered(config: Config, facts: Facts, size: int, stored: int) -> int:
 def _state_bytes(config: Config, facts: Facts, active: int, size: int, part: float, quantised: bool) -> dict[str, int]:
     """Deltas and what belongs to them; `part`: of the weights' entries that lie on this rank."""
     sparse = config.sparse
-    delta = 2 if getattr(sparse, "delta_dtype", "float32") == "bfloat16" else 4
+    delta = getattr(torch, sparse.delta_dtype).itemsize
     index = 8 if max(o * i for o, i in facts.shapes.values()) > torch.iinfo(torch.int32).max else 4
     moments = sum(4 * (o + i) for o, i in facts.shapes.values()) if sparse.method == "ma" else 8 * active
     kept = 0 if quantised else int(active * part * (size + (index if part < 1 else 0)))
@@ -247,7 +247,9 @@ def _traffic(
     if candidates:
         found["gradients of candidates"] = int(2 * ring * 4 * candidates * phase)
         targets = sum(o * i for o, i in facts.shapes.values())
-        found["proposal of candidates"] = int((ring * 4 * targets + 12 * candidates * (gpus - 1)) / sparse.update_interval_steps)
+        found["proposal of candidates"] = int(
+            (ring * 4 * targets + 12 * candidates * (gpus - 1)) / sparse.update_interval_steps
+        )
     if gathered_size:
         micro = config.run.micro_batch_size or config.run.global_batch_size // gpus
         steps = math.ceil(config.run.global_batch_size / (gpus * micro))
@@ -290,7 +292,7 @@ def _changes(planner: Planner, config: Config, gpus: int) -> Iterator[tuple[str,
     if gpus > 1 and config.model.base_placement == "replicate":
         gentle, said = with_(gentle, "model", base_placement="shard"), f"{said}--base_placement shard "
         yield said.strip(), gentle, gpus
-    if hasattr(config.model, "quantization") and config.model.quantization == "none":
+    if config.model.quantization == "none":
         yield f"{said}--quantization nf4", with_(gentle, "model", quantization="nf4"), gpus
     for count, told, more in _on_more_devices(gentle, gpus, with_):
         yield f"{said}{told}", more, count

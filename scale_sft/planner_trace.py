@@ -97,7 +97,16 @@ def step_memory(
         UserError: the architecture does something on the meta device that needs numbers (some mixtures of experts).
     """
     trace = lambda config: _trace(  # noqa: E731
-        config, dtype, sequences, tokens, target_modules, active or {}, proposes, checkpointing, attention, trust_remote_code
+        config,
+        dtype,
+        sequences,
+        tokens,
+        target_modules,
+        active or {},
+        proposes,
+        checkpointing,
+        attention,
+        trust_remote_code,
     )
     text = model_config.get_text_config()
     layers = text.num_hidden_layers
@@ -123,7 +132,16 @@ def _with_layers(model_config: Any, count: int) -> Any:
 
 
 def _trace(
-    model_config, dtype, sequences, tokens, target_modules, active, proposes, checkpointing, attention, trust_remote_code
+    model_config,
+    dtype,
+    sequences,
+    tokens,
+    target_modules,
+    active,
+    proposes,
+    checkpointing,
+    attention,
+    trust_remote_code,
 ) -> StepMemory:
     from transformers import AutoModelForCausalLM
 

@@ -29,13 +29,9 @@ def path_of(recipe: str) -> Path:
 
 
 def summary(path: Path) -> str:
-    """The comment that a recipe begins with, on one line."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.lstrip("# ").strip())
-    return " ".join(filter(None, lines))
+    """The first line of the comment that a recipe begins with."""
+    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.lstrip("# ").strip() if first.startswith("#") else ""
 
 
 def copy(recipe: str, target: Path) -> Path:

@@ -49,4 +49,9 @@ def _type(kind: Any) -> dict[str, Any]:
     members = typing.get_args(kind)
     if members[-1] is Ellipsis:
         return {"type": "array", "items": _type(members[0])}
-    return {"type": "array", "prefixItems": [_type(member) for member in members], "minItems": len(members), "maxItems": len(members)}
+    return {
+        "type": "array",
+        "prefixItems": [_type(member) for member in members],
+        "minItems": len(members),
+        "maxItems": len(members),
+    }

@@ -28,7 +28,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .base_weight import WeightPart, combine_fingerprints, effective_values, fingerprint
+from .base_weight import (
+    WeightPart,
+    combine_fingerprints,
+    effective_values,
+    fingerprint,
+    read_entries,
+    write_entries,
+)
 from .errors import UserError
 from .export import Adapter, require_fit
 from .export import load_adapter as read_adapter
@@ -154,14 +161,14 @@ class LiveAdapter:
         self._wait_for(devices)
         if self._applied is not None:
             for name, (base, _) in self._applied.values.items():
-                self._applied.weights[name].data.view(-1).scatter_(0, self._applied.indices[name], base)
+                write_entries(self._applied.weights[name].data.view(-1), self._applied.indices[name], base)
         if ready is not None:
             for name, weight in ready.weights.items():
                 entries, indices = weight.data.view(-1), ready.indices[name]
                 if name not in ready.values:
-                    base = entries.gather(0, indices)
+                    base = read_entries(entries, indices)
                     ready.values[name] = base, effective_values(base, ready.deltas[name])
-                entries.scatter_(0, indices, ready.values[name][1])
+                write_entries(entries, indices, ready.values[name][1])
         self._applied = ready
         self._wait_for(devices)
 

@@ -53,7 +53,7 @@ class TensorReader:
                 if last - first != expected or not 0 <= first <= last <= size - self._start:
                     raise ValueError(f"'{name}' does not lie within it")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise UserError(f"{path} is damaged, not readable as safetensors: {error}") from None
+            raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
 
     def __enter__(self) -> TensorReader:
         return self

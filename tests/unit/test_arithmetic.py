@@ -83,7 +83,8 @@ def test_an_adapter_that_was_pruned_to_nothing_is_still_one(three, tiny_model, t
 def test_adapters_on_different_layers_of_one_base_add_up_and_apply(tiny_model, tmp_path) -> None:
     base = tiny_model("llama")
     parts = [
-        load_adapter(make_adapter(base, tmp_path / leaf, targets=(leaf,), density=0.2)) for leaf in ("q_proj", "up_proj")
+        load_adapter(make_adapter(base, tmp_path / leaf, targets=(leaf,), density=0.2))
+        for leaf in ("q_proj", "up_proj")
     ]
     save_adapter(arithmetic.add(parts), tmp_path / "sum")
     model = load(base)

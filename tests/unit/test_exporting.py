@@ -124,7 +124,9 @@ def test_an_export_is_uploaded_whole(tiny_model, tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     adapter = make_adapter(tiny_model("llama"), tmp_path / "adapter")
-    output = command("export", adapter, "--to", "shira", "--output", tmp_path / "out", "--push-to-hub", "me/x", "--private")
+    output = command(
+        "export", adapter, "--to", "shira", "--output", tmp_path / "out", "--push-to-hub", "me/x", "--private"
+    )
     files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert calls == [("create", "me/x", True), ("upload", "me/x", files)]
     assert "uploaded: https://hub/me/x" in output

@@ -43,7 +43,10 @@ def test_counts_norms_and_the_most_moved_are_those_of_the_tensors(adapter) -> No
 def test_entries_in_one_row_are_seen_as_concentrated(tmp_path) -> None:
     info = {"base": "x", "base_hash": "0" * 64, "dtype": "float32"}
     indices = {"model.layers.0.up.weight": torch.arange(50, 100, dtype=torch.int32)}
-    save_adapter(Adapter(indices, {"model.layers.0.up.weight": torch.ones(50)}, {"model.layers.0.up.weight": (40, 50)}, info), tmp_path)
+    save_adapter(
+        Adapter(indices, {"model.layers.0.up.weight": torch.ones(50)}, {"model.layers.0.up.weight": (40, 50)}, info),
+        tmp_path,
+    )
     total = inspect(tmp_path).total
     assert total.top_rows == 1.0 and total.top_columns == pytest.approx(1 / 50)
 
@@ -62,4 +65,4 @@ def test_it_is_shown_as_table_json_and_page(adapter, tmp_path) -> None:
 def test_a_damaged_adapter_is_an_error(adapter, tmp_path) -> None:
     (adapter / "adapter_model.safetensors").write_bytes(b"nothing")
     result = CliRunner().invoke(main, ["inspect", str(adapter)])
-    assert result.exit_code == 1 and "not readable as safetensors" in result.output
+    assert result.exit_code == 1 and "damaged or no safetensors" in result.output

@@ -105,7 +105,9 @@ def test_wrong_requests_are_told() -> None:
 MEASURED = {
     "llama": dict(model="llama", dtype="float32", density=0.02, global_batch_size=2),
     "llama in bf16": dict(model="llama", dtype="bfloat16", density=0.02, global_batch_size=2),
-    "checkpointing": dict(model="llama", dtype="float32", density=0.02, global_batch_size=4, gradient_checkpointing=True),
+    "checkpointing": dict(
+        model="llama", dtype="float32", density=0.02, global_batch_size=4, gradient_checkpointing=True
+    ),
     "SM3, two micro-steps": dict(
         model="llama", dtype="float32", method="ma", density=0.05, global_batch_size=4, micro_batch_size=2
     ),
@@ -132,7 +134,7 @@ def test_plans_are_within_a_tenth_of_the_measured_peak(tmp_path, tokenizer, tiny
     common = {"train_data": str(data), "loss_on": "all", "steps": 1, "update_interval_steps": 1, "estimation_steps": 1,
               "base_placement": "replicate", "max_length": 256}  # fmt: skip
     runs, planned = [], []
-    for number, (name, options) in enumerate(MEASURED.items()):
+    for number, options in enumerate(MEASURED.values()):
         options = dict(options)
         model = options.pop("model")
         stored = "bfloat16" if options["dtype"] == "float32" else "float32"

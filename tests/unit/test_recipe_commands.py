@@ -36,7 +36,7 @@ def test_recipes_that_ship_are_valid() -> None:
 
 
 def test_recipes_are_listed_with_what_they_are_for(shipped) -> None:
-    assert command("recipes", "ls").output.splitlines()[0] == "first   A first recipe. For the demo."
+    assert command("recipes", "ls").output.splitlines()[0] == "first   A first recipe."
 
 
 def test_a_recipe_is_shown_copied_and_checked(shipped, tmp_path) -> None:

@@ -163,7 +163,11 @@ def test_memory_of_a_swap_is_that_of_the_entries(base, adapters) -> None:
     entries = sum(indices.numel() for indices in read_adapter(adapters[0]).indices.values())
     ready = live.prepare(adapters[0])
     live.swap(ready)
-    tensors = [*ready.indices.values(), *ready.deltas.values(), *(one for pair in ready.values.values() for one in pair)]
+    tensors = [
+        *ready.indices.values(),
+        *ready.deltas.values(),
+        *(one for pair in ready.values.values() for one in pair),
+    ]
     assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == (4 + 4 + 2 + 2) * entries
 
 
