@@ -76,3 +76,8 @@ def test_the_main_loop_reads_like_the_algorithm() -> None:
     loop = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
     lines = FILES["train.py"].read_text().splitlines()[loop.body[1].lineno - 1 : loop.end_lineno]
     assert len([line for line in lines if line.strip() and not line.strip().startswith("#")]) <= 45
+
+
+@pytest.mark.parametrize("file", [name for name in FILES if not name.endswith("__init__.py") and "demo/" not in name])
+def test_the_readme_has_a_place_for_every_module(file: str) -> None:
+    assert Path(file).name in (ROOT / "README.md").read_text(encoding="utf-8")
