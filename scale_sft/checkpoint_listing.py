@@ -23,9 +23,7 @@ def checkpoints_in(folder: Path) -> list[Checkpoint]:
     inner = folder / "checkpoints"
     found = find_checkpoints(inner if inner.is_dir() else folder)
     if not found:
-        raise UserError(
-            f"checkpoint: {folder} holds none; expected a run, its checkpoints/, or a step_... of it"
-        )
+        raise UserError(f"checkpoint: {folder} holds none; expected a run, its checkpoints/, or a step_... of it")
     return found
 
 

@@ -154,7 +154,7 @@ def _print_overlap(title: str, layers: dict, total) -> None:
     rows = [("outside" if layer is None else str(layer), found) for layer, found in layers.items()] + [("all", total)]
     for label, found in rows:
         row = found.as_row()
-        percent = lambda key, row=row: "-" if row[key] is None else f"{row[key]:.1%}"  # noqa: E731
+        percent = lambda key, row=row: "-" if row[key] is None else f"{row[key]:.1%}"
         counts = [f"{found.first:,}", f"{found.second:,}", f"{found.shared:,}"]
         table.add_row(label, *counts, percent("shared_fraction"), f"{found.by_chance:,.0f}", percent("sign_agreement"))
     Console(width=110).print(table)

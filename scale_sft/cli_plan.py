@@ -70,7 +70,7 @@ def _print(found, change, gpus: int, gpu_memory: float | None) -> None:
     from .planner import GIB
 
     console = Console(width=110, highlight=False)
-    size = lambda count: f"{count / GIB:,.2f} GiB"  # noqa: E731
+    size = lambda count: f"{count / GIB:,.2f} GiB"
     console.print(
         f"{found.entries / 1e9:.2f} billion weights, {found.active / 1e6:,.1f} million of them trained; base "
         f"{found.placement} on {gpus} GPU{'s' * (gpus > 1)}"

@@ -164,7 +164,9 @@ class SparseConfig:
 class OptimizerConfig:
     """How the deltas are updated: AdamW for ag and static, SM3 for ma."""
 
-    learning_rate: float = option(1e-3, "Peak learning rate. Sparse deltas want far higher rates.", check=between(0, 1e6, open_low=True))
+    learning_rate: float = option(
+        1e-3, "Peak learning rate. Sparse deltas want far higher rates.", check=between(0, 1e6, open_low=True)
+    )
     betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay rates of the two moments.", check=_betas)
     eps: float = option(1e-8, "Added to the denominator (AdamW) or under the root (SM3).", check=above(0))
     weight_decay: float = option(0.0, "Decoupled decay of the deltas towards the pretrained model.", check=at_least(0))
@@ -212,13 +214,17 @@ class DataConfig:
         False, "Read no more of the data than the first max_train_examples (max_eval_examples) of each source."
     )
     preprocess_workers: int | None = option(
-        None, "Processes that tokenise; default: one per 20,000 examples, as many as there are cores.", check=at_least(1)
+        None,
+        "Processes that tokenise; default: one per 20,000 examples, as many as there are cores.",
+        check=at_least(1),
     )
     cache_dir: str | None = option(None, "Folder of tokenised data; default: scale_sft/ in the Hugging Face cache.")
     max_train_examples: int | None = option(None, "Use only the first so many training examples.", check=at_least(1))
     max_eval_examples: int | None = option(None, "Use only the first so many held-out examples.", check=at_least(1))
     exact_match_examples: int = option(
-        0, "Held-out examples to answer by greedy generation and compare with the reference; 0: none.", check=at_least(0)
+        0,
+        "Held-out examples to answer by greedy generation and compare with the reference; 0: none.",
+        check=at_least(0),
     )
     answer_pattern: str | None = option(
         None,
@@ -227,7 +233,9 @@ class DataConfig:
         check=_pattern,
     )
     generation_samples: int = option(
-        0, "Held-out prompts to answer at every evaluation; the answers go on record and to the tracker.", check=at_least(0)
+        0,
+        "Held-out prompts to answer at every evaluation; the answers go on record and to the tracker.",
+        check=at_least(0),
     )
     max_new_tokens: int = option(64, "Longest generated answer in tokens.", check=at_least(1))
 
@@ -237,7 +245,9 @@ class RunConfig:
     """How long, how large the batches, and where the files go."""
 
     steps: int | None = option(None, "Optimizer steps; give this or epochs.", check=at_least(1))
-    epochs: float | None = option(None, "Passes over the training data; default 1 if steps is not given.", check=above(0))
+    epochs: float | None = option(
+        None, "Passes over the training data; default 1 if steps is not given.", check=above(0)
+    )
     global_batch_size: int = option(
         16, "Sequences per optimizer step, over all ranks and micro-steps.", check=at_least(1)
     )

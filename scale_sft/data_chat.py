@@ -126,7 +126,7 @@ def _by_prefixes(conversations: Sequence, tokenizer: Any, where: Where) -> tuple
     """What a turn adds is the difference of the texts up to it (asking for an answer) and with it."""
     whole = write(conversations, tokenizer, where)
     replies = [(c, n) for c, turns in enumerate(conversations) for n, turn in enumerate(turns) if _is_reply(turn)]
-    place = lambda m: where(replies[m][0])  # noqa: E731
+    place = lambda m: where(replies[m][0])
     before = write([conversations[c][:n] for c, n in replies], tokenizer, place, ask=True)
     last = {c: len(turns) for c, turns in enumerate(conversations)}
     inner = [(c, n) for c, n in replies if n + 1 < last[c]]  # the text up to the last turn is the whole

@@ -70,7 +70,7 @@ class Encoder:
         Raises:
             UserError: a row is broken; the message has its file and line.
         """
-        column = lambda name: rows.get(self.columns.get(name, name)) or [None] * len(places)  # noqa: E731
+        column = lambda name: rows.get(self.columns.get(name, name)) or [None] * len(places)
         if self.format == "text":
             whole = self._texts(column("text"), "text", places)
             ids, spans = self._pairs([""] * len(whole), whole)
@@ -131,20 +131,20 @@ class Encoder:
 
     def _turns_after_turns(self, prompts: list, completions: list, places: list[int]) -> tuple[list, list]:
         """Lists of turns as prompt and completion; a text among them is one turn."""
-        as_turns = lambda value, role: [{"role": role, "content": value}] if isinstance(value, str) else value  # noqa: E731
+        as_turns = lambda value, role: [{"role": role, "content": value}] if isinstance(value, str) else value
         chats, starts = [], []
         for place, prompt, completion in zip(places, prompts, completions, strict=True):
             before = check_turns(as_turns(prompt, "user"), lambda place=place: f"{self.where(place)}: prompt")
-            after = lambda place=place: f"{self.where(place)}: completion"  # noqa: E731
+            after = lambda place=place: f"{self.where(place)}: completion"
             chats.append(before + check_turns(as_turns(completion, "assistant"), after))
             only_completion = self.loss_on == "completion"
-            where = lambda _, place=place: self.where(place)  # noqa: E731
+            where = lambda _, place=place: self.where(place)
             starts.append(prompt_length(before, self.tokenizer, where) if only_completion else 0)
         return self._conversations(chats, starts, places)
 
     def _conversations(self, chats: list, starts: list[int], places: list[int]) -> tuple[list, list[list[Span]]]:
         """Conversations through the chat template; of the assistant turns those from character `starts[n]` on count."""
-        where = lambda n: self.where(places[n])  # noqa: E731
+        where = lambda n: self.where(places[n])
         everything = self.loss_on == "all"
         chats = [check_turns(turns, lambda n=n: where(n)) for n, turns in enumerate(chats)]
         for n, turns in enumerate(chats):

@@ -427,7 +427,9 @@ class Cluster:
         """The logging function of the tracker that the run was started with, on the main rank."""
         if not self.accelerator.log_with:
             return None
-        flat = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in settings.items()}
+        flat = {
+            key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in settings.items()
+        }
         self.accelerator.init_trackers(name, config=flat)
         return lambda values, step: self.accelerator.log(values, step=step)
 

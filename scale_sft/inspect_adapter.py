@@ -138,7 +138,7 @@ def _quantiles(sample: Tensor) -> list[float]:
 def _together(facts: Iterable[WeightFacts]) -> WeightFacts:
     found = list(facts)
     active = sum(one.active for one in found)
-    mean = lambda key: sum(getattr(one, key) * one.active for one in found) / max(1, active)  # noqa: E731
+    mean = lambda key: sum(getattr(one, key) * one.active for one in found) / max(1, active)
     return WeightFacts(
         weights=len(found),
         active=active,

@@ -165,7 +165,9 @@ def find_targets(model: nn.Module, wanted: tuple[str, ...] | str | None) -> list
     if wanted is None:
         inside = {path: module for path, module in layers.items() if re.search(r"\.\d+\.", path)}
         # a kind of nn.Linear that cannot carry a delta is told below, not passed over
-        chosen = {path: module for path, module in inside.items() if _supported(module) or isinstance(module, nn.Linear)}
+        chosen = {
+            path: module for path, module in inside.items() if _supported(module) or isinstance(module, nn.Linear)
+        }
     else:
         chosen = _choose(layers, wanted)
     if not chosen:
@@ -198,9 +200,7 @@ def find_targets(model: nn.Module, wanted: tuple[str, ...] | str | None) -> list
 def attach_taps(targets: list[Target], record: Record, materialize: Materialize = nullcontext) -> None:
     """Route the targets' layers through taps that offer each weight gradient to `record`."""
     for target in targets:
-        tap = WeightTap(
-            target.module, target.name, record, transposed=target.transposed, materialize=materialize
-        )
+        tap = WeightTap(target.module, target.name, record, transposed=target.transposed, materialize=materialize)
         attach(tap)
 
 

@@ -64,7 +64,11 @@ def _metavar(hint: typing.Any) -> str:
 def _default(value: typing.Any) -> str:
     if value is None:
         return ""
-    shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if value in (True, False) and isinstance(value, bool) else value
+    shown = (
+        ",".join(map(str, value))
+        if isinstance(value, tuple)
+        else str(value).lower()
+        if value in (True, False) and isinstance(value, bool)
+        else value
+    )
     return f"  [default: {shown}]"
-
-

@@ -137,7 +137,7 @@ def _sparsity(needed: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) 
             f"export: '{densest}' has more entries than Super-Tuning can hold; use --to shira or --to merged"
         )
     sparsity = 1 - density
-    short = lambda value: any(int(math.prod(shapes[n]) * (1 - value)) < max(needed[n], 1) for n in needed)  # noqa: E731
+    short = lambda value: any(int(math.prod(shapes[n]) * (1 - value)) < max(needed[n], 1) for n in needed)
     step = 2.0**-53
     while sparsity > 0 and short(sparsity):
         sparsity, step = max(0.0, sparsity - step), step * 2

@@ -209,7 +209,7 @@ def _on_each(stored: int, facts: Facts, quantization: Quantization | None, gpus:
 def _gathered(config: Config, facts: Facts, size: int, stored: int) -> int:
     """What ZeRO-3 keeps whole beside the shards: as much as its settings let it, and what it prefetches."""
     zero = read_ds_config(config.model.ds_config)["zero_optimization"]
-    number = lambda key, default: zero[key] if isinstance(zero.get(key), (int, float)) else default  # noqa: E731
+    number = lambda key, default: zero[key] if isinstance(zero.get(key), (int, float)) else default
     entries = number("stage3_max_live_parameters", 10**9) + number("stage3_prefetch_bucket_size", 5 * 10**7)
     return int(min(stored, max(entries, facts.largest) * size))
 
@@ -274,7 +274,7 @@ def smallest_change(planner: Planner, config: Config, *, gpus: int, gpu_memory_g
 
 
 def _changes(planner: Planner, config: Config, gpus: int) -> Iterator[tuple[str, Config, int]]:
-    with_ = lambda base, section, **values: dataclasses.replace(  # noqa: E731
+    with_ = lambda base, section, **values: dataclasses.replace(
         base, **{section: dataclasses.replace(getattr(base, section), **values)}
     )
     share = config.run.global_batch_size // gpus

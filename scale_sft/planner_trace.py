@@ -96,7 +96,7 @@ def step_memory(
     Raises:
         UserError: the architecture does something on the meta device that needs numbers (some mixtures of experts).
     """
-    trace = lambda config: _trace(  # noqa: E731
+    trace = lambda config: _trace(
         config,
         dtype,
         sequences,

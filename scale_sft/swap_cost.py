@@ -46,7 +46,7 @@ def lora_hotswap(base: Path, dtype: torch.dtype, names: list[str], rank: int, re
     from peft.utils.hotswap import hotswap_adapter
     from transformers import AutoModelForCausalLM
 
-    load = lambda: AutoModelForCausalLM.from_pretrained(base, dtype=dtype)  # noqa: E731
+    load = lambda: AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     targets = [name.removesuffix(".weight") for name in names]
     with tempfile.TemporaryDirectory() as folder:
         for number in range(2):
@@ -55,7 +55,7 @@ def lora_hotswap(base: Path, dtype: torch.dtype, names: list[str], rank: int, re
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(load(), f"{folder}/0")
-        swap = lambda number: lambda: hotswap_adapter(model, f"{folder}/{number}", adapter_name="default")  # noqa: E731
+        swap = lambda number: lambda: hotswap_adapter(model, f"{folder}/{number}", adapter_name="default")
         return seconds_of(alternating(swap(1), swap(0)), repetitions)
 
 

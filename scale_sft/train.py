@@ -1,6 +1,6 @@
 """Algorithm 1 of the paper over a real model: update, drop, grow. The entry point of `accelerate launch`.
 
-    accelerate launch scale_sft/train.py --config RECIPE [--option value ...]
+accelerate launch scale_sft/train.py --config RECIPE [--option value ...]
 """
 
 from __future__ import annotations

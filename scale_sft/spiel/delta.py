@@ -29,7 +29,9 @@ class SparseDelta:
     indices: Tensor  # [K] int32 (int64 where O * I does not fit)
     deltas: Tensor  # [K] fp32 or bf16
     cohort: Tensor  # [K] uint8 or int16
-    reference: Tensor | None = None  # [K] as deltas: deltas at the last reallocation, kept only for drop_criterion `change`
+    reference: Tensor | None = (
+        None  # [K] as deltas: deltas at the last reallocation, kept only for drop_criterion `change`
+    )
 
     @property
     def numel(self) -> int:

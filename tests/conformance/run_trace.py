@@ -130,7 +130,9 @@ def compare(trace: Trace, tuning: SparseFineTuning, step: int) -> tuple[float, f
     for delta in tuning.store:
         module = delta.name.removesuffix(".weight")
         indices = trace.tensors[f"step{step:03d}/indices/{module}"].long()
-        deltas = torch.zeros(delta.numel).index_put_((indices,), trace.tensors[f"step{step:03d}/deltas/{module}"].float())
+        deltas = torch.zeros(delta.numel).index_put_(
+            (indices,), trace.tensors[f"step{step:03d}/deltas/{module}"].float()
+        )
         mine = delta.indices.cpu().long()
         common = torch.isin(mine, indices)
         shared, wanted = shared + int(common.sum()), wanted + max(indices.numel(), mine.numel())
@@ -171,7 +173,9 @@ def main(trace_file: Path, tolerance: float, shard: bool, ds_config: str | None,
         if step in recorded:
             overlap, error = compare(trace, tuning, step)
             good &= overlap == 1.0 and error <= tolerance
-            say(f"step {step:3d}  loss {loss:.6f} (trace {expected:.6f})  indices {overlap:8.3%}  delta error {error:.1e}")
+            say(
+                f"step {step:3d}  loss {loss:.6f} (trace {expected:.6f})  indices {overlap:8.3%}  delta error {error:.1e}"
+            )
     say(f"{trace_file.name}: {'reproduced' if good else 'NOT reproduced'} on {cluster.size} rank(s)")
     cluster.close()
     sys.exit(0 if good else 1)

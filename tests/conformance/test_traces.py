@@ -48,7 +48,9 @@ def assert_reproduced(trace: Path, *options: str) -> None:
 SETTINGS = {
     "ag": Setting(algorithm="ag", weight_decay=0.1),
     "ag, estimation fills the interval": Setting(algorithm="ag", interval=3, estimation=3, density=0.3, seed=1),
-    "ag, one step of estimation": Setting(algorithm="ag", interval=5, estimation=1, layers=3, learning_rate=0.05, seed=2),
+    "ag, one step of estimation": Setting(
+        algorithm="ag", interval=5, estimation=1, layers=3, learning_rate=0.05, seed=2
+    ),
     "ag, candidates run short": Setting(algorithm="ag", interval=2, estimation=1, density=0.9, rate=1.0, seed=3),
     "ag, everything active": Setting(algorithm="ag", density=1.0, learning_rate=1e-3, seed=4),
     "ag, tied, two kinds of layers": Setting(algorithm="ag", tied=True, targets=["q_proj", "down_proj"], seed=5),

@@ -1,9 +1,9 @@
 """What one rank sees from inside: small scenes for the tests, started by `accelerate launch`.
 
-    probe.py planted DIR     rank 1 changes one delta behind the others' back; the digests must tell
-    probe.py differing DIR   rank 1 comes with another seed
-    probe.py broken DIR      half of each gradient of rank 1 is no number while candidates are proposed
-    probe.py memory DIR      private memory of this rank while a base of DIR is loaded, sharded and used
+probe.py planted DIR     rank 1 changes one delta behind the others' back; the digests must tell
+probe.py differing DIR   rank 1 comes with another seed
+probe.py broken DIR      half of each gradient of rank 1 is no number while candidates are proposed
+probe.py memory DIR      private memory of this rank while a base of DIR is loaded, sharded and used
 """
 
 import json

@@ -81,9 +81,7 @@ def ranks_of(launcher: subprocess.Popen) -> dict[int, int]:
         if not entry.name.isdigit():
             continue
         try:
-            settings = dict(
-                item.split("=", 1) for item in (entry / "environ").read_text().split("\0") if "=" in item
-            )
+            settings = dict(item.split("=", 1) for item in (entry / "environ").read_text().split("\0") if "=" in item)
             parents = (entry / "stat").read_text().rsplit(")", 1)[1].split()
         except OSError:
             continue

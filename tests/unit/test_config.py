@@ -62,7 +62,9 @@ def test_every_option_has_one_name_a_meaning_and_a_default_that_passes_its_own_c
             assert not choices or field.default in choices
 
 
-@pytest.mark.parametrize("given, nearest", [("densty", "density"), ("learning_rat", "learning_rate"), ("outputdir", "output_dir")])
+@pytest.mark.parametrize(
+    "given, nearest", [("densty", "density"), ("learning_rat", "learning_rate"), ("outputdir", "output_dir")]
+)
 def test_an_unknown_option_names_the_nearest(given: str, nearest: str) -> None:
     assert f"did you mean '{nearest}'?" in mistakes({given: "1", "density": "0.1"})
 
@@ -74,7 +76,9 @@ def test_an_unknown_key_or_section_of_a_recipe_names_the_nearest(recipe) -> None
 
 
 def test_a_key_in_the_wrong_section_is_told_where_it_belongs(recipe) -> None:
-    assert "'density' stands in section 'run'; it belongs in 'sparse'" in mistakes({}, recipe({"run": {"density": 0.1}}))
+    assert "'density' stands in section 'run'; it belongs in 'sparse'" in mistakes(
+        {}, recipe({"run": {"density": 0.1}})
+    )
 
 
 @pytest.mark.parametrize("density", ["0", "-0.1", "1.01", "2"])
@@ -133,7 +137,8 @@ def test_all_mistakes_are_told_together() -> None:
 
 
 @pytest.mark.parametrize(
-    "text, expected", [("- 1\n- 2\n", "expected sections"), ("a: [1\n", "not readable as YAML"), ("sparse: 3\n", "expected options")]
+    "text, expected",
+    [("- 1\n- 2\n", "expected sections"), ("a: [1\n", "not readable as YAML"), ("sparse: 3\n", "expected options")],
 )
 def test_a_recipe_that_is_no_recipe_is_one_error(recipe, text: str, expected: str) -> None:
     assert expected in mistakes({"density": 0.1}, recipe(text))

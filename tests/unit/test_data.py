@@ -17,7 +17,9 @@ def load(tokenizer, tmp_path):
     def get(content, name: str = "data.jsonl", **options) -> Examples:
         text = content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)
         (tmp_path / name).write_text(text, encoding="utf-8")
-        return load_examples(str(tmp_path / name), "train", tokenizer, DataConfig(**{"max_length": 64, **options}), None)
+        return load_examples(
+            str(tmp_path / name), "train", tokenizer, DataConfig(**{"max_length": 64, **options}), None
+        )
 
     return get
 
@@ -131,5 +133,7 @@ def test_sequences_are_padded_on_the_right_and_absent_ones_count_nothing() -> No
 
 
 def test_grouping_by_length_loses_no_example() -> None:
-    examples = Examples.from_lists([[0] * length for length in (3, 9, 2, 9, 4)], [[0] * length for length in (3, 9, 2, 9, 4)], "x")
+    examples = Examples.from_lists(
+        [[0] * length for length in (3, 9, 2, 9, 4)], [[0] * length for length in (3, 9, 2, 9, 4)], "x"
+    )
     assert list(by_length(examples, 2)) == [[1, 3], [4, 0], [2]]

@@ -114,7 +114,7 @@ def test_sequences_of_similar_length_meet_unless_their_order_is_wanted(examples)
         "rank": 0, "world_size": 1, "micro_batch_size": 2, "row_tokens": None, "flat": False, "pad_id": PAD,
         "device": CPU,
     }  # fmt: skip
-    cells = lambda **how: sum(  # noqa: E731
+    cells = lambda **how: sum(
         batch["input_ids"].numel() for batch in batches_of_rank(examples, range(12), first=None, **how, **shared)
     )
     assert examples.all_tokens(range(12)) <= cells(keep_order=False) < cells(keep_order=True)

@@ -38,7 +38,9 @@ def test_random_indices_depend_on_seed_and_name_and_nothing_else() -> None:
 
 def test_random_indices_are_the_same_in_another_process() -> None:
     code = "from scale_sft.spiel.delta import random_indices as r; print(r((100, 100), 9, 3, 'w').tolist())"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
     assert run.stdout.strip() == str(random_indices((100, 100), 9, 3, "w").tolist())
 
 

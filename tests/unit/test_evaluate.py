@@ -62,7 +62,7 @@ def test_the_loss_is_that_of_transformers_weighted_by_tokens(base, examples, clu
 def test_answers_do_not_depend_on_the_batch_size(tiny_model, architecture, examples, tokenizer, cluster):
     config = ModelConfig(base=str(tiny_model(architecture)), gradient_checkpointing=True)
     model = load_base(config, load_model_config(config), CPU)
-    answer = lambda size: greedy_answers(  # noqa: E731
+    answer = lambda size: greedy_answers(
         model, tokenizer, examples, cluster, count=7, batch_size=size, max_new_tokens=5
     )
     assert answer(1) == answer(3) and model.training

@@ -74,7 +74,9 @@ def test_script_parses(script):
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_script_passes_shellcheck(script):
-    done = subprocess.run(["shellcheck", "-x", "-S", "warning", "-s", "bash", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["shellcheck", "-x", "-S", "warning", "-s", "bash", script], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 

@@ -143,7 +143,7 @@ def test_training_forward_passes_cost_what_those_of_the_stock_model_cost(session
     found = []
     for model in (run.model, stock):
         saved: list[Tensor] = []
-        keep = lambda tensor, saved=saved: saved.append(tensor) or tensor  # noqa: E731
+        keep = lambda tensor, saved=saved: saved.append(tensor) or tensor
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             with Operations(set(), []) as operations:
                 token_loss_sum(model, batch)

@@ -20,7 +20,7 @@ from scale_sft.tensor_files import TensorReader, TensorWriter
 
 
 def same_bytes(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    bits = lambda tensor: tensor.contiguous().view(-1).view(torch.uint8)  # noqa: E731
+    bits = lambda tensor: tensor.contiguous().view(-1).view(torch.uint8)
     return a.keys() == b.keys() and all(a[n].dtype is b[n].dtype and torch.equal(bits(a[n]), bits(b[n])) for n in a)
 
 

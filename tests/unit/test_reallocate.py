@@ -36,7 +36,9 @@ def test_drop_and_grow_is_what_is_done_by_hand(seed: int) -> None:
         delta = store["w"]
         delta.deltas.copy_(torch.tensor([deltas[index] for index in active]))
         mean = torch.tensor([means[index] for index in candidates])
-        exchange = exchange_by_gradient(delta.indices, drop_scores(delta, "magnitude"), torch.tensor(candidates), mean, k)
+        exchange = exchange_by_gradient(
+            delta.indices, drop_scores(delta, "magnitude"), torch.tensor(candidates), mean, k
+        )
         apply_exchange(delta, exchange, 1)
         assert dict(zip(delta.indices.tolist(), delta.deltas.tolist(), strict=True)) == by_hand(deltas, means, k)
         grown = set(delta.indices.tolist()) - set(active)

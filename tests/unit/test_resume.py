@@ -170,7 +170,9 @@ def test_resuming_another_run_is_refused_with_what_differs(
     for message, changed in others.items():
         with pytest.raises(UserError, match=message.strip()) as raised:
             train_run(**{**saving, **changed})
-        assert "is of another run" in str(raised.value) and "What may change: answer_pattern, base, base_placement" in str(raised.value)
+        assert "is of another run" in str(
+            raised.value
+        ) and "What may change: answer_pattern, base, base_placement" in str(raised.value)
     assert before == sorted((file, file.stat().st_mtime_ns) for file in (tmp_path / "run").rglob("step_*/*"))
 
 

@@ -9,9 +9,7 @@ LENGTHS = [(40, 20, 5), (41, 10, 10), (17, 4, 1), (30, 7, 3), (3, 20, 5)]  # T, 
 
 
 def schedule(total: int, interval: int, estimation: int, **more) -> ReallocationSchedule:
-    return ReallocationSchedule(
-        total_steps=total, update_interval_steps=interval, estimation_steps=estimation, **more
-    )
+    return ReallocationSchedule(total_steps=total, update_interval_steps=interval, estimation_steps=estimation, **more)
 
 
 @pytest.mark.parametrize("total, interval, estimation", LENGTHS)

@@ -141,7 +141,7 @@ def test_a_pipeline_answers_under_the_adapter_of_its_model(base, adapters) -> No
 
     model = load(base, torch.bfloat16)
     pipe = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(base), device="cpu")
-    ask = lambda: pipe("abc", max_new_tokens=8, do_sample=False)[0]["generated_text"]  # noqa: E731
+    ask = lambda: pipe("abc", max_new_tokens=8, do_sample=False)[0]["generated_text"]
     plain = ask()
     live = scale_sft.load_adapter(pipe.model, adapters[1])
     adapted = ask()

@@ -168,8 +168,12 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_deltas(
 def test_a_learning_rate_far_too_high_is_one_error_with_nothing_broken_saved(train_run, tmp_path) -> None:
     for method in ("ag", "ma"):
         output = tmp_path / method
-        with pytest.raises(UserError, match=r"^step \d: .* at learning rate 1e\+06; the deltas of step \d are saved in"):
-            train_run(method=method, learning_rate=1e6, lr_schedule="constant", warmup_fraction=0, output_dir=str(output))
+        with pytest.raises(
+            UserError, match=r"^step \d: .* at learning rate 1e\+06; the deltas of step \d are saved in"
+        ):
+            train_run(
+                method=method, learning_rate=1e6, lr_schedule="constant", warmup_fraction=0, output_dir=str(output)
+            )
         load_adapter(output / "adapter")
 
 
@@ -195,7 +199,9 @@ def test_a_weight_that_no_gradient_reaches_is_named_at_step_1(train_run, tiny_mo
     model.save_pretrained(tmp_path / "base")
     for file in tiny_model().glob("tokenizer*"):
         (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(UserError, match=r"no gradient reached 'model\.layers\.1\.mlp\.(gate|up)_proj\.weight' at step 1"):
+    with pytest.raises(
+        UserError, match=r"no gradient reached 'model\.layers\.1\.mlp\.(gate|up)_proj\.weight' at step 1"
+    ):
         train_run(base=str(tmp_path / "base"))
     assert not (tmp_path / "run" / "adapter").exists()
     train_run(base=str(tmp_path / "base"), target_modules="q_proj", output_dir=str(tmp_path / "again"))
@@ -237,7 +243,10 @@ BAD_INPUT = {
     "missing data": (["--train_data", "MISSING.jsonl"], "MISSING.jsonl"),
     "empty data": (["--train_data", "empty.jsonl"], "empty.jsonl is empty"),
     "data that is not JSON": (["--train_data", "broken.jsonl"], "broken.jsonl, line 2: not JSON"),
-    "data without the fields": (["--train_data", "fields.jsonl"], "expected the fields messages; prompt and completion"),
+    "data without the fields": (
+        ["--train_data", "fields.jsonl"],
+        "expected the fields messages; prompt and completion",
+    ),
     "missing held-out data": (["--eval_data", "MISSING.jsonl"], "MISSING.jsonl"),
     "no target token": (["--train_data", "targets.jsonl"], "line 2: no token to learn from"),
     "micro-batch": (["--micro_batch_size", "3"], "global_batch_size 4 does not divide by 3; nearest that does: 2"),
