@@ -19,6 +19,7 @@ from .errors import UserError
 from .evaluate import exact_match, greedy_answers, held_out_loss
 from .export import Adapter, load_adapter
 from .files import write_json
+from .merge_quantized import is_quantized
 from .model import load_base, load_model_config, load_tokenizer, resolve_dtype
 
 
@@ -56,6 +57,11 @@ def evaluate_model(
         require_harness()
     loaded = load_model_config(model_config)
     adapter = load_adapter(adapter_folder) if adapter_folder else None
+    if adapter and is_quantized(adapter):
+        raise UserError(
+            f"eval: {adapter_folder} was trained on a base in {adapter.info['quantization']}; merge it first (scale-sft "
+            "merge ADAPTER --output DIR, in bfloat16) and evaluate the result (scale-sft eval --base DIR)"
+        )
     tokenizer = use_template(load_tokenizer(model_config), data.chat_template)
     if adapter and data.chat_template is None and adapter.info.get("chat_template"):
         tokenizer.chat_template = adapter.info["chat_template"]
