@@ -281,7 +281,7 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
         model=model,
         targets=targets,
         tuning=tuning,
-        resident=transient or ResidentDeltas(tuning.store, parts, cluster.settle),
+        resident=transient or ResidentDeltas(tuning.store, parts, cluster.settle, cluster.written),
         learning_rate=LearningRateSchedule(
             peak=config.optimizer.learning_rate,
             total_steps=inputs.steps,

@@ -36,10 +36,11 @@ def read_entries(entries: Tensor, indices: Tensor) -> Tensor:
 def write_entries(entries: Tensor, indices: Tensor, values: Tensor) -> None:
     """entries[indices] = values, in place: entries [N], indices [K] distinct, values [K] of the same dtype.
 
-    Written as bits: on a CPU a scatter of bfloat16 would take the whole weight to fp32 and back.
+    Written as bits: on a CPU a scatter of bfloat16 would take the whole weight to fp32 and back. Not by `scatter_`: not
+    every torch takes int32 indices there.
     """
     bits = _BITS[entries.element_size()]
-    entries.view(bits).scatter_(0, indices, values.view(bits))
+    entries.view(bits).index_put_((indices,), values.view(bits))
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,17 @@ class ResidentDeltas:
         store: the deltas.
         parts: for each weight of the store, the part of it that this process holds; still the bare base.
         settle: called before weights are read or written, to bring sharded weights back to their shards.
+        written: called after they are written, before anybody gathers them.
     """
 
-    def __init__(self, store: DeltaStore, parts: Mapping[str, WeightPart], settle: Callable[[], None] = lambda: None):
-        self.store, self.parts, self.settle = store, parts, settle
+    def __init__(
+        self,
+        store: DeltaStore,
+        parts: Mapping[str, WeightPart],
+        settle: Callable[[], None] = lambda: None,
+        written: Callable[[], None] = lambda: None,
+    ):
+        self.store, self.parts, self.settle, self.written = store, parts, settle, written
         self._places: dict[str, tuple[slice, Tensor]] = {}
         self._base: dict[str, Tensor] = {}
         self.settle()
@@ -100,6 +108,7 @@ class ResidentDeltas:
             base = self._base[delta.name]
             values = effective_values(base, delta.deltas[where].to(base.device))
             write_entries(self.parts[delta.name].entries(), local, values)
+        self.written()
 
     def follow(self, delta: SparseDelta) -> None:
         """After `delta.indices` have changed: the base returns to the old entries, the new ones are put aside.
@@ -114,6 +123,7 @@ class ResidentDeltas:
         self.settle()
         for name in self._base:
             self._restore(name)
+        self.written()
 
     def _restore(self, name: str) -> None:
         write_entries(self.parts[name].entries(), self._places[name][1], self._base[name])

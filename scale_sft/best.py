@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isnan
 from pathlib import Path
 
 from .evaluate import Evaluation
@@ -11,7 +12,7 @@ from .export import Adapter, save_adapter
 
 def best_step(evaluations: Mapping[int, Evaluation]) -> int:
     """The step of the lowest held-out loss, the first of several; there must be an evaluation."""
-    return min(evaluations, key=lambda step: (evaluations[step].loss, step))
+    return min(evaluations, key=lambda step: (isnan(evaluations[step].loss), evaluations[step].loss, step))
 
 
 def hopeless(evaluations: Mapping[int, Evaluation], step: int, early_stopping_steps: int | None) -> bool:

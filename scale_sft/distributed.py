@@ -169,6 +169,9 @@ class Cluster:
                 os._exit(STALLED_STATUS)
         if self.heartbeat:
             self.heartbeat.close(f"{kind.__name__}: {error}" if error else "")
+        alone = error is not None and not isinstance(error, Interrupted)
+        if alone and self.size > 1 and self.device.type == "cuda":
+            return  # NCCL would wait here for collectives that the other ranks may never join: speak and leave instead
         self.close()
 
     @property
@@ -260,6 +263,12 @@ class Cluster:
         if self.engine is None:
             return
         self.engine.optimizer.partition_all_parameters()
+
+    def written(self) -> None:
+        """Wait until what was written into shards is there: DeepSpeed gathers them on a CUDA stream of its own, which
+        does not wait for this one."""
+        if self.engine is not None and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def fingerprints(self, parts: Mapping[str, WeightPart]) -> dict[str, tuple[int, int]]:
         """Fingerprint of each whole weight, whatever parts of it lie here."""
@@ -419,7 +428,8 @@ class Cluster:
             tensor = own[name].to(self.device) if self.is_main else torch.empty(shape, dtype=dtype, device=self.device)
             if self.size > 1:
                 self._mark()
-                torch.distributed.broadcast(tensor, 0)
+                tensor = tensor.contiguous()
+                torch.distributed.broadcast(tensor.view(-1).view(torch.uint8), 0)  # no backend sends every dtype
             shared[name] = tensor
         return shared
 

@@ -117,6 +117,8 @@ def greedy_answers(
         UserError: a prompt with its answer would be longer than the model's positions.
     """
     chosen = range(min(count, len(examples)))
+    _refuse_long_prompts(model, examples, chosen, max_new_tokens)
+    stops = _stop_tokens(model, tokenizer, examples, chosen)
     own: dict[int, Answer] = {}
     with _evaluating(model):
         for start in range(0, len(chosen), batch_size * cluster.size):
@@ -124,7 +126,7 @@ def greedy_answers(
             group = list(chosen[start : start + batch_size * cluster.size])
             for members in micro_batches(group, cluster.rank, cluster.size, batch_size):
                 present = [n for n in members if n is not None]
-                texts = _generate(model, tokenizer, examples, present or [0], cluster, max_new_tokens)
+                texts = _generate(model, tokenizer, examples, present or [0], cluster, max_new_tokens, stops)
                 for n, text in zip(present, texts):  # a rank without a share generates too: others may wait for it
                     prompt, reference = (
                         tokenizer.decode(part, skip_special_tokens=True) for part in _split(examples, n)
@@ -157,15 +159,29 @@ def _split(examples: Examples, n: int) -> tuple[list[int], list[int]]:
     return ids[:first].tolist(), ids[first:last].tolist()
 
 
-def _generate(model, tokenizer, examples, members: Sequence[int], cluster: Cluster, max_new_tokens: int) -> list[str]:
-    prompts = [_split(examples, n)[0] for n in members]
-    length = max(map(len, prompts))
+def _refuse_long_prompts(model: nn.Module, examples: Examples, members: Sequence[int], max_new_tokens: int) -> None:
+    """Raises UserError, on every rank alike, if a prompt with its answer has more tokens than the model has positions."""
+    length = max(len(_split(examples, n)[0]) for n in members)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and length + max_new_tokens > positions:
         raise UserError(
             f"max_new_tokens: got {max_new_tokens}, but with a prompt of {length} tokens this base has room for "
             f"{positions - length}; lower it, or max_length"
         )
+
+
+def _generate(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Examples,
+    members: Sequence[int],
+    cluster: Cluster,
+    max_new_tokens: int,
+    stops: list[int] | None,
+) -> list[str]:
+    """Greedy continuations of the members' prompts, as text."""
+    prompts = [_split(examples, n)[0] for n in members]
+    length = max(map(len, prompts))
     ids = torch.full((len(prompts), length), tokenizer.pad_token_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):  # padded on the left, so that answers start side by side
@@ -178,7 +194,7 @@ def _generate(model, tokenizer, examples, members: Sequence[int], cluster: Clust
         use_cache=True,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=_stop_tokens(model, tokenizer, examples, members),
+        eos_token_id=stops,
         synced_gpus=cluster.sharded and cluster.size > 1,
     )
     return [tokenizer.decode(row[length:], skip_special_tokens=True) for row in output]

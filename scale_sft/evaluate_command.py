@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base_weight import combine_fingerprints, effective_values
+from .base_weight import combine_fingerprints, effective_values, read_entries, write_entries
 from .config import DataConfig, ModelConfig
 from .data_cache import load_examples
 from .data_chat import use_template
@@ -57,6 +57,10 @@ def evaluate_model(
         require_harness()
     loaded = load_model_config(model_config)
     adapter = load_adapter(adapter_folder) if adapter_folder else None
+    if model_config.quantization != "none":
+        raise UserError(
+            "eval: quantization is not supported here; merge and quantise with `scale-sft merge --quantize`"
+        )
     if adapter and is_quantized(adapter):
         raise UserError(
             f"eval: {adapter_folder} was trained on a base in {adapter.info['quantization']}; merge it first (scale-sft "
@@ -143,4 +147,5 @@ def apply_parts(model: nn.Module, adapter: Adapter, cluster: Cluster) -> None:
         entries = part.entries()
         places = (adapter.indices[name][where].long() - part.start).to(entries.device)
         deltas = adapter.deltas[name][where].to(entries.device)
-        entries.scatter_(0, places, effective_values(entries.gather(0, places), deltas))
+        write_entries(entries, places, effective_values(read_entries(entries, places), deltas))
+    cluster.written()

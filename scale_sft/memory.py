@@ -18,6 +18,14 @@ def memory_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else private_bytes()
 
 
+def take_peak_bytes(device: torch.device) -> int:
+    """As `memory_bytes`; a GPU's peak starts anew after it, so that each step shows its own."""
+    found = memory_bytes(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    return found
+
+
 def private_bytes() -> int:
     """Anonymous memory of this process (RssAnon); where the system does not tell, what it does not share."""
     try:

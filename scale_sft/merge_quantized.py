@@ -18,7 +18,7 @@ from .base_weight import WeightPart, combine_fingerprints, fingerprint
 from .config import ModelConfig
 from .errors import UserError
 from .export import Adapter, load_adapter
-from .files import new_folder, write_atomically, write_json
+from .files import new_folder, write_atomically, write_json, write_text
 from .model import base_location, find_targets, load_base, load_model_config
 from .quantized import PackedWeight, PlainWeight, packed_weights, resolve_quantization
 from .transient import add_delta_
@@ -66,6 +66,8 @@ def merge_quantized(
 
         _write_weights(work, reference, value_of, model, dtype)
         _write_small_files(work, config, dtype)
+        if adapter.info.get("chat_template"):
+            write_text(work / "chat_template.jinja", adapter.info["chat_template"])
     return kept
 
 

@@ -120,7 +120,7 @@ def finish(session: Session, metrics: Metrics | NullMetrics, run: RunFolder) -> 
             rows["exact match"] = f"{before.exact_match:.1%} before, {after.exact_match:.1%} after"
         best = best_step(session.evaluations)
         if best != session.step:
-            kept = f": {run.best}" if run.keeps_best(config) else ""
+            kept = f": {run.best}" if run.best.exists() else ""
             rows["best held-out loss"] = f"{session.evaluations[best].loss:.4f} after step {best}{kept}"
     rows |= {name: str(path) for name, path in written.items()}
     metrics.describe("done", rows)

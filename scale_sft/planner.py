@@ -139,7 +139,7 @@ class Planner:
         candidates = 0 if sparse.method == "ma" else int(sparse.candidate_ratio * active)
         largest_target = max(o * i for o, i in facts.shapes.values())
 
-        stored = _stored_base(facts, size, quantization)
+        stored, scales = _stored_base(facts, size, quantization), _scales(facts, quantization)
         step = self._step(config, counts, gpus, dtype)
         gathered = _gathered(config, facts, size, stored) if sharded else 0
         proposal = 4 * largest_target if gpus > 1 and candidates else 0
@@ -168,8 +168,8 @@ class Planner:
                 facts.largest * size * (2 if sharded else 1),
                 sum(state.values()) + _FINGERPRINT_BYTES * min(largest_target, CHUNK_ENTRIES),
             ),
-            host_peak=facts.largest * size * 2 if sharded else stored,
-            traffic=_traffic(config, facts, active, candidates, gpus, size if sharded else 0),
+            host_peak=facts.largest * size * 2 if sharded and not quantization else stored,
+            traffic=_traffic(config, facts, active, candidates, gpus, stored - scales if sharded else 0),
             room=room,
         )
 
@@ -200,9 +200,14 @@ def _stored_base(facts: Facts, size: int, quantization: Quantization | None) -> 
     return int(facts.packed * quantization.bytes_per_entry) + (facts.entries - facts.packed) * size
 
 
+def _scales(facts: Facts, quantization: Quantization | None) -> int:
+    """Scales of a packed base, in bytes; they are whole on every rank."""
+    return int(facts.packed * quantization.state_bytes_per_entry) if quantization else 0
+
+
 def _on_each(stored: int, facts: Facts, quantization: Quantization | None, gpus: int) -> int:
     """One rank's part of a sharded base; scales of packed weights are not cut."""
-    scales = int(facts.packed * quantization.state_bytes_per_entry) if quantization else 0
+    scales = _scales(facts, quantization)
     return (stored - scales) // gpus + scales
 
 
@@ -236,7 +241,7 @@ def _after_step_bytes(active: int, largest_k: int) -> int:
 
 
 def _traffic(
-    config: Config, facts: Facts, active: int, candidates: int, gpus: int, gathered_size: int
+    config: Config, facts: Facts, active: int, candidates: int, gpus: int, gathered_bytes: int
 ) -> dict[str, int]:
     """Bytes that a rank sends per optimizer step, on average over the run, by ring algorithms."""
     if gpus == 1:
@@ -250,10 +255,10 @@ def _traffic(
         found["proposal of candidates"] = int(
             (ring * 4 * targets + 12 * candidates * (gpus - 1)) / sparse.update_interval_steps
         )
-    if gathered_size:
+    if gathered_bytes:
         micro = config.run.micro_batch_size or config.run.global_batch_size // gpus
         steps = math.ceil(config.run.global_batch_size / (gpus * micro))
-        found["gathering of the base"] = int(2 * steps * ring * facts.entries * gathered_size)
+        found["gathering of the base"] = int(2 * steps * ring * gathered_bytes)
     return found
 
 

@@ -158,13 +158,15 @@ def _name(dtype: torch.dtype) -> str:
 def staging_device(device: torch.device, base_bytes: int) -> torch.device:
     """Where a quantised base lies whole before it is cut into shards: on the GPU if it fits there, else in main memory.
 
+    Decided from all of the GPU's memory, not from what is free: every rank must quantise in the same place.
+
     Args:
         base_bytes: of the whole quantised base.
     """
     if device.type != "cuda":
         return device
-    free = torch.cuda.mem_get_info(device)[0]
-    return device if 1.2 * base_bytes < free else torch.device("cpu")
+    total = torch.cuda.get_device_properties(device).total_memory
+    return device if 1.4 * base_bytes < total else torch.device("cpu")
 
 
 def is_quantized_layer(module: nn.Module) -> bool:

@@ -55,7 +55,7 @@ def train(session, metrics, checkpoints) -> None:
         finite = finite_or_stop(session, metrics, checkpoints, step, learning_rate, loss, grad_norm)
         if finite:
             tuning.update(learning_rate)
-        if tuning.schedule.reallocates_at(step) and tuning.can_reallocate:
+        if tuning.schedule.reallocates_at(step):
             reallocate(session, metrics, step)
         session.resident.write()
         session.step = step
@@ -84,10 +84,9 @@ def forward_backward(session, batch: list[int]) -> tuple[float, dict[str, int]]:
     Returns the mean loss, and how many tokens the batch has (target, all, and padding that was computed with them).
     """
     from scale_sft.evaluate import token_loss_sum
-    from scale_sft.spiel.schedule import Phase
 
     inputs, cluster = session.inputs, session.cluster
-    proposing = session.tuning.recorder.phase is Phase.PROPOSE
+    proposing = session.tuning.recorder.proposing
     target_tokens, all_tokens = inputs.train.target_tokens(batch), inputs.train.all_tokens(batch)
     total, positions = 0.0, 0
     for micro_batch in session.micro_batches(batch, proposing=proposing):
@@ -103,6 +102,9 @@ def reallocate(session, metrics, step: int) -> None:
     """Drop and grow in every weight, then prove that all ranks did the same."""
     began = time.perf_counter()
     tuning = session.tuning
+    if not tuning.can_reallocate:
+        tuning.recorder.close_estimation()
+        return
     session.resident.settle()
     turnover = tuning.reallocate(step, session.resident)
     session.cluster.check_identical(tuning.digests, f"the deltas after reallocation {turnover.number}")
@@ -187,11 +189,11 @@ def evaluate_if_due(session, metrics, run) -> None:
 
 def measurements(cluster) -> dict[str, int]:
     """Memory, and bytes that this rank put into collectives since it was last asked."""
-    from scale_sft.memory import memory_bytes
+    from scale_sft.memory import take_peak_bytes
 
     traffic = {f"comm_{purpose}_bytes": count for purpose, count in cluster.traffic_bytes.items()}
     cluster.traffic_bytes.clear()
-    return {"memory_bytes": memory_bytes(cluster.device), **traffic}
+    return {"memory_bytes": take_peak_bytes(cluster.device), **traffic}
 
 
 def run_training(config: configuration.Config) -> None:

@@ -55,6 +55,7 @@ class GradientRecorder:
         self.store, self.counts, self.select = store, dict(candidates or {}), select
         self.estimation_steps = estimation_steps
         self.phase = Phase.OFF
+        self.proposing = False  # this step chooses the candidates
         self.candidates: dict[str, Candidates] = {}
         self.received: set[str] = set()  # weights that were offered a gradient that is not all zero
         self.watch = True  # look for dead gradients: the first step only
@@ -76,9 +77,11 @@ class GradientRecorder:
         return self.flat[: self.store.active]
 
     def begin_step(self, phase: Phase) -> None:
-        """Forget the last step's gradients; open an estimation phase where `phase` proposes."""
+        """Forget the last step's gradients; open an estimation phase where `phase` proposes, or where the steps before
+        it in the phase were discarded."""
         self.phase = phase
-        if phase is Phase.PROPOSE:
+        self.proposing = phase is Phase.PROPOSE or (phase is Phase.ESTIMATE and not self.candidates)
+        if self.proposing:
             self.open_estimation()
         else:
             self.flat.zero_()
@@ -94,7 +97,7 @@ class GradientRecorder:
         The next step of the phase proposes instead; the estimates have one term less.
         """
         self.watch = False
-        if self.phase is Phase.PROPOSE:
+        if self.proposing:
             self.candidates = {}
 
     def load_candidates(self, name: str, state: Mapping[str, Tensor]) -> None:

@@ -73,7 +73,8 @@ def broken(folder: str) -> None:
     inputs = assemble.read_inputs(load(None, options(folder, base_placement="replicate")))
     cluster = Cluster.start(sharded=False, dtype=inputs.dtype, timeout_seconds=60)
     try:
-        train.train(assemble.assemble(inputs, cluster), Counting(), RunFolder(f"{folder}/run"))
+        session = assemble.assemble(inputs, cluster)
+        train.train(session, Counting(), Checkpoints(session, RunFolder(f"{folder}/run")))
     except UserError as error:
         leave(str(error))
 
