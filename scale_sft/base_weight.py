@@ -61,8 +61,8 @@ class WeightPart:
 
     def slice_of(self, indices: Tensor) -> slice:
         """Which of the sorted flat `indices` [K] lie in this part."""
-        bounds = torch.tensor([self.start, self.stop], dtype=torch.int64, device=indices.device)
-        low, high = torch.searchsorted(indices.long() if indices.numel() < 2 else indices, bounds).tolist()
+        bounds = torch.tensor([self.start, self.stop], dtype=indices.dtype, device=indices.device)
+        low, high = torch.searchsorted(indices, bounds).tolist()
         return slice(low, high)
 
 
