@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base_weight import combine_fingerprints, effective_values, read_entries, write_entries
+from .base_weight import effective_values, read_entries, write_entries
 from .config import DataConfig, ModelConfig
 from .data_cache import load_examples
 from .data_chat import use_template
 from .distributed import Cluster
 from .errors import UserError
 from .evaluate import exact_match, greedy_answers, held_out_loss
-from .export import Adapter, load_adapter
+from .export import Adapter, load_adapter, require_base, require_fit
 from .files import write_json
-from .merge_quantized import is_quantized
 from .model import load_base, load_model_config, load_tokenizer, resolve_dtype
 
 
@@ -61,7 +60,7 @@ def evaluate_model(
         raise UserError(
             "eval: quantization is not supported here; merge and quantise with `scale-sft merge --quantize`"
         )
-    if adapter and is_quantized(adapter):
+    if adapter and adapter.is_quantized:
         raise UserError(
             f"eval: {adapter_folder} was trained on a base in {adapter.info['quantization']}; merge it first (scale-sft "
             "merge ADAPTER --output DIR, in bfloat16) and evaluate the result (scale-sft eval --base DIR)"
@@ -129,19 +128,9 @@ def apply_parts(model: nn.Module, adapter: Adapter, cluster: Cluster) -> None:
     Raises:
         UserError: a weight is missing or of another size, or the base is not the adapter's.
     """
-    weights = dict(model.named_parameters())
-    for name, shape in adapter.shapes.items():
-        if name not in weights:
-            raise UserError(f"adapter: the model has no weight '{name}'; is it the adapter's base?")
-        found = tuple(getattr(weights[name], "ds_shape", weights[name].shape))
-        if found != shape or weights[name].dtype != adapter.dtype:
-            raise UserError(
-                f"adapter: weight '{name}' is {found} {weights[name].dtype} in the model, {shape} {adapter.dtype} "
-                "in the adapter"
-            )
+    weights = require_fit(dict(model.named_parameters()), adapter)
     parts = {name: cluster.part_of(weights[name]) for name in adapter.shapes}
-    if combine_fingerprints(cluster.fingerprints(parts), adapter.shapes) != adapter.info["base_hash"]:
-        raise UserError(f"adapter: this base is not the one that it was trained on ('{adapter.info.get('base')}')")
+    require_base(cluster.fingerprints(parts), adapter)
     for name, part in parts.items():
         where = part.slice_of(adapter.indices[name])
         entries = part.entries()

@@ -50,6 +50,11 @@ class Adapter:
         """The dtype of the base that the deltas were trained on."""
         return getattr(torch, self.info["dtype"])
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the deltas were trained on a base in 4 or 8 bits."""
+        return self.info.get("quantization", "none") != "none"
+
 
 def save_adapter(adapter: Adapter, folder: Path) -> None:
     """Write an adapter folder; files appear whole or not at all. Reads the result back and compares counts."""
@@ -157,7 +162,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
         UserError: a weight is missing or of another shape or dtype, or the base is not the adapter's.
     """
     weights = require_fit(dict(model.named_parameters()), adapter)
-    check_base({name: WeightPart.whole(weights[name]) for name in adapter.shapes}, adapter)
+    require_base({name: fingerprint(WeightPart.whole(weights[name])) for name in adapter.shapes}, adapter)
     kept = {}
     for name, indices in adapter.indices.items():
         entries = weights[name].data.view(-1)
@@ -173,7 +178,7 @@ def require_fit(weights: Mapping[str, nn.Parameter], adapter: Adapter) -> dict[s
     Raises:
         UserError: one is missing, or of another shape or dtype; or the adapter belongs to a quantised base.
     """
-    if adapter.info.get("quantization", "none") != "none":
+    if adapter.is_quantized:
         raise UserError(
             f"adapter: it was trained on a base in {adapter.info['quantization']} and cannot be written into packed "
             "weights; merge it (`scale-sft merge`) and load the merged model"
@@ -183,10 +188,10 @@ def require_fit(weights: Mapping[str, nn.Parameter], adapter: Adapter) -> dict[s
         if name not in weights:
             raise UserError(f"adapter: the model has no weight '{name}'; is it the adapter's base?")
         weight = weights[name]
-        if tuple(weight.shape) != shape or weight.dtype != adapter.dtype:
+        has = tuple(getattr(weight, "ds_shape", weight.shape))
+        if has != shape or weight.dtype != adapter.dtype:
             raise UserError(
-                f"adapter: weight '{name}' is {tuple(weight.shape)} {weight.dtype} in the model, "
-                f"{shape} {adapter.dtype} in the adapter"
+                f"adapter: weight '{name}' is {has} {weight.dtype} in the model, {shape} {adapter.dtype} in the adapter"
             )
         if weight.is_meta:
             raise UserError(f"adapter: weight '{name}' is not in memory (offloaded); load the model without offloading")
@@ -202,11 +207,13 @@ def undo_adapter(model: nn.Module, adapter: Adapter, kept: Mapping[str, Tensor])
         write_entries(entries, adapter.indices[name].to(entries.device), values)
 
 
-def check_base(parts: Mapping[str, WeightPart], adapter: Adapter) -> None:
-    """Raises UserError if the target weights are not those that the adapter was trained on."""
-    found = combine_fingerprints({name: fingerprint(part) for name, part in parts.items()}, adapter.shapes)
-    if found != adapter.info["base_hash"]:
-        raise UserError(
-            f"adapter: this base is not the one it was trained on ('{adapter.info.get('base')}'): the hash of the "
-            f"target weights is {found[:16]}..., expected {adapter.info['base_hash'][:16]}..."
-        )
+def require_base(prints: Mapping[str, tuple[int, int]], adapter: Adapter, what: str = "") -> None:
+    """Raises UserError if the fingerprints of the target weights are not those that the adapter was trained on.
+
+    Args:
+        what: is wrong then, in words; without it, that this is not the adapter's base.
+    """
+    found, expected = combine_fingerprints(prints, adapter.shapes), adapter.info["base_hash"]
+    if found != expected:
+        what = what or f"adapter: this base is not the one it was trained on ('{adapter.info['base']}')"
+        raise UserError(f"{what}: the hash of the target weights is {found[:16]}..., expected {expected[:16]}...")

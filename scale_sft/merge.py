@@ -18,14 +18,13 @@ from torch import Tensor
 
 from .base_weight import (
     WeightPart,
-    combine_fingerprints,
     effective_values,
     fingerprint,
     read_entries,
     write_entries,
 )
 from .errors import UserError
-from .export import Adapter, open_adapter
+from .export import Adapter, open_adapter, require_base
 from .files import new_folder, write_json, write_text
 from .tensor_files import TensorReader, TensorWriter
 
@@ -44,14 +43,14 @@ def merge(adapter_folder: str | Path, output: str | Path, base: str | None = Non
     Raises:
         UserError: wrong base, unreadable adapter, or an output folder that is not empty. Nothing is left behind.
     """
-    from .merge_quantized import is_quantized, merge_quantized
+    from .merge_quantized import merge_quantized
 
-    with open_adapter(adapter_folder) as adapter:
-        quantized = is_quantized(adapter)
-    if quantized:
-        merge_quantized(adapter_folder, output, base)
-        return Path(output)
-    with open_adapter(adapter_folder) as adapter, BaseFiles(locate_base(adapter, base)) as files:
+    with ExitStack() as stack:
+        adapter = stack.enter_context(open_adapter(adapter_folder))
+        if adapter.is_quantized:
+            merge_quantized(adapter_folder, output, base)
+            return Path(output)
+        files = stack.enter_context(BaseFiles(locate_base(adapter, base)))
         names = files.names_of(adapter)
         with new_folder(Path(output), "merge") as work:
             specs = {name: (adapter.dtype, (adapter.deltas.active(name),)) for name in adapter.shapes}
@@ -66,7 +65,7 @@ def merge(adapter_folder: str | Path, output: str | Path, base: str | None = Non
                     return found
 
                 prints = files.rewrite(work, names, adapter, put_in)
-            _require_base(prints, adapter, f"merge: '{files.folder}' is not the base that the adapter was trained on")
+            require_base(prints, adapter, f"merge: '{files.folder}' is not the base that the adapter was trained on")
             files.copy_small_files(work, adapter.info["dtype"])
             if adapter.info.get("chat_template"):
                 write_text(work / "chat_template.jinja", adapter.info["chat_template"])
@@ -101,7 +100,7 @@ def unmerge(adapter_folder: str | Path, merged: str | Path, output: str | Path) 
                 return fingerprint(WeightPart(lambda: entries, 0, entries.numel()))
 
             prints = files.rewrite(work, names, adapter, take_out)
-            _require_base(prints, adapter, f"unmerge: {merged} has changed since it was merged")
+            require_base(prints, adapter, f"unmerge: {merged} has changed since it was merged")
             files.copy_small_files(work, adapter.info["dtype"])
     return Path(output)
 
@@ -210,10 +209,3 @@ def _weight_files(folder: Path) -> list[Path]:
     if not files:
         raise UserError(f"base: {folder} holds no .safetensors files; save it with save_pretrained first")
     return files
-
-
-def _require_base(prints: Mapping[str, tuple[int, int]], adapter: Adapter, what: str) -> None:
-    found = combine_fingerprints(prints, adapter.shapes)
-    expected = adapter.info["base_hash"]
-    if found != expected:
-        raise UserError(f"{what}: the hash of the target weights is {found[:16]}..., expected {expected[:16]}...")

@@ -26,11 +26,6 @@ from .transient import add_delta_
 SHARD_BYTES = 4 << 30
 
 
-def is_quantized(adapter: Adapter) -> bool:
-    """Whether an adapter was trained on a quantised base."""
-    return adapter.info.get("quantization", "none") != "none"
-
-
 def merge_quantized(
     adapter_folder: str | Path, output: str | Path, base: str | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:

@@ -57,14 +57,46 @@ def empty_model(config: Config, model_config: Any) -> nn.Module:
         return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a plan needs to know of a base: its shapes, from the meta device."""
+
+    entries: int
+    packed: int  # entries that quantisation packs: linear layers but the output layer
+    largest: int  # of one weight of any kind
+    shapes: dict[str, tuple[int, int]]  # of the targets
+
+
+def facts_of(config: Config, model_config: Any) -> Facts:
+    """Build the base on the meta device and find its targets.
+
+    Raises:
+        UserError: targets match nothing.
+    """
+    model = empty_model(config, model_config)
+    output = model.get_output_embeddings()
+    linear = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D") and m is not output]
+    return Facts(
+        entries=sum(weight.numel() for weight in model.parameters()),
+        packed=sum(module.weight.numel() for module in linear),
+        largest=max(weight.numel() for weight in model.parameters()),
+        shapes={target.name: target.shape for target in find_targets(model, config.sparse.target_modules)},
+    )
+
+
+def stored_base(facts: Facts, size: int, quantization: Quantization | None) -> int:
+    """The whole base as it is stored: in its dtype, or packed with its scales."""
+    if quantization is None:
+        return facts.entries * size
+    return int(facts.packed * quantization.bytes_per_entry) + (facts.entries - facts.packed) * size
+
+
 def footprint(
     config: Config, model_config: Any, dtype: torch.dtype, quantization: Quantization | None = None
 ) -> Footprint:
     """Arithmetic over the shapes of the model: nothing is loaded."""
-    model = empty_model(config, model_config)
-    targets = find_targets(model, config.sparse.target_modules)
-    shapes = {target.name: target.shape for target in targets}
-    sparse = config.sparse
+    facts, sparse = facts_of(config, model_config), config.sparse
+    shapes = facts.shapes
     active = sum(
         budget(
             shapes,
@@ -79,22 +111,11 @@ def footprint(
     accumulators = sum(4 * (o + i) for o, i in shapes.values()) if sparse.method == "ma" else 0
     candidates = 0 if sparse.method == "ma" else int(16 * sparse.candidate_ratio * active)
     return Footprint(
-        base=_base_bytes(model, dtype, quantization),
+        base=stored_base(facts, dtype.itemsize, quantization),
         deltas=per_entry * active + accumulators,
         candidates=candidates,
         weight_gradient=max(o * i for o, i in shapes.values()) * dtype.itemsize,
     )
-
-
-def _base_bytes(model: Any, dtype: torch.dtype, quantization: Quantization | None) -> int:
-    """Of all weights; quantised are the linear layers but the output layer."""
-    everything = sum(weight.numel() for weight in model.parameters())
-    if quantization is None:
-        return everything * dtype.itemsize
-    output = model.get_output_embeddings()
-    layers = (module for module in model.modules() if type(module).__name__ in ("Linear", "Conv1D"))
-    packed = sum(module.weight.numel() for module in layers if module is not output)
-    return (everything - packed) * dtype.itemsize + int(packed * quantization.bytes_per_entry)
 
 
 def choose_placement(

@@ -19,14 +19,13 @@ from .assemble import max_length
 from .config import Config
 from .distributed import read_ds_config
 from .errors import UserError
-from .model import find_targets, resolve_dtype
-from .plan import empty_model
+from .model import resolve_dtype
+from .plan import GIB, Facts, facts_of, stored_base
 from .planner_trace import StepMemory, step_memory
 from .quantized import Quantization, resolve_quantization
 from .spiel.delta import budget
 from .spiel.optimizer import CHUNK_ENTRIES
 
-GIB = 1 << 30
 DEVICE_RESERVE_BYTES = 1 * GIB
 """Of a GPU: its context, libraries' workspaces and communication buffers."""
 FRAGMENTATION_FRACTION = 0.05
@@ -59,33 +58,6 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.room is None or self.peak <= self.room
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a plan needs to know of a base: its shapes, from the meta device."""
-
-    entries: int
-    packed: int  # entries that quantisation packs: linear layers but the output layer
-    largest: int  # of one weight of any kind
-    shapes: dict[str, tuple[int, int]]  # of the targets
-
-
-def facts_of(config: Config, model_config: Any) -> Facts:
-    """Build the base on the meta device and find its targets.
-
-    Raises:
-        UserError: targets match nothing.
-    """
-    model = empty_model(config, model_config)
-    output = model.get_output_embeddings()
-    linear = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D") and m is not output]
-    return Facts(
-        entries=sum(weight.numel() for weight in model.parameters()),
-        packed=sum(module.weight.numel() for module in linear),
-        largest=max(weight.numel() for weight in model.parameters()),
-        shapes={target.name: target.shape for target in find_targets(model, config.sparse.target_modules)},
-    )
 
 
 class Planner:
@@ -139,7 +111,7 @@ class Planner:
         candidates = 0 if sparse.method == "ma" else int(sparse.candidate_ratio * active)
         largest_target = max(o * i for o, i in facts.shapes.values())
 
-        stored, scales = _stored_base(facts, size, quantization), _scales(facts, quantization)
+        stored, scales = stored_base(facts, size, quantization), _scales(facts, quantization)
         step = self._step(config, counts, gpus, dtype)
         gathered = _gathered(config, facts, size, stored) if sharded else 0
         proposal = 4 * largest_target if gpus > 1 and candidates else 0
@@ -191,13 +163,6 @@ class Planner:
                 trust_remote_code=model.trust_remote_code,
             )
         return self._steps[key]
-
-
-def _stored_base(facts: Facts, size: int, quantization: Quantization | None) -> int:
-    """The whole base as it is stored: in its dtype, or packed with its scales."""
-    if quantization is None:
-        return facts.entries * size
-    return int(facts.packed * quantization.bytes_per_entry) + (facts.entries - facts.packed) * size
 
 
 def _scales(facts: Facts, quantization: Quantization | None) -> int:

@@ -24,7 +24,7 @@ from .errors import UserError
 from .evaluate import held_out_loss
 from .export import Adapter, load_adapter
 from .files import new_folder
-from .merge_quantized import is_quantized, is_transposed, merge_quantized, unquantized_shapes
+from .merge_quantized import is_transposed, merge_quantized, unquantized_shapes
 from .model import load_base, load_model_config, load_tokenizer
 from .quantized import PackedWeight, packed_weights, resolve_quantization
 from .transient import TransientDeltas, attach_transient_taps
@@ -64,7 +64,7 @@ def merge_into_few_bits(adapter_folder: str | Path, output: str | Path, kind: st
         UserError: see `merge_quantized`; or the adapter's base was not quantised.
     """
     adapter, output = load_adapter(adapter_folder), Path(output)
-    if not is_quantized(adapter):
+    if not adapter.is_quantized:
         raise UserError(
             "quantize: this adapter was trained on an unquantised base; merge it without --quantize, and quantise the "
             "merged model when it is loaded"

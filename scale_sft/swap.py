@@ -30,14 +30,13 @@ from torch import Tensor, nn
 
 from .base_weight import (
     WeightPart,
-    combine_fingerprints,
     effective_values,
     fingerprint,
     read_entries,
     write_entries,
 )
 from .errors import UserError
-from .export import Adapter, require_fit
+from .export import Adapter, require_base, require_fit
 from .export import load_adapter as read_adapter
 
 _live: weakref.WeakKeyDictionary[nn.Module, LiveAdapter] = weakref.WeakKeyDictionary()
@@ -115,12 +114,7 @@ class LiveAdapter:
             if name not in self._prints:  # no adapter has been on it, so it holds the base
                 self._prints[name] = fingerprint(WeightPart.whole(weight))
                 self._dtypes[name] = weight.dtype
-        found = combine_fingerprints({name: self._prints[name] for name in weights}, adapter.shapes)
-        if found != adapter.info["base_hash"]:
-            raise UserError(
-                f"adapter: this base is not the one it was trained on ('{adapter.info['base']}'): the hash of the "
-                f"target weights is {found[:16]}..., expected {adapter.info['base_hash'][:16]}..."
-            )
+        require_base({name: self._prints[name] for name in weights}, adapter)
         return Prepared(
             owner=self,
             weights=weights,
