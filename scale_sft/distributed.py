@@ -167,8 +167,7 @@ class Cluster:
                 verdict = self.heartbeat.verdict()
                 print(f"error: {verdict}; noticed by rank {self.rank}: {error}", file=sys.stderr, flush=True)
                 os._exit(STALLED_STATUS)
-        if self.heartbeat:
-            self.heartbeat.close(f"{kind.__name__}: {error}" if error else "")
+        self._stop_heartbeat(f"{kind.__name__}: {error}" if error else "")
         alone = error is not None and not isinstance(error, Interrupted)
         if alone and self.size > 1 and self.device.type == "cuda":
             return  # NCCL would wait here for collectives that the other ranks may never join: speak and leave instead
@@ -445,7 +444,14 @@ class Cluster:
 
     def close(self) -> None:
         """Leave the process group; without it some runs abort after they have finished."""
+        self._stop_heartbeat()
         self.accelerator.end_training()
+
+    def _stop_heartbeat(self, last_words: str = "") -> None:
+        """Once, before the interpreter ends: a thread that is inside the store then aborts the process."""
+        if self.heartbeat:
+            self.heartbeat.close(last_words)
+            self.heartbeat = None
 
 
 def _own_store() -> Any:

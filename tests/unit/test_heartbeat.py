@@ -2,10 +2,13 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from scale_sft import heartbeat
+from scale_sft.distributed import Cluster
 from scale_sft.heartbeat import Heartbeat
 
 
@@ -100,3 +103,12 @@ def test_a_store_that_is_gone_ends_the_beating_quietly(ranks):
     store.broken = True
     wait_for(lambda: not first._thread.is_alive())
     assert "is gone" in first.verdict() and not verdicts
+
+
+def test_a_cluster_that_is_closed_has_stopped_its_heartbeat(ranks):
+    """A thread that still beats while the interpreter ends aborts a process that has finished its work."""
+    (mine, _), _, _ = ranks(2)
+    beating = []
+    accelerator = SimpleNamespace(end_training=lambda: beating.append(mine._thread.is_alive()))
+    Cluster(accelerator, sharded=False, device=torch.device("cpu"), heartbeat=mine).close()
+    assert beating == [False]
