@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from . import __version__, cli_adapters, cli_arithmetic, cli_data, cli_plan, cli_recipes
+from . import __version__, cli_adapters, cli_arithmetic, cli_bench, cli_data, cli_plan, cli_recipes
 from .errors import UserError
 
 
@@ -35,8 +35,9 @@ def main() -> None:
     """Sparse fine-tuning of large language models: tools around `accelerate launch scale_sft/train.py`."""
 
 
-for _command in (*cli_adapters.COMMANDS, *cli_arithmetic.COMMANDS, *cli_recipes.COMMANDS, *cli_plan.COMMANDS):
-    main.add_command(_command)
+for _commands in (cli_adapters, cli_arithmetic, cli_recipes, cli_plan, cli_bench):
+    for _command in _commands.COMMANDS:
+        main.add_command(_command)
 
 
 @main.command()

@@ -1,0 +1,145 @@
+"""Results as rows of JSON: what was measured, on which machine, with which versions, at which commit, by which command."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from scale_sft import __version__
+from scale_sft.errors import UserError
+
+_PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes")
+
+
+class Results:
+    """The rows of one invocation, appended to `<folder>/<benchmark>.jsonl` as they are found.
+
+    Rows of one invocation share `run`; earlier rows of the file stay.
+    """
+
+    def __init__(self, folder: Path, benchmark: str):
+        self.path, self.benchmark = Path(folder) / f"{benchmark}.jsonl", benchmark
+        self.run = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, settings: Mapping[str, Any], **result: Any) -> dict[str, Any]:
+        """Append one row: `settings` say what was asked for, `result` what was found. Returns the row."""
+        row = {
+            "benchmark": self.benchmark,
+            "run": self.run,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "command": command(),
+            "commit": commit(),
+            "machine": machine(),
+            "versions": versions(),
+            "settings": dict(settings),
+            "result": result,
+        }
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        with self.path.open("a", encoding="utf-8") as file:  # one write: a row is there whole or not at all
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        return row
+
+
+def read_rows(folder: Path, benchmark: str) -> list[dict[str, Any]]:
+    """All rows of a benchmark in a folder, oldest first; a last line that was cut off by a crash is left out.
+
+    Raises:
+        UserError: another line is no row.
+    """
+    path = Path(folder) / f"{benchmark}.jsonl"
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows.append({key: row[key] for key in ("benchmark", "run", "machine", "settings", "result")} | row)
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise UserError(f"bench: {path}, line {number} is no row of results; remove it") from None
+    return rows
+
+
+def last_run(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the newest invocation."""
+    return [row for row in rows if row["run"] == rows[-1]["run"]]
+
+
+def command() -> str:
+    """The command line of this process, as a user would type it."""
+    program = Path(sys.argv[0]).name
+    return shlex.join(["scale-sft" if program in ("__main__.py", "cli.py", "-c") else program, *sys.argv[1:]])
+
+
+@cache
+def commit() -> str:
+    """The commit of a source checkout (with `+` where files have changed since), or the version installed."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return f"version {__version__}"
+    run = lambda *words: subprocess.run(
+        ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=20, check=True
+    ).stdout.strip()
+    try:
+        changed = run("status", "--porcelain", "--untracked-files=no", "--", "scale_sft", "ds_configs", "launch")
+        return run("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return f"version {__version__}"
+
+
+@cache
+def machine() -> dict[str, Any]:
+    """What the figures depend on: processor, cores this process may use, memory, GPUs. No names of hosts."""
+    import psutil
+    import torch
+
+    found: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+    if torch.cuda.is_available():
+        found["gpus"] = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    return found
+
+
+def machine_name(found: Mapping[str, Any]) -> str:
+    """One line for `machine`."""
+    if found.get("gpus"):
+        return f"{len(found['gpus'])} x {found['gpus'][0]}"
+    return f"{found['processor']}, {found['threads']} of {found['cores']} cores"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.lower().startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Installed versions of what takes part."""
+    found = {"scale_sft": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

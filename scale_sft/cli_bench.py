@@ -1,0 +1,36 @@
+"""The commands that measure: `scale-sft bench ...`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+_OUTPUT = click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("bench_results"),
+    show_default=True,
+    help="Folder of the results: rows are appended to its files, its page is written anew.",
+)
+
+
+@click.group()
+def bench() -> None:
+    """Measure this trainer beside its peers: same model, data, dtype, batch and machine, in one run.
+
+    Contestants take turns, so that a machine that is busy with other work slows all of them. Each command appends JSON
+    rows (machine, versions, commit, command) to a file and writes one HTML page with tables and plots.
+    """
+
+
+@bench.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def page(folder: Path) -> None:
+    """Write bench.html for the rows in FOLDER."""
+    from .bench.page import write_page
+
+    click.echo(f"page: {write_page(folder)}")
+
+
+COMMANDS = (bench,)
