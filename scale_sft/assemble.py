@@ -32,6 +32,7 @@ from .model import (
     load_tokenizer,
     resolve_dtype,
 )
+from .moments import moments_of, resolve_moments
 from .plan import Placement, choose_placement, empty_model
 from .quantized import (
     PlainWeight,
@@ -259,15 +260,15 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
     targets = find_targets(model, config.sparse.target_modules)
     shapes = {target.name: target.shape for target in targets}
     active = budget_of(config, shapes)
-    tuning = build_tuning(config, shapes, active, inputs.steps, cluster)
+    tuning = build_tuning(inputs, shapes, active, cluster)
     transient = None
     if quantization:  # before the packed weights are cut into shards
         packed = packed_weights(model, inputs.dtype, cluster.device)
         plain = {t.name: PlainWeight(t.module, t.transposed) for t in targets if t.name not in packed}
         transient = TransientDeltas(tuning.store, packed | plain, cluster.materialize)
-        attach_transient_taps(transient, tuning.store.names, tuning.recorder.record)
+        attach_transient_taps(transient, tuning.store.names, tuning.recorder.record_product)
     else:
-        attach_taps(targets, tuning.recorder.record, cluster.materialize)
+        attach_taps(targets, tuning.recorder.record_product, cluster.materialize)
     model = cluster.prepare(model)
     prints = prints_of_base(targets, cluster, transient)
     base_hash = combine_fingerprints(prints, shapes)
@@ -321,12 +322,13 @@ def budget_of(config: Config, shapes: dict[str, tuple[int, int]]) -> dict[str, i
 
 
 def build_tuning(
-    config: Config, shapes: dict[str, tuple[int, int]], active: dict[str, int], steps: int, cluster: Cluster
+    inputs: Inputs, shapes: dict[str, tuple[int, int]], active: dict[str, int], cluster: Cluster
 ) -> SparseFineTuning:
     """The method of the configuration over fresh deltas of the given budget."""
+    config = inputs.config
     sparse, optimizer = config.sparse, config.optimizer
     schedule = ReallocationSchedule(
-        total_steps=steps,
+        total_steps=inputs.steps,
         update_interval_steps=sparse.update_interval_steps,
         estimation_steps=sparse.estimation_steps,
         initial_replacement_fraction=sparse.initial_replacement_fraction,
@@ -354,4 +356,6 @@ def build_tuning(
         drop_criterion=sparse.drop_criterion,
         max_grad_norm=optimizer.max_grad_norm,
         select=cluster.select_candidates,
+        moments=moments_of(resolve_moments(optimizer.moments, inputs.dtype)),
+        gradient_dtype=getattr(torch, optimizer.gradient_dtype),
     )

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .spiel.delta import DeltaStore, SparseDelta
+from .spiel.entries import pieces
 
 ROUNDING_RULE = "effective = (base.float() + delta).to(base.dtype)"
-_CHUNK_ENTRIES = 1 << 22
+CHUNK_ENTRIES = 1 << 22
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per entry
 _MASK64 = (1 << 64) - 1
 
@@ -37,10 +38,12 @@ def write_entries(entries: Tensor, indices: Tensor, values: Tensor) -> None:
     """entries[indices] = values, in place: entries [N], indices [K] distinct, values [K] of the same dtype.
 
     Written as bits: on a CPU a scatter of bfloat16 would take the whole weight to fp32 and back. Not by `scatter_`: not
-    every torch takes int32 indices there.
+    every torch takes int32 indices there. In pieces: int32 indices are widened on the way, and not all at once.
     """
     bits = _BITS[entries.element_size()]
-    entries.view(bits).index_put_((indices,), values.view(bits))
+    entries, values = entries.view(bits), values.view(bits)
+    for part in pieces(indices.numel()):
+        entries.index_put_((indices[part],), values[part])
 
 
 @dataclass(frozen=True)
@@ -84,59 +87,50 @@ class ResidentDeltas:
         written: Callable[[], None] = lambda: None,
     ):
         self.store, self.parts, self.settle, self.written = store, parts, settle, written
-        self._places: dict[str, tuple[slice, Tensor]] = {}
+        self._where: dict[str, slice] = {}  # which entries of each delta lie in this process's part
         self._base: dict[str, Tensor] = {}
         self.settle()
         for delta in store:
             _refuse_packed(delta, self.parts[delta.name])
-            self._put_aside(delta)
+            self.adopt(delta)
 
-    def _put_aside(self, delta: SparseDelta) -> None:
-        part = self.parts[delta.name]
-        entries = part.entries()
-        where = part.slice_of(delta.indices)
-        local = delta.indices[where]  # a view: a weight that is kept whole needs no copy of its indices
-        local = (local - part.start if part.start else local).to(entries.device)
-        self._places[delta.name] = (where, local)
+    def adopt(self, delta: SparseDelta) -> None:
+        """Put the base values of one weight's entries aside; the weight holds them until the next `write`."""
+        part, indices = self.parts[delta.name], delta.indices
+        self._where[delta.name] = part.slice_of(indices)
+        entries, local = part.entries(), self._local(delta, indices)
         self._base[delta.name] = read_entries(entries, local)
+
+    def _local(self, delta: SparseDelta, indices: Tensor) -> Tensor:
+        """Places of the entries of this process's part, counted from its start."""
+        part = self.parts[delta.name]
+        local = indices[self._where[delta.name]]
+        return (local - part.start if part.start else local).to(part.entries().device)
 
     def write(self) -> None:
         """Write the effective value of every active entry into its weight."""
         self.settle()
         for delta in self.store:
-            where, local = self._places[delta.name]
             base = self._base[delta.name]
-            values = effective_values(base, delta.deltas[where].to(base.device))
-            write_entries(self.parts[delta.name].entries(), local, values)
+            values = effective_values(base, delta.deltas[self._where[delta.name]].to(base.device))
+            write_entries(self.parts[delta.name].entries(), self._local(delta, delta.indices), values)
         self.written()
 
-    def follow(self, delta: SparseDelta) -> None:
-        """After `delta.indices` have changed: the base returns to the old entries, the new ones are put aside.
-
-        The new entries hold their base value until the next `write`.
-        """
-        self._restore(delta.name)
-        self._put_aside(delta)
+    def release(self, delta: SparseDelta) -> None:
+        """The base returns to one weight's entries; before they change."""
+        write_entries(self.parts[delta.name].entries(), self._local(delta, delta.indices), self._base[delta.name])
 
     def restore(self) -> None:
         """Give every weight its original bytes back."""
         self.settle()
-        for name in self._base:
-            self._restore(name)
+        for delta in self.store:
+            self.release(delta)
         self.written()
-
-    def _restore(self, name: str) -> None:
-        write_entries(self.parts[name].entries(), self._places[name][1], self._base[name])
 
     @property
     def bytes(self) -> int:
-        """Memory of the base values, and of local indices where they are not the deltas' own."""
-        total = 0
-        for delta in self.store:
-            local, base = self._places[delta.name][1], self._base[delta.name]
-            shared = local.untyped_storage().data_ptr() == delta.indices.untyped_storage().data_ptr()
-            total += base.nbytes + (0 if shared else local.nbytes)
-        return total
+        """Memory of the base values."""
+        return sum(base.nbytes for base in self._base.values())
 
 
 def _refuse_packed(delta: SparseDelta, part: WeightPart) -> None:
@@ -157,8 +151,8 @@ def fingerprint(part: WeightPart) -> tuple[int, int]:
     entries = part.entries()
     sums = [0, 0]
     bits_type = _BITS[entries.element_size()]
-    for first in range(0, entries.numel(), _CHUNK_ENTRIES):
-        bits = entries[first : first + _CHUNK_ENTRIES].view(bits_type).long()
+    for first in range(0, entries.numel(), CHUNK_ENTRIES):
+        bits = entries[first : first + CHUNK_ENTRIES].view(bits_type).long()
         place = torch.arange(part.start + first, part.start + first + bits.numel(), device=bits.device)
         mixed = _mix(bits ^ _mix(place))
         sums[0] += int(mixed.sum())

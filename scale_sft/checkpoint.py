@@ -60,11 +60,13 @@ class Checkpoints:
         notes, state, layout = session.cluster.on_main(self._read)
         if state is None:
             return notes
-        session.tuning.load_state(state["step"], self._shared(layout), state["counters"])
-        self._files = None
         session.resident.settle()
         for delta in session.tuning.store:
-            session.resident.follow(delta)
+            session.resident.release(delta)
+        session.tuning.load_state(state["step"], self._shared(layout), state["counters"])
+        self._files = None
+        for delta in session.tuning.store:
+            session.resident.adopt(delta)
         session.resident.write()
         session.step = self._saved_step = state["step"]
         session.skipped_steps = state["skipped_steps"]

@@ -149,7 +149,7 @@ class SparseConfig:
     delta_dtype: str = option(
         "float32",
         "Dtype of the deltas themselves; bfloat16 saves 2 bytes per entry and loses updates that are small beside "
-        "their delta. Gradients and optimizer state are float32 in any case.",
+        "their delta. The update itself is computed in float32.",
         choices=("float32", "bfloat16"),
     )
     proposal_batch_size: int | None = option(
@@ -172,6 +172,18 @@ class OptimizerConfig:
     weight_decay: float = option(0.0, "Decoupled decay of the deltas towards the pretrained model.", check=at_least(0))
     max_grad_norm: float | None = option(
         None, "Clip the norm of the gradient of all active entries to this; default: no clipping.", check=above(0)
+    )
+    moments: str = option(
+        "auto",
+        "How AdamW's two moments are kept: float32 (8 bytes per entry), mixed (bfloat16 and float32: 6) or int8 "
+        "(bitsandbytes, blocks of 256: 2); auto: mixed where gradients are computed in 16 bits.",
+        choices=("auto", "float32", "mixed", "int8"),
+    )
+    gradient_dtype: str = option(
+        "float32",
+        "Dtype in which the entries' gradients are summed over micro-batches and ranks; bfloat16 saves 2 bytes per "
+        "entry and half of what ranks exchange, and loses what is small beside the sum.",
+        choices=("float32", "bfloat16"),
     )
     warmup_fraction: float = option(0.03, "Fraction of the steps over which the rate rises.", check=between(0, 1))
     lr_schedule: str = option(

@@ -41,10 +41,7 @@ def describe(session: Session, metrics: Metrics | NullMetrics) -> None:
     load_peaks = session.cluster.gather_objects(session.load_peak_bytes)
     for line in session.cluster.introduce(inputs.placement.name):
         metrics.note(line)
-    state = [store.flat, session.tuning.recorder.flat]
-    for delta in store:
-        state += [delta.indices, delta.cohort, *session.tuning.optimizer.state_of(delta.name).values()]
-    state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state) + session.resident.bytes
+    state_bytes = sum(session.tuning.state_bytes().values()) + session.resident.bytes
     held_out = f", {len(inputs.eval):,} held out" if inputs.eval else ""
     rows = {
         "base": f"{config.model.base} ({str(inputs.dtype).removeprefix('torch.')}{_kept(inputs)})",

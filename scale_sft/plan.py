@@ -14,8 +14,10 @@ from torch import nn
 from .config import Config
 from .distributed import World
 from .model import find_targets
+from .moments import bytes_of_moments, resolve_moments
 from .quantized import Quantization
 from .spiel.delta import budget
+from .spiel.entries import bytes_of_entries
 
 GIB = 1 << 30
 ACTIVATION_RESERVE_FRACTION = 0.25
@@ -97,25 +99,49 @@ def footprint(
     """Arithmetic over the shapes of the model: nothing is loaded."""
     facts, sparse = facts_of(config, model_config), config.sparse
     shapes = facts.shapes
-    active = sum(
-        budget(
-            shapes,
-            density=sparse.density,
-            tunable_weights=sparse.tunable_weights,
-            rank_equivalent=sparse.rank_equivalent,
-        ).values()
+    counts = budget(
+        shapes,
+        density=sparse.density,
+        tunable_weights=sparse.tunable_weights,
+        rank_equivalent=sparse.rank_equivalent,
     )
-    kept_base = 0 if quantization else dtype.itemsize  # resident deltas put the base values aside
-    delta = getattr(torch, sparse.delta_dtype).itemsize
-    per_entry = 4 + delta + 4 + 1 + kept_base + (0 if sparse.method == "ma" else 8)
-    accumulators = sum(4 * (o + i) for o, i in shapes.values()) if sparse.method == "ma" else 0
-    candidates = 0 if sparse.method == "ma" else int(16 * sparse.candidate_ratio * active)
     return Footprint(
         base=stored_base(facts, dtype.itemsize, quantization),
-        deltas=per_entry * active + accumulators,
-        candidates=candidates,
+        deltas=sum(state_bytes(config, shapes, counts, dtype, 0 if quantization else 1).values()),
+        candidates=candidate_bytes(config, sum(counts.values())),
         weight_gradient=max(o * i for o, i in shapes.values()) * dtype.itemsize,
     )
+
+
+def state_bytes(
+    config: Config, shapes: dict[str, tuple[int, int]], counts: dict[str, int], dtype: torch.dtype, part: float
+) -> dict[str, int]:
+    """Deltas and what belongs to them, between estimation phases, by what for.
+
+    `part`: of all base values of the entries that this rank puts aside; 0 for a quantised base, which has none.
+    """
+    sparse, optimizer = config.sparse, config.optimizer
+    active, delta = sum(counts.values()), getattr(torch, sparse.delta_dtype).itemsize
+    reference = delta * active if sparse.drop_criterion == "change" else 0
+    if sparse.method == "ma":
+        state = sum(4 * (o + i) for o, i in shapes.values())
+    else:
+        state = int(bytes_of_moments(resolve_moments(optimizer.moments, dtype)) * active)
+    return {
+        "indices": sum(bytes_of_entries(shape, counts[name]) for name, shape in shapes.items()),
+        "deltas and their gradients": (delta + _gradient(config) + 1) * active + reference,
+        "optimizer state": state,
+        "base values put aside": int(active * part * dtype.itemsize),
+    }
+
+
+def candidate_bytes(config: Config, active: int) -> int:
+    """Candidates in an estimation phase: at most 4 bytes of index, two estimates, the gradient."""
+    return 0 if config.sparse.method == "ma" else int((12 + _gradient(config)) * config.sparse.candidate_ratio * active)
+
+
+def _gradient(config: Config) -> int:
+    return getattr(torch, config.optimizer.gradient_dtype).itemsize
 
 
 def choose_placement(

@@ -16,15 +16,16 @@ from typing import Any
 import torch
 
 from .assemble import max_length
+from .base_weight import CHUNK_ENTRIES
 from .config import Config
 from .distributed import read_ds_config
 from .errors import UserError
 from .model import resolve_dtype
-from .plan import GIB, Facts, facts_of, stored_base
+from .plan import GIB, Facts, candidate_bytes, facts_of, state_bytes, stored_base
 from .planner_trace import StepMemory, step_memory
 from .quantized import Quantization, resolve_quantization
 from .spiel.delta import budget
-from .spiel.optimizer import CHUNK_ENTRIES
+from .spiel.entries import PIECE_ENTRIES
 
 DEVICE_RESERVE_BYTES = 1 * GIB
 """Of a GPU: its context, libraries' workspaces and communication buffers."""
@@ -116,13 +117,14 @@ class Planner:
         gathered = _gathered(config, facts, size, stored) if sharded else 0
         proposal = 4 * largest_target if gpus > 1 and candidates else 0
         dequantised = 2 * largest_target * size if quantization else 0
-        state = _state_bytes(config, facts, active, size, 1 / gpus if sharded else 1, bool(quantization))
+        held = 0 if quantization else 1 / gpus if sharded else 1
+        state = state_bytes(config, facts.shapes, counts, dtype, held)
         after = _after_step_bytes(active, largest_k)
         rows = {
             "base": _on_each(stored, facts, quantization, gpus) if sharded else stored,
             "base, gathered": gathered,
             **state,
-            "candidates": 16 * candidates,
+            "candidates": candidate_bytes(config, active),
             "activations": step.activations,
             "logits": step.logits,
             "largest weight gradient": largest_target * size,
@@ -184,25 +186,9 @@ def _gathered(config: Config, facts: Facts, size: int, stored: int) -> int:
     return int(min(stored, max(entries, facts.largest) * size))
 
 
-def _state_bytes(config: Config, facts: Facts, active: int, size: int, part: float, quantised: bool) -> dict[str, int]:
-    """Deltas and what belongs to them; `part`: of the weights' entries that lie on this rank."""
-    sparse = config.sparse
-    delta = getattr(torch, sparse.delta_dtype).itemsize
-    index = 8 if max(o * i for o, i in facts.shapes.values()) > torch.iinfo(torch.int32).max else 4
-    moments = sum(4 * (o + i) for o, i in facts.shapes.values()) if sparse.method == "ma" else 8 * active
-    kept = 0 if quantised else int(active * part * (size + (index if part < 1 else 0)))
-    reference = delta * active if sparse.drop_criterion == "change" else 0
-    return {
-        "indices": index * active,
-        "deltas and their gradients": (delta + 4 + 1) * active + reference,
-        "optimizer state": moments,
-        "base values put aside": kept,
-    }
-
-
 def _after_step_bytes(active: int, largest_k: int) -> int:
-    """Temporaries of the update (chunks of at most CHUNK_ENTRIES) and of the largest weight's drop and grow."""
-    return max(20 * min(active, CHUNK_ENTRIES) + active, 60 * largest_k)
+    """Temporaries of the update (pieces of at most PIECE_ENTRIES) and of the largest weight's drop and grow."""
+    return max(28 * min(active, PIECE_ENTRIES), 60 * largest_k)
 
 
 def _traffic(
@@ -213,9 +199,10 @@ def _traffic(
         return {}
     ring, sparse = (gpus - 1) / gpus, config.sparse
     phase = min(1.0, sparse.estimation_steps / sparse.update_interval_steps)
-    found = {"gradients of deltas": int(2 * ring * 4 * active)}
+    each = getattr(torch, config.optimizer.gradient_dtype).itemsize
+    found = {"gradients of deltas": int(2 * ring * each * active)}
     if candidates:
-        found["gradients of candidates"] = int(2 * ring * 4 * candidates * phase)
+        found["gradients of candidates"] = int(2 * ring * each * candidates * phase)
         targets = sum(o * i for o, i in facts.shapes.values())
         found["proposal of candidates"] = int(
             (ring * 4 * targets + 12 * candidates * (gpus - 1)) / sparse.update_interval_steps

@@ -156,8 +156,7 @@ def _trace(
     if checkpointing:
         enable_checkpointing(model)
     targets = find_targets(model, target_modules)
-    indices = {t.name: torch.empty(active.get(t.name, 1), dtype=torch.int32, device="meta") for t in targets}
-    attach_taps(targets, lambda name, gradient: _record(gradient, indices[name], proposes))
+    attach_taps(targets, lambda name, left, right: _record(left.t() @ right, active.get(name, 1), proposes))
     ids = torch.zeros(sequences, tokens, dtype=torch.int64, device="meta")
     with LiveBytes(model) as count, torch.device("meta"):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
@@ -176,14 +175,14 @@ def _loss(logits: Tensor, targets: int) -> Tensor:
     return functional.cross_entropy(picked.float(), labels, reduction="sum")
 
 
-def _record(gradient: Tensor, indices: Tensor, proposes: bool) -> None:
+def _record(gradient: Tensor, active: int, proposes: bool) -> None:
     """What the recorder makes of one weight's gradient: the active entries, and the search for candidates."""
     flat = gradient.reshape(-1)
-    picked = flat.index_select(0, indices)
-    del picked
+    unpacked = torch.empty(2 * active, dtype=torch.int32, device="meta")  # flat indices, while they are made from rows
+    del unpacked
     if proposes:
         chunk = min(flat.numel(), CHUNK_ENTRIES)
-        entries = chunk if flat.numel() <= CHUNK_ENTRIES // 4 else min(chunk, 2 * indices.numel())
+        entries = chunk if flat.numel() <= CHUNK_ENTRIES // 4 else min(chunk, 2 * active)
         scratch = torch.empty(chunk * (flat.element_size() + 1) + entries * 32, dtype=torch.uint8, device="meta")
         del scratch
 

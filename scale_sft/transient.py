@@ -59,7 +59,10 @@ class TransientDeltas:
     def write(self) -> None:
         """The next effective weight reads the new values by itself."""
 
-    def follow(self, delta: SparseDelta) -> None:
+    def release(self, delta: SparseDelta) -> None:
+        """No weight holds a delta."""
+
+    def adopt(self, delta: SparseDelta) -> None:
         """The next effective weight reads the new indices by itself."""
 
     def with_states(self, prints: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .delta import DeltaStore, SparseDelta, wrong_with_indices
+from .moments import Moments, float32_moments
 from .optimizer import SM3, AdamW
 from .reallocate import Exchange, apply_exchange, drop_scores, exchange_by_accumulators, exchange_by_gradient
-from .sampling import CANDIDATE_STATE, GradientRecorder, Select
+from .sampling import CANDIDATE_STATE, GradientRecorder, Products, Select, dense_products
 from .schedule import Phase, ReallocationSchedule
 from .topk import top_k_magnitude
 
@@ -27,8 +28,11 @@ class Carrier(Protocol):
     def write(self) -> None:
         """All deltas have new values."""
 
-    def follow(self, delta: SparseDelta) -> None:
-        """One weight has new indices; a `write` will come."""
+    def release(self, delta: SparseDelta) -> None:
+        """One weight is about to get other indices."""
+
+    def adopt(self, delta: SparseDelta) -> None:
+        """It has them; a `write` will come."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ class SparseFineTuning:
         drop_criterion: `magnitude` or `change`; the store must keep a reference for `change`.
         max_grad_norm: clip the norm of all active gradients; candidates are scaled along. None: never.
         select: how candidates are chosen from one weight's gradient (over all ranks).
+        moments: how AdamW keeps its moments.
+        gradient_dtype: of the recorded gradients, float32 or bfloat16.
+        products: how a layer's weight gradient is formed at the entries that are recorded.
     """
 
     def __init__(
@@ -69,6 +76,9 @@ class SparseFineTuning:
         drop_criterion: str = "magnitude",
         max_grad_norm: float | None = None,
         select: Select = top_k_magnitude,
+        moments: Moments = float32_moments,
+        gradient_dtype: torch.dtype = torch.float32,
+        products: Products = dense_products,
     ):
         self.store, self.method, self.schedule = store, method, schedule
         self.drop_criterion, self.max_grad_norm = drop_criterion, max_grad_norm
@@ -82,12 +92,15 @@ class SparseFineTuning:
                 eps=eps,
                 weight_decay=weight_decay,
                 estimation_steps=schedule.estimation_steps,
+                moments=moments,
             )
         self.recorder = GradientRecorder(
             store,
             candidates_of(store, candidate_ratio),
             estimation_steps=schedule.estimation_steps,
             select=select,
+            dtype=gradient_dtype,
+            products=products,
         )
 
     def begin_step(self, step: int) -> None:
@@ -96,7 +109,7 @@ class SparseFineTuning:
 
     def clip(self) -> Tensor:
         """Norm of the active gradients before clipping: fp32 scalar; the recorded gradients are clipped in place."""
-        norm = torch.linalg.vector_norm(self.recorder.gradients)
+        norm = torch.linalg.vector_norm(self.recorder.gradients, dtype=torch.float32)
         if self.max_grad_norm is not None:
             self.recorder.flat.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
@@ -115,8 +128,9 @@ class SparseFineTuning:
         for delta in self.store:
             exchange = self._exchange(delta, self.schedule.replaced(step, delta.active))
             self.optimizer.follow(delta, exchange, self.recorder.candidates.get(delta.name))
+            carrier.release(delta)
             apply_exchange(delta, exchange, number)
-            carrier.follow(delta)
+            carrier.adopt(delta)
             replaced += exchange.replaced
             dropped += int((~exchange.kept).sum())
         self.recorder.close_estimation()
@@ -153,6 +167,17 @@ class SparseFineTuning:
         candidates = self.recorder.candidates.get(name)
         return {**self.optimizer.state_of(name), **(candidates.state() if candidates else {})}
 
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes that are kept now, by what for; gradients include those of candidates in an estimation phase."""
+        kept: dict[str, list[Tensor]] = {"gradients": [self.recorder.flat]}
+        for name in self.store.names:
+            candidates = self.recorder.candidates.get(name)
+            parts = {**self.store[name].tensors, "optimizer": list(self.optimizer.state_of(name).values())}
+            parts["candidates"] = candidates.tensors if candidates else []
+            for part, tensors in parts.items():
+                kept.setdefault(part, []).extend(tensors)
+        return {part: sum(tensor.nbytes for tensor in tensors) for part, tensors in kept.items() if tensors}
+
     def is_finite(self) -> bool:
         """Whether no delta and no optimizer state has overflowed: whether the state is worth keeping."""
         states = [self.store.flat, *(t for name in self.store.names for t in self.optimizer.state_of(name).values())]
@@ -169,7 +194,7 @@ class SparseFineTuning:
         expected = {kind: (tuple(tensor.shape), tensor.dtype) for kind, tensor in own.items()}
         if self._estimating_after(step) and CANDIDATE_STATE[0] in state:
             count = (self.recorder.counts[name],)
-            dtypes = (delta.indices.dtype, torch.float32, torch.float32)
+            dtypes = (delta.entries.dtype, torch.float32, torch.float32)
             expected |= {kind: (count, dtype) for kind, dtype in zip(CANDIDATE_STATE, dtypes, strict=True)}
         found = {kind: (tuple(tensor.shape), tensor.dtype) for kind, tensor in state.items()}
         if found != expected:
@@ -185,7 +210,7 @@ class SparseFineTuning:
         return None
 
     def load_state(self, step: int, states: Iterable[tuple[str, Mapping[str, Tensor]]], counters: Mapping) -> None:
-        """Go on after `step` from what `state_of` and `counters` gave; the carrier must follow afterwards."""
+        """Go on after `step` from what `state_of` and `counters` gave; the carrier must release and adopt around it."""
         self.cohort_steps = list(counters["cohort_steps"])
         self.optimizer.load_counters(counters)
         if self._estimating_after(step):

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .entries import Entries
+
 INITIAL_COHORT = 0
 
 
@@ -19,14 +21,14 @@ INITIAL_COHORT = 0
 class SparseDelta:
     """The active entries of one weight.
 
-    `indices` are sorted, unique and within [0, O * I). `deltas`, `cohort` run parallel to them; `deltas` is a view of
-    the store's flat buffer. An entry's cohort is the number of the reallocation that grew it (0: chosen at random at
-    the start); ages and bias corrections are kept once per cohort and not once per entry.
+    `deltas` and `cohort` run parallel to the entries, which are sorted and unique; `deltas` is a view of the store's
+    flat buffer. An entry's cohort is the number of the reallocation that grew it (0: chosen at random at the start);
+    ages and bias corrections are kept once per cohort and not once per entry.
     """
 
     name: str
     shape: tuple[int, int]  # (O, I)
-    indices: Tensor  # [K] int32 (int64 where O * I does not fit)
+    entries: Entries
     deltas: Tensor  # [K] fp32 or bf16
     cohort: Tensor  # [K] uint8 or int16
     reference: Tensor | None = (
@@ -39,16 +41,31 @@ class SparseDelta:
 
     @property
     def active(self) -> int:
-        return self.indices.numel()
+        return self.entries.count
+
+    @property
+    def indices(self) -> Tensor:
+        """[K] flat indices, sorted, int32 (int64 where O * I does not fit): made from `entries` at each call."""
+        return self.entries.flat()
+
+    @indices.setter
+    def indices(self, indices: Tensor) -> None:
+        self.entries = Entries(indices, self.shape)
+
+    @property
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """What is kept, by what for."""
+        kept = {"indices": self.entries.tensors, "deltas": [self.deltas], "ages": [self.cohort]}
+        return kept if self.reference is None else {**kept, "reference": [self.reference]}
 
     def state(self) -> dict[str, Tensor]:
-        """All tensors by name; views, not copies."""
+        """All that a checkpoint keeps, by name; views, not copies, but for the indices."""
         state = {"indices": self.indices, "deltas": self.deltas, "cohort": self.cohort}
         return state if self.reference is None else {**state, "reference": self.reference}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave; dtypes and shapes are those of this delta."""
-        self.indices = state["indices"].to(self.indices.device, copy=True)  # others may hold views of the old ones
+        self.indices = state["indices"].to(self.deltas.device, copy=True)  # the caller's may be kept as they are
         self.deltas.copy_(state["deltas"])
         self.cohort = state["cohort"].to(self.cohort.device, copy=True)
         if self.reference is not None:
@@ -98,12 +115,11 @@ class DeltaStore:
         start = 0
         for name, shape in shapes.items():
             chosen = indices[name] if indices else random_indices(shape, active[name], seed, name)
-            index_dtype = torch.int32 if shape[0] * shape[1] <= torch.iinfo(torch.int32).max else torch.int64
             view = self.flat[start : start + active[name]]
             self._deltas[name] = SparseDelta(
                 name=name,
                 shape=shape,
-                indices=chosen.to(device=device, dtype=index_dtype),
+                entries=Entries(chosen.to(device), shape),
                 deltas=view,
                 cohort=torch.full(view.shape, INITIAL_COHORT, dtype=cohort_dtype, device=device),
                 reference=torch.zeros_like(view) if keep_reference else None,

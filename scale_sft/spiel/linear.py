@@ -2,7 +2,7 @@
 
 Resident delta (in the weight itself): the forward pass is the layer's own, no clone, no scatter, no adapter. Transient
 delta (section 3.4): the effective weight is made anew for each forward and each backward pass, and discarded after use.
-The backward pass forms dW = dY^T X, hands it to the recorder and forgets it; the frozen weight gets no `.grad`.
+The backward pass hands the two factors of dW = dY^T X to the recorder; the frozen weight gets no `.grad`.
 Shapes: T tokens (all leading dimensions), I in, O out.
 """
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Record = Callable[[str, Tensor], None]
+Record = Callable[[str, Tensor, Tensor], None]
+"""(name, left [T, R], right [T, C]): the gradient of the weight [R, C] is left^T right."""
+
 Materialize = Callable[[nn.Parameter], AbstractContextManager[Tensor]]
 """Gives the whole weight for the time of a `with` block, wherever it is kept (whole, or in shards)."""
 
@@ -27,8 +29,7 @@ class WeightTap:
     Args:
         module: `nn.Linear` (weight [O, I]) or a layer of transposed weight [I, O] such as GPT-2's `Conv1D`.
         name: of the weight, as the recorder knows it.
-        record: called once per backward pass with (name, dW), dW in the layout of the weight; None: the layer is not
-            trained, and no dW is formed.
+        record: called once per backward pass with the factors of dW, see `Record`; None: the layer is not trained.
         transposed: the weight is [I, O].
         materialize: see `Materialize`.
         effective_weight: makes a copy of the whole weight with its delta added, which the tap may hold for the time of
@@ -71,10 +72,10 @@ class WeightTap:
         with self.materialize(self.module.weight) as weight:
             return dy @ (weight.t() if self.transposed else weight)
 
-    def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
-        """dW = dY^T X in the layout of the weight, from x [..., I] and dy [..., O]."""
+    def factors(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """(left [T, R], right [T, C]) of dW = left^T right in the layout of the weight, from x [..., I], dy [..., O]."""
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        return x.t() @ dy if self.transposed else dy.t() @ x
+        return (x, dy) if self.transposed else (dy, x)
 
 
 class _TappedLinear(torch.autograd.Function):
@@ -94,7 +95,7 @@ class _TappedLinear(torch.autograd.Function):
         tap = ctx.tap
         dx = tap.input_gradient(dy) if ctx.needs_input_grad[0] else None
         if tap.record is not None:
-            tap.record(tap.name, tap.weight_gradient(saved[0], dy))
+            tap.record(tap.name, *tap.factors(saved[0], dy))
         return dx, None, None
 
 

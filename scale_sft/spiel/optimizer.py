@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .delta import DeltaStore, SparseDelta
+from .entries import Entries, pieces
+from .moments import Moments, float32_moments
 from .reallocate import Exchange
 from .sampling import Candidates
-
-CHUNK_ENTRIES = 1 << 22
 
 
 def adamw_update(
@@ -62,7 +62,7 @@ def adamw_update(
 def sm3_update(
     deltas: Tensor,
     gradients: Tensor,
-    indices: Tensor,
+    entries: Entries,
     row: Tensor,
     col: Tensor,
     *,
@@ -76,14 +76,19 @@ def sm3_update(
     delta -= learning_rate * g / sqrt(nu + eps), decoupled decay first.
 
     Args:
-        deltas, gradients: [K] fp32. indices: [K] flat. row: [O] fp32. col: [I] fp32.
+        deltas: [K] fp32. gradients: [K] fp32 or bf16. entries: where they lie. row: [O] fp32. col: [I] fp32.
     """
-    i, j = indices // col.numel(), indices % col.numel()
-    nu = torch.minimum(row.index_select(0, i), col.index_select(0, j)).addcmul_(gradients, gradients)
-    row.scatter_reduce_(0, i.long(), nu, "amax")
-    col.scatter_reduce_(0, j.long(), nu, "amax")
-    deltas.mul_(1 - learning_rate * weight_decay)
-    deltas.addcdiv_(gradients, nu.add_(eps).sqrt_(), value=-learning_rate)
+    new_row, new_col = row.clone(), col.clone()
+    for part, i, j in entries.coordinates():
+        gradient = gradients[part].float()
+        nu = torch.minimum(row.index_select(0, i), col.index_select(0, j)).addcmul_(gradient, gradient)
+        new_row.scatter_reduce_(0, i, nu, "amax")
+        new_col.scatter_reduce_(0, j, nu, "amax")
+        deltas[part].mul_(1 - learning_rate * weight_decay).addcdiv_(
+            gradient, nu.add_(eps).sqrt_(), value=-learning_rate
+        )
+    row.copy_(new_row)
+    col.copy_(new_col)
 
 
 @contextmanager
@@ -117,8 +122,9 @@ class AdamW:
     """AdamW for `ag` and `static`: two moments per delta and one age per cohort.
 
     Args:
-        store: the deltas; the moments follow its flat layout.
+        store: the deltas.
         estimation_steps: G: how many gradients the moments of a grown delta have seen when it is grown.
+        moments: how the two moments are kept.
     """
 
     def __init__(
@@ -129,44 +135,35 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         estimation_steps: int = 5,
+        moments: Moments = float32_moments,
     ):
         self.store, self.betas, self.eps, self.weight_decay = store, betas, eps, weight_decay
         self.estimation_steps = estimation_steps
-        self.exp_avg = torch.zeros_like(store.flat, dtype=torch.float32)
-        self.exp_avg_sq = torch.zeros_like(store.flat, dtype=torch.float32)
+        self.exp_avg, self.exp_avg_sq = moments(store)
         self.gradients_seen = [0]  # by cohort
-        self._views = _views(store, self.exp_avg), _views(store, self.exp_avg_sq)
 
     def step(self, gradients: Tensor, learning_rate: float) -> None:
-        """Update all deltas with `gradients` [sum of K] fp32, the gradient of the global batch."""
+        """Update all deltas with `gradients` [sum of K] fp32 or bf16, the gradient of the global batch."""
         self.gradients_seen = [n + 1 for n in self.gradients_seen]
-        for flat, cohort, first in self._chunks():
-            part = slice(first, first + flat.numel())
-            with in_fp32(flat) as deltas:
-                adamw_update(
-                    deltas,
-                    gradients[part],
-                    self.exp_avg[part],
-                    self.exp_avg_sq[part],
-                    cohort,
-                    self.gradients_seen,
-                    learning_rate=learning_rate,
-                    betas=self.betas,
-                    eps=self.eps,
-                    weight_decay=self.weight_decay,
-                )
-
-    def _chunks(self):
-        """(deltas, cohort, first position) of pieces that keep temporaries small: all at once for small models."""
-        if self.store.active <= CHUNK_ENTRIES:
-            yield self.store.flat, torch.cat([delta.cohort for delta in self.store]), 0
-            return
-        first = 0
-        for delta in self.store:
-            for start in range(0, delta.active, CHUNK_ENTRIES):
-                part = slice(start, min(start + CHUNK_ENTRIES, delta.active))
-                yield delta.deltas[part], delta.cohort[part], first + start
-            first += delta.active
+        sizes = [delta.active for delta in self.store]
+        for delta, gradient in zip(self.store, gradients.split(sizes), strict=True):
+            for part in pieces(delta.active):  # temporaries stay small, and in a processor's cache
+                exp_avg, exp_avg_sq = self.exp_avg.load(delta.name, part), self.exp_avg_sq.load(delta.name, part)
+                with in_fp32(delta.deltas[part]) as deltas:
+                    adamw_update(
+                        deltas,
+                        gradient[part].float(),
+                        exp_avg,
+                        exp_avg_sq,
+                        delta.cohort[part],
+                        self.gradients_seen,
+                        learning_rate=learning_rate,
+                        betas=self.betas,
+                        eps=self.eps,
+                        weight_decay=self.weight_decay,
+                    )
+                self.exp_avg.store(delta.name, part, exp_avg)
+                self.exp_avg_sq.store(delta.name, part, exp_avg_sq)
 
     def begin_cohort(self) -> None:
         """Open the cohort of the deltas that the coming drop and grow will grow; they have seen G gradients."""
@@ -174,17 +171,16 @@ class AdamW:
 
     def follow(self, delta: SparseDelta, exchange: Exchange, candidates: Candidates | None) -> None:
         """Move the moments with the entries; grown ones are seeded from their estimates (section 3.2)."""
-        beta1, beta2 = self.betas
-        exp_avg, exp_avg_sq = self._views[0][delta.name], self._views[1][delta.name]
-        picked = exchange.grown_candidates
-        mean = candidates.mean[picked] * (1 - beta1**self.estimation_steps)
-        mean_square = candidates.mean_square[picked] * (1 - beta2**self.estimation_steps)
-        exp_avg.copy_(exchange.merge(exp_avg, mean))
-        exp_avg_sq.copy_(exchange.merge(exp_avg_sq, mean_square))
+        picked, everything = exchange.grown_candidates, slice(0, delta.active)
+        estimates = (candidates.mean, candidates.mean_square)
+        for moment, beta, estimate in zip((self.exp_avg, self.exp_avg_sq), self.betas, estimates, strict=True):
+            seed = estimate[picked] * (1 - beta**self.estimation_steps)
+            moment.store(delta.name, everything, exchange.merge(moment.load(delta.name, everything), seed))
 
     def state_of(self, name: str) -> dict[str, Tensor]:
         """The state tensors of one weight, by name; views, not copies."""
-        return {"exp_avg": self._views[0][name], "exp_avg_sq": self._views[1][name]}
+        kept = {"exp_avg": self.exp_avg.state(name), "exp_avg_sq": self.exp_avg_sq.state(name)}
+        return {moment + suffix: tensor for moment, state in kept.items() for suffix, tensor in state.items()}
 
     def counters(self) -> dict[str, list[int]]:
         """What is no tensor: by cohort, how many gradients its moments have seen."""
@@ -204,21 +200,20 @@ class SM3:
         self.col = {delta.name: torch.zeros(delta.shape[1], device=device) for delta in store}
 
     def step(self, gradients: Tensor, learning_rate: float) -> None:
-        """Update all deltas with `gradients` [sum of K] fp32, the gradient of the global batch."""
-        first = 0
-        for delta in self.store:
+        """Update all deltas with `gradients` [sum of K] fp32 or bf16, the gradient of the global batch."""
+        sizes = [delta.active for delta in self.store]
+        for delta, gradient in zip(self.store, gradients.split(sizes), strict=True):
             with in_fp32(delta.deltas) as deltas:
                 sm3_update(
                     deltas,
-                    gradients[first : first + delta.active],
-                    delta.indices,
+                    gradient,
+                    delta.entries,
                     self.row[delta.name],
                     self.col[delta.name],
                     learning_rate=learning_rate,
                     eps=self.eps,
                     weight_decay=self.weight_decay,
                 )
-            first += delta.active
 
     def begin_cohort(self) -> None:
         """SM3 has no ages."""
@@ -236,9 +231,3 @@ class SM3:
 
     def load_counters(self, counters: Mapping[str, list[int]]) -> None:
         """SM3 counts nothing."""
-
-
-def _views(store: DeltaStore, flat: Tensor) -> Mapping[str, Tensor]:
-    """Cuts `flat` as the store's flat buffer is cut."""
-    pieces = flat.split([delta.active for delta in store])
-    return dict(zip(store.names, pieces, strict=True))

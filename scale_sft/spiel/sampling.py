@@ -1,36 +1,57 @@
 """What the backward pass records: gradients of the active deltas (Eq. 7), and candidates for growth (Eq. 8).
 
-Shapes: N entries of a weight, K active, C candidates; all gradients fp32.
+Shapes: N = R * C' entries of a weight, K active, C candidates; T tokens. Estimates are fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .delta import DeltaStore
+from .entries import Entries
 from .schedule import Phase
 from .topk import top_k_magnitude
 
 Select = Callable[[Tensor, int], Tensor]
 """(gradient [N], C) -> [C] sorted indices of the C largest magnitudes, of the gradient summed over all ranks."""
 
+Products = Callable[[Tensor, Tensor, Sequence[tuple[Entries, Tensor]]], None]
+"""(left [T, R], right [T, C'], [(entries, out [K]), ...]): adds the entries of left^T right to each `out`."""
+
 CANDIDATE_STATE = ("candidate_indices", "candidate_mean", "candidate_mean_square")
+
+
+def dense_products(left: Tensor, right: Tensor, wanted: Sequence[tuple[Entries, Tensor]]) -> None:
+    """The whole product, of which the entries are picked; it is gone when this returns."""
+    gradient = (left.t() @ right).view(-1)
+    for entries, out in wanted:
+        out += gradient.index_select(0, entries.flat())
 
 
 @dataclass
 class Candidates:
     """Growth candidates of one weight and the running estimates of their gradient (Eq. 8)."""
 
-    indices: Tensor  # [C] as the delta's indices: sorted, unique
+    entries: Entries
     mean: Tensor  # [C] fp32
     mean_square: Tensor  # [C] fp32
 
+    @property
+    def indices(self) -> Tensor:
+        """[C] flat indices as the delta's: sorted, unique."""
+        return self.entries.flat()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is kept."""
+        return [*self.entries.tensors, self.mean, self.mean_square]
+
     def state(self) -> dict[str, Tensor]:
-        """All tensors by name; views, not copies."""
+        """All that a checkpoint keeps, by name; views, not copies, but for the indices."""
         return dict(zip(CANDIDATE_STATE, (self.indices, self.mean, self.mean_square), strict=True))
 
 
@@ -42,6 +63,8 @@ class GradientRecorder:
         candidates: C of each weight; needed only where a phase proposes.
         estimation_steps: G, over which Eq. 8 averages.
         select: how candidates are chosen from one weight's gradient; the default sees this process only.
+        dtype: of the recorded gradients: float32, or bfloat16, which sums micro-batches and ranks in bf16.
+        products: how the entries of a weight's gradient are had where nothing else of it is needed.
     """
 
     def __init__(
@@ -51,8 +74,11 @@ class GradientRecorder:
         *,
         estimation_steps: int = 5,
         select: Select = top_k_magnitude,
+        dtype: torch.dtype = torch.float32,
+        products: Products = dense_products,
     ):
         self.store, self.counts, self.select = store, dict(candidates or {}), select
+        self.dtype, self.products = dtype, products
         self.estimation_steps = estimation_steps
         self.phase = Phase.OFF
         self.proposing = False  # this step chooses the candidates
@@ -63,7 +89,7 @@ class GradientRecorder:
 
     def _allocate(self, candidates: int) -> None:
         """One flat buffer for all that is summed over ranks: active gradients first, then candidates' gradients."""
-        self.flat = torch.zeros(self.store.active + candidates, dtype=torch.float32, device=self.store.device)
+        self.flat = torch.zeros(self.store.active + candidates, dtype=self.dtype, device=self.store.device)
         sizes = [delta.active for delta in self.store]
         if candidates:
             sizes += [self.counts[name] for name in self.store.names]
@@ -73,7 +99,7 @@ class GradientRecorder:
 
     @property
     def gradients(self) -> Tensor:
-        """[sum of K] fp32: the gradients of the active deltas, in the order of the store's flat buffer."""
+        """[sum of K]: the gradients of the active deltas, in the order of the store's flat buffer."""
         return self.flat[: self.store.active]
 
     def begin_step(self, phase: Phase) -> None:
@@ -103,7 +129,25 @@ class GradientRecorder:
     def load_candidates(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Take over what `Candidates.state` gave for one weight, in an open estimation phase."""
         indices, mean, square = (state[key].to(self.store.device, copy=True) for key in CANDIDATE_STATE)
-        self.candidates[name] = Candidates(indices, mean, square)
+        self.candidates[name] = Candidates(Entries(indices, self.store[name].shape), mean, square)
+
+    def record_product(self, name: str, left: Tensor, right: Tensor) -> None:
+        """Take from left^T right, the [R, C'] gradient of one weight in one backward pass, what is asked for.
+
+        The product is formed whole only where all of its entries are looked at: to propose candidates (section 3.2),
+        and in the first step, to find dead gradients.
+
+        Args:
+            left: [T, R]. right: [T, C'], of the same dtype.
+        """
+        estimating = self.phase is not Phase.OFF
+        if self.watch or (estimating and name not in self.candidates):
+            self.record(name, left.t() @ right)
+            return
+        wanted = [(self.store[name].entries, self._active[name])]
+        if estimating:
+            wanted.append((self.candidates[name].entries, self._candidate[name]))
+        self.products(left, right, wanted)
 
     def record(self, name: str, gradient: Tensor) -> None:
         """Take from `gradient`, the dense [O, I] gradient of one weight in one backward pass, what is asked for."""
@@ -114,9 +158,9 @@ class GradientRecorder:
         if self.phase is Phase.OFF:
             return
         if name not in self.candidates:
-            chosen = self.select(gradient, self.counts[name]).to(self.store[name].indices.dtype)
+            chosen = self.select(gradient, self.counts[name])
             zeros = torch.zeros(chosen.shape, dtype=torch.float32, device=chosen.device)
-            self.candidates[name] = Candidates(chosen, zeros, zeros.clone())
+            self.candidates[name] = Candidates(Entries(chosen, self.store[name].shape), zeros, zeros.clone())
         self._candidate[name] += gradient.index_select(0, self.candidates[name].indices)
 
     def end_step(self) -> None:
@@ -125,7 +169,7 @@ class GradientRecorder:
         if self.phase is Phase.OFF:
             return
         for name, candidates in self.candidates.items():
-            gradient = self._candidate[name]
+            gradient = self._candidate[name].float()
             candidates.mean.add_(gradient, alpha=1 / self.estimation_steps)
             candidates.mean_square.addcmul_(gradient, gradient, value=1 / self.estimation_steps)
 

@@ -103,7 +103,7 @@ def build(trace: Trace, cluster: Cluster, folder: str, checkpointing: bool):
         weight_decay=settings["weight_decay"],
         select=cluster.select_candidates,
     )
-    attach_taps(targets, tuning.recorder.record, cluster.materialize)
+    attach_taps(targets, tuning.recorder.record_product, cluster.materialize)
     model = cluster.prepare(model)
     parts = {target.name: cluster.part_of(target.module.weight) for target in targets}
     return model, tuning, ResidentDeltas(tuning.store, parts, cluster.settle)

@@ -68,10 +68,15 @@ def test_candidates_do_not_depend_on_the_cut_into_micro_batches_when_their_numbe
 
 
 def test_bytes_on_the_wire_are_four_per_active_entry_and_candidate_besides_the_proposal(launch_runs):
-    (run,) = launch_runs(2, True, [{"method": "ag"}])
+    run, lean = launch_runs(2, True, [{"method": "ag"}, {"gradient_dtype": "bfloat16", "moments": "int8"}])
     active = reallocations_of(run)[0]["active"]
     steps = {record["step"]: record for record in steps_of(run)}
     assert steps[3]["comm_gradients_bytes"] == 4 * active  # no estimation at step 3
     assert "comm_proposal_bytes" not in steps[3]
     assert steps[2]["comm_gradients_bytes"] == 8 * active  # step 2 ends an estimation phase: K + C entries
     assert steps[1]["comm_proposal_bytes"] > 0  # step 1 proposes
+    assert [record["comm_gradients_bytes"] for record in steps_of(lean)] == [
+        record["comm_gradients_bytes"] // 2 for record in steps.values()
+    ]
+    for mine, theirs in zip(steps.values(), steps_of(lean), strict=True):  # the indices differ in time: about as good
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=0.1)

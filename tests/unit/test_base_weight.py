@@ -31,13 +31,15 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(bits(one[name]), bits(other[name])) for name in one)
 
 
-def exchange_some(store: DeltaStore, seed: int, k: int = 4) -> None:
+def exchange_some(store: DeltaStore, seed: int, resident: ResidentDeltas, k: int = 4) -> None:
     """A reallocation of `k` entries of each weight on random candidates."""
     for delta in store:
         generator = torch.Generator().manual_seed(seed)
         candidates = torch.randperm(delta.numel, generator=generator)[:10].sort().values
         mean = torch.randn(10, generator=generator)
+        resident.release(delta)
         apply_exchange(delta, exchange_by_gradient(delta.indices, delta.deltas.abs(), candidates, mean, k), 1)
+        resident.adopt(delta)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -56,9 +58,7 @@ def test_restoring_gives_the_exact_bytes_back_after_writes_and_reallocations(dty
         store.flat.add_(torch.randn(store.active))
         resident.write()
         assert not same_bits(base, original)
-        exchange_some(store, round_)
-        for delta in store:
-            resident.follow(delta)
+        exchange_some(store, round_, resident)
         resident.write()
     resident.restore()
     assert same_bits(base, original)
@@ -73,9 +73,7 @@ def test_dropped_entries_return_to_the_pretrained_bits_and_active_ones_are_effec
     for round_ in range(4):
         store.flat.add_(torch.randn(store.active))
         resident.write()
-        exchange_some(store, round_)
-        for delta in store:
-            resident.follow(delta)
+        exchange_some(store, round_, resident)
         resident.write()
         for delta in store:
             expected = original[delta.name].clone().view(-1)
@@ -103,9 +101,7 @@ def test_a_weight_cut_into_parts_is_written_and_restored_as_the_whole(dtype: tor
         noise = torch.randn(stores[0].active)
         for store, resident in zip(stores, residents, strict=True):
             store.flat.add_(noise)
-            exchange_some(store, round_)
-            for delta in store:
-                resident.follow(delta)
+            exchange_some(store, round_, resident)
             resident.write()
         assert same_bits(whole, cut)
     for resident in residents[1:]:

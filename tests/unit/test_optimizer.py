@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from scale_sft.spiel import optimizer
+from scale_sft.spiel import entries
 from scale_sft.spiel.delta import DeltaStore
+from scale_sft.spiel.entries import Entries
 from scale_sft.spiel.optimizer import SM3, AdamW, adamw_update, sm3_update
 from scale_sft.spiel.reallocate import apply_exchange, exchange_by_gradient
 from scale_sft.spiel.sampling import Candidates
@@ -81,7 +82,7 @@ def test_every_delta_is_corrected_by_its_own_age() -> None:
 def test_pieces_of_a_large_model_are_updated_as_the_whole(monkeypatch) -> None:
     results = []
     for chunk in (1 << 22, 10):
-        monkeypatch.setattr(optimizer, "CHUNK_ENTRIES", chunk)
+        monkeypatch.setattr(entries, "PIECE_ENTRIES", chunk)
         store = DeltaStore(SHAPES, ACTIVE)
         own = AdamW(store)
         own.begin_cohort()
@@ -99,7 +100,8 @@ def test_grown_deltas_start_at_zero_with_seeded_moments_that_have_seen_g_gradien
         own.step(gradient, 0.01)
     before = {name: tensor.clone() for name, tensor in own.state_of("w").items()}
     store["w"].deltas.copy_(torch.tensor([0.5, 0.1, -0.4, 0.2]))
-    candidates = Candidates(torch.tensor([2, 3, 10]), torch.tensor([1.0, -5.0, 3.0]), torch.tensor([2.0, 30.0, 10.0]))
+    places = Entries(torch.tensor([2, 3, 10]), (4, 5))
+    candidates = Candidates(places, torch.tensor([1.0, -5.0, 3.0]), torch.tensor([2.0, 30.0, 10.0]))
     exchange = exchange_by_gradient(store["w"].indices, store["w"].deltas.abs(), candidates.indices, candidates.mean, 2)
     own.begin_cohort()
     own.follow(store["w"], exchange, candidates)
@@ -142,6 +144,6 @@ def test_sm3_is_dense_sm3_restricted_to_the_active_entries(shape, active: int, d
 def test_sm3_accumulators_of_rows_and_columns_without_active_entries_stay_zero() -> None:
     row, col, deltas = torch.zeros(3), torch.zeros(4), torch.zeros(2)
     settings = {"learning_rate": 0.1, "eps": 1e-8, "weight_decay": 0.0}
-    sm3_update(deltas, torch.tensor([2.0, 1.0]), torch.tensor([1, 9]), row, col, **settings)
+    sm3_update(deltas, torch.tensor([2.0, 1.0]), Entries(torch.tensor([1, 9]), (3, 4)), row, col, **settings)
     assert row.tolist() == [4.0, 0.0, 1.0] and col.tolist() == [0.0, 4.0, 0.0, 0.0]
     assert deltas.tolist() == pytest.approx([-0.1, -0.1])

@@ -125,7 +125,10 @@ class Nowhere:
     def write(self) -> None:
         pass
 
-    def follow(self, delta) -> None:
+    def release(self, delta) -> None:
+        pass
+
+    def adopt(self, delta) -> None:
         pass
 
 

@@ -60,7 +60,12 @@ def flip(file, place=-1):
     file.write_bytes(content)
 
 
-def test_a_resumed_run_leaves_the_same_bits_and_each_step_once(train_run, crashing_run, saving, tmp_path):
+LEAN = {"moments": "int8", "gradient_dtype": "bfloat16", "delta_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("options", [{}, LEAN, {"moments": "mixed"}], ids=["plain", "lean", "mixed"])
+def test_a_resumed_run_leaves_the_same_bits_and_each_step_once(options, train_run, crashing_run, saving, tmp_path):
+    saving = saving | options
     whole = train_run(**{**saving, "output_dir": str(tmp_path / "whole")})
     crashing_run(6, **saving)
     run = train_run(**saving)

@@ -1,0 +1,72 @@
+"""Packed entries are the flat indices they were made from, in fewer bytes."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from scale_sft.spiel.delta import SparseDelta, random_indices
+from scale_sft.spiel.entries import Entries, pieces
+
+SHAPES = [(1, 1), (1, 40), (40, 1), (7, 5), (64, 128), (128, 64), (3, 65536), (3, 65537), (2, 70000), (300, 400)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.1, 0.5, 1.0])
+def test_entries_give_back_the_indices_they_were_made_from(shape, density):
+    count = max(1, int(density * shape[0] * shape[1]))
+    indices = random_indices(shape, count, 0, "w")
+    entries = Entries(indices, shape)
+    assert torch.equal(entries.flat().long(), indices) and entries.flat().dtype is torch.int32
+    starts, columns = entries.csr()
+    rows = torch.repeat_interleave(torch.arange(shape[0]), starts.diff().long())
+    assert torch.equal(rows * shape[1] + columns.long(), indices)
+    found = [torch.cat(parts) for parts in zip(*((row, column) for _, row, column in entries.coordinates()))]
+    assert torch.equal(found[0], indices // shape[1]) and torch.equal(found[1], indices % shape[1])
+
+
+def test_rows_without_entries_at_either_end_and_between_are_kept():
+    indices = torch.tensor([21, 22, 23, 28, 29, 41, 42, 43, 44, 45, 46, 47, 48, 49, 51, 52, 53, 54, 55, 56, 57, 58, 59])
+    entries = Entries(indices, (10, 10))
+    assert len(entries.tensors) == 2  # in rows
+    assert torch.equal(entries.flat().long(), indices)
+
+
+def test_an_entry_costs_two_bytes_and_its_share_of_a_row():
+    shape = (1024, 1024)
+    bytes_of = lambda count: sum(t.nbytes for t in Entries(random_indices(shape, count, 0, "w"), shape).tensors)
+    assert bytes_of(20_000) == 2 * 20_000 + 4 * 1025
+    assert bytes_of(1_000) == 4 * 1_000  # fewer than two per row: flat
+    assert all(bytes_of(count) <= 4 * count for count in (1, 2049, 2050, 2051, 4000))
+
+
+def test_a_weight_of_more_entries_than_int32_counts_keeps_whole_numbers():
+    shape = (70_000, 40_000)
+    indices = torch.tensor([0, 5, 39_999, 40_000, 2**31 - 1, 2**31, 2**31 + 7, 70_000 * 40_000 - 1])
+    assert torch.equal(Entries(indices, shape).flat(), indices)
+    many = torch.arange(0, 70_000 * 40_000, 17_000)
+    entries = Entries(many, shape)
+    assert len(entries.tensors) == 2 and torch.equal(entries.flat(), many)
+
+
+def test_no_int64_tensor_as_long_as_the_entries_is_made():
+    class Longest(TorchDispatchMode):
+        longest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dtype is torch.int64:
+                self.longest = max(self.longest, result.numel())
+            return result
+
+    shape, count = (1024, 2048), 600_000
+    delta = SparseDelta("w", shape, Entries(random_indices(shape, count, 0, "w").int(), shape), None, None)
+    with Longest() as seen:
+        delta.indices = delta.indices
+        for _ in delta.entries.coordinates():
+            pass
+    assert 0 < seen.longest < count
+
+
+def test_pieces_cover_everything_once():
+    assert [(p.start, p.stop) for p in pieces(10, 4)] == [(0, 4), (4, 8), (8, 10)]
+    assert not list(pieces(0))
