@@ -47,11 +47,7 @@ def measure(name: str, options: dict, tmp_path: Path, capsys) -> dict[str, tuple
             base = sum(parameter.nbytes for parameter in session.model.parameters())
             if kind != "none":
                 base += sum(packed.state_bytes for packed in session.resident.packed.values())
-            store, tuning = session.tuning.store, session.tuning
-            state = store.flat.nbytes + tuning.recorder.flat.nbytes + session.resident.bytes
-            for delta in store:
-                state += delta.indices.nbytes + delta.cohort.nbytes
-                state += sum(tensor.nbytes for tensor in tuning.optimizer.state_of(delta.name).values())
+            state = sum(session.tuning.state_bytes().values()) + session.resident.bytes
             largest = max(target.numel for target in session.targets) * inputs.dtype.itemsize
             figures[kind] = (base, state, step_bytes(session), largest)
         finally:
