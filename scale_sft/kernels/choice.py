@@ -1,0 +1,207 @@
+"""Which way to the recorded entries of a weight gradient is the fastest here: measured at the start, then looked up.
+
+Shapes: T tokens; R rows, C columns of a weight; K entries of an index set. A path is a function of (left [T, R],
+right [T, C], index sets) that adds the entries of left^T right to each set's `out`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import IndexSet, plain_entries
+
+Path = Callable[[Tensor, Tensor, Sequence[IndexSet]], None]
+Timer = Callable[[Callable[[], None]], float]
+"""Runs a piece of work once on the device and says how many seconds that took."""
+
+PLAIN = "plain"
+SAMPLED = "sampled"
+REPEATS = 9
+HOPELESS = 1.5  # times as slow as the plain path in the first trial: not tried again
+WORTHWHILE = 0.97  # of the plain path's time: anything nearer may be noise, and the plain path stays
+LARGEST_ERROR = 0.01  # of the norm; rounding dW to bf16 makes 0.002
+FLUSH_BYTES = 256 << 20  # more than any second-level cache
+
+
+class Case(NamedTuple):
+    """Calls that are taken to be alike: same shape and dtype, tokens and entries within a factor of 2."""
+
+    rows: int
+    width: int
+    dtype: str
+    tokens_bits: int  # of T - 1
+    share_bits: int  # of R * C / K, K summed over the index sets
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was found for one case."""
+
+    chosen: str
+    seconds: dict[str, float]  # median, by path; the first trial's of paths that were hopeless
+    refused: dict[str, str]  # by path: why it cannot be used here
+
+
+class GradientPath:
+    """Computes recorded entries by the path that was the fastest when its case was measured; otherwise by the plain one.
+
+    Paths differ in the order of fp32 sums, and the plain one rounds dW to the factors' dtype before it gathers. A run
+    that has to go on bit for bit must therefore keep its choices: `state` and `load_state`. Ranks may choose
+    differently: what they sum over ranks stays the same on all of them.
+
+    Args:
+        device: where the factors lie. Without a GPU, or without Triton, there is only the plain path.
+        paths: paths by name, `plain` among them; None: all that can be had on the device.
+        timer: see `Timer`; None: by CUDA events, with caches flushed.
+    """
+
+    def __init__(
+        self, device: torch.device | str, paths: Mapping[str, Path] | None = None, timer: Timer | None = None
+    ):
+        self.device = torch.device(device)
+        self.paths = dict(paths or paths_of(self.device))
+        self._timer = timer
+        self.measured: dict[Case, Measurement] = {}
+        self._chosen: dict[Case, str] = {}
+
+    def entries(self, left: Tensor, right: Tensor, index_sets: Sequence[IndexSet]) -> None:
+        """out[k] += (left^T right)[row(k), column(k)] for each index set. Nothing waits for the device.
+
+        Args:
+            left: [T, R], right: [T, C]; fp32, bf16 or fp16, both the same.
+            index_sets: (row_starts, columns, out), see `IndexSet`.
+        """
+        index_sets = [IndexSet(*index_set) for index_set in index_sets]
+        case = _case(left, right, sum(index_set.columns.numel() for index_set in index_sets))
+        self.paths[self.choice(case)](left, right, index_sets)
+
+    def choice(self, case: Case) -> str:
+        """The name of the path for a case: as measured, or as for the nearest number of tokens, or plain."""
+        if case not in self._chosen:
+            alike = [other for other in self._chosen if other._replace(tokens_bits=case.tokens_bits) == case]
+            nearest = min(alike, key=lambda other: abs(other.tokens_bits - case.tokens_bits), default=None)
+            return self._chosen[nearest] if nearest else PLAIN
+        return self._chosen[case]
+
+    def measure(
+        self, rows: int, width: int, tokens: int, entries: Sequence[int], dtype: torch.dtype, seed: int = 0
+    ) -> Measurement:
+        """Try all paths on factors [T, R] and [T, C] and index sets of so many `entries`, and keep the fastest.
+
+        Only the first of several alike cases is tried. A path that fails here, or disagrees with the plain one, is
+        refused; the measurement says why. This waits for the device; call it before the first step.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        left, right = (torch.randn(tokens, n, generator=generator).to(self.device, dtype) for n in (rows, width))
+        case = _case(left, right, sum(entries))
+        if case in self.measured:
+            return self.measured[case]
+        index_sets = [_spread_evenly(rows, width, k, generator, self.device) for k in entries]
+        refused = self._wrong_paths(left, right, index_sets)
+        timer = self._timer or _EventTimer(self.device)
+        seconds = {PLAIN: timer(lambda: self.paths[PLAIN](left, right, index_sets))}
+        for name in self.paths.keys() - refused.keys() - {PLAIN}:
+            seconds[name] = timer(lambda: self.paths[name](left, right, index_sets))  # noqa: B023
+        contenders = {name for name in seconds if seconds[name] <= HOPELESS * seconds[PLAIN]}
+        trials: dict[str, list[float]] = {name: [] for name in sorted(contenders)}
+        for _ in range(REPEATS):
+            for name, times in trials.items():
+                times.append(timer(lambda: self.paths[name](left, right, index_sets)))  # noqa: B023
+        seconds |= {name: statistics.median(times) for name, times in trials.items()}
+        fastest = min(seconds, key=seconds.get)
+        chosen = fastest if seconds[fastest] < WORTHWHILE * seconds[PLAIN] else PLAIN
+        self.measured[case] = Measurement(chosen, seconds, refused)
+        self._chosen[case] = chosen
+        return self.measured[case]
+
+    def _wrong_paths(self, left: Tensor, right: Tensor, index_sets: Sequence[IndexSet]) -> dict[str, str]:
+        """By name of a path: why it cannot be used. Each path is warm afterwards."""
+        expected = self._result_of(PLAIN, left, right, index_sets)
+        refused = {}
+        for name in self.paths.keys() - {PLAIN}:
+            try:
+                found = self._result_of(name, left, right, index_sets)
+            except Exception as error:  # whatever a compiler or driver may raise: the plain path remains
+                refused[name] = f"{type(error).__name__}: {error}"
+                continue
+            error = float((found - expected).norm() / expected.norm())
+            if not error <= LARGEST_ERROR:
+                refused[name] = f"differs from the dense product by {error:.2g} of its norm"
+        return refused
+
+    def _result_of(self, name: str, left: Tensor, right: Tensor, index_sets: Sequence[IndexSet]) -> Tensor:
+        for index_set in index_sets:
+            index_set.out.zero_()
+        self.paths[name](left, right, index_sets)
+        return torch.cat([index_set.out for index_set in index_sets])
+
+    def state(self) -> dict[str, str]:
+        """The choices, as a JSON object can keep them."""
+        return {" ".join(map(str, case)): chosen for case, chosen in self._chosen.items()}
+
+    def load_state(self, state: Mapping[str, str]) -> None:
+        """Take over what `state` gave, for all paths that exist here; cases that are measured later keep to it too."""
+        for words, chosen in state.items():
+            rows, width, dtype, tokens_bits, share_bits = words.split()
+            case = Case(int(rows), int(width), dtype, int(tokens_bits), int(share_bits))
+            if chosen in self.paths:
+                self._chosen[case] = chosen
+                self.measured[case] = Measurement(chosen, {}, {})
+
+
+def paths_of(device: torch.device) -> dict[str, Path]:
+    """All paths that can be had on a device, by name; `plain` always."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return {PLAIN: plain_entries}
+    from .sampled import sampled_dots
+    from .tiles import TILES, product_entries
+
+    paths: dict[str, Path] = {PLAIN: plain_entries, SAMPLED: sampled_dots}
+    for tile in TILES:
+        name = f"product_{tile.block_r}x{tile.block_c}x{tile.block_t}"
+        paths[name] = lambda left, right, index_sets, tile=tile: product_entries(left, right, index_sets, tile)
+    return paths
+
+
+def _case(left: Tensor, right: Tensor, entries: int) -> Case:
+    (tokens, rows), width = left.shape, right.shape[1]
+    share_bits = (rows * width // max(1, entries)).bit_length()
+    return Case(rows, width, str(left.dtype).removeprefix("torch."), max(0, tokens - 1).bit_length(), share_bits)
+
+
+def _spread_evenly(
+    rows: int, width: int, entries: int, generator: torch.Generator, device: torch.device
+) -> IndexSet:
+    """`entries` entries, as many in each row as in any other, at even distances from a random column on."""
+    starts = torch.arange(rows + 1) * entries // rows
+    counts = starts.diff()
+    row = torch.repeat_interleave(torch.arange(rows), counts)
+    place = torch.arange(entries) - starts[row] + torch.rand(rows, generator=generator, dtype=torch.float64)[row]
+    columns = (place * width / counts[row]).long().clamp_(max=width - 1)
+    narrow = torch.int16 if width <= 1 << 16 else torch.int32
+    return IndexSet(starts.int().to(device), columns.to(narrow).to(device), torch.zeros(entries, device=device))
+
+
+class _EventTimer:
+    """Seconds of a piece of work on a GPU, between two events on its stream, with nothing of it cached before."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def __call__(self, work: Callable[[], None]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(self.device):
+            self.flush.zero_()
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end) / 1000

@@ -1,0 +1,149 @@
+"""Kernels without a GPU: the choice among paths, all kernels in Triton's interpreter, and what they compile to."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scale_sft.kernels.choice import PLAIN, GradientPath
+from scale_sft.kernels.layout import IndexSet, column_mask, flat_indices, plain_entries
+
+ROOT = Path(__file__).parents[2]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Python in a process of its own, with `environment` added; it finds the project first."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+
+
+# --- the choice ---------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A timer that runs the work and says what each path is made to cost."""
+
+    def __init__(self, **seconds: float):
+        self.seconds, self.used = seconds, []
+
+    def path(self, name: str, compute=plain_entries):
+        def run(*arguments) -> None:
+            self.used.append(name)
+            compute(*arguments)
+
+        return run
+
+    def __call__(self, work) -> float:
+        work()
+        return self.seconds[self.used[-1]]
+
+
+def chooser(compute=plain_entries, **seconds: float) -> tuple[GradientPath, Clock]:
+    clock = Clock(**seconds)
+    paths = {name: clock.path(name, plain_entries if name == PLAIN else compute) for name in seconds}
+    return GradientPath("cpu", paths, clock), clock
+
+
+def a_call(path: GradientPath, tokens: int = 32, entries: int = 12) -> torch.Tensor:
+    left, right = torch.ones(tokens, 8), torch.ones(tokens, 16)
+    starts = torch.tensor([0] + [entries] * 8, dtype=torch.int32)
+    out = torch.zeros(entries)
+    path.entries(left, right, [(starts, torch.arange(entries, dtype=torch.int16), out)])
+    return out
+
+
+def test_the_fastest_path_is_chosen_and_used() -> None:
+    path, clock = chooser(plain=1.0, fast=0.5, faster=0.4)
+    assert path.measure(8, 16, 32, [12], torch.float32).chosen == "faster"
+    clock.used.clear()
+    assert a_call(path).tolist() == [32.0] * 12
+    assert clock.used == ["faster"]
+
+
+@pytest.mark.parametrize("seconds", [2.0, 1.01, 1.0, 0.99])
+def test_a_path_that_is_not_clearly_faster_is_left_alone(seconds: float) -> None:
+    path, _ = chooser(plain=1.0, other=seconds)
+    assert path.measure(8, 16, 32, [12], torch.float32).chosen == PLAIN
+
+
+def test_a_path_that_fails_or_is_wrong_is_refused_with_the_reason() -> None:
+    def wrong(left, right, index_sets) -> None:
+        plain_entries(left, right * 1.1, index_sets)
+
+    def broken(left, right, index_sets) -> None:
+        raise RuntimeError("no compiler")
+
+    for compute, reason in ((wrong, "differs from the dense product by 0.1"), (broken, "RuntimeError: no compiler")):
+        path, _ = chooser(compute, plain=1.0, other=0.1)
+        measurement = path.measure(8, 16, 32, [12], torch.float32)
+        assert measurement.chosen == PLAIN and measurement.refused["other"].startswith(reason)
+
+
+def test_what_was_not_measured_takes_the_nearest_number_of_tokens_or_the_plain_path() -> None:
+    path, clock = chooser(plain=1.0, fast=0.5)
+    path.measure(8, 16, 32, [12], torch.float32)
+    for tokens, entries, expected in ((1000, 12, "fast"), (3, 12, "fast"), (32, 1, PLAIN)):
+        clock.used.clear()
+        a_call(path, tokens, entries)
+        assert clock.used == [expected]
+
+
+def test_alike_cases_are_measured_once_and_choices_can_be_kept() -> None:
+    path, clock = chooser(plain=1.0, fast=0.5)
+    path.measure(8, 16, 32, [12], torch.float32)
+    clock.used.clear()
+    path.measure(8, 16, 30, [6, 6], torch.float32)
+    assert not clock.used
+    kept = json.loads(json.dumps(path.state()))
+    other, _ = chooser(plain=1.0, fast=2.0)
+    other.load_state(kept)
+    assert other.measure(8, 16, 32, [12], torch.float32).chosen == "fast"
+    without, _ = chooser(plain=1.0)
+    without.load_state(kept)
+    assert without.measure(8, 16, 32, [12], torch.float32).chosen == PLAIN
+
+
+def test_without_a_gpu_there_is_only_the_plain_path_and_triton_is_not_imported() -> None:
+    code = (
+        "import sys, torch; from scale_sft.kernels.choice import GradientPath; path = GradientPath('cpu');"
+        "assert list(path.paths) == ['plain']; path.measure(8, 70000, 4, [9], torch.float32);"
+        "assert 'triton' not in sys.modules"
+    )
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_plain_entries_are_gathered_from_the_product_in_the_factors_dtype() -> None:
+    left, right = torch.randn(30, 5).bfloat16(), torch.randn(30, 7).bfloat16()
+    to = IndexSet(torch.tensor([0, 2, 2, 3, 3, 6]).int(), torch.tensor([1, 6, 0, 2, 3, 5]).short(), torch.ones(6))
+    plain_entries(left, right, [to])
+    flat = [1, 6, 14, 30, 31, 33]
+    assert flat_indices(to.row_starts, to.columns, 7).tolist() == flat
+    assert torch.equal(to.out, 1 + (left.t() @ right).view(-1)[flat].float())
+
+
+def test_columns_are_uint16_bits_or_int32() -> None:
+    assert (torch.tensor([40000]).short().int() & column_mask(torch.zeros(1).short())).item() == 40000
+    with pytest.raises(ValueError, match="expected int16 .* or int32"):
+        column_mask(torch.zeros(1))
+
+
+# --- the kernels --------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+@pytest.mark.slow
+def test_all_kernels_are_exact_in_tritons_interpreter() -> None:
+    """The tests of tests/gpu, in a process of their own: Triton looks for the switch when it is imported."""
+    done = run_python(
+        "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu/test_kernels.py", TRITON_INTERPRET="1"
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
