@@ -83,12 +83,18 @@ class GradientPath:
         self.paths[self.choice(case)](left, right, index_sets)
 
     def choice(self, case: Case) -> str:
-        """The name of the path for a case: as measured, or as for the nearest number of tokens, or plain."""
-        if case not in self._chosen:
-            alike = [other for other in self._chosen if other._replace(tokens_bits=case.tokens_bits) == case]
-            nearest = min(alike, key=lambda other: abs(other.tokens_bits - case.tokens_bits), default=None)
-            return self._chosen[nearest] if nearest else PLAIN
-        return self._chosen[case]
+        """The name of the path for a case: as measured, or as for the nearest number of tokens, or plain.
+
+        K just beyond a power of 2 is as good as the K that was measured.
+        """
+        if case in self._chosen:
+            return self._chosen[case]
+
+        def distance(other: Case) -> tuple[int, int]:
+            return abs(other.share_bits - case.share_bits), abs(other.tokens_bits - case.tokens_bits)
+
+        alike = [other for other in self._chosen if other[:3] == case[:3] and distance(other)[0] <= 1]
+        return self._chosen[min(alike, key=distance)] if alike else PLAIN
 
     def measure(
         self, rows: int, width: int, tokens: int, entries: Sequence[int], dtype: torch.dtype, seed: int = 0
@@ -98,6 +104,8 @@ class GradientPath:
         Only the first of several alike cases is tried. A path that fails here, or disagrees with the plain one, is
         refused; the measurement says why. This waits for the device; call it before the first step.
         """
+        if self.paths.keys() == {PLAIN}:
+            return Measurement(PLAIN, {}, {})
         generator = torch.Generator().manual_seed(seed)
         left, right = (torch.randn(tokens, n, generator=generator).to(self.device, dtype) for n in (rows, width))
         case = _case(left, right, sum(entries))

@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -89,7 +91,7 @@ def test_a_path_that_fails_or_is_wrong_is_refused_with_the_reason() -> None:
 def test_what_was_not_measured_takes_the_nearest_number_of_tokens_or_the_plain_path() -> None:
     path, clock = chooser(plain=1.0, fast=0.5)
     path.measure(8, 16, 32, [12], torch.float32)
-    for tokens, entries, expected in ((1000, 12, "fast"), (3, 12, "fast"), (32, 1, PLAIN)):
+    for tokens, entries, expected in ((1000, 12, "fast"), (3, 12, "fast"), (32, 6, "fast"), (32, 1, PLAIN)):
         clock.used.clear()
         a_call(path, tokens, entries)
         assert clock.used == [expected]
@@ -147,3 +149,95 @@ def test_all_kernels_are_exact_in_tritons_interpreter() -> None:
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+def compile_for(capability: int, kernel, constants: dict, options: dict, **types: str) -> tuple[str, int, int, int]:
+    """(PTX, bytes of shared memory, registers, bytes of spilled ones) of a kernel for a GPU that need not be there.
+
+    Pointers, strides and sizes are taken to be divisible by 16, as those of models are.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    even = [n for n, type_ in types.items() if type_[0] == "*" or n.endswith("stride") or n in ("rows", "width")]
+    source = ASTSource(
+        kernel,
+        {name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in even},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+    registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return compiled.asm["ptx"], compiled.metadata.shared, registers, spilled
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """`compile_for`, leaving nothing in the user's cache."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    if not triton.__version__.startswith("3.7."):
+        pytest.skip(f"asks Triton 3.7 to compile for a GPU that is not there; this is {triton.__version__}")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    return compile_for
+
+
+ENTRIES_OF_A_WEIGHT = {"row_starts": "*i32", "columns": "*i16"}
+A100, H100 = 80, 90
+A100_SHARED_BYTES = 163 << 10
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [A100, H100])
+def test_the_product_runs_on_tensor_cores_and_picks_entries_through_shared_memory(compiler, capability: int) -> None:
+    from scale_sft.kernels.tiles import TILES, tile_kernel
+
+    types = dict.fromkeys(("left", "right"), "*bf16") | dict.fromkeys(("out", "out_2"), "*fp32") | ENTRIES_OF_A_WEIGHT
+    types |= {"row_starts_2": "*i32", "columns_2": "*i16"}
+    types |= dict.fromkeys(("tokens", "rows", "width", "left_stride", "right_stride", "bisections"), "i32")
+    for tile in TILES:
+        constants = {"SECOND": True, "COLUMN_MASK": 0xFFFF, "PRECISION": "ieee", "PICKS": 16, "GROUP": 8}
+        constants |= {"BLOCK_R": tile.block_r, "BLOCK_C": tile.block_c, "BLOCK_T": tile.block_t}
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        ptx, shared_bytes, _, spilled_bytes = compiler(capability, tile_kernel, constants, options, **types)
+        assert ("wgmma.mma_async" if capability == H100 else "mma.sync") in ptx
+        assert "cp.async" in ptx  # the next tokens are loaded meanwhile
+        assert shared_bytes <= A100_SHARED_BYTES and spilled_bytes <= 64
+        assert ptx.count("shfl.sync") < 200  # not picked by exchanges between threads
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [A100, H100])
+def test_dot_products_and_updates_spill_nothing_and_updates_round_as_ieee_754_asks(compiler, capability: int) -> None:
+    from scale_sft.kernels.sampled import ENTRIES, TOKENS, dot_kernel
+    from scale_sft.kernels.updates import BLOCK, ROW_BLOCK, adamw_kernel, sm3_kernel
+
+    constants = {"COLUMN_MASK": 0xFFFF, "ENTRIES": ENTRIES, "TOKENS": TOKENS}
+    types = {"left": "*bf16", "right": "*bf16", "sums": "*fp32", "token_stride": "i32", **ENTRIES_OF_A_WEIGHT}
+    *_, spilled_bytes = compiler(capability, dot_kernel, constants, {}, **types)
+    assert spilled_bytes == 0
+
+    common = dict.fromkeys(("deltas", "gradients", "scale"), "*fp32") | dict.fromkeys(("weight", "base"), "*bf16")
+    common |= {"width": "i32", "part_start": "i64", "part_size": "i32", "first": "i32"} | ENTRIES_OF_A_WEIGHT
+    common |= dict.fromkeys(("decay", "eps"), "fp32")
+    adamw = dict.fromkeys(("exp_avg", "exp_avg_sq", "step_sizes", "denominators"), "*fp32") | {"cohort": "*u8"}
+    adamw |= {"entries": "i32", "rows": "i32"} | dict.fromkeys(("weight1", "beta2", "weight2"), "fp32")
+    sm3 = dict.fromkeys(("row_accumulator", "old_columns", "column_accumulator"), "*fp32") | {"step_size": "fp32"}
+    for kernel, types, block in ((adamw_kernel, adamw, BLOCK), (sm3_kernel, sm3, ROW_BLOCK)):
+        constants = {"SCALED": True, "WRITES": True, "COLUMN_MASK": 0xFFFF, "BLOCK": block}
+        ptx, _, _, spilled_bytes = compiler(
+            capability, kernel, constants, {"enable_fp_fusion": False}, **common, **types
+        )
+        assert spilled_bytes == 0
+        assert "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx and "fma.rn.f32" not in ptx
+        assert re.search(r"cvt\.rn\.bf16", ptx)  # the effective value, to the nearest
