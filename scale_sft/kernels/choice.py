@@ -10,6 +10,7 @@ import importlib.util
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ Timer = Callable[[Callable[[], None]], float]
 
 PLAIN = "plain"
 SAMPLED = "sampled"
+PICKED = "picked"
 REPEATS = 9
 HOPELESS = 1.5  # times as slow as the plain path in the first trial: not tried again
 WORTHWHILE = 0.97  # of the plain path's time: anything nearer may be noise, and the plain path stays
@@ -62,9 +64,7 @@ class GradientPath:
         timer: see `Timer`; None: by CUDA events, with caches flushed.
     """
 
-    def __init__(
-        self, device: torch.device | str, paths: Mapping[str, Path] | None = None, timer: Timer | None = None
-    ):
+    def __init__(self, device: torch.device | str, paths: Mapping[str, Path] | None = None, timer: Timer | None = None):
         self.device = torch.device(device)
         self.paths = dict(paths or paths_of(self.device))
         self._timer = timer
@@ -114,14 +114,14 @@ class GradientPath:
         index_sets = [_spread_evenly(rows, width, k, generator, self.device) for k in entries]
         refused = self._wrong_paths(left, right, index_sets)
         timer = self._timer or _EventTimer(self.device)
-        seconds = {PLAIN: timer(lambda: self.paths[PLAIN](left, right, index_sets))}
-        for name in self.paths.keys() - refused.keys() - {PLAIN}:
-            seconds[name] = timer(lambda: self.paths[name](left, right, index_sets))  # noqa: B023
-        contenders = {name for name in seconds if seconds[name] <= HOPELESS * seconds[PLAIN]}
-        trials: dict[str, list[float]] = {name: [] for name in sorted(contenders)}
+        works = {
+            name: partial(path, left, right, index_sets) for name, path in self.paths.items() if name not in refused
+        }
+        seconds = {name: timer(work) for name, work in works.items()}
+        trials = {name: [] for name in works if seconds[name] <= HOPELESS * seconds[PLAIN]}
         for _ in range(REPEATS):
             for name, times in trials.items():
-                times.append(timer(lambda: self.paths[name](left, right, index_sets)))  # noqa: B023
+                times.append(timer(works[name]))
         seconds |= {name: statistics.median(times) for name, times in trials.items()}
         fastest = min(seconds, key=seconds.get)
         chosen = fastest if seconds[fastest] < WORTHWHILE * seconds[PLAIN] else PLAIN
@@ -131,13 +131,12 @@ class GradientPath:
 
     def _wrong_paths(self, left: Tensor, right: Tensor, index_sets: Sequence[IndexSet]) -> dict[str, str]:
         """By name of a path: why it cannot be used. Each path is warm afterwards."""
-        expected = self._result_of(PLAIN, left, right, index_sets)
-        refused = {}
-        for name in self.paths.keys() - {PLAIN}:
+        expected, refused = self._result_of(PLAIN, left, right, index_sets), {}
+        for name in self.paths:
             try:
                 found = self._result_of(name, left, right, index_sets)
             except Exception as error:  # whatever a compiler or driver may raise: the plain path remains
-                refused[name] = f"{type(error).__name__}: {error}"
+                refused[name] = f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
                 continue
             error = float((found - expected).norm() / expected.norm())
             if not error <= LARGEST_ERROR:
@@ -168,10 +167,11 @@ def paths_of(device: torch.device) -> dict[str, Path]:
     """All paths that can be had on a device, by name; `plain` always."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return {PLAIN: plain_entries}
+    from .picked import picked_entries
     from .sampled import sampled_dots
     from .tiles import TILES, product_entries
 
-    paths: dict[str, Path] = {PLAIN: plain_entries, SAMPLED: sampled_dots}
+    paths: dict[str, Path] = {PLAIN: plain_entries, PICKED: picked_entries, SAMPLED: sampled_dots}
     for tile in TILES:
         name = f"product_{tile.block_r}x{tile.block_c}x{tile.block_t}"
         paths[name] = lambda left, right, index_sets, tile=tile: product_entries(left, right, index_sets, tile)
@@ -184,9 +184,7 @@ def _case(left: Tensor, right: Tensor, entries: int) -> Case:
     return Case(rows, width, str(left.dtype).removeprefix("torch."), max(0, tokens - 1).bit_length(), share_bits)
 
 
-def _spread_evenly(
-    rows: int, width: int, entries: int, generator: torch.Generator, device: torch.device
-) -> IndexSet:
+def _spread_evenly(rows: int, width: int, entries: int, generator: torch.Generator, device: torch.device) -> IndexSet:
     """`entries` entries, as many in each row as in any other, at even distances from a random column on."""
     starts = torch.arange(rows + 1) * entries // rows
     counts = starts.diff()

@@ -138,9 +138,7 @@ def tile_kernel(
         )  # fmt: skip
 
 
-def product_entries(
-    left: Tensor, right: Tensor, index_sets: Sequence[IndexSet], tile: Tile | None = None
-) -> None:
+def product_entries(left: Tensor, right: Tensor, index_sets: Sequence[IndexSet], tile: Tile | None = None) -> None:
     """out[k] += (left^T right)[row(k), column(k)] for each index set; two sets share one product.
 
     Sums are fp32 in one order (fp32 factors are multiplied as such, never as TF32); every entry is written by the one

@@ -12,20 +12,19 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from scale_sft.base_weight import effective_values  # noqa: E402
-from scale_sft.kernels.layout import IndexSet, flat_indices, plain_entries  # noqa: E402
-from scale_sft.kernels.sampled import sampled_dots  # noqa: E402
-from scale_sft.kernels.tiles import TILES, Tile, product_entries  # noqa: E402
-from scale_sft.kernels.updates import BLOCK, Written, adamw_write, sm3_write  # noqa: E402
-from scale_sft.spiel.optimizer import adamw_update, sm3_update  # noqa: E402
+from scale_sft.base_weight import effective_values
+from scale_sft.kernels.layout import IndexSet, flat_indices, plain_entries
+from scale_sft.kernels.picked import picked_entries
+from scale_sft.kernels.sampled import sampled_dots
+from scale_sft.kernels.tiles import TILES, Tile, product_entries
+from scale_sft.kernels.updates import BLOCK, Written, adamw_write, sm3_write
+from scale_sft.spiel.optimizer import adamw_update, sm3_update
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"
-    ),
+    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"),
 ]
 SMALL = Tile(16, 32, 16, 4, 2)  # several tiles even of tiny weights
 # tokens, rows, columns, entries: odd sizes, one entry, full, more than a block of tokens, one row, one column, one token
@@ -72,7 +71,7 @@ def small_tiles(left: Tensor, right: Tensor, index_sets: list[IndexSet]) -> None
     product_entries(left, right, index_sets, SMALL)
 
 
-PATHS = [sampled_dots, small_tiles, plain_entries]
+PATHS = [sampled_dots, small_tiles, picked_entries, plain_entries]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -116,6 +115,15 @@ def test_gradients_of_bf16_are_rounded_once(path) -> None:
     assert torch.equal(narrow.out, exact.out.bfloat16() if of_torch else rounded(exact.out, torch.bfloat16))
 
 
+def test_picked_entries_have_the_bits_of_the_plain_path() -> None:
+    left, right = drawn(1, 100, 19, dtype=torch.bfloat16), drawn(2, 100, 40, dtype=torch.bfloat16)
+    picked, plain = index_set((19, 40), 200), index_set((19, 40), 200)
+    for _ in range(2):
+        picked_entries(left, right, [picked])
+        plain_entries(left, right, [plain])
+    assert torch.equal(picked.out, plain.out)
+
+
 @pytest.mark.parametrize("path", [sampled_dots, small_tiles])
 def test_the_same_call_gives_the_same_bits(path) -> None:
     left, right = drawn(1, 200, 20), drawn(2, 200, 35)
@@ -129,7 +137,8 @@ def test_columns_beyond_32767_are_not_negative() -> None:
     left, right = drawn(1, 4, 2), drawn(2, 4, 65536)
     flat = torch.tensor([0, 32767, 32768, 65535, 65536 + 40000])
     starts, columns = torch.tensor([0, 4, 5]).int(), (flat % 65536).to(torch.int16)
-    for path in (sampled_dots, lambda *given: product_entries(*given, Tile(16, 8192, 16, 4, 2) if INTERPRETED else None)):
+    wide_tile = Tile(16, 8192, 16, 4, 2) if INTERPRETED else None  # few programs: each takes the interpreter long
+    for path in (sampled_dots, lambda *given: product_entries(*given, wide_tile)):
         to = IndexSet(starts.to(DEVICE), columns.to(DEVICE), torch.zeros(5, device=DEVICE))
         path(left, right, [to])
         torch.testing.assert_close(to.out.double(), dense(left, right, to), rtol=1e-5, atol=1e-5)
@@ -184,7 +193,7 @@ def weight_and_base(to: IndexSet, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("betas, eps, decay", SETTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("entries", [1, 150, 390])
-def test_adamw_in_one_pass_is_the_plain_update_and_writes_the_effective_value(betas, eps, decay, dtype, entries) -> None:
+def test_adamw_in_one_pass_is_the_plain_update_and_writes_the_weight(betas, eps, decay, dtype, entries) -> None:
     to = index_set(WEIGHT, entries)
     weight, base = weight_and_base(to, dtype)
     deltas, gradients, exp_avg = (drawn(seed, entries) for seed in (3, 4, 5))
@@ -210,16 +219,14 @@ def test_adamw_in_one_pass_is_the_plain_update_and_writes_the_effective_value(be
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("entries", [1, 150, 390])
-def test_sm3_in_one_pass_is_the_plain_update_and_writes_the_effective_value(decay, dtype, entries) -> None:
+def test_sm3_in_one_pass_is_the_plain_update_and_writes_the_weight(decay, dtype, entries) -> None:
     to = index_set(WEIGHT, entries)
     weight, base = weight_and_base(to, dtype)
     deltas, gradients = drawn(3, entries), drawn(4, entries)
     row, col, scale = drawn(5, WEIGHT[0]).square(), drawn(6, WEIGHT[1]).square(), torch.tensor(0.6, device=DEVICE)
     flat = flat_indices(to.row_starts, to.columns, WEIGHT[1])
     plain = [tensor.clone() for tensor in (deltas, row, col)]
-    sm3_update(
-        plain[0], gradients * scale, flat, plain[1], plain[2], learning_rate=0.05, eps=1e-8, weight_decay=decay
-    )
+    sm3_update(plain[0], gradients * scale, flat, plain[1], plain[2], learning_rate=0.05, eps=1e-8, weight_decay=decay)
     sm3_write(
         deltas, gradients, row, col, learning_rate=0.05, decay=1 - 0.05 * decay, eps=1e-8, row_starts=to.row_starts,
         columns=to.columns, scale=scale, written=Written(weight, base),
@@ -256,26 +263,27 @@ def test_rows_longer_than_a_block_and_many_blocks_are_updated_whole() -> None:
         assert torch.equal(weight.view(-1)[flat], base + deltas)
 
 
+def one_step(update: str, to: IndexSet, deltas: Tensor, exp_avg: Tensor, written: Written | None) -> None:
+    """One update of some state in place; `exp_avg` is used by AdamW alone."""
+    gradients = drawn(4, deltas.numel())
+    common = {"decay": 0.99, "eps": 1e-8, "row_starts": to.row_starts, "columns": to.columns, "written": written}
+    if update == "sm3":
+        sm3_write(deltas, gradients, drawn(5, 13).square(), drawn(6, 30).square(), learning_rate=0.01, **common)
+        return
+    exp_avg_sq = drawn(6, deltas.numel()).square()
+    cohort, betas = torch.zeros(deltas.numel(), dtype=torch.uint8, device=DEVICE), (0.9, 0.99)
+    tables = adamw_tables([4], 0.01, betas)
+    adamw_write(deltas, gradients, exp_avg, exp_avg_sq, cohort, *tables, betas=betas, width=WEIGHT[1], **common)
+
+
 @pytest.mark.parametrize("update", ["adamw", "sm3"])
 def test_state_of_bf16_is_rounded_once_and_the_weight_gets_the_stored_delta(update) -> None:
-    entries, to = 100, index_set(WEIGHT, 100)
+    to, results = index_set(WEIGHT, 100), []
     _, base = weight_and_base(to, torch.bfloat16)
-    results = []
     for dtype in (torch.float32, torch.bfloat16):
         weight, _ = weight_and_base(to, torch.bfloat16)
-        deltas, exp_avg = (drawn(seed, entries).bfloat16().to(dtype) for seed in (3, 5))
-        common = {"decay": 0.99, "eps": 1e-8, "row_starts": to.row_starts, "columns": to.columns}
-        common["written"] = Written(weight, base)
-        if update == "adamw":
-            square, cohort = drawn(6, entries).square(), torch.zeros(entries, dtype=torch.uint8, device=DEVICE)
-            tables = adamw_tables([4], 0.01, (0.9, 0.99))
-            adamw_write(
-                deltas, drawn(4, entries), exp_avg, square, cohort, *tables, betas=(0.9, 0.99), width=WEIGHT[1], **common
-            )
-        else:
-            sm3_write(
-                deltas, drawn(4, entries), drawn(5, 13).square(), drawn(6, 30).square(), learning_rate=0.01, **common
-            )
+        deltas, exp_avg = (drawn(seed, 100).bfloat16().to(dtype) for seed in (3, 5))
+        one_step(update, to, deltas, exp_avg, Written(weight, base))
         results.append((deltas, exp_avg, weight))
     (exact, exact_avg, _), (moved, moved_avg, weight) = results
     assert torch.equal(moved, rounded(exact, torch.bfloat16))
@@ -287,26 +295,14 @@ def test_state_of_bf16_is_rounded_once_and_the_weight_gets_the_stored_delta(upda
 @pytest.mark.parametrize("update", ["adamw", "sm3"])
 @pytest.mark.parametrize("start, stop", [(0, 390), (100, 200), (0, 7), (383, 390), (200, 200)])
 def test_a_part_of_a_sharded_weight_is_written_and_all_entries_are_updated(update, start, stop) -> None:
-    entries, to = 120, index_set(WEIGHT, 120)
+    to, deltas, results = index_set(WEIGHT, 120), drawn(3, 120), []
     flat = flat_indices(to.row_starts, to.columns, WEIGHT[1])
     whole, base = weight_and_base(to, torch.float32)
     first, last = (int((flat < bound).sum()) for bound in (start, stop))
     part = whole.view(-1)[start:stop].clone()
-    deltas, results = drawn(3, entries), []
     for written in (None, Written(whole, base), Written(part, base[first:last], start, first)):
-        moved = deltas.clone()
-        common = {"decay": 0.99, "eps": 1e-8, "row_starts": to.row_starts, "columns": to.columns, "written": written}
-        if update == "adamw":
-            cohort, tables = torch.zeros(entries, dtype=torch.uint8, device=DEVICE), adamw_tables([4], 0.01, (0.9, 0.99))
-            moments = drawn(5, entries), drawn(6, entries).square()
-            adamw_write(
-                moved, drawn(4, entries), *moments, cohort, *tables, betas=(0.9, 0.99), width=WEIGHT[1], **common
-            )
-        else:
-            sm3_write(
-                moved, drawn(4, entries), drawn(5, 13).square(), drawn(6, 30).square(), learning_rate=0.01, **common
-            )
-        results.append(moved)
+        results.append(deltas.clone())
+        one_step(update, to, results[-1], drawn(5, 120), written)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     assert not torch.equal(results[0], deltas)
     assert torch.equal(part, whole.view(-1)[start:stop])

@@ -59,6 +59,11 @@ def test_only_distributed_knows_ranks(file: str) -> None:
     assert not [name for name in used_names(FILES[file]) if within(name, "torch.distributed")]
 
 
+@pytest.mark.parametrize("file", [name for name in FILES if not name.startswith("kernels/")])
+def test_only_kernels_know_triton(file: str) -> None:
+    assert not [name for name in imports(FILES[file]) if within(name, "triton")]
+
+
 @pytest.mark.parametrize("file", [name for name in FILES if name not in ("train.py", "cli.py")])
 def test_nothing_imports_the_entry_points(file: str) -> None:
     entries = ("scale_sft.train", "scale_sft.cli")
