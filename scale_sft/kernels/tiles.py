@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 TILES = (Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 32, 4, 4), Tile(64, 64, 64, 4, 4))
 FP32_TILE = Tile(64, 64, 32, 4, 3)  # without tensor cores larger tiles spill
 SETS_AT_ONCE = 2
-MAX_PICKS = 64
+MAX_PICKS = 32  # more of them spill registers
 
 
 @triton.jit

@@ -55,7 +55,7 @@ def row_of(row_starts, entry, low, high, span):
     return low
 
 
-@triton.jit(do_not_specialize=["part_start", "first"])
+@triton.jit(do_not_specialize=["rows", "part_start", "first"])
 def adamw_kernel(
     deltas,
     gradients,

@@ -145,7 +145,7 @@ def test_columns_are_uint16_bits_or_int32() -> None:
 def test_all_kernels_are_exact_in_tritons_interpreter() -> None:
     """The tests of tests/gpu, in a process of their own: Triton looks for the switch when it is imported."""
     done = run_python(
-        "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu/test_kernels.py", TRITON_INTERPRET="1"
+        "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu/test_exact.py", TRITON_INTERPRET="1"
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
@@ -219,12 +219,17 @@ def test_the_product_runs_on_tensor_cores_and_picks_entries_through_shared_memor
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [A100, H100])
 def test_dot_products_and_updates_spill_nothing_and_updates_round_as_ieee_754_asks(compiler, capability: int) -> None:
+    from scale_sft.kernels.picked import pick_kernel
     from scale_sft.kernels.sampled import ENTRIES, TOKENS, dot_kernel
     from scale_sft.kernels.updates import BLOCK, ROW_BLOCK, adamw_kernel, sm3_kernel
 
     constants = {"COLUMN_MASK": 0xFFFF, "ENTRIES": ENTRIES, "TOKENS": TOKENS}
     types = {"left": "*bf16", "right": "*bf16", "sums": "*fp32", "token_stride": "i32", **ENTRIES_OF_A_WEIGHT}
     *_, spilled_bytes = compiler(capability, dot_kernel, constants, {}, **types)
+    assert spilled_bytes == 0
+
+    types = {"gradient": "*bf16", "out": "*fp32", "width": "i32", **ENTRIES_OF_A_WEIGHT}
+    *_, spilled_bytes = compiler(capability, pick_kernel, {"COLUMN_MASK": 0xFFFF, "BLOCK": 128}, {}, **types)
     assert spilled_bytes == 0
 
     common = dict.fromkeys(("deltas", "gradients", "scale"), "*fp32") | dict.fromkeys(("weight", "base"), "*bf16")
