@@ -1,7 +1,7 @@
 """Which way to the recorded entries of a weight gradient is the fastest here: measured at the start, then looked up.
 
-Shapes: T tokens; R rows, C columns of a weight; K entries of an index set. A path is a function of (left [T, R],
-right [T, C], index sets) that adds the entries of left^T right to each set's `out`.
+Shapes: T tokens; R rows, C columns of a weight; K entries. A path is a function of (left [T, R], right [T, C], what is
+wanted) that adds entries of left^T right to each `out`: a `Products` of the recorder.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import IndexSet, plain_entries
+from ..spiel.entries import Entries
+from ..spiel.sampling import Products, dense_products
+from .operands import Wanted
 
-Path = Callable[[Tensor, Tensor, Sequence[IndexSet]], None]
 Timer = Callable[[Callable[[], None]], float]
 """Runs a piece of work once on the device and says how many seconds that took."""
 
@@ -39,7 +40,7 @@ class Case(NamedTuple):
     width: int
     dtype: str
     tokens_bits: int  # of T - 1
-    share_bits: int  # of R * C / K, K summed over the index sets
+    share_bits: int  # of R * C / K, K summed over all that is wanted
 
 
 @dataclass(frozen=True)
@@ -64,23 +65,26 @@ class GradientPath:
         timer: see `Timer`; None: by CUDA events, with caches flushed.
     """
 
-    def __init__(self, device: torch.device | str, paths: Mapping[str, Path] | None = None, timer: Timer | None = None):
+    def __init__(
+        self, device: torch.device | str, paths: Mapping[str, Products] | None = None, timer: Timer | None = None
+    ):
         self.device = torch.device(device)
         self.paths = dict(paths or paths_of(self.device))
         self._timer = timer
         self.measured: dict[Case, Measurement] = {}
         self._chosen: dict[Case, str] = {}
 
-    def entries(self, left: Tensor, right: Tensor, index_sets: Sequence[IndexSet]) -> None:
-        """out[k] += (left^T right)[row(k), column(k)] for each index set. Nothing waits for the device.
+    def products(self, left: Tensor, right: Tensor, wanted: Wanted) -> None:
+        """out[k] += (left^T right)[row(k), column(k)] for all that is wanted; for the recorder (`spiel.sampling`).
+
+        Nothing waits for the device.
 
         Args:
             left: [T, R], right: [T, C]; fp32, bf16 or fp16, both the same.
-            index_sets: (row_starts, columns, out), see `IndexSet`.
+            wanted: see `Wanted`.
         """
-        index_sets = [IndexSet(*index_set) for index_set in index_sets]
-        case = _case(left, right, sum(index_set.columns.numel() for index_set in index_sets))
-        self.paths[self.choice(case)](left, right, index_sets)
+        case = _case(left, right, sum(entries.count for entries, _ in wanted))
+        self.paths[self.choice(case)](left, right, wanted)
 
     def choice(self, case: Case) -> str:
         """The name of the path for a case: as measured, or as for the nearest number of tokens, or plain.
@@ -99,7 +103,7 @@ class GradientPath:
     def measure(
         self, rows: int, width: int, tokens: int, entries: Sequence[int], dtype: torch.dtype, seed: int = 0
     ) -> Measurement:
-        """Try all paths on factors [T, R] and [T, C] and index sets of so many `entries`, and keep the fastest.
+        """Try all paths on factors [T, R] and [T, C] and so many `entries` wanted at once, and keep the fastest.
 
         Only the first of several alike cases is tried. A path that fails here, or disagrees with the plain one, is
         refused; the measurement says why. This waits for the device; call it before the first step.
@@ -111,12 +115,11 @@ class GradientPath:
         case = _case(left, right, sum(entries))
         if case in self.measured:
             return self.measured[case]
-        index_sets = [_spread_evenly(rows, width, k, generator, self.device) for k in entries]
-        refused = self._wrong_paths(left, right, index_sets)
+        spread = [_spread_evenly(rows, width, k, generator, self.device) for k in entries]
+        wanted = [(some, torch.zeros(some.count, device=self.device)) for some in spread]
+        refused = self._wrong_paths(left, right, wanted)
         timer = self._timer or _EventTimer(self.device)
-        works = {
-            name: partial(path, left, right, index_sets) for name, path in self.paths.items() if name not in refused
-        }
+        works = {name: partial(path, left, right, wanted) for name, path in self.paths.items() if name not in refused}
         seconds = {name: timer(work) for name, work in works.items()}
         trials = {name: [] for name in works if seconds[name] <= HOPELESS * seconds[PLAIN]}
         for _ in range(REPEATS):
@@ -129,12 +132,12 @@ class GradientPath:
         self._chosen[case] = chosen
         return self.measured[case]
 
-    def _wrong_paths(self, left: Tensor, right: Tensor, index_sets: Sequence[IndexSet]) -> dict[str, str]:
+    def _wrong_paths(self, left: Tensor, right: Tensor, wanted: Wanted) -> dict[str, str]:
         """By name of a path: why it cannot be used. Each path is warm afterwards."""
-        expected, refused = self._result_of(PLAIN, left, right, index_sets), {}
-        for name in self.paths:
+        expected, refused = self._result_of(PLAIN, left, right, wanted), {}
+        for name in [name for name in self.paths if name != PLAIN]:
             try:
-                found = self._result_of(name, left, right, index_sets)
+                found = self._result_of(name, left, right, wanted)
             except Exception as error:  # whatever a compiler or driver may raise: the plain path remains
                 refused[name] = f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
                 continue
@@ -143,11 +146,11 @@ class GradientPath:
                 refused[name] = f"differs from the dense product by {error:.2g} of its norm"
         return refused
 
-    def _result_of(self, name: str, left: Tensor, right: Tensor, index_sets: Sequence[IndexSet]) -> Tensor:
-        for index_set in index_sets:
-            index_set.out.zero_()
-        self.paths[name](left, right, index_sets)
-        return torch.cat([index_set.out for index_set in index_sets])
+    def _result_of(self, name: str, left: Tensor, right: Tensor, wanted: Wanted) -> Tensor:
+        for _, out in wanted:
+            out.zero_()
+        self.paths[name](left, right, wanted)
+        return torch.cat([out for _, out in wanted])
 
     def state(self) -> dict[str, str]:
         """The choices, as a JSON object can keep them."""
@@ -163,18 +166,18 @@ class GradientPath:
                 self.measured[case] = Measurement(chosen, {}, {})
 
 
-def paths_of(device: torch.device) -> dict[str, Path]:
+def paths_of(device: torch.device) -> dict[str, Products]:
     """All paths that can be had on a device, by name; `plain` always."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return {PLAIN: plain_entries}
+        return {PLAIN: dense_products}
     from .picked import picked_entries
     from .sampled import sampled_dots
     from .tiles import TILES, product_entries
 
-    paths: dict[str, Path] = {PLAIN: plain_entries, PICKED: picked_entries, SAMPLED: sampled_dots}
+    paths: dict[str, Products] = {PLAIN: dense_products, PICKED: picked_entries, SAMPLED: sampled_dots}
     for tile in TILES:
         name = f"product_{tile.block_r}x{tile.block_c}x{tile.block_t}"
-        paths[name] = lambda left, right, index_sets, tile=tile: product_entries(left, right, index_sets, tile)
+        paths[name] = lambda left, right, wanted, tile=tile: product_entries(left, right, wanted, tile)
     return paths
 
 
@@ -184,15 +187,14 @@ def _case(left: Tensor, right: Tensor, entries: int) -> Case:
     return Case(rows, width, str(left.dtype).removeprefix("torch."), max(0, tokens - 1).bit_length(), share_bits)
 
 
-def _spread_evenly(rows: int, width: int, entries: int, generator: torch.Generator, device: torch.device) -> IndexSet:
-    """`entries` entries, as many in each row as in any other, at even distances from a random column on."""
-    starts = torch.arange(rows + 1) * entries // rows
+def _spread_evenly(rows: int, width: int, count: int, generator: torch.Generator, device: torch.device) -> Entries:
+    """`count` entries, as many in each row as in any other, at even distances from a random column on."""
+    starts = torch.arange(rows + 1) * count // rows
     counts = starts.diff()
     row = torch.repeat_interleave(torch.arange(rows), counts)
-    place = torch.arange(entries) - starts[row] + torch.rand(rows, generator=generator, dtype=torch.float64)[row]
-    columns = (place * width / counts[row]).long().clamp_(max=width - 1)
-    narrow = torch.int16 if width <= 1 << 16 else torch.int32
-    return IndexSet(starts.int().to(device), columns.to(narrow).to(device), torch.zeros(entries, device=device))
+    place = torch.arange(count) - starts[row] + torch.rand(rows, generator=generator, dtype=torch.float64)[row]
+    column = (place * width / counts[row]).long().clamp_(max=width - 1)
+    return Entries((row * width + column).to(device), (rows, width))
 
 
 class _EventTimer:

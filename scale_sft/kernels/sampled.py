@@ -1,6 +1,6 @@
 """Below the crossover density: the gradient of each recorded entry as a dot product of two columns (appendix B).
 
-Shapes: T tokens; R rows, C columns of a weight; K entries of an index set.
+Shapes: T tokens; R rows, C columns of a weight; K entries.
 Both factors are first laid out token by token ([R, T], [C, T]), in pieces of the tokens: an entry then reads whole
 cache lines, and one piece of the larger factor stays in the second-level cache while all entries use it. The price is
 one pass over both factors, (R + C) T entries read and written, against the 2 K T that the dot products read.
@@ -8,14 +8,12 @@ one pass over both factors, (R + C) T entries read and written, against the 2 K 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import IndexSet, check_operands, column_mask
+from .operands import Wanted, check_operands
 
 ENTRIES = 16  # of one row, summed by one program at a time
 TOKENS = 128  # read of each at once
@@ -31,7 +29,6 @@ def dot_kernel(
     columns,
     sums,  # [K] fp32
     token_stride,  # a multiple of TOKENS
-    COLUMN_MASK: tl.constexpr,
     ENTRIES: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -44,7 +41,7 @@ def dot_kernel(
     for start in range(first + tl.program_id(1) * ENTRIES, last, tl.num_programs(1) * ENTRIES):
         entry = start + tl.arange(0, ENTRIES)
         inside = entry < last
-        column = tl.load(columns + entry, mask=inside, other=0).to(tl.int32) & COLUMN_MASK
+        column = tl.load(columns + entry, mask=inside, other=0).to(tl.int32)
         right_rows = right + column.to(tl.int64)[:, None] * token_stride + token[None, :]
         products = tl.zeros([ENTRIES, TOKENS], tl.float32)
         for t in range(0, token_stride, TOKENS):
@@ -55,8 +52,8 @@ def dot_kernel(
         tl.store(sums + entry, total, mask=inside)
 
 
-def sampled_dots(left: Tensor, right: Tensor, index_sets: Sequence[IndexSet]) -> None:
-    """out[k] += sum over t of left[t, row(k)] * right[t, column(k)], for each index set.
+def sampled_dots(left: Tensor, right: Tensor, wanted: Wanted) -> None:
+    """out[k] += sum over t of left[t, row(k)] * right[t, column(k)], for all that is wanted.
 
     Products and sums are fp32; every entry is summed by one program in one order, so the same call gives the same
     bits. Nothing waits for the device. Temporaries: one piece of both factors, and 4 bytes per entry where `out` is
@@ -64,31 +61,30 @@ def sampled_dots(left: Tensor, right: Tensor, index_sets: Sequence[IndexSet]) ->
 
     Args:
         left: [T, R], right: [T, C]; fp32, bf16 or fp16, both the same.
-        index_sets: see `IndexSet`; on the device of the factors.
+        wanted: see `Wanted`; on the device of the factors.
     Raises:
         ValueError: shapes or dtypes do not belong together.
     """
-    check_operands(left, right, index_sets)
-    index_sets = [index_set for index_set in index_sets if index_set.columns.numel()]
-    sums = [out if out.dtype is torch.float32 else torch.zeros_like(out, dtype=torch.float32) for *_, out in index_sets]
-    piece = max(TOKENS, PIECE_BYTES // (right.shape[1] * right.element_size()) // TOKENS * TOKENS)
+    check_operands(left, right, wanted)
+    rows, width = left.shape[1], right.shape[1]
+    sums = [out if out.dtype is torch.float32 else torch.zeros_like(out, dtype=torch.float32) for _, out in wanted]
+    stored = [entries.csr() for entries, _ in wanted]
+    piece = max(TOKENS, PIECE_BYTES // (width * right.element_size()) // TOKENS * TOKENS)
     for start in range(0, left.shape[0], piece):
         left_piece, right_piece = (_tokens_innermost(factor[start : start + piece]) for factor in (left, right))
-        for (row_starts, columns, _), total in zip(index_sets, sums, strict=True):
-            rows = left.shape[1]
-            groups = triton.cdiv(2 * columns.numel(), rows * ENTRIES)  # twice the mean: long rows are shared out
-            dot_kernel[(rows, min(groups, MAX_PROGRAMS_PER_ROW))](
+        for (row_starts, columns), total in zip(stored, sums, strict=True):
+            groups = triton.cdiv(2 * total.numel(), rows * ENTRIES)  # twice the mean: long rows are shared out
+            dot_kernel[(rows, max(1, min(groups, MAX_PROGRAMS_PER_ROW)))](
                 left_piece,
                 right_piece,
                 row_starts,
                 columns,
                 total,
                 left_piece.shape[1],
-                COLUMN_MASK=column_mask(columns),
                 ENTRIES=ENTRIES,
                 TOKENS=TOKENS,
             )
-    for (*_, out), total in zip(index_sets, sums, strict=True):
+    for (_, out), total in zip(wanted, sums, strict=True):
         if out is not total:
             out += total
 

@@ -1,6 +1,6 @@
 """Above the crossover density: a tiled matrix product that hands over the recorded entries and never stores dW.
 
-Shapes: T tokens; R rows, C columns of a weight; K entries of an index set; a tile is BLOCK_R x BLOCK_C.
+Shapes: T tokens; R rows, C columns of a weight; K entries; a tile is BLOCK_R x BLOCK_C.
 A program computes one tile of dW = left^T right in fp32, finds where its columns begin in each of its rows by bisection
 (entries are sorted), and picks them out of the tile through shared memory: the tile is gathered as one flat vector,
 which keeps Triton from exchanging it between threads by shuffles (a hundred instructions instead of thousands).
@@ -8,7 +8,6 @@ which keeps Triton from exchanging it between threads by shuffles (a hundred ins
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import IndexSet, check_operands, column_mask
+from .operands import Wanted, check_operands
 
 
 class Tile(NamedTuple):
@@ -31,7 +30,7 @@ class Tile(NamedTuple):
 
 TILES = (Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 32, 4, 4), Tile(64, 64, 64, 4, 4))
 FP32_TILE = Tile(64, 64, 32, 4, 3)  # without tensor cores larger tiles spill
-SETS_AT_ONCE = 2
+AT_ONCE = 2
 MAX_PICKS = 32  # more of them spill registers
 
 
@@ -45,12 +44,11 @@ def add_recorded(
     columns,
     out,
     bisections,  # bits of C
-    COLUMN_MASK: tl.constexpr,
     PICKS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out += what an index set records of this tile, PICKS entries of each row at a time."""
+    """out += what is recorded of this tile, PICKS entries of each row at a time."""
     local_row = tl.arange(0, BLOCK_R)
     row = first_row + local_row
     low = tl.load(row_starts + row, mask=row < rows, other=0)
@@ -59,7 +57,7 @@ def add_recorded(
     for _ in range(bisections):
         open_ = low < high
         middle = low + (high - low) // 2
-        column = tl.load(columns + middle, mask=open_, other=0).to(tl.int32) & COLUMN_MASK
+        column = tl.load(columns + middle, mask=open_, other=0).to(tl.int32)
         before = column < first_column
         low = tl.where(open_ & before, middle + 1, low)
         high = tl.where(open_ & (column >= first_column), middle, high)
@@ -68,7 +66,7 @@ def add_recorded(
     while most == PICKS:
         entry = low[:, None] + tl.arange(0, PICKS)[None, :]
         inside = entry < last[:, None]
-        local_column = (tl.load(columns + entry, mask=inside, other=0).to(tl.int32) & COLUMN_MASK) - first_column
+        local_column = tl.load(columns + entry, mask=inside, other=0).to(tl.int32) - first_column
         inside = inside & (local_column < BLOCK_C)
         place = tl.where(inside, local_row[:, None] * BLOCK_C + local_column, 0)
         picked = tl.gather(flat_tile, tl.reshape(place, [BLOCK_R * PICKS]), 0)
@@ -95,8 +93,7 @@ def tile_kernel(
     row_starts_2,
     columns_2,
     out_2,
-    SECOND: tl.constexpr,  # whether there is a second index set
-    COLUMN_MASK: tl.constexpr,
+    SECOND: tl.constexpr,  # whether there are second entries
     PRECISION: tl.constexpr,
     PICKS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -128,18 +125,16 @@ def tile_kernel(
         left_tile += BLOCK_T * left_stride
         right_tile += BLOCK_T * right_stride
 
-    add_recorded(
-        tile, first_row, first_column, rows, row_starts, columns, out, bisections, COLUMN_MASK, PICKS, BLOCK_R, BLOCK_C
-    )
+    add_recorded(tile, first_row, first_column, rows, row_starts, columns, out, bisections, PICKS, BLOCK_R, BLOCK_C)
     if SECOND:
         add_recorded(
-            tile, first_row, first_column, rows, row_starts_2, columns_2, out_2, bisections, COLUMN_MASK, PICKS,
+            tile, first_row, first_column, rows, row_starts_2, columns_2, out_2, bisections, PICKS,
             BLOCK_R, BLOCK_C,
         )  # fmt: skip
 
 
-def product_entries(left: Tensor, right: Tensor, index_sets: Sequence[IndexSet], tile: Tile | None = None) -> None:
-    """out[k] += (left^T right)[row(k), column(k)] for each index set; two sets share one product.
+def product_entries(left: Tensor, right: Tensor, wanted: Wanted, tile: Tile | None = None) -> None:
+    """out[k] += (left^T right)[row(k), column(k)] for all that is wanted, two at a time from one product.
 
     Sums are fp32 in one order (fp32 factors are multiplied as such, never as TF32); every entry is written by the one
     program whose tile it lies in, so the same call gives the same bits. Nothing waits for the device, and no
@@ -147,21 +142,20 @@ def product_entries(left: Tensor, right: Tensor, index_sets: Sequence[IndexSet],
 
     Args:
         left: [T, R], right: [T, C]; fp32, bf16 or fp16, both the same.
-        index_sets: see `IndexSet`; on the device of the factors; columns all of one dtype.
+        wanted: see `Wanted`; on the device of the factors.
         tile: how to cut the work; None: the first of `TILES`, or `FP32_TILE`.
     Raises:
         ValueError: shapes or dtypes do not belong together.
     """
-    check_operands(left, right, index_sets)
+    check_operands(left, right, wanted)
     left, right = (factor if factor.stride(1) == 1 else factor.contiguous() for factor in (left, right))
     tile = tile or (FP32_TILE if left.dtype is torch.float32 else TILES[0])
-    index_sets = [index_set for index_set in index_sets if index_set.columns.numel()]
     (tokens, rows), width = left.shape, right.shape[1]
-    for first in range(0, len(index_sets), SETS_AT_ONCE):
-        one, *others = index_sets[first : first + SETS_AT_ONCE]
+    stored = [(*entries.csr(), out) for entries, out in wanted]
+    for first in range(0, len(stored), AT_ONCE):
+        one, *others = stored[first : first + AT_ONCE]
         two = others[0] if others else one
-        if one.columns.dtype != two.columns.dtype:
-            raise ValueError(f"columns of one weight: got {one.columns.dtype} and {two.columns.dtype}, expected one")
+        most = max(one[-1].numel(), two[-1].numel())
         tile_kernel[(triton.cdiv(rows, tile.block_r) * triton.cdiv(width, tile.block_c),)](
             left,
             right,
@@ -174,9 +168,8 @@ def product_entries(left: Tensor, right: Tensor, index_sets: Sequence[IndexSet],
             *one,
             *two,
             SECOND=bool(others),
-            COLUMN_MASK=column_mask(one.columns),
             PRECISION="ieee",
-            PICKS=picks(max(one.columns.numel(), two.columns.numel()), rows * width, tile),
+            PICKS=picks(most, rows * width, tile),
             BLOCK_R=tile.block_r,
             BLOCK_C=tile.block_c,
             BLOCK_T=tile.block_t,

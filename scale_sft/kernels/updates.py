@@ -1,6 +1,6 @@
 """The updates of section 3.2 (AdamW) and 3.3 (SM3) in one pass over their state, weight included.
 
-Shapes: K active entries of one weight [R, C], in CSR order (see `layout.IndexSet`).
+Shapes: K active entries of one weight [R, C], sorted by row and column.
 The formulas and their order are those of `spiel.optimizer.adamw_update` and `sm3_update`, every operation rounded to
 fp32 as IEEE 754 asks and none fused with another. Torch fuses some products with sums, which ones depends on the device,
 so the last bit may differ from it; the same call gives the same bits on every device. Then effective =
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import column_mask
+from ..spiel.entries import Entries
 
 BLOCK = 1024  # entries of an AdamW program
 ROW_BLOCK = 128  # entries of a row that an SM3 program takes at once
@@ -28,7 +28,7 @@ class Written:
     weight: Tensor  # contiguous; its P entries are those from `start` on of the flattened weight
     base: Tensor  # [E] in the weight's dtype: base values of the entries that lie in the part, in order
     start: int = 0  # flat index of the part's first entry
-    first: int = 0  # how many entries of the index set lie before the part
+    first: int = 0  # how many entries lie before the part
 
 
 @triton.jit
@@ -82,7 +82,6 @@ def adamw_kernel(
     eps,
     SCALED: tl.constexpr,
     WRITES: tl.constexpr,
-    COLUMN_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One block of entries, whatever their rows."""
@@ -113,7 +112,7 @@ def adamw_kernel(
         high = row_of(row_starts, tl.minimum(start + BLOCK, entries) - 1, low, rows - 1, rows - 1 - low)
         none = tl.zeros([BLOCK], tl.int32)
         row = row_of(row_starts, entry, none + low, none + high, high - low)
-        column = tl.load(columns + entry, mask=inside, other=0).to(tl.int32) & COLUMN_MASK
+        column = tl.load(columns + entry, mask=inside, other=0).to(tl.int32)
         write_effective(
             stored.to(tl.float32), entry, inside, row, column, width, weight, base, part_start, part_size, first
         )
@@ -140,7 +139,6 @@ def sm3_kernel(
     eps,
     SCALED: tl.constexpr,
     WRITES: tl.constexpr,
-    COLUMN_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row of the weight."""
@@ -151,7 +149,7 @@ def sm3_kernel(
     for start in range(tl.load(row_starts + row), last, BLOCK):
         entry = start + tl.arange(0, BLOCK)
         inside = entry < last
-        column = tl.load(columns + entry, mask=inside, other=0).to(tl.int32) & COLUMN_MASK
+        column = tl.load(columns + entry, mask=inside, other=0).to(tl.int32)
         gradient = tl.load(gradients + entry, mask=inside, other=0.0).to(tl.float32)
         if SCALED:
             gradient = gradient * tl.load(scale)
@@ -184,9 +182,7 @@ def adamw_write(
     decay: float,
     betas: tuple[float, float],
     eps: float,
-    row_starts: Tensor,
-    columns: Tensor,
-    width: int,
+    entries: Entries,
     scale: Tensor | None = None,
     written: Written | None = None,
 ) -> None:
@@ -199,13 +195,12 @@ def adamw_write(
         step_sizes, denominators: by cohort, fp32 on the device: -learning_rate / (1 - beta1^n) and sqrt(1 - beta2^n)
             after n gradients.
         decay: 1 - learning_rate * weight_decay.
-        row_starts, columns: see `IndexSet`. width: C.
+        entries: where they lie.
         scale: fp32 scalar on the device, multiplied into the gradients first (clipping); None: 1.
         written: None: no weight is written (transient deltas).
     """
-    _check_written(written, columns)
-    if not deltas.numel():
-        return
+    _check_written(written, entries)
+    row_starts, columns = entries.csr()
     weight, base, start, first = _target(written, deltas)
     adamw_kernel[(triton.cdiv(deltas.numel(), BLOCK),)](
         deltas,
@@ -220,9 +215,8 @@ def adamw_write(
         columns,
         weight,
         base,
-        deltas.numel(),
-        row_starts.numel() - 1,
-        width,
+        entries.count,
+        *entries.shape,
         start,
         weight.numel(),
         first,
@@ -233,7 +227,6 @@ def adamw_write(
         eps,
         SCALED=scale is not None,
         WRITES=written is not None,
-        COLUMN_MASK=column_mask(columns),
         BLOCK=BLOCK,
         enable_fp_fusion=False,
     )
@@ -248,8 +241,7 @@ def sm3_write(
     learning_rate: float,
     decay: float,
     eps: float,
-    row_starts: Tensor,
-    columns: Tensor,
+    entries: Entries,
     scale: Tensor | None = None,
     written: Written | None = None,
 ) -> None:
@@ -261,12 +253,11 @@ def sm3_write(
         deltas: [K] fp32 or bf16 (rounded once, at the end). gradients: [K] fp32 or bf16.
         row: [R] fp32, col: [C] fp32: the accumulators, non-negative.
         decay: 1 - learning_rate * weight_decay.
-        row_starts, columns: see `IndexSet`.
+        entries: where they lie.
         scale, written: see `adamw_write`.
     """
-    _check_written(written, columns)
-    if not deltas.numel():
-        return
+    _check_written(written, entries)
+    row_starts, columns = entries.csr()
     weight, base, start, first = _target(written, deltas)
     sm3_kernel[(row.numel(),)](
         deltas,
@@ -288,7 +279,6 @@ def sm3_write(
         eps,
         SCALED=scale is not None,
         WRITES=written is not None,
-        COLUMN_MASK=column_mask(columns),
         BLOCK=ROW_BLOCK,
         enable_fp_fusion=False,
     )
@@ -299,7 +289,7 @@ def _target(written: Written | None, stand_in: Tensor) -> tuple[Tensor, Tensor, 
     return (written.weight, written.base, written.start, written.first) if written else (stand_in, stand_in, 0, 0)
 
 
-def _check_written(written: Written | None, columns: Tensor) -> None:
+def _check_written(written: Written | None, entries: Entries) -> None:
     """Raises ValueError for a part that cannot be one of this weight's. Nothing waits for the device."""
     if written is None:
         return
@@ -308,7 +298,7 @@ def _check_written(written: Written | None, columns: Tensor) -> None:
             f"weight to write: got {written.weight.dtype}, contiguous: {written.weight.is_contiguous()}; expected a "
             f"contiguous part in the dtype of its base values, {written.base.dtype}"
         )
-    if written.first < 0 or written.first + written.base.numel() > columns.numel():
+    if written.first < 0 or written.first + written.base.numel() > entries.count:
         raise ValueError(
-            f"base values: got {written.base.numel()} from entry {written.first} on, but there are {columns.numel()}"
+            f"base values: got {written.base.numel()} from entry {written.first} on, but there are {entries.count}"
         )

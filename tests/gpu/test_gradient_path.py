@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from scale_sft.kernels.choice import GradientPath, _EventTimer, _spread_evenly
-from scale_sft.kernels.layout import IndexSet, flat_indices, plain_entries
+from scale_sft.spiel.entries import Entries
+from scale_sft.spiel.sampling import dense_products
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 TOKENS = 4096
-CASES = [  # rows, columns, entries of each index set
+CASES = [  # rows, columns, counts of entries that are wanted at once
     (4096, 4096, [4096 * 4096 // 1000]),
     (4096, 4096, [4096 * 4096 // 50]),
     (11008, 4096, [11008 * 4096 // 50] * 2),
@@ -41,10 +42,11 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def a_case(rows: int, width: int, entries: list[int]) -> tuple[Tensor, Tensor, list[IndexSet]]:
+def a_case(rows: int, width: int, counts: list[int]) -> tuple[Tensor, Tensor, list[tuple[Entries, Tensor]]]:
     generator = torch.Generator().manual_seed(7)
     left, right = (torch.randn(TOKENS, n, generator=generator).to("cuda", torch.bfloat16) for n in (rows, width))
-    return left, right, [_spread_evenly(rows, width, k, generator, torch.device("cuda")) for k in entries]
+    spread = [_spread_evenly(rows, width, k, generator, torch.device("cuda")) for k in counts]
+    return left, right, [(entries, torch.zeros(entries.count, device="cuda")) for entries in spread]
 
 
 def seconds_of(*works: Callable[[], None]) -> list[float]:
@@ -56,30 +58,30 @@ def seconds_of(*works: Callable[[], None]) -> list[float]:
     return [statistics.median(times[5:]) for times in trials]
 
 
-@pytest.mark.parametrize("rows, width, entries", CASES)
-def test_no_path_is_refused_and_the_chosen_one_is_never_slower_than_the_plain_one(path, rows, width, entries) -> None:
-    measurement = path.measure(rows, width, TOKENS, entries, torch.bfloat16)
-    print(rows, width, entries, measurement)
+@pytest.mark.parametrize("rows, width, counts", CASES)
+def test_no_path_is_refused_and_the_chosen_one_is_never_slower_than_the_plain_one(path, rows, width, counts) -> None:
+    measurement = path.measure(rows, width, TOKENS, counts, torch.bfloat16)
+    print(rows, width, counts, measurement)
     assert not measurement.refused
-    arguments = a_case(rows, width, entries)
-    chosen, plain = seconds_of(lambda: path.entries(*arguments), lambda: plain_entries(*arguments))
+    arguments = a_case(rows, width, counts)
+    chosen, plain = seconds_of(lambda: path.products(*arguments), lambda: dense_products(*arguments))
     assert chosen <= 1.05 * plain, measurement
 
 
-@pytest.mark.parametrize("rows, width, entries", CASES)
-def test_every_path_is_exact_gives_the_same_bits_again_and_waits_for_nothing(path, rows, width, entries) -> None:
-    left, right, sets = a_case(rows, width, entries)
+@pytest.mark.parametrize("rows, width, counts", CASES)
+def test_every_path_is_exact_gives_the_same_bits_again_and_waits_for_nothing(path, rows, width, counts) -> None:
+    left, right, wanted = a_case(rows, width, counts)
     product = (left.double().t() @ right.double()).view(-1)
-    expected = [product[flat_indices(to.row_starts, to.columns, width)] for to in sets]
+    expected = [product[entries.flat().long()] for entries, _ in wanted]
     for name, entries_of in path.paths.items():
-        entries_of(left, right, sets)  # compiled before waiting is forbidden
+        entries_of(left, right, wanted)  # compiled before waiting is forbidden
         results = []
         for _ in range(2):
-            for to in sets:
-                to.out.zero_()
+            for _, out in wanted:
+                out.zero_()
             with no_waiting():
-                entries_of(left, right, sets)
-            results.append([to.out.clone() for to in sets])
+                entries_of(left, right, wanted)
+            results.append([out.clone() for _, out in wanted])
         rounding = 2**-8 if name in ("plain", "picked") else 1e-4  # these round dW to bf16
         for once, again, exact in zip(*results, expected, strict=True):
             assert torch.equal(once, again), name
@@ -92,13 +94,12 @@ def test_fused_adamw_is_faster_than_the_plain_update_and_write() -> None:
     from scale_sft.kernels.updates import Written, adamw_write
     from scale_sft.spiel.optimizer import adamw_update
 
-    rows, width, entries = 4096, 11008, 4096 * 11008 // 50
-    to = _spread_evenly(rows, width, entries, torch.Generator().manual_seed(0), torch.device("cuda"))
+    rows, width, count = 4096, 11008, 4096 * 11008 // 50
+    entries = _spread_evenly(rows, width, count, torch.Generator().manual_seed(0), torch.device("cuda"))
     weight = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
-    flat = flat_indices(to.row_starts, to.columns, width).int()
-    base = weight.view(-1)[flat]
-    deltas, gradients, exp_avg = (torch.randn(entries, device="cuda") for _ in range(3))
-    exp_avg_sq, cohort = exp_avg.square(), torch.zeros(entries, dtype=torch.uint8, device="cuda")
+    base = weight.view(-1)[entries.flat()]
+    deltas, gradients, exp_avg = (torch.randn(count, device="cuda") for _ in range(3))
+    exp_avg_sq, cohort = exp_avg.square(), torch.zeros(count, dtype=torch.uint8, device="cuda")
     tables = torch.tensor([-0.01], device="cuda"), torch.tensor([0.5], device="cuda")
 
     def plain() -> None:
@@ -106,12 +107,12 @@ def test_fused_adamw_is_faster_than_the_plain_update_and_write() -> None:
             deltas, gradients, exp_avg, exp_avg_sq, cohort, [5, 5],
             learning_rate=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1,
         )  # fmt: skip
-        write_entries(weight.view(-1), flat, effective_values(base, deltas))
+        write_entries(weight.view(-1), entries.flat(), effective_values(base, deltas))
 
     def fused() -> None:
         adamw_write(
             deltas, gradients, exp_avg, exp_avg_sq, cohort, *tables, decay=0.9999, betas=(0.9, 0.999), eps=1e-8,
-            row_starts=to.row_starts, columns=to.columns, width=width, written=Written(weight, base),
+            entries=entries, written=Written(weight, base),
         )  # fmt: skip
 
     fused()

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from scale_sft.kernels.choice import PLAIN, GradientPath
-from scale_sft.kernels.layout import IndexSet, column_mask, flat_indices, plain_entries
+from scale_sft.spiel.entries import Entries
+from scale_sft.spiel.sampling import dense_products
 
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -35,7 +36,7 @@ class Clock:
     def __init__(self, **seconds: float):
         self.seconds, self.used = seconds, []
 
-    def path(self, name: str, compute=plain_entries):
+    def path(self, name: str, compute=dense_products):
         def run(*arguments) -> None:
             self.used.append(name)
             compute(*arguments)
@@ -47,17 +48,15 @@ class Clock:
         return self.seconds[self.used[-1]]
 
 
-def chooser(compute=plain_entries, **seconds: float) -> tuple[GradientPath, Clock]:
+def chooser(compute=dense_products, **seconds: float) -> tuple[GradientPath, Clock]:
     clock = Clock(**seconds)
-    paths = {name: clock.path(name, plain_entries if name == PLAIN else compute) for name in seconds}
+    paths = {name: clock.path(name, dense_products if name == PLAIN else compute) for name in seconds}
     return GradientPath("cpu", paths, clock), clock
 
 
-def a_call(path: GradientPath, tokens: int = 32, entries: int = 12) -> torch.Tensor:
-    left, right = torch.ones(tokens, 8), torch.ones(tokens, 16)
-    starts = torch.tensor([0] + [entries] * 8, dtype=torch.int32)
-    out = torch.zeros(entries)
-    path.entries(left, right, [(starts, torch.arange(entries, dtype=torch.int16), out)])
+def a_call(path: GradientPath, tokens: int = 32, count: int = 12) -> torch.Tensor:
+    out = torch.zeros(count)
+    path.products(torch.ones(tokens, 8), torch.ones(tokens, 16), [(Entries(torch.arange(count), (8, 16)), out)])
     return out
 
 
@@ -76,10 +75,10 @@ def test_a_path_that_is_not_clearly_faster_is_left_alone(seconds: float) -> None
 
 
 def test_a_path_that_fails_or_is_wrong_is_refused_with_the_reason() -> None:
-    def wrong(left, right, index_sets) -> None:
-        plain_entries(left, right * 1.1, index_sets)
+    def wrong(left, right, wanted) -> None:
+        dense_products(left, right * 1.1, wanted)
 
-    def broken(left, right, index_sets) -> None:
+    def broken(left, right, wanted) -> None:
         raise RuntimeError("no compiler")
 
     for compute, reason in ((wrong, "differs from the dense product by 0.1"), (broken, "RuntimeError: no compiler")):
@@ -91,9 +90,9 @@ def test_a_path_that_fails_or_is_wrong_is_refused_with_the_reason() -> None:
 def test_what_was_not_measured_takes_the_nearest_number_of_tokens_or_the_plain_path() -> None:
     path, clock = chooser(plain=1.0, fast=0.5)
     path.measure(8, 16, 32, [12], torch.float32)
-    for tokens, entries, expected in ((1000, 12, "fast"), (3, 12, "fast"), (32, 6, "fast"), (32, 1, PLAIN)):
+    for tokens, count, expected in ((1000, 12, "fast"), (3, 12, "fast"), (32, 6, "fast"), (32, 1, PLAIN)):
         clock.used.clear()
-        a_call(path, tokens, entries)
+        a_call(path, tokens, count)
         assert clock.used == [expected]
 
 
@@ -122,21 +121,6 @@ def test_without_a_gpu_there_is_only_the_plain_path_and_triton_is_not_imported()
     assert done.returncode == 0, done.stderr
 
 
-def test_plain_entries_are_gathered_from_the_product_in_the_factors_dtype() -> None:
-    left, right = torch.randn(30, 5).bfloat16(), torch.randn(30, 7).bfloat16()
-    to = IndexSet(torch.tensor([0, 2, 2, 3, 3, 6]).int(), torch.tensor([1, 6, 0, 2, 3, 5]).short(), torch.ones(6))
-    plain_entries(left, right, [to])
-    flat = [1, 6, 14, 30, 31, 33]
-    assert flat_indices(to.row_starts, to.columns, 7).tolist() == flat
-    assert torch.equal(to.out, 1 + (left.t() @ right).view(-1)[flat].float())
-
-
-def test_columns_are_uint16_bits_or_int32() -> None:
-    assert (torch.tensor([40000]).short().int() & column_mask(torch.zeros(1).short())).item() == 40000
-    with pytest.raises(ValueError, match="expected int16 .* or int32"):
-        column_mask(torch.zeros(1))
-
-
 # --- the kernels --------------------------------------------------------------------------------------------------
 
 
@@ -144,9 +128,7 @@ def test_columns_are_uint16_bits_or_int32() -> None:
 @pytest.mark.slow
 def test_all_kernels_are_exact_in_tritons_interpreter() -> None:
     """The tests of tests/gpu, in a process of their own: Triton looks for the switch when it is imported."""
-    done = run_python(
-        "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu/test_exact.py", TRITON_INTERPRET="1"
-    )
+    done = run_python("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
@@ -190,7 +172,7 @@ def compiler(tmp_path, monkeypatch):
     return compile_for
 
 
-ENTRIES_OF_A_WEIGHT = {"row_starts": "*i32", "columns": "*i16"}
+ENTRIES_OF_A_WEIGHT = {"row_starts": "*i32", "columns": "*u16"}
 A100, H100 = 80, 90
 A100_SHARED_BYTES = 163 << 10
 
@@ -202,10 +184,10 @@ def test_the_product_runs_on_tensor_cores_and_picks_entries_through_shared_memor
     from scale_sft.kernels.tiles import TILES, tile_kernel
 
     types = dict.fromkeys(("left", "right"), "*bf16") | dict.fromkeys(("out", "out_2"), "*fp32") | ENTRIES_OF_A_WEIGHT
-    types |= {"row_starts_2": "*i32", "columns_2": "*i16"}
+    types |= {"row_starts_2": "*i32", "columns_2": "*u16"}
     types |= dict.fromkeys(("tokens", "rows", "width", "left_stride", "right_stride", "bisections"), "i32")
     for tile in TILES:
-        constants = {"SECOND": True, "COLUMN_MASK": 0xFFFF, "PRECISION": "ieee", "PICKS": 16, "GROUP": 8}
+        constants = {"SECOND": True, "PRECISION": "ieee", "PICKS": 16, "GROUP": 8}
         constants |= {"BLOCK_R": tile.block_r, "BLOCK_C": tile.block_c, "BLOCK_T": tile.block_t}
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
         ptx, shared_bytes, _, spilled_bytes = compiler(capability, tile_kernel, constants, options, **types)
@@ -223,13 +205,13 @@ def test_dot_products_and_updates_spill_nothing_and_updates_round_as_ieee_754_as
     from scale_sft.kernels.sampled import ENTRIES, TOKENS, dot_kernel
     from scale_sft.kernels.updates import BLOCK, ROW_BLOCK, adamw_kernel, sm3_kernel
 
-    constants = {"COLUMN_MASK": 0xFFFF, "ENTRIES": ENTRIES, "TOKENS": TOKENS}
+    constants = {"ENTRIES": ENTRIES, "TOKENS": TOKENS}
     types = {"left": "*bf16", "right": "*bf16", "sums": "*fp32", "token_stride": "i32", **ENTRIES_OF_A_WEIGHT}
     *_, spilled_bytes = compiler(capability, dot_kernel, constants, {}, **types)
     assert spilled_bytes == 0
 
     types = {"gradient": "*bf16", "out": "*fp32", "width": "i32", **ENTRIES_OF_A_WEIGHT}
-    *_, spilled_bytes = compiler(capability, pick_kernel, {"COLUMN_MASK": 0xFFFF, "BLOCK": 128}, {}, **types)
+    *_, spilled_bytes = compiler(capability, pick_kernel, {"BLOCK": 128}, {}, **types)
     assert spilled_bytes == 0
 
     common = dict.fromkeys(("deltas", "gradients", "scale"), "*fp32") | dict.fromkeys(("weight", "base"), "*bf16")
@@ -239,7 +221,7 @@ def test_dot_products_and_updates_spill_nothing_and_updates_round_as_ieee_754_as
     adamw |= {"entries": "i32", "rows": "i32"} | dict.fromkeys(("weight1", "beta2", "weight2"), "fp32")
     sm3 = dict.fromkeys(("row_accumulator", "old_columns", "column_accumulator"), "*fp32") | {"step_size": "fp32"}
     for kernel, types, block in ((adamw_kernel, adamw, BLOCK), (sm3_kernel, sm3, ROW_BLOCK)):
-        constants = {"SCALED": True, "WRITES": True, "COLUMN_MASK": 0xFFFF, "BLOCK": block}
+        constants = {"SCALED": True, "WRITES": True, "BLOCK": block}
         ptx, _, _, spilled_bytes = compiler(
             capability, kernel, constants, {"enable_fp_fusion": False}, **common, **types
         )
