@@ -116,6 +116,12 @@ class ResidentDeltas:
             write_entries(self.parts[delta.name].entries(), self._local(delta, delta.indices), values)
         self.written()
 
+    def held(self, name: str) -> tuple[Tensor, Tensor, int, int]:
+        """What this process holds of one weight: its part, 1-D, in place; base values [E] of the active entries there;
+        the flat index of the part's first entry; how many active entries lie before it. After `settle`."""
+        part = self.parts[name]
+        return part.entries(), self._base[name], part.start, self._where[name].start
+
     def release(self, delta: SparseDelta) -> None:
         """The base returns to one weight's entries; before they change."""
         write_entries(self.parts[delta.name].entries(), self._local(delta, delta.indices), self._base[delta.name])

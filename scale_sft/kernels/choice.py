@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..spiel.delta import DeltaStore
 from ..spiel.entries import Entries
 from ..spiel.sampling import Products, dense_products
 from .operands import Wanted
@@ -132,6 +133,18 @@ class GradientPath:
         self._chosen[case] = chosen
         return self.measured[case]
 
+    def measure_store(self, store: DeltaStore, candidates: Mapping[str, int], tokens: int, dtype: torch.dtype) -> None:
+        """Measure what backward passes of `tokens` tokens will ask for: active entries, and with them candidates.
+
+        Args:
+            candidates: C of each weight; empty where none are estimated.
+            dtype: of the factors.
+        """
+        for delta in store:
+            self.measure(*delta.shape, tokens, [delta.active], dtype)
+            if candidates:
+                self.measure(*delta.shape, tokens, [delta.active, candidates[delta.name]], dtype)
+
     def _wrong_paths(self, left: Tensor, right: Tensor, wanted: Wanted) -> dict[str, str]:
         """By name of a path: why it cannot be used. Each path is warm afterwards."""
         expected, refused = self._result_of(PLAIN, left, right, wanted), {}
@@ -172,10 +185,10 @@ def paths_of(device: torch.device) -> dict[str, Products]:
         return {PLAIN: dense_products}
     from .picked import picked_entries
     from .sampled import sampled_dots
-    from .tiles import TILES, product_entries
+    from .tiles import FP32_TILE, TILES, product_entries
 
     paths: dict[str, Products] = {PLAIN: dense_products, PICKED: picked_entries, SAMPLED: sampled_dots}
-    for tile in TILES:
+    for tile in (*TILES, FP32_TILE):
         name = f"product_{tile.block_r}x{tile.block_c}x{tile.block_t}"
         paths[name] = lambda left, right, wanted, tile=tile: product_entries(left, right, wanted, tile)
     return paths

@@ -47,8 +47,7 @@ def adamw_update(
     deltas.mul_(1 - learning_rate * weight_decay)
     exp_avg.lerp_(gradients, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
-    step_sizes = [-learning_rate / (1 - beta1**n) if n else 0.0 for n in gradients_seen]
-    denominators = [(1 - beta2**n) ** 0.5 if n else 1.0 for n in gradients_seen]
+    step_sizes, denominators = corrections(gradients_seen, learning_rate, betas)
     if len(gradients_seen) == 1:
         denominator = (exp_avg_sq.sqrt() / denominators[0]).add_(eps)
         deltas.addcdiv_(exp_avg, denominator, value=step_sizes[0])
@@ -57,6 +56,15 @@ def adamw_update(
     table = torch.tensor([step_sizes, denominators], dtype=torch.float32).to(deltas.device)
     denominator = exp_avg_sq.sqrt().div_(table[1].index_select(0, place)).add_(eps)
     deltas.add_(table[0].index_select(0, place).mul_(exp_avg).div_(denominator))
+
+
+def corrections(
+    gradients_seen: Sequence[int], learning_rate: float, betas: tuple[float, float]
+) -> tuple[list[float], list[float]]:
+    """(step sizes, denominators) by cohort: -learning_rate / (1 - beta1^n), sqrt(1 - beta2^n); 0 and 1 where n = 0."""
+    beta1, beta2 = betas
+    step_sizes = [-learning_rate / (1 - beta1**n) if n else 0.0 for n in gradients_seen]
+    return step_sizes, [(1 - beta2**n) ** 0.5 if n else 1.0 for n in gradients_seen]
 
 
 def sm3_update(

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from scale_sft.kernels.choice import PLAIN, GradientPath
+from scale_sft.spiel.delta import DeltaStore
 from scale_sft.spiel.entries import Entries
 from scale_sft.spiel.sampling import dense_products
 
@@ -109,6 +110,15 @@ def test_alike_cases_are_measured_once_and_choices_can_be_kept() -> None:
     without, _ = chooser(plain=1.0)
     without.load_state(kept)
     assert without.measure(8, 16, 32, [12], torch.float32).chosen == PLAIN
+
+
+def test_all_that_a_run_will_ask_for_is_measured() -> None:
+    path, _ = chooser(plain=1.0, fast=0.5)
+    store = DeltaStore({"a": (8, 16), "b": (16, 8), "c": (8, 16)}, {"a": 3, "b": 3, "c": 3})
+    path.measure_store(store, {}, 32, torch.float32)
+    assert len(path.measured) == 2
+    path.measure_store(store, dict.fromkeys("abc", 20), 32, torch.float32)
+    assert len(path.measured) == 4
 
 
 def test_without_a_gpu_there_is_only_the_plain_path_and_triton_is_not_imported() -> None:

@@ -1,0 +1,60 @@
+"""One optimizer step on all deltas, written into the weights on the way: each weight's state is read and written once.
+
+The same as `SparseFineTuning.update` followed by `ResidentDeltas.write`, up to the last bit of products that torch fuses
+with sums (see `updates`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..base_weight import ResidentDeltas
+from ..spiel.algorithm import SparseFineTuning
+from ..spiel.moments import DenseMoment
+from ..spiel.optimizer import SM3, AdamW, corrections
+from .updates import Written, adamw_write, sm3_write
+
+
+def why_not(tuning: SparseFineTuning, resident: object) -> str | None:
+    """Why a step of these cannot be fused, or None if it can."""
+    if tuning.store.device.type != "cuda":
+        return f"the deltas are on a {tuning.store.device.type}"
+    if not isinstance(resident, ResidentDeltas):
+        return "no weight holds its delta"
+    if any(part.entries().device != tuning.store.device for part in resident.parts.values()):
+        return "the weights are elsewhere than their deltas"
+    optimizer = tuning.optimizer
+    moments = (optimizer.exp_avg, optimizer.exp_avg_sq) if isinstance(optimizer, AdamW) else ()
+    if not all(isinstance(moment, DenseMoment) for moment in moments):
+        return "the moments are kept in codes"
+    return None
+
+
+def update_and_write(tuning: SparseFineTuning, resident: ResidentDeltas, learning_rate: float) -> None:
+    """One optimizer step on all deltas, one more term of the candidates' estimates, and all effective values.
+
+    Gradients are those of the recorder, summed over ranks and clipped. Nothing waits for the device.
+    """
+    tuning.recorder.end_step()
+    resident.settle()
+    optimizer, store = tuning.optimizer, tuning.store
+    if isinstance(optimizer, AdamW):
+        optimizer.gradients_seen = [n + 1 for n in optimizer.gradients_seen]
+        tables = torch.tensor(corrections(optimizer.gradients_seen, learning_rate, optimizer.betas))
+        tables = tables.to(store.device, non_blocking=True)
+    decay = 1 - learning_rate * optimizer.weight_decay
+    for delta, gradients in zip(store, _of_each(tuning), strict=True):
+        common = {"decay": decay, "eps": optimizer.eps, "entries": delta.entries}
+        common["written"] = Written(*resident.held(delta.name))
+        state = optimizer.state_of(delta.name)
+        if isinstance(optimizer, SM3):
+            sm3_write(delta.deltas, gradients, state["row"], state["col"], learning_rate=learning_rate, **common)
+            continue
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        adamw_write(delta.deltas, gradients, *moments, delta.cohort, *tables, betas=optimizer.betas, **common)
+    resident.written()
+
+
+def _of_each(tuning: SparseFineTuning) -> tuple[Tensor, ...]:
+    return tuning.recorder.gradients.split([delta.active for delta in tuning.store])

@@ -1,0 +1,86 @@
+"""A fused step of all deltas against the plain one; where it runs: see test_recorded_entries.py."""
+
+import pytest
+import torch
+from kernel_tools import DEVICE, INTERPRETED, drawn, marks
+from torch import nn
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from scale_sft.base_weight import ResidentDeltas, WeightPart
+from scale_sft.kernels.step import update_and_write, why_not
+from scale_sft.spiel.algorithm import SparseFineTuning
+from scale_sft.spiel.delta import DeltaStore
+from scale_sft.spiel.moments import float32_moments, mixed_moments
+from scale_sft.spiel.schedule import ReallocationSchedule
+
+pytestmark = marks
+SHAPES = {"a": (7, 12), "b": (20, 9), "c": (5, 3)}
+ACTIVE = {"a": 40, "b": 55, "c": 2}  # the last keeps flat indices
+
+
+class Run:
+    """Deltas on random weights, of which this process holds one part each, trained on random gradients."""
+
+    def __init__(self, method: str, *, sharded: bool = False, moments=float32_moments):
+        weights = {name: nn.Parameter(drawn(1, *shape)) for name, shape in SHAPES.items()}
+        parts = {name: WeightPart.whole(weight) for name, weight in weights.items()}
+        if sharded:
+            self.shards = {name: drawn(1, *shape).view(-1)[10:55] for name, shape in SHAPES.items()}
+            parts = {name: WeightPart(lambda s=s: s, 10, 10 + s.numel()) for name, s in self.shards.items()}
+        store = DeltaStore(SHAPES, ACTIVE, device=DEVICE)
+        schedule = ReallocationSchedule(
+            total_steps=20, update_interval_steps=3, estimation_steps=2, estimates=method != "ma"
+        )
+        self.tuning = SparseFineTuning(store, method=method, schedule=schedule, weight_decay=0.1, moments=moments)
+        self.resident, self.parts = ResidentDeltas(store, parts), parts
+
+    def step(self, number: int, *, fused: bool) -> None:
+        self.tuning.begin_step(number)
+        for name, (rows, width) in SHAPES.items():
+            factors = drawn(10 * number, 30, rows), drawn(10 * number + 1, 30, width)
+            self.tuning.recorder.record_product(name, *factors)
+        if fused:
+            update_and_write(self.tuning, self.resident, 0.01)
+        else:
+            self.tuning.update(0.01)
+        if self.tuning.schedule.reallocates_at(number):
+            self.tuning.reallocate(number, self.resident)
+        if not fused or self.tuning.schedule.reallocates_at(number):
+            self.resident.write()
+
+    def everything(self) -> list[torch.Tensor]:
+        states = [self.tuning.state_of(name) for name in SHAPES]
+        return [tensor for state in states for tensor in state.values()] + [
+            part.entries().clone() for part in self.parts.values()
+        ]
+
+
+@pytest.mark.parametrize("method", ["ag", "ma"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_fused_step_is_an_update_and_a_write(method: str, sharded: bool) -> None:
+    plain, fused = Run(method, sharded=sharded), Run(method, sharded=sharded)
+    for number in range(1, 7):  # reallocations at 2 and 5
+        plain.step(number, fused=False)
+        fused.step(number, fused=True)
+        for expected, actual in zip(plain.everything(), fused.everything(), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert plain.tuning.counters() == fused.tuning.counters()
+
+
+def test_a_first_moment_in_bf16_is_fused_too() -> None:
+    plain, fused = Run("ag", moments=mixed_moments), Run("ag", moments=mixed_moments)
+    for number in range(1, 4):
+        plain.step(number, fused=False)
+        fused.step(number, fused=True)
+    assert torch.equal(plain.tuning.store["a"].indices, fused.tuning.store["a"].indices)
+    torch.testing.assert_close(fused.tuning.store.flat, plain.tuning.store.flat, rtol=0.02, atol=1e-4)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+def test_what_cannot_be_fused_is_said() -> None:
+    run = Run("ag")
+    assert why_not(run.tuning, run.resident) is None
+    assert why_not(run.tuning, object()) == "no weight holds its delta"
+    run.tuning.optimizer.exp_avg = object()
+    assert why_not(run.tuning, run.resident) == "the moments are kept in codes"
