@@ -143,98 +143,128 @@ def test_all_kernels_are_exact_in_tritons_interpreter() -> None:
     assert " passed" in done.stdout
 
 
-def compile_for(capability: int, kernel, constants: dict, options: dict, **types: str) -> tuple[str, int, int, int]:
-    """(PTX, bytes of shared memory, registers, bytes of spilled ones) of a kernel for a GPU that need not be there.
+class Compiling:
+    """Takes a kernel's place: compiles what would be launched, for a GPU that need not be there."""
 
-    Pointers, strides and sizes are taken to be divisible by 16, as those of models are.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    def __init__(self, kernel, compiled: list):
+        self.kernel, self.compiled = kernel, compiled
 
-    names = kernel.arg_names
-    even = [n for n, type_ in types.items() if type_[0] == "*" or n.endswith("stride") or n in ("rows", "width")]
-    source = ASTSource(
-        kernel,
-        {name: types.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in even},
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, timeout=60, check=True
-        ).stdout
-    registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    return compiled.asm["ptx"], compiled.metadata.shared, registers, spilled
+    def __getitem__(self, grid: tuple):
+        return lambda *arguments, **options: self.compiled.append(self.kernel.warmup(*arguments, grid=grid, **options))
 
 
-@pytest.fixture
-def compiler(tmp_path, monkeypatch):
-    """`compile_for`, leaving nothing in the user's cache."""
-    triton = pytest.importorskip("triton", reason="Triton is not installed")
-    if not triton.__version__.startswith("3.7."):
-        pytest.skip(f"asks Triton 3.7 to compile for a GPU that is not there; this is {triton.__version__}")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    return compile_for
+class NoGpu:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, capability: int):
+        from triton.backends.compiler import GPUTarget
+
+        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
+        self.get_current_device = lambda: capability  # compiled kernels are kept by device
+        self.get_current_stream = lambda device: 0
 
 
-ENTRIES_OF_A_WEIGHT = {"row_starts": "*i32", "columns": "*u16"}
 A100, H100 = 80, 90
 A100_SHARED_BYTES = 163 << 10
 
 
+@pytest.fixture(params=[A100, H100])
+def compiling(request, tmp_path, monkeypatch):
+    """(capability, kernels compiled so far): kernels are compiled for it and not launched; no cache of the user's."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    if not triton.__version__.startswith("3.7."):
+        pytest.skip(f"poses as a driver of Triton 3.7; this is {triton.__version__}")
+    from scale_sft.kernels import picked, sampled, tiles, updates
+
+    compiled = []
+    for module in (picked, sampled, tiles, updates):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Compiling(getattr(module, name), compiled))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoGpu(request.param))
+    return request.param, compiled
+
+
+def spilled_bytes(kernel) -> int:
+    """Bytes per thread that did not fit into registers."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [tool, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage).group(1))
+
+
+def some_product(tokens: int, rows: int, width: int, count: int, dtype: torch.dtype = torch.bfloat16):
+    """(left, right, two times `count` entries that are wanted), of which only shapes and dtypes matter."""
+    entries = Entries(torch.arange(count), (rows, width))
+    return (
+        torch.zeros(tokens, rows).to(dtype),
+        torch.zeros(tokens, width).to(dtype),
+        [(entries, torch.zeros(count))] * 2,
+    )
+
+
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [A100, H100])
-def test_the_product_runs_on_tensor_cores_and_picks_entries_through_shared_memory(compiler, capability: int) -> None:
-    from scale_sft.kernels.tiles import TILES, tile_kernel
+def test_the_product_runs_on_tensor_cores_and_picks_entries_through_shared_memory(compiling) -> None:
+    from scale_sft.kernels.tiles import TILES, product_entries
 
-    types = dict.fromkeys(("left", "right"), "*bf16") | dict.fromkeys(("out", "out_2"), "*fp32") | ENTRIES_OF_A_WEIGHT
-    types |= {"row_starts_2": "*i32", "columns_2": "*u16"}
-    types |= dict.fromkeys(("tokens", "rows", "width", "left_stride", "right_stride", "bisections"), "i32")
+    capability, compiled = compiling
     for tile in TILES:
-        constants = {"SECOND": True, "PRECISION": "ieee", "PICKS": 16, "GROUP": 8}
-        constants |= {"BLOCK_R": tile.block_r, "BLOCK_C": tile.block_c, "BLOCK_T": tile.block_t}
-        options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        ptx, shared_bytes, _, spilled_bytes = compiler(capability, tile_kernel, constants, options, **types)
+        product_entries(*some_product(256, 256, 512, 2048), tile)
+    for kernel in compiled:
+        ptx = kernel.asm["ptx"]
         assert ("wgmma.mma_async" if capability == H100 else "mma.sync") in ptx
         assert "cp.async" in ptx  # the next tokens are loaded meanwhile
-        assert shared_bytes <= A100_SHARED_BYTES and spilled_bytes <= 64
+        assert kernel.metadata.shared <= A100_SHARED_BYTES and spilled_bytes(kernel) <= 64
         assert ptx.count("shfl.sync") < 200  # not picked by exchanges between threads
 
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [A100, H100])
-def test_dot_products_and_updates_spill_nothing_and_updates_round_as_ieee_754_asks(compiler, capability: int) -> None:
-    from scale_sft.kernels.picked import pick_kernel
-    from scale_sft.kernels.sampled import ENTRIES, TOKENS, dot_kernel
-    from scale_sft.kernels.updates import BLOCK, ROW_BLOCK, adamw_kernel, sm3_kernel
+def test_dot_products_and_updates_spill_nothing_and_updates_round_as_ieee_754_asks(compiling) -> None:
+    from scale_sft.kernels.picked import picked_entries
+    from scale_sft.kernels.sampled import sampled_dots
+    from scale_sft.kernels.updates import Written, adamw_write, sm3_write
 
-    constants = {"ENTRIES": ENTRIES, "TOKENS": TOKENS}
-    types = {"left": "*bf16", "right": "*bf16", "sums": "*fp32", "token_stride": "i32", **ENTRIES_OF_A_WEIGHT}
-    *_, spilled_bytes = compiler(capability, dot_kernel, constants, {}, **types)
-    assert spilled_bytes == 0
-
-    types = {"gradient": "*bf16", "out": "*fp32", "width": "i32", **ENTRIES_OF_A_WEIGHT}
-    *_, spilled_bytes = compiler(capability, pick_kernel, {"BLOCK": 128}, {}, **types)
-    assert spilled_bytes == 0
-
-    common = dict.fromkeys(("deltas", "gradients", "scale"), "*fp32") | dict.fromkeys(("weight", "base"), "*bf16")
-    common |= {"width": "i32", "part_start": "i64", "part_size": "i32", "first": "i32"} | ENTRIES_OF_A_WEIGHT
-    common |= dict.fromkeys(("decay", "eps"), "fp32")
-    adamw = dict.fromkeys(("exp_avg", "exp_avg_sq", "step_sizes", "denominators"), "*fp32") | {"cohort": "*u8"}
-    adamw |= {"entries": "i32", "rows": "i32"} | dict.fromkeys(("weight1", "beta2", "weight2"), "fp32")
-    sm3 = dict.fromkeys(("row_accumulator", "old_columns", "column_accumulator"), "*fp32") | {"step_size": "fp32"}
-    for kernel, types, block in ((adamw_kernel, adamw, BLOCK), (sm3_kernel, sm3, ROW_BLOCK)):
-        constants = {"SCALED": True, "WRITES": True, "BLOCK": block}
-        ptx, _, _, spilled_bytes = compiler(
-            capability, kernel, constants, {"enable_fp_fusion": False}, **common, **types
-        )
-        assert spilled_bytes == 0
+    _, compiled = compiling
+    for path in (picked_entries, sampled_dots):
+        path(*some_product(256, 256, 512, 2048))
+    entries, state = Entries(torch.arange(2048), (256, 512)), torch.zeros(4, 2048)
+    common = {"decay": 1.0, "eps": 1e-8, "entries": entries, "scale": torch.ones(())}
+    common["written"] = Written(torch.zeros(256, 512, dtype=torch.bfloat16), torch.zeros(2048, dtype=torch.bfloat16))
+    adamw_write(*state, torch.zeros(2048, dtype=torch.uint8), *torch.zeros(2, 3), betas=(0.9, 0.99), **common)
+    sm3_write(*state[:2], torch.zeros(256), torch.zeros(512), learning_rate=0.1, **common)
+    assert not any(map(spilled_bytes, compiled))
+    for kernel in compiled[-2:]:
+        ptx = kernel.asm["ptx"]
         assert "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx and "fma.rn.f32" not in ptx
         assert re.search(r"cvt\.rn\.bf16", ptx)  # the effective value, to the nearest
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("compiling", [H100], indirect=True)
+@pytest.mark.parametrize(
+    "tokens, rows, width, count, dtype",
+    [(100, 1, 128, 50, torch.bfloat16), (1, 64, 1, 30, torch.float16), (33, 17, 70000, 1, torch.float32)],
+)
+def test_sizes_of_one_and_wide_weights_compile_too(compiling, tokens, rows, width, count, dtype) -> None:
+    """A size of 1 is a constant to Triton, of another type than other sizes."""
+    from scale_sft.kernels.picked import picked_entries
+    from scale_sft.kernels.sampled import sampled_dots
+    from scale_sft.kernels.tiles import product_entries
+    from scale_sft.kernels.updates import Written, adamw_write, sm3_write
+
+    for path in (picked_entries, sampled_dots, product_entries):
+        path(*some_product(tokens, rows, width, count, dtype))
+    entries, state = Entries(torch.arange(count), (rows, width)), torch.zeros(4, count)
+    one = Written(torch.zeros(1), torch.zeros(1), start=0, first=0)
+    for written in (None, one):
+        common = {"decay": 1.0, "eps": 1e-8, "entries": entries, "written": written}
+        adamw_write(*state, torch.zeros(count, dtype=torch.int16), *torch.zeros(2, 1), betas=(0.9, 0.99), **common)
+        sm3_write(*state[:2], torch.zeros(rows), torch.zeros(width), learning_rate=0.1, **common)
