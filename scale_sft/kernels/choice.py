@@ -54,7 +54,7 @@ class Measurement:
 
 
 class GradientPath:
-    """Computes recorded entries by the path that was the fastest when its case was measured; otherwise by the plain one.
+    """Computes recorded entries by the path that was the fastest when its case was measured, or else the plain one.
 
     Paths differ in the order of fp32 sums, and the plain one rounds dW to the factors' dtype before it gathers. A run
     that has to go on bit for bit must therefore keep its choices: `state` and `load_state`. Ranks may choose

@@ -1,7 +1,7 @@
 """One optimizer step on all deltas, written into the weights on the way: each weight's state is read and written once.
 
-The same as `SparseFineTuning.update` followed by `ResidentDeltas.write`, up to the last bit of products that torch fuses
-with sums (see `updates`).
+The same as `SparseFineTuning.update` followed by `ResidentDeltas.write`, up to the last bit of products that torch
+fuses with sums (see `updates`).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Shapes: K active entries of one weight [R, C], sorted by row and column.
 The formulas and their order are those of `spiel.optimizer.adamw_update` and `sm3_update`, every operation rounded to
-fp32 as IEEE 754 asks and none fused with another. Torch fuses some products with sums, which ones depends on the device,
-so the last bit may differ from it; the same call gives the same bits on every device. Then effective =
+fp32 as IEEE 754 asks and none fused with another. Torch fuses some products with sums (which ones depends on the
+device), so the last bit may differ from it; the same call gives the same bits again. Then effective =
 (base.float() + delta).to(dtype) goes into the weight, from the delta as it is stored.
 """
 

@@ -1,4 +1,4 @@
-"""Updates in one pass against the plain ones, and the weights that they write; where they run: see test_recorded_entries.py."""
+"""Updates in one pass against the plain ones, and weights that they write; where: see test_recorded_entries.py."""
 
 import pytest
 import torch

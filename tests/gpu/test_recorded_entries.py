@@ -19,7 +19,7 @@ from scale_sft.spiel.sampling import dense_products
 
 pytestmark = marks
 SMALL = Tile(16, 32, 16, 4, 2)  # several tiles even of tiny weights
-# tokens, rows, columns, entries: odd sizes, one entry, full, more than a block of tokens, one row, one column, one token
+# tokens, rows, columns, entries: odd sizes, one entry, full, many tokens, one row, one column, one token
 SHAPES = [
     (33, 17, 45, 60), (33, 17, 45, 1), (20, 9, 11, 99), (150, 5, 40, 30), (16, 1, 50, 50), (16, 70, 1, 20), (1, 8, 8, 9)
 ]  # fmt: skip
