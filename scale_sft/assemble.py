@@ -22,6 +22,7 @@ from .distributed import Cluster, World
 from .errors import UserError
 from .evaluate import Answer, Evaluation, exact_match, greedy_answers, held_out_loss
 from .export import Adapter
+from .kernels.choice import GradientPath
 from .memory import PeakMemory
 from .model import (
     Target,
@@ -44,6 +45,7 @@ from .quantized import (
 )
 from .spiel.algorithm import SparseFineTuning
 from .spiel.delta import DeltaStore, budget
+from .spiel.sampling import Products, dense_products
 from .spiel.schedule import LearningRateSchedule, ReallocationSchedule
 from .transient import TransientDeltas, attach_transient_taps
 
@@ -161,6 +163,8 @@ class Session:
     base_hash: str
     load_peak_bytes: int  # of this rank, above what it had before
     loaded_on: torch.device | None = None  # where a quantised base was quantised
+    gradient_path: GradientPath | None = None  # None: every weight gradient is formed whole
+    fused: bool = False  # deltas are updated and written in one pass
     step: int = 0  # optimizer steps done
     evaluations: dict[int, Evaluation] = field(default_factory=dict)  # by step
     skipped_steps: list[int] = field(default_factory=list)  # without an update: loss or gradient was no finite number
@@ -204,6 +208,27 @@ class Session:
             pad_id=inputs.tokenizer.pad_token_id,
             device=self.cluster.device,
         )
+
+    def update(self, learning_rate: float) -> None:
+        """One optimizer step on all deltas; where it is fused, the weights have the new values after it."""
+        if not self.fused:
+            self.tuning.update(learning_rate)
+            return
+        from .kernels.step import update_and_write
+
+        update_and_write(self.tuning, self.resident, learning_rate)
+
+    def measure_kernels(self) -> list[str]:
+        """Find the fastest way to each weight's gradient before the first step; says what was found."""
+        path, config = self.gradient_path, self.inputs.config
+        if path is None:
+            return []
+        rows = config.run.micro_batch_size or config.run.global_batch_size // self.cluster.size
+        length = max_length(config.data.max_length, self.inputs.model_config)
+        candidates = {} if config.sparse.method == "ma" else self.tuning.recorder.counts
+        path.measure_store(self.tuning.store, candidates, rows * length, self.inputs.dtype)
+        step = "updated and written in one pass" if self.fused else "updated, then written"
+        return [f"kernels: weight gradients {path.summary()}; deltas {step}"]
 
     def check_packed_base(self) -> None:
         """Prove that a quantised base has still the bytes that it was loaded with.
@@ -260,7 +285,8 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
     targets = find_targets(model, config.sparse.target_modules)
     shapes = {target.name: target.shape for target in targets}
     active = budget_of(config, shapes)
-    tuning = build_tuning(inputs, shapes, active, cluster)
+    path = GradientPath(cluster.device) if config.run.kernels == "auto" else None
+    tuning = build_tuning(inputs, shapes, active, cluster, path.products if path else dense_products)
     transient = None
     if quantization:  # before the packed weights are cut into shards
         packed = packed_weights(model, inputs.dtype, cluster.device)
@@ -276,13 +302,16 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
     parts = {target.name: cluster.part_of(target.module.weight) for target in targets}
     if inputs.row_tokens:
         refuse_leaks(model, inputs.model_config.vocab_size, cluster.device, flat=_flat(config))
+    resident = transient or ResidentDeltas(tuning.store, parts, cluster.settle, cluster.written)
     return Session(
         inputs=inputs,
         cluster=cluster,
         model=model,
         targets=targets,
         tuning=tuning,
-        resident=transient or ResidentDeltas(tuning.store, parts, cluster.settle, cluster.written),
+        resident=resident,
+        gradient_path=path,
+        fused=path is not None and path.has_kernels and _fusible(tuning, resident),
         learning_rate=LearningRateSchedule(
             peak=config.optimizer.learning_rate,
             total_steps=inputs.steps,
@@ -294,6 +323,12 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
         load_peak_bytes=loading.added,
         loaded_on=device,
     )
+
+
+def _fusible(tuning: SparseFineTuning, resident: ResidentDeltas | TransientDeltas) -> bool:
+    from .kernels.step import why_not
+
+    return why_not(tuning, resident) is None
 
 
 def prints_of_base(
@@ -322,7 +357,11 @@ def budget_of(config: Config, shapes: dict[str, tuple[int, int]]) -> dict[str, i
 
 
 def build_tuning(
-    inputs: Inputs, shapes: dict[str, tuple[int, int]], active: dict[str, int], cluster: Cluster
+    inputs: Inputs,
+    shapes: dict[str, tuple[int, int]],
+    active: dict[str, int],
+    cluster: Cluster,
+    products: Products = dense_products,
 ) -> SparseFineTuning:
     """The method of the configuration over fresh deltas of the given budget."""
     config = inputs.config
@@ -358,4 +397,5 @@ def build_tuning(
         select=cluster.select_candidates,
         moments=moments_of(resolve_moments(optimizer.moments, inputs.dtype)),
         gradient_dtype=getattr(torch, optimizer.gradient_dtype),
+        products=products,
     )

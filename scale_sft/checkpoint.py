@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -37,7 +38,17 @@ from .run_folder import RunFolder
 if TYPE_CHECKING:
     from .assemble import Session
 
-_STATE_KEYS = {"step", "identity", "options", "counters", "evaluations", "skipped_steps", "ranks", "proposal_sequences"}
+_STATE_KEYS = {
+    "step",
+    "identity",
+    "options",
+    "counters",
+    "evaluations",
+    "skipped_steps",
+    "ranks",
+    "proposal_sequences",
+    "gradient_paths",
+}
 
 
 class Checkpoints:
@@ -70,6 +81,8 @@ class Checkpoints:
         session.resident.write()
         session.step = self._saved_step = state["step"]
         session.skipped_steps = state["skipped_steps"]
+        if session.gradient_path:
+            session.gradient_path.load_state(state["gradient_paths"])
         session.evaluations = {entry.pop("step"): Evaluation(**entry) for entry in state["evaluations"]}
         session.cluster.check_identical(session.tuning.digests, f"the state that was loaded for step {session.step}")
         return notes
@@ -173,6 +186,7 @@ class Checkpoints:
             "skipped_steps": session.skipped_steps,
             "ranks": session.cluster.size,
             "proposal_sequences": _proposal_sequences(session),
+            "gradient_paths": session.gradient_path.state() if session.gradient_path else {},
         }
         weights = ((name, tuning.state_of(name)) for name in tuning.store.names)
         try:
@@ -266,6 +280,8 @@ def _checked_state(checkpoint: Checkpoint) -> dict[str, Any]:
             and all(isinstance(entry["loss"], float) for entry in state["evaluations"])
             and all(map(whole, state["skipped_steps"]))
             and whole(state["ranks"])
+            and all(re.fullmatch(r"\d+ \d+ \w+ \d+ \d+", case) for case in state["gradient_paths"])
+            and all(isinstance(path, str) for path in state["gradient_paths"].values())
         )
     except (TypeError, AttributeError) as error:
         raise Damaged(f"{file} is damaged: {error}") from None

@@ -305,6 +305,12 @@ class RunConfig:
         "A rank that makes no progress for so long ends the run; longer than any step, evaluation batch or merge.",
         check=above(0),
     )
+    kernels: str = option(
+        "off",
+        "auto: on a GPU with Triton, form weight gradients by whichever way is measured as the fastest at the start, and "
+        "update and write deltas in one pass. Not yet measured on a GPU, hence off.",
+        choices=("off", "auto"),
+    )
     save_merged: bool = option(False, "Also write the merged model, a plain transformers folder, at the end.")
     tracker: str | None = option(
         None, "Experiment tracker: tensorboard, or any other that accelerate knows (wandb, mlflow, ...)."

@@ -54,7 +54,7 @@ def train(session, metrics, checkpoints) -> None:
         # --- update, drop, grow ---------------------------------------------------------------------------------
         finite = finite_or_stop(session, metrics, checkpoints, step, learning_rate, loss, grad_norm)
         if finite:
-            tuning.update(learning_rate)
+            session.update(learning_rate)
         if tuning.schedule.reallocates_at(step):
             reallocate(session, metrics, step)
         session.resident.write()
@@ -228,7 +228,7 @@ def run_on(cluster, inputs, run) -> None:
     cluster.on_main(run.lock)
     session = assemble.assemble(inputs, cluster)
     checkpoints = Checkpoints(session, run)
-    notes = checkpoints.resume()
+    notes = checkpoints.resume() + session.measure_kernels()
     cluster.on_main(lambda: run.claim(inputs.config))
     with outcome.open_metrics(session, run) as metrics:
         outcome.describe(session, metrics)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -109,7 +110,7 @@ class GradientPath:
         Only the first of several alike cases is tried. A path that fails here, or disagrees with the plain one, is
         refused; the measurement says why. This waits for the device; call it before the first step.
         """
-        if self.paths.keys() == {PLAIN}:
+        if not self.has_kernels:
             return Measurement(PLAIN, {}, {})
         generator = torch.Generator().manual_seed(seed)
         left, right = (torch.randn(tokens, n, generator=generator).to(self.device, dtype) for n in (rows, width))
@@ -164,6 +165,18 @@ class GradientPath:
             out.zero_()
         self.paths[name](left, right, wanted)
         return torch.cat([out for _, out in wanted])
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether there is anything but the plain path."""
+        return self.paths.keys() != {PLAIN}
+
+    def summary(self) -> str:
+        """What was chosen in how many cases, for a line of text."""
+        if not self.has_kernels:
+            return "formed whole (kernels need a GPU and Triton)"
+        counts = Counter(self._chosen.values())
+        return ", ".join(f"{name} in {count} of {len(self._chosen)} cases" for name, count in counts.most_common())
 
     def state(self) -> dict[str, str]:
         """The choices, as a JSON object can keep them."""

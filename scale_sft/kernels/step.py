@@ -54,6 +54,7 @@ def update_and_write(tuning: SparseFineTuning, resident: ResidentDeltas, learnin
         moments = state["exp_avg"], state["exp_avg_sq"]
         adamw_write(delta.deltas, gradients, *moments, delta.cohort, *tables, betas=optimizer.betas, **common)
     resident.written()
+    resident.current = True
 
 
 def _of_each(tuning: SparseFineTuning) -> tuple[Tensor, ...]:

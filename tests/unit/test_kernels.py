@@ -268,3 +268,32 @@ def test_sizes_of_one_and_wide_weights_compile_too(compiling, tokens, rows, widt
         common = {"decay": 1.0, "eps": 1e-8, "entries": entries, "written": written}
         adamw_write(*state, torch.zeros(count, dtype=torch.int16), *torch.zeros(2, 1), betas=(0.9, 0.99), **common)
         sm3_write(*state[:2], torch.zeros(rows), torch.zeros(width), learning_rate=0.1, **common)
+
+
+# --- in a run -------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_gpu_a_run_that_asks_for_kernels_is_the_plain_one_and_says_so(train_run, tmp_path, capsys) -> None:
+    runs = [train_run(kernels=choice, output_dir=str(tmp_path / choice)) for choice in ("off", "auto")]
+    assert "weight gradients formed whole (kernels need a GPU and Triton); deltas updated, then" in capsys.readouterr().out
+    one, other = ((run / "adapter" / "adapter_model.safetensors").read_bytes() for run in runs)
+    assert one == other
+
+
+def test_the_paths_that_were_chosen_are_kept_by_a_checkpoint(train_run, tmp_path, monkeypatch) -> None:
+    """Measured anew they might be others, and sums end in other bits."""
+    from scale_sft.kernels import choice
+
+    clock = Clock(plain=1.0, fast=0.5)
+    monkeypatch.setattr(choice, "paths_of", lambda device: {name: clock.path(name) for name in clock.seconds})
+    monkeypatch.setattr(choice, "_EventTimer", lambda device: clock)
+    monkeypatch.setattr("scale_sft.assemble._fusible", lambda *_: False)
+    options = {"kernels": "auto", "save_every_steps": 2, "output_dir": str(tmp_path / "run"), "keep_last": 9}
+    run = train_run(**options)
+    kept = json.loads((run / "checkpoints" / "step_000002" / "state.json").read_text())["gradient_paths"]
+    assert set(kept.values()) == {"fast"}
+    clock.seconds["fast"] = 2.0  # slower now; the run goes on with it all the same
+    clock.used.clear()
+    again = {**options, "output_dir": str(tmp_path / "again"), "resume": str(run / "checkpoints" / "step_000004")}
+    train_run(**again)
+    assert "fast" in clock.used
