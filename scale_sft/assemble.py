@@ -75,6 +75,24 @@ class Inputs:
         digests = {"the configuration": settings, "base_placement": placement, "train_data": self.train.digest()}
         return digests | ({"eval_data": self.eval.digest()} if self.eval else {})
 
+    def micro_batches(
+        self, batch: Sequence[int], cluster: Cluster, *, proposing: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
+        """A rank's micro-batches of a global batch; `proposing` where the first of them proposes candidates."""
+        return batches_of_rank(
+            self.train,
+            batch,
+            rank=cluster.rank,
+            world_size=cluster.size,
+            micro_batch_size=self.config.run.micro_batch_size,
+            first=self.config.sparse.proposal_batch_size if proposing else None,
+            keep_order=proposing,
+            row_tokens=self.row_tokens,
+            flat=_flat(self.config),
+            pad_id=self.tokenizer.pad_token_id,
+            device=cluster.device,
+        )
+
 
 def read_inputs(config: Config) -> Inputs:
     """Read and check everything but the weights.
@@ -194,20 +212,7 @@ class Session:
 
     def micro_batches(self, batch: Sequence[int], *, proposing: bool) -> Iterator[dict[str, Tensor]]:
         """This rank's micro-batches of a global batch; `proposing` where the first of them proposes candidates."""
-        inputs, config = self.inputs, self.inputs.config
-        return batches_of_rank(
-            inputs.train,
-            batch,
-            rank=self.cluster.rank,
-            world_size=self.cluster.size,
-            micro_batch_size=config.run.micro_batch_size,
-            first=config.sparse.proposal_batch_size if proposing else None,
-            keep_order=proposing,
-            row_tokens=inputs.row_tokens,
-            flat=_flat(config),
-            pad_id=inputs.tokenizer.pad_token_id,
-            device=self.cluster.device,
-        )
+        return self.inputs.micro_batches(batch, self.cluster, proposing=proposing)
 
     def update(self, learning_rate: float) -> None:
         """One optimizer step on all deltas; where it is fused, the weights have the new values after it."""

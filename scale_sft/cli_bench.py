@@ -6,6 +6,9 @@ from pathlib import Path
 
 import click
 
+from .errors import UserError
+from .options import SuggestingCommand, with_options_of
+
 _OUTPUT = click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
@@ -31,6 +34,103 @@ def page(folder: Path) -> None:
     from .bench.page import write_page
 
     click.echo(f"page: {write_page(folder)}")
+
+
+@bench.command(cls=SuggestingCommand)
+@click.option("--methods", metavar="A,B,...", help="Contestants; default: all.")
+@click.option(
+    "--variant",
+    "variants",
+    metavar="NAME=METHOD,KEY=VALUE,...",
+    multiple=True,
+    help="One more contestant: a method of ours with other options (of train.py), such as slim=ours-ag,delta_dtype=bfloat16. "
+    "Can be repeated.",
+)
+@click.option(
+    "--learning-rates",
+    "grids",
+    metavar="METHOD=A,B,...",
+    multiple=True,
+    help="Another grid for one contestant. Can be repeated.",
+)
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Runs at the best rate.")
+@click.option("--steps", type=click.IntRange(min=1), default=200, show_default=True, help="Optimizer steps of a run.")
+@click.option(
+    "--rank",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Of LoRA; sparse deltas get as many weights. 2 on the demo is the share of the weights that 64 is of 7B.",
+)
+@click.option("--global-batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Sequences per step.")
+@click.option("--micro-batch-size", type=click.IntRange(min=1), help="Sequences per forward pass; default: all.")
+@click.option(
+    "--validation-examples",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Training examples that are kept out to choose the learning rates.",
+)
+@click.option("--jobs", type=click.IntRange(min=1), help="Runs at a time; default: the cores, at most 4; 1 on a GPU.")
+@_OUTPUT
+@with_options_of("model", "data")
+def quality(
+    methods: str | None,
+    variants: tuple[str, ...],
+    grids: tuple[str, ...],
+    seeds: int,
+    rank: int,
+    validation_examples: int,
+    jobs: int | None,
+    output: Path,
+    recipe: str | None,
+    **options: str | int | None,
+) -> None:
+    """Compare what each method learns: held-out loss and exact match at its best learning rate.
+
+    Contestants: ours-ag, ours-ma, ours-static; random-mask, entries drawn once; peft-lora on the same layers, all of
+    equal trained weights; peft-ia3; and full, the same layers densely. All see the same batches, the same loss and the
+    same schedule of the learning rate. Each tries a grid of rates with one seed; the best, by the loss on
+    --validation-examples that are kept out of the training data, is run with the other seeds. What is reported comes
+    from the eval data, which chose nothing. A rate at the edge of its grid is pointed out.
+
+    \b
+    scale-sft bench quality
+    scale-sft bench quality --base models/small --train_data train.jsonl --eval_data test.jsonl --rank 16 --steps 500
+    scale-sft bench quality --methods ours-ag,peft-lora --variant slim=ours-ag,delta_dtype=bfloat16
+
+    Every finished run is a row in OUTPUT/quality.jsonl, and is not done again: started once more after Ctrl-C, the
+    command goes on. Runs share the cores, so seconds compare with each other only.
+    """
+    from .bench import quality as benchmark
+    from .bench.page import write_page
+    from .bench.quality_contestants import choose
+
+    settings = benchmark.Settings(
+        contestants=choose(methods.split(",") if methods else [], variants, grids),
+        recipe=recipe,
+        options={**options, "rank_equivalent": rank},
+        seeds=seeds,
+        validation_examples=validation_examples,
+    )
+    try:
+        rows = benchmark.measure(
+            settings, output, processes=jobs or benchmark.default_processes(), say=click.echo
+        )
+    except KeyboardInterrupt:
+        raise UserError(f"interrupted; the runs that were finished are in {output}: start again to go on") from None
+    table, remarks = benchmark.report(rows)
+    _print(table)
+    for remark in remarks:
+        click.echo(remark)
+    click.echo(f"page: {write_page(output)}")
+
+
+def _print(lines: list[list[str]]) -> None:
+    """A table: its first line are the columns; the first column to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *others in lines:
+        click.echo("  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]))
 
 
 COMMANDS = (bench,)

@@ -67,6 +67,10 @@ class Examples:
             labels[start:stop] = ids[start:stop]
         return ids, labels
 
+    def subset(self, members: Sequence[int]) -> Examples:
+        """Some of these examples, in the order given."""
+        return Examples(self._data.select(self._kept[np.asarray(members, dtype=np.int64)]), self.source)
+
     def digest(self) -> str:
         """SHA-256 over all tokens and spans: 64 hex digits."""
         sha = hashlib.sha256()

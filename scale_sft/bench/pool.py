@@ -1,0 +1,98 @@
+"""Work spread over processes, each of which may die without taking the others along."""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+_CONTEXT = get_context("spawn")  # a fork would inherit torch's threads
+
+
+class Died(Exception):
+    """A process ended in the midst of its work: its exit status is the message."""
+
+
+class Pool:
+    """Processes that import once and work many times; use as a context manager: its end ends them.
+
+    Args:
+        work: a function of a module, given one item; what it returns or raises must survive pickling.
+        processes: how many; 1: the work is done here, in this process.
+        threads: of torch in each process; None leaves torch's own choice.
+    """
+
+    def __init__(self, work: Callable[[Any], Any], *, processes: int, threads: int | None = None):
+        self.work, self.processes, self.threads = work, processes, threads
+        self._idle: list[tuple[Connection, BaseProcess]] = []
+        self._busy: dict[Connection, tuple[BaseProcess, Any]] = {}
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_) -> None:
+        """End all processes, at once where they are at work."""
+        for connection, process in [*self._idle, *((key, process) for key, (process, _) in self._busy.items())]:
+            connection.close()
+            process.terminate()
+            process.join()
+        self._idle, self._busy = [], {}
+
+    def results(self, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        """(item, its result) as they are ready; of work that failed the exception takes the result's place."""
+        if self.processes == 1:
+            yield from ((item, _attempt(self.work, item)) for item in items)
+            return
+        waiting = deque(items)
+        while waiting or self._busy:
+            while waiting and len(self._busy) < self.processes:
+                connection, process = self._idle.pop() if self._idle else self._start()
+                self._busy[connection] = process, waiting.popleft()
+                connection.send(self._busy[connection][1])
+            for connection in wait(list(self._busy)):
+                yield self._take(connection)
+
+    def _start(self) -> tuple[Connection, BaseProcess]:
+        own, other = _CONTEXT.Pipe()
+        process = _CONTEXT.Process(target=_serve, args=(other, self.work, self.threads), daemon=True)
+        process.start()
+        other.close()  # or the end of the process would not be the end of the connection
+        return own, process
+
+    def _take(self, connection: Connection) -> tuple[Any, Any]:
+        process, item = self._busy[connection]
+        try:
+            result = connection.recv()
+            self._idle.append((connection, process))
+        except (EOFError, OSError):
+            process.join()
+            connection.close()
+            result = Died(f"its process ended with status {process.exitcode}")
+        del self._busy[connection]
+        return item, result
+
+
+def _attempt(work: Callable[[Any], Any], item: Any) -> Any:
+    try:
+        return work(item)
+    except Exception as error:  # the others' work goes on
+        return error
+
+
+def _serve(connection: Connection, work: Callable[[Any], Any], threads: int | None) -> None:
+    """Work until the other end closes; Ctrl-C is for the process there."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    while True:
+        try:
+            item = connection.recv()
+        except EOFError:
+            return
+        connection.send(_attempt(work, item))
