@@ -1,8 +1,8 @@
 """`bench quality`: what each way of fine-tuning gets out of the same base, data, batches and trained weights.
 
 First every contestant tries its grid of learning rates with the first seed; its best rate is that of the lowest loss on
-examples kept out of the training data. Then it runs at that rate with the other seeds. Reported is the loss on the held-out data,
-which have chosen nothing. Each finished run is a row; a run whose row is there is not done again.
+examples kept out of the training data. Then it runs at that rate with the other seeds. Reported is the loss on the
+held-out data, which have chosen nothing. Each finished run is a row; a run whose row is there is not done again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_sft.config import MAY_CHANGE, ConfigError
+from scale_sft.errors import UserError
 
 from .pool import Pool
 from .quality_contestants import BASE, Contestant
@@ -27,10 +28,10 @@ from .rows import Results, read_rows
 __all__ = ["Settings", "measure", "part", "report"]
 
 BENCHMARK = "quality"
-DEMO_OPTIONS = {
-    "eval_data": "demo", "dtype": "float32", "exact_match_examples": 256, "eval_batch_size": 64, "warmup_fraction": 0.0,
-}  # fmt: skip
-"""Options where no recipe is given: the demo's task, without rounding."""
+DEFAULTS = {"dtype": "float32", "steps": 200, "global_batch_size": 16, "rank_equivalent": 2, "warmup_fraction": 0.0}
+"""Options where no recipe is given; float32, so that rounding takes no part in the comparison."""
+DEMO_DEFAULTS = {"eval_data": "demo", "exact_match_examples": 256, "eval_batch_size": 64}
+"""More of them where no other training data are named either."""
 
 _OF_ONE_RUN = {"method", "learning_rate", "seed"}
 _COUNTED = {"base", "revision", "train_data", "eval_data", "steps", "target_modules", "chat_template", "answer_pattern"}
@@ -48,13 +49,16 @@ class Settings:
     validation_examples: int
 
     def job(self, contestant: Contestant, learning_rate: float | None = None, seed: int = 0) -> Job:
-        defaults = {} if self.recipe else DEMO_OPTIONS
+        given = {name: value for name, value in self.options.items() if value is not None}
+        defaults: Mapping[str, Any] = {} if self.recipe else DEFAULTS
+        if not self.recipe and "train_data" not in given:
+            defaults = {**DEFAULTS, **DEMO_DEFAULTS}
         return Job(
             contestant=contestant,
             learning_rate=learning_rate,
             seed=seed,
             recipe=self.recipe,
-            options={**defaults, **{name: value for name, value in self.options.items() if value is not None}},
+            options={**defaults, **given},
             validation_examples=self.validation_examples,
         )
 
@@ -124,12 +128,17 @@ def _checked(settings: Settings) -> dict[str, Any]:
         from .quality_peers import require_peft
 
         require_peft()
+    config = settings.job(BASE).config()
+    for option, value in (("--rank", config.sparse.rank_equivalent), ("--steps", config.run.steps)):
+        if value is None:
+            raise UserError(f"{option}: needed, as {settings.recipe} does not say it: it must be the same for all")
     for contestant in settings.contestants:
         try:
-            settings.job(contestant).config()
+            for rate in contestant.learning_rates:
+                settings.job(contestant, rate).config()
         except ConfigError as error:
             raise ConfigError(f"{contestant.name}: {error}") from None
-    inputs = read_inputs(settings.job(BASE).config())  # tokenises the data too, once for all processes
+    inputs = read_inputs(config)  # tokenises the data too, once for all processes
     split(inputs, settings.validation_examples)
     options = {
         name: value

@@ -84,7 +84,9 @@ def _variant(text: str) -> Contestant:
     name, _, rest = text.partition("=")
     method, *settings = rest.split(",")
     if not name or not settings:
-        raise UserError(f"--variant: got '{text}', expected NAME=METHOD,option=value such as slim=ours-ag,candidate_ratio=0.5")
+        raise UserError(
+            f"--variant: got '{text}', expected NAME=METHOD,option=value such as slim=ours-ag,candidate_ratio=0.5"
+        )
     if method not in METHODS:
         raise UserError(f"--variant {name}: {unknown(f'method {method!r}', method, METHODS)}")
     if METHODS[method].kind != "ours":
@@ -95,7 +97,9 @@ def _variant(text: str) -> Contestant:
         if option not in OPTIONS:
             raise UserError(f"--variant {name}: {unknown(f'option {option!r}', option, OPTIONS)}")
         if not equals or option in _SET_BY_THE_BENCH:
-            raise UserError(f"--variant {name}: got '{setting}', expected option=value, none of {', '.join(_SET_BY_THE_BENCH)}")
+            raise UserError(
+                f"--variant {name}: got '{setting}', expected option=value, none of {', '.join(_SET_BY_THE_BENCH)}"
+            )
         options[option] = value
     return Contestant(name, "ours", METHODS[method].learning_rates, options)
 
@@ -106,5 +110,7 @@ def _rates(name: str, text: str) -> tuple[float, ...]:
         if not all(0 < rate < float("inf") for rate in rates):
             raise ValueError
     except ValueError:
-        raise UserError(f"--learning-rates {name}: got '{text}', expected numbers above 0 with commas, as in 1e-3,3e-3") from None
+        raise UserError(
+            f"--learning-rates {name}: got '{text}', expected numbers above 0 with commas, as in 1e-3,3e-3"
+        ) from None
     return tuple(rates)

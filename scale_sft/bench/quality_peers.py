@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -22,7 +23,9 @@ def require_peft() -> None:
     try:
         import peft  # noqa: F401
     except ImportError:
-        raise UserError("bench: peft-* need peft: pip install 'scale_sft[bench]', or choose --methods without") from None
+        raise UserError(
+            "bench: peft-* need peft: pip install 'scale_sft[bench]', or choose --methods without"
+        ) from None
 
 
 def build(kind: str, inputs: Inputs, cluster: Cluster) -> tuple[nn.Module, list[nn.Parameter]]:
@@ -54,7 +57,8 @@ def _with_peft(kind: str, model: nn.Module, targets: list[Target], rank: int, se
         adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, task_type="CAUSAL_LM")
     else:
         adapter = IA3Config(task_type="CAUSAL_LM")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT still asks transformers by an older name
         torch.manual_seed(seeded_generator(seed, "adapter").initial_seed())
         return get_peft_model(model, adapter)
 

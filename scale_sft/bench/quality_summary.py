@@ -83,9 +83,7 @@ def settings_key(settings: Mapping[str, Any]) -> str:
 def comparable(rows: Sequence[Row]) -> list[Row]:
     """Of rows of all invocations, oldest first: those on one footing with the newest, one for each run, the newest."""
     shared = settings_key(rows[-1]["settings"]["shared"])
-    newest = {
-        settings_key(row["settings"]): row for row in rows if settings_key(row["settings"]["shared"]) == shared
-    }
+    newest = {settings_key(row["settings"]): row for row in rows if settings_key(row["settings"]["shared"]) == shared}
     return list(newest.values())
 
 

@@ -39,7 +39,12 @@ class Job:
         from scale_sft.config import load
 
         rate = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
-        own = {"seed": self.seed, "save_every_steps": "none", "early_stopping_steps": "none", "base_placement": "replicate"}
+        own = {
+            "seed": self.seed,
+            "save_every_steps": "none",
+            "early_stopping_steps": "none",
+            "base_placement": "replicate",
+        }
         return load(self.recipe, {**self.options, **own, **rate, **self.contestant.options})
 
 
@@ -48,7 +53,7 @@ class Progress:
     """What a training loop tells: its loss, as means over windows of steps, and its memory."""
 
     steps: int
-    curve: list[tuple[int, float]] = field(default_factory=list)  # last step of a window, mean loss
+    curve: list[list[float]] = field(default_factory=list)  # [last step of a window, mean loss there]
     peak_bytes: int = 0
     _window: list[float] = field(default_factory=list)
 
@@ -56,7 +61,7 @@ class Progress:
         self._window.append(loss)
         self.peak_bytes = max(self.peak_bytes, memory_bytes)
         if step % max(1, self.steps // CURVE_POINTS) == 0 or step == self.steps:
-            self.curve.append((step, sum(self._window) / len(self._window)))
+            self.curve.append([step, sum(self._window) / len(self._window)])
             self._window.clear()
 
 
