@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import get_context
@@ -11,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 _CONTEXT = get_context("spawn")  # a fork would inherit torch's threads
+_PATIENCE_SECONDS = 10
 
 
 class Died(Exception):
@@ -35,11 +37,16 @@ class Pool:
         return self
 
     def __exit__(self, *_) -> None:
-        """End all processes, at once where they are at work."""
-        for connection, process in [*self._idle, *((key, process) for key, (process, _) in self._busy.items())]:
-            connection.close()
+        """End all processes: idle ones by the end of their connection, those at work by a signal."""
+        for process, _ in self._busy.values():
             process.terminate()
-            process.join()
+        for connection in [*self._busy, *(connection for connection, _ in self._idle)]:
+            connection.close()
+        for process in [*(process for process, _ in self._busy.values()), *(process for _, process in self._idle)]:
+            process.join(_PATIENCE_SECONDS)
+            if process.is_alive():
+                process.kill()
+                process.join()
         self._idle, self._busy = [], {}
 
     def results(self, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
@@ -86,6 +93,7 @@ def _attempt(work: Callable[[Any], Any], item: Any) -> Any:
 def _serve(connection: Connection, work: Callable[[Any], Any], threads: int | None) -> None:
     """Work until the other end closes; Ctrl-C is for the process there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cleaning up, unlike the signal's own way
     if threads:
         import torch
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -97,6 +98,13 @@ def test_a_random_mask_is_never_reallocated_and_static_once(settings, monkeypatc
     assert steps == []
     run_job(settings(["ours-static"], **options).job(METHODS["ours-static"], 0.01))
     assert steps == [5]
+
+
+def test_methods_are_the_same_until_the_first_reallocation(settings):
+    wanted = settings(["ours-ag", "ours-static", "random-mask"], steps=4, exact_match_examples=0)
+    adaptive, static, random = (run_job(wanted.job(contestant, 0.01))["curve"] for contestant in wanted.contestants)
+    assert adaptive == static
+    assert [loss for _, loss in random] == pytest.approx([loss for _, loss in static], rel=1e-5)
 
 
 def test_dense_training_lowers_the_loss_in_both_dtypes(settings):
@@ -248,6 +256,21 @@ def test_a_variant_has_its_own_line_with_its_options(settings, measure):
     assert [row["settings"]["method"] for row in found] == ["base", "ours-ag", "slim"]
     assert found[2]["settings"]["options"]["delta_dtype"] == "bfloat16"
     assert found[1]["result"]["held_out_loss"] != found[2]["result"]["held_out_loss"]
+
+
+def sleep(seconds):
+    time.sleep(seconds)
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_pool_idle_or_at_work():
+    with Pool(sleep, processes=2) as pool:
+        results = pool.results([0, 300])
+        next(results)
+        processes = [process for process, _ in pool._busy.values()] + [process for _, process in pool._idle]
+        assert len(processes) == 2 and all(process.is_alive() for process in processes)
+        began = time.monotonic()
+    assert not any(process.is_alive() for process in processes) and time.monotonic() - began < 30
 
 
 def die_at_three(n):
