@@ -43,7 +43,7 @@ def page(folder: Path) -> None:
     "variants",
     metavar="NAME=METHOD,KEY=VALUE,...",
     multiple=True,
-    help="One more contestant: a method of ours with other options (of train.py), such as slim=ours-ag,delta_dtype=bfloat16. "
+    help="One more contestant: a method of ours with other options (of train.py), such as ag-8bit=ours-ag,moments=int8. "
     "Can be repeated.",
 )
 @click.option(
@@ -54,7 +54,7 @@ def page(folder: Path) -> None:
     help="Another grid for one contestant. Can be repeated.",
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Runs at the best rate.")
-@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of a run; default: 200, or the recipe's.")
+@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of a run; default: 150, or the recipe's.")
 @click.option(
     "--rank",
     "rank_equivalent",
@@ -100,7 +100,7 @@ def quality(
     \b
     scale-sft bench quality
     scale-sft bench quality --base models/small --train_data train.jsonl --eval_data test.jsonl --rank 16 --steps 500
-    scale-sft bench quality --methods ours-ag,peft-lora --variant slim=ours-ag,delta_dtype=bfloat16
+    scale-sft bench quality --methods ours-ag,peft-lora --variant ag-8bit=ours-ag,moments=int8
 
     Every finished run is a row in OUTPUT/quality.jsonl, and is not done again: started once more after Ctrl-C, the
     command goes on. Runs share the cores, so seconds compare with each other only.

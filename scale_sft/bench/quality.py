@@ -28,7 +28,7 @@ from .rows import Results, read_rows
 __all__ = ["Settings", "measure", "part", "report"]
 
 BENCHMARK = "quality"
-DEFAULTS = {"dtype": "float32", "steps": 200, "global_batch_size": 16, "rank_equivalent": 2, "warmup_fraction": 0.0}
+DEFAULTS = {"dtype": "float32", "steps": 150, "global_batch_size": 16, "rank_equivalent": 2, "warmup_fraction": 0.0}
 """Options where no recipe is given; float32, so that rounding takes no part in the comparison."""
 DEMO_DEFAULTS = {"eval_data": "demo", "exact_match_examples": 256, "eval_batch_size": 64}
 """More of them where no other training data are named either."""

@@ -102,9 +102,9 @@ def test_a_random_mask_is_never_reallocated_and_static_once(settings, monkeypatc
 
 def test_methods_are_the_same_until_the_first_reallocation(settings):
     wanted = settings(["ours-ag", "ours-static", "random-mask"], steps=4, exact_match_examples=0)
-    adaptive, static, random = (run_job(wanted.job(contestant, 0.01))["curve"] for contestant in wanted.contestants)
-    assert adaptive == static
-    assert [loss for _, loss in random] == pytest.approx([loss for _, loss in static], rel=1e-5)
+    first, *others = (run_job(wanted.job(contestant, 0.01))["curve"] for contestant in wanted.contestants)
+    for curve in others:  # one that proposes candidates keeps its batch in order: sums are rounded otherwise
+        assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in first], rel=1e-5)
 
 
 def test_dense_training_lowers_the_loss_in_both_dtypes(settings):
