@@ -290,10 +290,22 @@ def test_a_process_that_dies_takes_only_its_own_work_along():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_the_command_compares_all_methods_on_the_demo(tmp_path):
     grids = [argument for name in METHODS for argument in ("--learning-rates", f"{name}=0.01")]
     arguments = ["--steps", "2", "--seeds", "1", "--exact_match_examples", "2", "--max_new_tokens", "2", *grids]
-    arguments += ["--max_eval_examples", "32", "--validation-examples", "32", "--jobs", "2", "--output", str(tmp_path)]
+    arguments += [
+        "--max_eval_examples",
+        "16",
+        "--validation-examples",
+        "16",
+        "--global-batch-size",
+        "4",
+        "--jobs",
+        "2",
+        "--output",
+        str(tmp_path),
+    ]
     result = CliRunner().invoke(main, ["bench", "quality", *arguments])
     assert result.exit_code == 0, result.output
     found = [json.loads(line) for line in (tmp_path / "quality.jsonl").read_text().splitlines()]
