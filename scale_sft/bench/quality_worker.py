@@ -43,6 +43,7 @@ class Job:
             "seed": self.seed,
             "save_every_steps": "none",
             "early_stopping_steps": "none",
+            "skip_nonfinite_steps": 0,
             "base_placement": "replicate",
         }
         return load(self.recipe, {**self.options, **own, **rate, **self.contestant.options})
