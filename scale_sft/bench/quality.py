@@ -213,4 +213,5 @@ def _line(row: Row) -> str:
         return f"{who}  failed: {why}"
     match = f"  exact match {result['exact_match']:.1%}" if "exact_match" in result else ""
     seconds = f"  {result['seconds']:.1f} s" if "seconds" in result else ""
-    return f"{who}  validation loss {result['validation_loss']:.4f}  held-out loss {result['held_out_loss']:.4f}{match}{seconds}"
+    losses = f"validation loss {result['validation_loss']:.4f}  held-out loss {result['held_out_loss']:.4f}"
+    return f"{who}  {losses}{match}{seconds}"
