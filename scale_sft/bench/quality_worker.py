@@ -143,6 +143,7 @@ def _train_ours(kind: str, inputs: Any, cluster: Any, progress: Progress) -> tup
             progress.step(step, **values)
 
     session = assemble.assemble(inputs, cluster)
+    session.measure_kernels()  # at the start of a run, and no part of its steps
     with TemporaryDirectory() as folder:
         began = time.perf_counter()
         train.train(session, Metrics(), Checkpoints(session, RunFolder(Path(folder) / "run")))
