@@ -1,0 +1,364 @@
+"""Who takes part in a step: ours on its real code path, PEFT's adapters, dense fine-tuning, and the floor of any adapter.
+
+All start from the same frozen model, compute the same loss on the same batches, and end a step ready for the next one.
+Shapes: B sequences of a micro-batch, L their length in tokens; O rows, I columns of a target weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from math import isfinite
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from scale_sft.assemble import budget_of, build_tuning
+from scale_sft.base_weight import ResidentDeltas, WeightPart
+from scale_sft.config import Config, load
+from scale_sft.data import Examples, collate
+from scale_sft.errors import UserError
+from scale_sft.evaluate import token_loss_sum
+from scale_sft.model import (
+    attach_taps,
+    base_location,
+    enable_checkpointing,
+    find_targets,
+    load_base,
+    load_model_config,
+    resolve_dtype,
+)
+from scale_sft.plan import empty_model
+from scale_sft.quantized import PlainWeight, packed_weights, resolve_quantization
+from scale_sft.spiel.delta import seeded_generator
+from scale_sft.spiel.topk import top_k_magnitude
+from scale_sft.transient import TransientDeltas, attach_transient_taps
+
+RUN_STEPS = 2000  # of the run that a measured step of ours belongs to
+LEARNING_RATE = 1e-4
+"""Of all contestants; it has no influence on the time of a step."""
+
+LLAMA = {
+    "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8,
+    "max_position_embeddings": 8192, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA_NAME = "random Llama, 6 layers of width 512"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What all contestants of one comparison have in common. Exactly one of `rank` and `density` is given."""
+
+    base: str | None = None  # a model folder or hub id; a folder of nothing but config.json, or None: random weights
+    dtype: str = "bfloat16"
+    quantization: str = "none"
+    length: int = 256  # tokens of a sequence
+    micro_batch: int = 4  # sequences of a step
+    gradient_checkpointing: bool = False
+    rank: int | None = 16
+    density: float | None = None
+    seed: int = 0
+
+    def settings(self) -> dict[str, Any]:
+        """For a row of results."""
+        return dataclasses.asdict(self) | {"base": self.base or LLAMA_NAME}
+
+
+class Base:
+    """The frozen model of a case, made anew, with the same weights, for each contestant.
+
+    Raises:
+        UserError: there is no such model, its positions do not suffice, or it cannot be quantised here.
+    """
+
+    def __init__(self, case: Case, device: torch.device):
+        self.case, self.device = case, device
+        options = {"base": case.base, "dtype": case.dtype, "quantization": case.quantization, "seed": case.seed}
+        budget = {"rank_equivalent": case.rank, "density": case.density}
+        checkpointing = {"gradient_checkpointing": case.gradient_checkpointing}
+        self.config = load(None, {**options, **budget, **checkpointing, "steps": RUN_STEPS})
+        self.model_config = _llama() if case.base is None else load_model_config(self.config.model)
+        self.quantization = resolve_quantization(self.config.model, self.model_config)
+        self.dtype = resolve_dtype(self.config.model, self.model_config)
+        positions = getattr(self.model_config, "max_position_embeddings", None)
+        if positions and case.length > positions:
+            raise UserError(f"length: got {case.length}, but the base has positions for {positions} tokens only")
+        self._written: tempfile.TemporaryDirectory | None = None
+
+    @property
+    def random(self) -> bool:
+        """Whether there are no weights to load."""
+        if self.case.base is None:
+            return True
+        folder = Path(base_location(self.case.base))
+        return folder.is_dir() and not any(folder.glob("*.safetensors"))
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(O, I) of each target weight by name, from the meta device."""
+        targets = find_targets(empty_model(self.config, self.model_config), self.config.sparse.target_modules)
+        return {target.name: target.shape for target in targets}
+
+    @cached_property
+    def bytes(self) -> int:
+        """Of all weights in the compute dtype."""
+        entries = sum(weight.numel() for weight in empty_model(self.config, self.model_config).parameters())
+        return entries * self.dtype.itemsize
+
+    def load(self) -> nn.Module:
+        """A frozen model in training mode on the device."""
+        config = self.config.model
+        if self.random and self.quantization:
+            if self._written is None:  # bitsandbytes quantises what is loaded from files
+                self._written = tempfile.TemporaryDirectory(prefix="scale-sft-bench-")
+                self._make().save_pretrained(self._written.name)
+            config = dataclasses.replace(config, base=self._written.name)
+        elif self.random:
+            model = self._make().requires_grad_(False).train()
+            if self.case.gradient_checkpointing:
+                enable_checkpointing(model)
+            return model
+        return load_base(config, self.model_config, self.device, self.quantization)
+
+    def _make(self) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        with torch.random.fork_rng(), torch.device(self.device):
+            torch.manual_seed(self.case.seed)
+            return AutoModelForCausalLM.from_config(
+                self.model_config, dtype=self.dtype, attn_implementation=self.config.model.attention
+            )
+
+    def of_method(self, method: str) -> Config:
+        """The configuration of a run of ours on this base."""
+        return dataclasses.replace(self.config, sparse=dataclasses.replace(self.config.sparse, method=method))
+
+    @property
+    def lora_rank(self) -> int:
+        """The rank whose trainable parameters equal ours, or come nearest to them where a density was given."""
+        if self.case.rank:
+            return self.case.rank
+        active = budget_of(self.config, self.shapes)
+        return max(1, round(sum(active.values()) / sum(o + i for o, i in self.shapes.values())))
+
+
+def _llama() -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**LLAMA, use_cache=False)
+
+
+class Batches:
+    """Micro-batches of random tokens, all of which count; the same for all contestants.
+
+    Args:
+        distinct: how many there are before they come again.
+    """
+
+    def __init__(self, case: Case, vocabulary: int, device: torch.device, distinct: int = 8):
+        self.case, self.device = case, device
+        generator = seeded_generator(case.seed, "benchmark")
+        tokens = torch.randint(vocabulary, (distinct * case.micro_batch, case.length), generator=generator).tolist()
+        self.examples, self.distinct = Examples.from_lists(tokens, tokens, "random tokens"), distinct
+
+    def take(self, number: int) -> dict[str, Tensor]:
+        """Micro-batch `number`: input_ids, attention_mask, labels, each [B, L] int64."""
+        first = number % self.distinct * self.case.micro_batch
+        return collate(self.examples, range(first, first + self.case.micro_batch), 0, self.device)
+
+    @property
+    def target_tokens(self) -> int:
+        """Of one micro-batch; the first token of a sequence is never predicted."""
+        return self.case.micro_batch * (self.case.length - 1)
+
+
+def forward(model: nn.Module, batch: dict[str, Tensor], target_tokens: int) -> Tensor:
+    """Mean loss over the target tokens: fp32 scalar with gradient."""
+    return token_loss_sum(model, batch) / target_tokens
+
+
+def backward(loss: Tensor) -> float:
+    """All gradients; returns the loss, which every trainer looks at."""
+    loss.backward()
+    value = loss.item()
+    if not isfinite(value):
+        raise UserError(f"bench: the loss is {value}; this base in this dtype overflows on random tokens")
+    return value
+
+
+class Contestant(Protocol):
+    """One way of training, ready for any number of steps."""
+
+    model: nn.Module
+    trainable: int  # parameters
+
+    def warm_up(self, batches: Batches) -> None:
+        """Come to the state that a step in the middle of a run has."""
+
+    def step(self, batches: Batches, number: int) -> float:
+        """One whole optimizer step on micro-batch `number`; returns the loss."""
+
+
+@dataclass(frozen=True)
+class OneRank:
+    """What the trainer's cluster does where there is but one rank."""
+
+    device: torch.device
+
+    def sum_(self, flat: Tensor) -> None:
+        """Nothing has to be added to the gradients of the only rank."""
+
+    def select_candidates(self, gradient: Tensor, count: int) -> Tensor:
+        """gradient [N] -> [count] sorted int64: the entries of largest magnitude."""
+        return top_k_magnitude(gradient, count)
+
+
+class Sparse:
+    """Ours: what `assemble` wires and `train` turns, on one rank and without files."""
+
+    def __init__(self, base: Base, method: str):
+        config, self.model, self.rank = base.of_method(method), base.load(), OneRank(base.device)
+        targets = find_targets(self.model, config.sparse.target_modules)
+        shapes = {target.name: target.shape for target in targets}
+        self.tuning = build_tuning(config, shapes, budget_of(config, shapes), RUN_STEPS, self.rank)
+        store, record = self.tuning.store, self.tuning.recorder.record
+        if base.quantization:
+            packed = packed_weights(self.model, base.dtype, base.device)
+            plain = {t.name: PlainWeight(t.module, t.transposed) for t in targets if t.name not in packed}
+            self.resident = TransientDeltas(store, packed | plain)
+            attach_transient_taps(self.resident, store.names, record)
+        else:
+            attach_taps(targets, record)
+            self.resident = ResidentDeltas(store, {t.name: WeightPart.whole(t.module.weight) for t in targets})
+        self.trainable = store.active
+
+    @property
+    def plain_step(self) -> int:
+        """A step number of the run that neither estimates nor reallocates: the usual case."""
+        return self.tuning.schedule.estimation_steps + 1
+
+    def warm_up(self, batches: Batches) -> None:
+        """The first reallocation: after it deltas stand where gradients are large, and have ages that differ."""
+        for number in sorted({1, self.tuning.schedule.estimation_steps}):
+            self.step_at(number, batches, number)
+
+    def step(self, batches: Batches, number: int) -> float:
+        """A step that updates and does nothing else."""
+        return self.step_at(self.plain_step, batches, number)
+
+    def step_at(self, step: int, batches: Batches, number: int) -> float:
+        """What the trainer's loop does at optimizer step `step`, on micro-batch `number`; returns the loss."""
+        tuning = self.tuning
+        tuning.begin_step(step)
+        loss = backward(forward(self.model, batches.take(number), batches.target_tokens))
+        self.rank.sum_(tuning.recorder.flat)
+        norm = tuning.clip().item()
+        if not isfinite(norm) or not bool(tuning.recorder.flat.isfinite().all()):
+            raise UserError(f"bench: the gradient norm is {norm}; this base in this dtype overflows on random tokens")
+        tuning.update(LEARNING_RATE)
+        if tuning.schedule.reallocates_at(step):
+            self.resident.settle()
+            tuning.reallocate(step, self.resident)
+        self.resident.write()
+        return loss
+
+
+class Dense:
+    """Anything that torch's autograd trains: PEFT's adapters, or the target weights themselves.
+
+    Args:
+        model: with `requires_grad` where it is to be trained.
+        updates: with AdamW (torch's fused one, the fastest it has); otherwise gradients are formed and dropped.
+    """
+
+    def __init__(self, model: nn.Module, *, updates: bool):
+        self.model = model
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        self.trainable = sum(weight.numel() for weight in trained)
+        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True) if updates else None
+
+    def warm_up(self, batches: Batches) -> None:
+        """It is as it will be."""
+
+    def step(self, batches: Batches, number: int) -> float:
+        """Forward, backward, update if there is one; gradients are dropped."""
+        loss = backward(forward(self.model, batches.take(number), batches.target_tokens))
+        if self.optimizer is not None:
+            self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        return loss
+
+
+def _full(base: Base, *, updates: bool) -> Dense:
+    model = base.load()
+    for target in find_targets(model, base.config.sparse.target_modules):
+        target.module.weight.requires_grad_(True)
+    return Dense(model, updates=updates)
+
+
+def _frozen(base: Base) -> Dense:
+    model = base.load()
+    model.enable_input_require_grads()  # the output of the embeddings, as the first thing that any adapter changes
+    return Dense(model, updates=False)
+
+
+def _peft(base: Base, kind: str, *, cast: bool = True, **settings: Any) -> Dense:
+    """PEFT's adapter of a kind on the same targets; its errors (layers that it does not support) are told as ours."""
+    import peft
+
+    if settings.get("target_modules") is True:
+        settings["target_modules"] = [name.removesuffix(".weight") for name in base.shapes]
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", **settings)
+    try:
+        model = peft.get_peft_model(base.load(), config, autocast_adapter_dtype=cast)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"contestants: peft's {kind} cannot adapt this base: {error}; leave it out") from None
+    with suppress(AttributeError):  # a kind of adapter without checkpointing of its own has the model's
+        model.train()
+    return Dense(model, updates=True)
+
+
+def _lora(base: Base, *, cast: bool = True) -> Dense:
+    rank = base.lora_rank
+    return _peft(base, "LoraConfig", cast=cast, r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=True)
+
+
+CONTESTANTS: dict[str, Callable[[Base], Contestant]] = {
+    "ours-ag": lambda base: Sparse(base, "ag"),
+    "ours-ma": lambda base: Sparse(base, "ma"),
+    "ours-static": lambda base: Sparse(base, "static"),
+    "peft-lora": _lora,  # as PEFT makes it: adapters and their computation in float32
+    "peft-lora-bf16": lambda base: _lora(base, cast=False),
+    "peft-ia3": lambda base: _peft(base, "IA3Config"),
+    "peft-shira": lambda base: _peft(
+        base, "ShiraConfig", r=base.lora_rank, random_seed=base.case.seed, target_modules=True
+    ),
+    "full": lambda base: _full(base, updates=False),
+    "full-adamw": lambda base: _full(base, updates=True),
+    "frozen": _frozen,
+}
+
+
+def impossible(name: str, case: Case) -> str | None:
+    """Why a contestant takes no part in a case; None: it does.
+
+    Raises:
+        UserError: a library that it needs is not installed.
+    """
+    if name.startswith("peft-") and find_spec("peft") is None:
+        raise UserError(
+            f"contestants: {name} needs peft >= 0.21, which is not installed: pip install 'scale_sft[bench]', or name "
+            "others with --contestants"
+        )
+    if name.startswith("full") and case.quantization != "none":
+        return f"a base in {case.quantization} has no dense weights to train"
+    if name == "peft-lora-bf16" and case.dtype != "bfloat16":
+        return f"in {case.dtype} it is peft-lora"
+    return None
