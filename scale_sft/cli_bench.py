@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from . import cli_bench_quality
+from . import cli_bench_quality, cli_bench_step
 
 _OUTPUT = click.option(
     "--output",
@@ -35,7 +35,7 @@ def page(folder: Path) -> None:
     click.echo(f"page: {write_page(folder)}")
 
 
-for _command in cli_bench_quality.COMMANDS:
+for _command in (*cli_bench_step.COMMANDS, *cli_bench_quality.COMMANDS):
     bench.add_command(_command)
 
 COMMANDS = (bench,)

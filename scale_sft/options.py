@@ -72,3 +72,20 @@ def _default(value: typing.Any) -> str:
         else value
     )
     return f"  [default: {shown}]"
+
+
+class Several(click.ParamType):
+    """Values of another type with commas between them; with `multiple` the option may be repeated too."""
+
+    def __init__(self, one: click.ParamType):
+        self.one, self.name = one, f"{one.name},..."
+
+    def convert(self, value: typing.Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple:
+        if isinstance(value, tuple):
+            return value
+        return tuple(self.one.convert(text.strip(), param, ctx) for text in value.split(",") if text.strip())
+
+
+def flattened(values: tuple[tuple, ...]) -> tuple:
+    """What a repeated option of `Several` was given, each value once, in order."""
+    return tuple(dict.fromkeys(value for some in values for value in some))

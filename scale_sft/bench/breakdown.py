@@ -1,0 +1,156 @@
+"""Where the time of our own step goes: a pass of its own, with a clock around each piece of the real code path.
+
+The clock wraps functions where they are defined, for the time of the pass only; nothing in the trainer knows of it. Each
+piece is timed exclusively: what it calls and is a piece itself does not count twice. On a GPU every piece starts and
+ends with a synchronisation, so that pieces add up, and the whole is somewhat slower than a step that overlaps them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+
+from scale_sft.base_weight import ResidentDeltas
+from scale_sft.spiel.algorithm import SparseFineTuning
+from scale_sft.spiel.linear import WeightTap
+from scale_sft.spiel.sampling import GradientRecorder
+from scale_sft.transient import TransientDeltas
+
+from . import contestants
+from .contestants import Base, Batches, OneRank, Sparse
+
+ALL_REDUCE, OTHER = "all-reduce", "other"
+OF_REALLOCATION = ("estimate", "propose", "reallocate")
+"""Pieces that steps of an estimation phase and reallocations add to a plain step."""
+
+_PIECES: tuple[tuple[Any, str, str], ...] = (
+    (Batches, "take", "data"),
+    (contestants, "forward", "forward"),
+    (contestants, "backward", "rest of backward"),
+    (WeightTap, "input_gradient", "dX"),
+    (WeightTap, "weight_gradient", "dW"),
+    (TransientDeltas, "effective_weight", "dequantise"),
+    (GradientRecorder, "begin_step", "gather"),
+    (GradientRecorder, "record", "gather"),
+    (OneRank, "sum_", ALL_REDUCE),
+    (SparseFineTuning, "clip", "optimizer"),
+    (SparseFineTuning, "update", "optimizer"),
+    (ResidentDeltas, "write", "write"),
+    (GradientRecorder, "end_step", "estimate"),
+    (OneRank, "select_candidates", "propose"),
+    (SparseFineTuning, "reallocate", "reallocate"),
+)
+"""Owner, name of a function there, and the piece that its time belongs to."""
+
+PIECES = tuple(dict.fromkeys(piece for _, _, piece in _PIECES if piece not in OF_REALLOCATION)) + (OTHER,)
+"""Pieces of a plain step, in the order in which they are shown."""
+
+
+class Stopwatch:
+    """Exclusive seconds by piece: while a piece runs inside another one, only the inner one's clock runs."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: Counter[str] = Counter()
+        self._running: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def piece(self, name: str) -> Iterator[None]:
+        """Time the block as `name`."""
+        self._turn()
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            self._turn()
+            self._running.pop()
+
+    def take(self) -> Counter[str]:
+        """What was found since it was last taken."""
+        found, self.seconds = self.seconds, Counter()
+        return found
+
+    def _turn(self) -> None:
+        """Give the time since the last turn to the innermost piece."""
+        synchronize(self.device)
+        now = time.perf_counter()
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._since
+        self._since = now
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was asked to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def instrumented(watch: Stopwatch) -> Iterator[None]:
+    """Inside the block every piece is timed, by whoever calls it; trainers must be made inside it too."""
+    before = [(owner, name, vars(owner)[name]) for owner, name, _ in _PIECES]
+    for owner, name, piece in _PIECES:
+        setattr(owner, name, _timed(vars(owner)[name], watch, piece))
+    try:
+        yield
+    finally:
+        for owner, name, function in before:
+            setattr(owner, name, function)
+
+
+def _timed(function: Callable, watch: Stopwatch, piece: str) -> Callable:
+    @wraps(function)
+    def run(*arguments: Any, **named: Any) -> Any:
+        with watch.piece(piece):
+            return function(*arguments, **named)
+
+    return run
+
+
+def breakdown(base: Base, method: str, batches: Batches, steps: int) -> dict[str, Any]:
+    """Seconds of the pieces of a plain step, and what a reallocation costs over its whole interval.
+
+    Args:
+        steps: plain steps; the median of each piece counts.
+    Returns:
+        `pieces` by name and their `seconds` together; `reallocation`: seconds of proposal, estimation (all its steps,
+        the candidates' share of gathering included) and exchange in one interval, `seconds_per_step` when spread over
+        the interval, and this as a `fraction` of a plain step.
+    """
+    watch = Stopwatch(base.device)
+    with instrumented(watch):
+        trainer = Sparse(base, method)
+        trainer.warm_up(batches)
+        schedule = trainer.tuning.schedule
+        interval, estimation = schedule.update_interval_steps, schedule.estimation_steps
+        timed = lambda step, number: _timed_step(watch, trainer, step, batches, number)
+        timed(trainer.plain_step, 0)
+        plain = [timed(trainer.plain_step, number) for number in range(1, steps + 1)]
+        around = [timed(interval + 1 + number, number) for number in range(estimation)]
+    pieces = {name: statistics.median(step[name] for step in plain) for name in PIECES}
+    pieces = {name: seconds for name, seconds in pieces.items() if seconds or name == ALL_REDUCE}
+    extra = {name: sum(step[name] for step in around) for name in OF_REALLOCATION}
+    if extra["propose"]:
+        extra["estimate"] += max(0.0, sum(step["gather"] - pieces["gather"] for step in around))
+    total, per_step = sum(pieces.values()), sum(extra.values()) / interval
+    return {
+        "pieces": pieces,
+        "seconds": total,
+        "reallocation": extra | {"seconds_per_step": per_step, "fraction": per_step / total},
+        "interval_steps": interval,
+    }
+
+
+def _timed_step(watch: Stopwatch, trainer: Sparse, step: int, batches: Batches, number: int) -> Counter[str]:
+    watch.take()
+    with watch.piece(OTHER):
+        trainer.step_at(step, batches, number)
+    return watch.take()
