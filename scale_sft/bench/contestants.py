@@ -129,7 +129,9 @@ class Base:
 
     def _make(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         with torch.random.fork_rng(), torch.device(self.device):
             torch.manual_seed(self.case.seed)
             return AutoModelForCausalLM.from_config(

@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import ERROR, getLogger
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,9 +48,9 @@ class Effort:
 
 
 def run(
-    cases: Sequence[Case], names: Sequence[str] | None, effort: Effort, results: Results, console: Console
+    cases: Sequence[Case], names: Sequence[str] | None, effort: Effort, output: Path, console: Console
 ) -> list[dict[str, Any]]:
-    """Measure the contestants `names` (None: all that a case permits) in each case; returns the rows added.
+    """Measure the contestants `names` (None: all that a case permits) in each case; returns the rows added to `output`.
 
     Raises:
         UserError: a contestant is unknown, impossible in every case, or needs what is not installed; a base does not
@@ -59,7 +61,7 @@ def run(
     line_ups = [_line_up(case, names) for case in cases]
     _refuse_empty(cases, names, line_ups)
     bases = [Base(case, device) for case in cases]  # all that is wrong with a case, before anything is measured
-    rows: list[dict[str, Any]] = []
+    results, rows = Results(output, "step"), []
     for base, chosen in zip(bases, line_ups, strict=True):
         left_out = {name: why for name in names or CONTESTANTS if (why := impossible(name, base.case))}
         console.print(f"{describe(base.case.settings())}: {len(chosen)} contestants, {effort.rounds} rounds")
@@ -116,12 +118,11 @@ class Race:
         progress = Progress(console=console, transient=True, disable=not console.is_interactive)
         with progress, _undisturbed():
             task = progress.add_task("warming up", total=self.effort.rounds)
-            if self.together:
-                self._ready = {name: self._prepare(name) for name in self.names}
+            self.prepare()
             for number in range(self.effort.rounds):
                 began = time.perf_counter()
                 progress.update(task, description=f"round {number + 1} of {self.effort.rounds}")
-                self._round(number)
+                self.round(number)
                 progress.advance(task)
                 if not console.is_interactive:
                     took = time.perf_counter() - began
@@ -133,6 +134,11 @@ class Race:
                     method = name.removeprefix("ours-")
                     self.breakdowns[name] = breakdown(self.base, method, self.batches, BREAKDOWN_STEPS)
 
+    def prepare(self) -> None:
+        """Make and warm up all contestants, where all of them stay in memory."""
+        if self.together:
+            self._ready = {name: self._prepare(name) for name in self.names}
+
     def _prepare(self, name: str) -> Contestant:
         contestant = CONTESTANTS[name](self.base)
         self.trainable[name] = contestant.trainable
@@ -141,7 +147,7 @@ class Race:
             contestant.step(self.batches, number)
         return contestant
 
-    def _round(self, number: int) -> None:
+    def round(self, number: int) -> None:
         """One timed step of each; the round counts only if all have finished it."""
         order = list(self.names)
         random.Random(f"{self.base.case.seed} {number}").shuffle(order)
@@ -203,6 +209,7 @@ def _undisturbed() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="peft|transformers")
+            getLogger("bitsandbytes.backends.cpu.ops").setLevel(ERROR)  # it recommends a kernel that is not used here
             yield
     finally:
         if enabled:

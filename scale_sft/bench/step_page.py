@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -23,8 +24,9 @@ Row = Mapping[str, Any]
 def describe(settings: Mapping[str, Any]) -> str:
     """One line for a case."""
     budget = f"rank {settings['rank']}" if settings["rank"] else f"density {settings['density']:g}"
+    base = settings["base"]
     parts = [
-        settings["base"],
+        Path(base).name if Path(base).is_dir() else base,
         settings["dtype"] + (f" in {settings['quantization']}" if settings["quantization"] != "none" else ""),
         f"{settings['micro_batch']} x {settings['length']} tokens",
         budget + " equivalent" * bool(settings["rank"]),
@@ -50,7 +52,7 @@ def breakdown_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[
 def table_of(rows: Sequence[Row], *, with_case: bool) -> tuple[list[str], list[list[str]]]:
     """Columns and lines: one line for each row of results."""
     columns = ["case"] * with_case + ["contestant", "trainable", "ms per step", "quartiles", "tokens/s"]
-    columns += [f"x {_PEER_NAMES[peer]}" for peer in PEERS]
+    columns += [f"x {peer}" for peer in PEERS]
     lines = []
     for row in rows:
         result, settings = row["result"], row["settings"]
@@ -85,7 +87,8 @@ def part(rows: list[Row]) -> Part:
         text=(
             "Contestants take turns: in each round every one of them makes one step, on the same micro-batch, in an "
             "order drawn anew. Ratios are medians over rounds of the ratio of two steps of one round. A step is whole: "
-            "data, forward, backward, update, and for ours the write into the weights; full and frozen update nothing."
+            "data, forward, backward, update, and for ours the write into the weights. full is forward and backward of "
+            "dense fine-tuning without an update, frozen the floor of any adapter: gradients of the inputs alone."
         ),
         columns=columns,
         rows=lines,

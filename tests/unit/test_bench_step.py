@@ -1,0 +1,305 @@
+"""One step of each contestant: ours is the trainer's own, peers have as many parameters, rounds are pairs."""
+
+import math
+import re
+import statistics
+
+import pytest
+import torch
+from click.testing import CliRunner
+from rich.console import Console
+
+from scale_sft.bench import breakdown, contestants, step
+from scale_sft.bench.contestants import CONTESTANTS, Base, Batches, Case, Sparse
+from scale_sft.bench.page import write_page
+from scale_sft.bench.rows import read_rows
+from scale_sft.errors import UserError
+from scale_sft.spiel.linear import WeightTap
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def case(tiny_model):
+    """(setting=value, ...) -> a case on the tiny Llama."""
+    return lambda **settings: Case(
+        **{"base": str(tiny_model("llama")), "dtype": "float32", "length": 8, "micro_batch": 2, "rank": 2, **settings}
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    """(cases, names, effort=value, ...) -> the rows of a short run."""
+
+    def measure(cases, names=None, **effort):
+        settings = {"rounds": 2, "warm_up_steps": 0, "breakdown": False, "together": True, **effort}
+        return step.run(cases, names, step.Effort(**settings), tmp_path, Console(quiet=True))
+
+    return measure
+
+
+@pytest.fixture(scope="module")
+def everybody(tiny_model, tmp_path_factory):
+    """The folder of a run of all contestants in both dtypes, with the breakdown of ours."""
+    folder = tmp_path_factory.mktemp("bench")
+    shared = {"base": str(tiny_model("llama")), "length": 8, "micro_batch": 2, "rank": 2}
+    cases = [Case(dtype="bfloat16", **shared), Case(dtype="float32", gradient_checkpointing=True, **shared)]
+    step.run(cases, None, step.Effort(rounds=2, warm_up_steps=0, together=True), folder, Console(quiet=True))
+    return folder
+
+
+def test_every_contestant_has_a_row_of_finite_times_and_ratios(everybody):
+    rows = read_rows(everybody, "step")
+    assert [row["settings"]["contestant"] for row in rows[:10]] == list(CONTESTANTS)
+    assert len(rows) == 19  # LoRA without a cast is LoRA in float32
+    for row in rows:
+        result = row["result"]
+        ratios = [result["relative"][peer]["median"] for peer in ("peft-lora", "full")]
+        times = [*result["seconds"], *result["quartiles_seconds"], result["tokens_per_second"], *ratios]
+        assert len(result["seconds"]) == row["settings"]["rounds"] == 2
+        assert all(math.isfinite(value) and value > 0 for value in times)
+
+
+def test_ours_lora_and_shira_train_equally_many_parameters(everybody):
+    trainable = {row["settings"]["contestant"]: row["result"]["trainable"] for row in read_rows(everybody, "step")}
+    equal = {name: trainable[name] for name in ("ours-ag", "ours-ma", "ours-static", "peft-lora", "peft-shira")}
+    assert len(set(equal.values())) == 1, equal
+    assert trainable["frozen"] == 0 < trainable["peft-ia3"] < equal["ours-ag"] < trainable["full"]
+    assert trainable["full-adamw"] == trainable["full"]
+
+
+def test_ratios_are_medians_of_pairs_within_a_round(everybody):
+    rows = {row["settings"]["contestant"]: row["result"] for row in read_rows(everybody, "step")[:10]}
+    own, peer = rows["ours-ag"]["seconds"], rows["peft-lora"]["seconds"]
+    pairs = [a / b for a, b in zip(own, peer, strict=True)]
+    assert rows["ours-ag"]["relative"]["peft-lora"]["median"] == pytest.approx(sum(pairs) / 2)
+    assert rows["full"]["relative"]["full"] == {"median": 1.0, "quartiles": [1.0, 1.0]}
+
+
+def test_the_breakdown_has_all_pieces_and_they_add_up(everybody):
+    found = {
+        row["settings"]["contestant"]: row["result"]["breakdown"]
+        for row in read_rows(everybody, "step")
+        if "breakdown" in row["result"]
+    }
+    assert set(found) == {"ours-ag", "ours-ma", "ours-static"}
+    for name, one in found.items():
+        pieces = one["pieces"]
+        assert set(pieces) == set(breakdown.PIECES) - {"dequantise"}
+        assert all(seconds > 0 for seconds in pieces.values())
+        assert sum(pieces.values()) == pytest.approx(one["seconds"])
+        cost = one["reallocation"]
+        assert (cost["propose"] > 0) == (name == "ours-ag") and (cost["reallocate"] > 0) == (name != "ours-static")
+    assert WeightTap.input_gradient.__qualname__ == "WeightTap.input_gradient"  # the clocks are gone
+    assert not hasattr(WeightTap.input_gradient, "__wrapped__") and not hasattr(contestants.forward, "__wrapped__")
+
+
+def test_a_piece_inside_a_piece_does_not_count_twice(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 6.0])
+    monkeypatch.setattr(breakdown.time, "perf_counter", lambda: next(now))
+    watch = breakdown.Stopwatch(CPU)
+    with watch.piece("outer"), watch.piece("inner"):
+        pass
+    assert watch.take() == {"outer": 1.0 + 3.0, "inner": 2.0} and not watch.take()
+
+
+def test_the_page_shows_tables_and_plots_of_both_cases(everybody):
+    html = write_page(everybody).read_text()
+    assert html.count("<svg") == 3 and "float32, 2 x 8 tokens, rank 2 equivalent, checkpointing" in html
+    assert str(everybody.parent) not in html.split("<th>command</th>")[0]
+
+
+def test_the_page_takes_each_case_from_its_newest_run(run, case, tmp_path):
+    run([case()], ["full"]), run([case(length=4), case()], ["full", "frozen"])
+    rows = read_rows(tmp_path, "step")
+    rows[0]["run"] = "an earlier run"
+    shown = [(line[0].split(", ")[2], line[1]) for line in step.part(rows).rows]
+    assert shown == [(f"2 x {n} tokens", name) for n in (4, 8) for name in ("full", "frozen")]
+
+
+class RecordedBatches:
+    """What a session trains on, for a trainer of the benchmark."""
+
+    def __init__(self, session, batch, *, proposing):
+        (self.batch,) = session.micro_batches(batch, proposing=proposing)
+        self.target_tokens = session.inputs.train.target_tokens(batch)
+
+    def take(self, number):
+        return self.batch
+
+
+@pytest.mark.parametrize("method, dtype", [("ag", "float32"), ("ag", "bfloat16"), ("ma", "float32")])
+def test_our_step_is_that_of_the_trainer_bit_for_bit(session, case, tiny_model, method, dtype):
+    from scale_sft.train import forward_backward
+
+    base = Base(case(dtype=dtype, rank=None, density=0.05), CPU)
+    trainer = Sparse(base, method)
+    defaults = {"update_interval_steps": 20, "estimation_steps": 5, "steps": contestants.RUN_STEPS}
+    real = session(method=method, dtype=dtype, **defaults)
+    for number in (1, 5, 6):  # proposes; reallocates; updates only
+        batch = real.inputs.order.batch(number)
+        real.tuning.begin_step(number)
+        recorded = RecordedBatches(real, batch, proposing=real.tuning.recorder.proposing)
+        loss = trainer.step_at(number, recorded, 0)
+        expected, _ = forward_backward(real, batch)
+        real.tuning.clip()
+        real.tuning.update(contestants.LEARNING_RATE)
+        if real.tuning.schedule.reallocates_at(number):
+            real.tuning.reallocate(number, real.resident)
+        real.resident.write()
+        assert loss == expected
+    assert trainer.tuning.digests() == real.tuning.digests()
+    own = dict(trainer.model.named_parameters())
+    assert all(torch.equal(own[name], weight) for name, weight in real.model.named_parameters())
+
+
+@pytest.mark.parametrize("method", ["ag", "ma", "static"])
+def test_our_steps_change_nothing_but_active_entries(case, method):
+    base = Base(case(), CPU)
+    trainer, before = Sparse(base, method), base.load().state_dict()
+    batches = Batches(base.case, base.model_config.vocab_size, CPU)
+    trainer.warm_up(batches)
+    for number in range(2):
+        trainer.step(batches, number)
+    for name, weight in trainer.model.state_dict().items():
+        moved = (weight != before[name]).flatten().nonzero().squeeze(1)
+        active = trainer.tuning.store[name].indices if name in trainer.tuning.store.names else moved[:0]
+        assert torch.isin(moved, active).all() and (moved.numel() > 0) == (active.numel() > 0)
+
+
+def test_contestants_start_from_the_same_random_weights(tmp_path, tiny_model, case):
+    (tmp_path / "config.json").write_text((tiny_model("llama") / "config.json").read_text())
+    base = Base(case(base=str(tmp_path)), CPU)
+    first, second = base.load().state_dict(), base.load().state_dict()
+    assert base.random and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_contestants_made_anew_in_each_round_give_the_same_rows(run, case):
+    rows = run([case()], ["ours-ag", "full"], together=False)
+    assert [row["settings"]["together"] for row in rows] == [False, False]
+    assert all(len(row["result"]["seconds"]) == 2 for row in rows)
+
+
+def test_a_density_gives_lora_the_nearest_rank(case):
+    base = Base(case(rank=None, density=0.2), CPU)
+    active, sides = sum(int(0.2 * o * i) for o, i in base.shapes.values()), sum(map(sum, base.shapes.values()))
+    assert base.lora_rank == round(active / sides) > 1
+
+
+def test_an_interrupt_leaves_the_rows_of_finished_rounds(run, case, monkeypatch, tmp_path):
+    calls = iter(range(10))
+    timed = step._timed
+
+    def interrupted(*arguments):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return timed(*arguments)
+
+    monkeypatch.setattr(step, "_timed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run([case()], ["full", "frozen"], rounds=9)
+    rows = read_rows(tmp_path, "step")
+    assert [row["settings"]["rounds"] for row in rows] == [2, 2]
+    assert all(len(row["result"]["seconds"]) == 2 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "settings, names, message",
+    [
+        ({}, ["peft-lara"], "unknown contestant 'peft-lara'; did you mean 'peft-lora'"),
+        ({"length": 129}, None, "length: got 129, but the base has positions for 128 tokens only"),
+        (
+            {"quantization": "nf4"},
+            ["full-adamw"],
+            "full-adamw takes part in no case: a base in nf4 has no dense weights",
+        ),
+        ({"base": "no/such/model"}, ["full"], "no/such/model"),
+        ({}, ["peft-lora-bf16"], "in float32 it is peft-lora"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_anything_is(run, case, tmp_path, settings, names, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        run([case(), case(**settings)] if "length" in settings else [case(**settings)], names)
+    assert not list(tmp_path.iterdir())
+
+
+def test_peers_without_their_library_say_what_to_install(run, case, monkeypatch):
+    monkeypatch.setattr(contestants, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"peft-lora needs peft >= 0.21.*pip install 'scale_sft\[bench\]'"):
+        run([case()])
+    assert len(run([case()], ["ours-ag", "full"])) == 2
+
+
+def test_an_adapter_that_peft_cannot_make_is_left_out_by_name(run, case, tiny_model):
+    with pytest.raises(UserError, match="peft's ShiraConfig cannot adapt this base"):
+        run([case(base=str(tiny_model("gpt2")))], ["peft-shira"])
+
+
+def test_the_command_takes_lists_and_writes_the_page(case, tmp_path):
+    from scale_sft.cli import main
+
+    arguments = f"--base {case().base} --rank 2 --dtype float32 --length 4,8 --micro-batch 1 --contestants full,frozen"
+    words = ["bench", "step", *arguments.split(), "--rounds", "1", "--warm-up", "0", "--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    assert "2 contestants, 1 rounds" in result.output and (tmp_path / "out" / "bench.html").is_file()
+    lengths = [row["settings"]["length"] for row in read_rows(tmp_path / "out", "step")]
+    assert lengths == [4, 4, 8, 8]
+    wrong = CliRunner().invoke(main, ["bench", "step", "--rank", "2", "--density", "0.1"])
+    assert wrong.exit_code == 2 and "not both" in wrong.output
+
+
+@pytest.mark.quantized
+@pytest.mark.timeout(300)
+def test_in_4_bits_deltas_are_transient_and_dense_weights_take_no_part(run, case):
+    rows = run([case(quantization="nf4")], breakdown=True, rounds=1)
+    names = [row["settings"]["contestant"] for row in rows]
+    assert {"ours-ag", "peft-lora", "peft-shira", "frozen"} <= set(names) and "full" not in names
+    assert rows[0]["result"]["breakdown"]["pieces"]["dequantise"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+def test_all_contestants_run_on_a_gpu(run, case):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    rows = run([case(dtype="bfloat16")], breakdown=True)
+    assert {row["settings"]["device"] for row in rows} == {"cuda"} and len(rows) == len(CONTESTANTS)
+
+
+LIMITS = {"bfloat16": {"peft-lora": 0.75, "full": 1.05}, "float32": {"peft-lora": 1.05, "full": 1.05}}
+"""At most so much of the time of a peer's step, on the random Llama of 6 layers of width 512."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("dtype", list(LIMITS))
+def test_our_step_is_as_fast_as_was_promised(dtype):
+    """Processor time, not wall time: what else the machine does must not fail it."""
+    ours, peers = ("ours-ag", "ours-ma"), LIMITS[dtype]
+    effort = step.Effort(rounds=0, warm_up_steps=1, together=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        race = step.Race(Base(Case(dtype=dtype), CPU), [*ours, *peers], effort)
+        race.prepare()
+        for rounds in (3, 4):  # for longer, before it is believed
+            for _ in range(rounds):
+                race.round(race.rounds)
+            slow = [
+                f"{name}: {ratio:.3f} of {peer}, promised at most {limit}"
+                for name in ours
+                for peer, limit in peers.items()
+                if (ratio := _processor_time_ratio(race, name, peer)) > limit
+            ]
+            if not slow:
+                return
+    finally:
+        torch.set_num_threads(threads)
+    pytest.fail(f"{dtype}: " + "; ".join(slow))
+
+
+def _processor_time_ratio(race, name, peer):
+    """Median over rounds of the ratio of two steps of a round."""
+    pairs = zip(race.cpu_seconds[name], race.cpu_seconds[peer], strict=True)
+    return statistics.median(own / other for own, other in pairs)
