@@ -11,11 +11,12 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from scale_sft.base_weight import ResidentDeltas
 from scale_sft.spiel.algorithm import SparseFineTuning
@@ -26,7 +27,7 @@ from scale_sft.transient import TransientDeltas
 from . import contestants
 from .contestants import Base, Batches, OneRank, Sparse
 
-ALL_REDUCE, OTHER = "all-reduce", "other"
+DW, GATHER, ALL_REDUCE, OTHER = "dW", "gather", "all-reduce", "other"
 OF_REALLOCATION = ("estimate", "propose", "reallocate")
 """Pieces that steps of an estimation phase and reallocations add to a plain step."""
 
@@ -35,10 +36,9 @@ _PIECES: tuple[tuple[Any, str, str], ...] = (
     (contestants, "forward", "forward"),
     (contestants, "backward", "rest of backward"),
     (WeightTap, "input_gradient", "dX"),
-    (WeightTap, "weight_gradient", "dW"),
     (TransientDeltas, "effective_weight", "dequantise"),
-    (GradientRecorder, "begin_step", "gather"),
-    (GradientRecorder, "record", "gather"),
+    (GradientRecorder, "begin_step", GATHER),
+    (GradientRecorder, "record_product", GATHER),
     (OneRank, "sum_", ALL_REDUCE),
     (SparseFineTuning, "clip", "optimizer"),
     (SparseFineTuning, "update", "optimizer"),
@@ -49,7 +49,9 @@ _PIECES: tuple[tuple[Any, str, str], ...] = (
 )
 """Owner, name of a function there, and the piece that its time belongs to."""
 
-PIECES = tuple(dict.fromkeys(piece for _, _, piece in _PIECES if piece not in OF_REALLOCATION)) + (OTHER,)
+PIECES = (
+    "data", "forward", "dX", DW, GATHER, "rest of backward", "dequantise", ALL_REDUCE, "optimizer", "write", OTHER,
+)  # fmt: skip
 """Pieces of a plain step, in the order in which they are shown."""
 
 
@@ -109,10 +111,23 @@ def instrumented(watch: Stopwatch) -> Iterator[None]:
 def _timed(function: Callable, watch: Stopwatch, piece: str) -> Callable:
     @wraps(function)
     def run(*arguments: Any, **named: Any) -> Any:
-        with watch.piece(piece):
+        with watch.piece(piece), _Products(watch) if piece == GATHER else nullcontext():
             return function(*arguments, **named)
 
     return run
+
+
+class _Products(TorchFunctionMode):
+    """Inside the block torch's matrix products are dW; a kernel that forms no more than what is gathered is not."""
+
+    def __init__(self, watch: Stopwatch):
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, function: Callable, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        product = getattr(function, "__name__", "") in ("matmul", "__matmul__", "mm")
+        with self.watch.piece(DW) if product else nullcontext():
+            return function(*arguments, **(named or {}))
 
 
 def breakdown(base: Base, method: str, batches: Batches, steps: int) -> dict[str, Any]:
@@ -139,7 +154,7 @@ def breakdown(base: Base, method: str, batches: Batches, steps: int) -> dict[str
     pieces = {name: seconds for name, seconds in pieces.items() if seconds or name == ALL_REDUCE}
     extra = {name: sum(step[name] for step in around) for name in OF_REALLOCATION}
     if extra["propose"]:
-        extra["estimate"] += max(0.0, sum(step["gather"] - pieces["gather"] for step in around))
+        extra["estimate"] += max(0.0, sum(step[GATHER] - pieces[GATHER] for step in around))
     total, per_step = sum(pieces.values()), sum(extra.values()) / interval
     return {
         "pieces": pieces,

@@ -138,10 +138,6 @@ class Base:
                 self.model_config, dtype=self.dtype, attn_implementation=self.config.model.attention
             )
 
-    def of_method(self, method: str) -> Config:
-        """The configuration of a run of ours on this base."""
-        return dataclasses.replace(self.config, sparse=dataclasses.replace(self.config.sparse, method=method))
-
     @property
     def lora_rank(self) -> int:
         """The rank whose trainable parameters equal ours, or come nearest to them where a density was given."""
@@ -209,6 +205,15 @@ class Contestant(Protocol):
 
 
 @dataclass(frozen=True)
+class SparseInputs:
+    """What the method of a run is made from."""
+
+    config: Config
+    dtype: torch.dtype
+    steps: int = RUN_STEPS
+
+
+@dataclass(frozen=True)
 class OneRank:
     """What the trainer's cluster does where there is but one rank."""
 
@@ -226,11 +231,12 @@ class Sparse:
     """Ours: what `assemble` wires and `train` turns, on one rank and without files."""
 
     def __init__(self, base: Base, method: str):
-        config, self.model, self.rank = base.of_method(method), base.load(), OneRank(base.device)
+        config = dataclasses.replace(base.config, sparse=dataclasses.replace(base.config.sparse, method=method))
+        self.model, self.rank = base.load(), OneRank(base.device)
         targets = find_targets(self.model, config.sparse.target_modules)
         shapes = {target.name: target.shape for target in targets}
-        self.tuning = build_tuning(config, shapes, budget_of(config, shapes), RUN_STEPS, self.rank)
-        store, record = self.tuning.store, self.tuning.recorder.record
+        self.tuning = build_tuning(SparseInputs(config, base.dtype), shapes, budget_of(config, shapes), self.rank)
+        store, record = self.tuning.store, self.tuning.recorder.record_product
         if base.quantization:
             packed = packed_weights(self.model, base.dtype, base.device)
             plain = {t.name: PlainWeight(t.module, t.transposed) for t in targets if t.name not in packed}
