@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -328,9 +327,7 @@ def _peft(base: Base, kind: str, *, cast: bool = True, **settings: Any) -> Dense
         model = peft.get_peft_model(base.load(), config, autocast_adapter_dtype=cast)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"contestants: peft's {kind} cannot adapt this base: {error}; leave it out") from None
-    with suppress(AttributeError):  # a kind of adapter without checkpointing of its own has the model's
-        model.train()
-    return Dense(model, updates=True)
+    return Dense(model.train(), updates=True)
 
 
 def _lora(base: Base, *, cast: bool = True) -> Dense:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import ERROR, getLogger
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -64,7 +64,7 @@ def run(
     results, rows = Results(output, "step"), []
     for base, chosen in zip(bases, line_ups, strict=True):
         left_out = {name: why for name in names or CONTESTANTS if (why := impossible(name, base.case))}
-        console.print(f"{describe(base.case.settings())}: {len(chosen)} contestants, {effort.rounds} rounds")
+        console.print(f"{describe(base.case.settings())}: {len(chosen)} contestants, rounds: {effort.rounds}")
         for name, why in left_out.items():
             console.print(f"  without {name}: {why}")
         race = Race(base, chosen, effort)
@@ -73,6 +73,11 @@ def run(
         except KeyboardInterrupt:
             rows += _add(race, results, console)
             raise
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"bench: out of memory in {describe(base.case.settings())}: {str(error).splitlines()[0]} Take "
+                "--one-by-one, fewer --contestants, or a smaller --micro-batch or --length"
+            ) from None
         rows += _add(race, results, console)
     return rows
 
@@ -94,6 +99,13 @@ def _refuse_empty(cases: Sequence[Case], names: Sequence[str] | None, line_ups: 
             raise UserError(f"contestants: nobody is left for {describe(case.settings())}; name others")
 
 
+class Times(NamedTuple):
+    """Of one step, in seconds."""
+
+    wall: float
+    cpu: float  # processor time of all threads of this process
+
+
 class Race:
     """All rounds of one case: who takes part, and how long each of their steps took.
 
@@ -106,11 +118,9 @@ class Race:
         self.base, self.names, self.effort = base, list(names), effort
         self.batches = Batches(base.case, base.model_config.vocab_size, base.device)
         self.together = fits_together(base, names) if effort.together is None else effort.together
-        self.seconds: dict[str, list[float]] = {name: [] for name in names}
-        self.cpu_seconds: dict[str, list[float]] = {name: [] for name in names}
         self.trainable: dict[str, int] = {}
         self.breakdowns: dict[str, dict[str, Any]] = {}
-        self.rounds = 0  # that all have finished
+        self.rounds: list[dict[str, Times]] = []  # those that all have finished
         self._ready: dict[str, Contestant] = {}
 
     def run(self, console: Console) -> None:
@@ -158,28 +168,25 @@ class Race:
             del contestant
             if not self.together:
                 gc.collect()
-        for name, (seconds, cpu_seconds) in found.items():
-            self.seconds[name].append(seconds)
-            self.cpu_seconds[name].append(cpu_seconds)
-        self.rounds += 1
+        self.rounds.append(found)
 
     def result(self, name: str) -> dict[str, Any]:
         """What was found of one contestant, for its row."""
-        seconds = self.seconds[name]
+        seconds = [found[name].wall for found in self.rounds]
         result = {
             "trainable": self.trainable[name],
             "median_seconds": statistics.median(seconds),
             "quartiles_seconds": quartiles(seconds),
             "tokens_per_second": self.base.case.length * self.base.case.micro_batch / statistics.median(seconds),
-            "relative": {peer: self.relative(name, peer) for peer in PEERS if peer in self.seconds},
+            "relative": {peer: self.relative(name, peer) for peer in PEERS if peer in self.names},
             "seconds": seconds,
-            "cpu_seconds": self.cpu_seconds[name],
+            "cpu_seconds": [found[name].cpu for found in self.rounds],
         }
         return result | ({"breakdown": self.breakdowns[name]} if name in self.breakdowns else {})
 
     def relative(self, name: str, peer: str) -> dict[str, Any]:
         """Time of a contestant's step over that of a peer's in the same round: median and quartiles."""
-        ratios = [own / other for own, other in zip(self.seconds[name], self.seconds[peer], strict=True)]
+        ratios = [found[name].wall / found[peer].wall for found in self.rounds]
         return {"median": statistics.median(ratios), "quartiles": quartiles(ratios)}
 
 
@@ -191,13 +198,12 @@ def quartiles(values: Sequence[float]) -> list[float]:
     return [first, third]
 
 
-def _timed(contestant: Contestant, batches: Batches, number: int, device: torch.device) -> tuple[float, float]:
-    """Wall time of one step, and processor time of all threads of this process in it, in seconds."""
+def _timed(contestant: Contestant, batches: Batches, number: int, device: torch.device) -> Times:
     synchronize(device)
     wall, cpu = time.perf_counter(), time.process_time()
     contestant.step(batches, number)
     synchronize(device)
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return Times(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 @contextmanager
@@ -240,7 +246,7 @@ def _add(race: Race, results: Results, console: Console) -> list[dict[str, Any]]
     shared = race.base.case.settings() | {
         "device": race.base.device.type,
         "threads": torch.get_num_threads(),
-        "rounds": race.rounds,
+        "rounds": len(race.rounds),
         "together": race.together,
     }
     rows = [results.add({**shared, "contestant": name}, **race.result(name)) for name in race.names]

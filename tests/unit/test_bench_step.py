@@ -242,11 +242,20 @@ def test_the_command_takes_lists_and_writes_the_page(case, tmp_path):
     words = ["bench", "step", *arguments.split(), "--rounds", "1", "--warm-up", "0", "--output", str(tmp_path / "out")]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
-    assert "2 contestants, 1 rounds" in result.output and (tmp_path / "out" / "bench.html").is_file()
+    assert "2 contestants, rounds: 1" in result.output and (tmp_path / "out" / "bench.html").is_file()
     lengths = [row["settings"]["length"] for row in read_rows(tmp_path / "out", "step")]
     assert lengths == [4, 4, 8, 8]
     wrong = CliRunner().invoke(main, ["bench", "step", "--rank", "2", "--density", "0.1"])
     assert wrong.exit_code == 2 and "not both" in wrong.output
+
+
+def test_too_little_memory_says_what_to_lower(run, case, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+
+    monkeypatch.setattr(step, "_timed", full)
+    with pytest.raises(UserError, match="2 x 8 tokens.*Tried to allocate 2.00 GiB. Take --one-by-one"):
+        run([case()], ["full"])
 
 
 @pytest.mark.quantized
@@ -290,13 +299,12 @@ def quick_race(request):
 
 def _more_rounds(race, rounds):
     for _ in range(rounds):
-        race.round(race.rounds)
+        race.round(len(race.rounds))
 
 
 def _ratio(race, name, peer):
     """Median over rounds of the ratio of two steps of a round, in processor time: other programs do not count."""
-    pairs = zip(race.cpu_seconds[name], race.cpu_seconds[peer], strict=True)
-    return statistics.median(own / other for own, other in pairs)
+    return statistics.median(found[name].cpu / found[peer].cpu for found in race.rounds)
 
 
 def _assert_at_most(limit, race, peer):
