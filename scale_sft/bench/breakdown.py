@@ -41,7 +41,7 @@ _PIECES: tuple[tuple[Any, str, str], ...] = (
     (GradientRecorder, "record_product", GATHER),
     (OneRank, "sum_", ALL_REDUCE),
     (SparseFineTuning, "clip", "optimizer"),
-    (SparseFineTuning, "update", "optimizer"),
+    (Sparse, "update", "optimizer"),
     (ResidentDeltas, "write", "write"),
     (GradientRecorder, "end_step", "estimate"),
     (OneRank, "select_candidates", "propose"),

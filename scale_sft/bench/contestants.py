@@ -25,6 +25,7 @@ from scale_sft.config import Config, load
 from scale_sft.data import Examples, collate
 from scale_sft.errors import UserError
 from scale_sft.evaluate import token_loss_sum
+from scale_sft.kernels.choice import GradientPath
 from scale_sft.model import (
     attach_taps,
     base_location,
@@ -37,6 +38,7 @@ from scale_sft.model import (
 from scale_sft.plan import empty_model
 from scale_sft.quantized import PlainWeight, packed_weights, resolve_quantization
 from scale_sft.spiel.delta import seeded_generator
+from scale_sft.spiel.sampling import dense_products
 from scale_sft.spiel.topk import top_k_magnitude
 from scale_sft.transient import TransientDeltas, attach_transient_taps
 
@@ -63,6 +65,7 @@ class Case:
     gradient_checkpointing: bool = False
     rank: int | None = 16
     density: float | None = None
+    kernels: str = "off"  # of ours, as in a run: off or auto
     seed: int = 0
 
     def settings(self) -> dict[str, Any]:
@@ -80,6 +83,7 @@ class Base:
     def __init__(self, case: Case, device: torch.device):
         self.case, self.device = case, device
         options = {"base": case.base, "dtype": case.dtype, "quantization": case.quantization, "seed": case.seed}
+        options["kernels"] = case.kernels
         budget = {"rank_equivalent": case.rank, "density": case.density}
         checkpointing = {"gradient_checkpointing": case.gradient_checkpointing}
         self.config = load(None, {**options, **budget, **checkpointing, "steps": RUN_STEPS})
@@ -234,7 +238,10 @@ class Sparse:
         self.model, self.rank = base.load(), OneRank(base.device)
         targets = find_targets(self.model, config.sparse.target_modules)
         shapes = {target.name: target.shape for target in targets}
-        self.tuning = build_tuning(SparseInputs(config, base.dtype), shapes, budget_of(config, shapes), self.rank)
+        path = GradientPath(base.device) if config.run.kernels == "auto" else None
+        products = path.products if path else dense_products
+        inputs = SparseInputs(config, base.dtype)
+        self.tuning = build_tuning(inputs, shapes, budget_of(config, shapes), self.rank, products)
         store, record = self.tuning.store, self.tuning.recorder.record_product
         if base.quantization:
             packed = packed_weights(self.model, base.dtype, base.device)
@@ -245,6 +252,13 @@ class Sparse:
             attach_taps(targets, record)
             self.resident = ResidentDeltas(store, {t.name: WeightPart.whole(t.module.weight) for t in targets})
         self.trainable = store.active
+        self.fused = False
+        if path and path.has_kernels:
+            from scale_sft.kernels.step import why_not
+
+            self.fused = why_not(self.tuning, self.resident) is None
+            candidates = {} if method == "ma" else self.tuning.recorder.counts
+            path.measure_store(store, candidates, base.case.micro_batch * base.case.length, base.dtype)
 
     @property
     def plain_step(self) -> int:
@@ -269,12 +283,21 @@ class Sparse:
         norm = tuning.clip().item()
         if not isfinite(norm) or not bool(tuning.recorder.flat.isfinite().all()):
             raise UserError(f"bench: the gradient norm is {norm}; this base in this dtype overflows on random tokens")
-        tuning.update(LEARNING_RATE)
+        self.update()
         if tuning.schedule.reallocates_at(step):
             self.resident.settle()
             tuning.reallocate(step, self.resident)
         self.resident.write()
         return loss
+
+    def update(self) -> None:
+        """One optimizer step on all deltas; where it is fused, the weights have the new values after it."""
+        if not self.fused:
+            self.tuning.update(LEARNING_RATE)
+            return
+        from scale_sft.kernels.step import update_and_write
+
+        update_and_write(self.tuning, self.resident, LEARNING_RATE)
 
 
 class Dense:

@@ -31,7 +31,8 @@ def describe(settings: Mapping[str, Any]) -> str:
         f"{settings['micro_batch']} x {settings['length']} tokens",
         budget + " equivalent" * bool(settings["rank"]),
     ]
-    return ", ".join(parts + ["checkpointing"] * settings["gradient_checkpointing"])
+    parts += ["checkpointing"] * settings["gradient_checkpointing"] + ["kernels"] * (settings["kernels"] == "auto")
+    return ", ".join(parts)
 
 
 def breakdown_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -180,6 +180,12 @@ def test_contestants_made_anew_in_each_round_give_the_same_rows(run, case):
     assert all(len(row["result"]["seconds"]) == 2 for row in rows)
 
 
+def test_without_a_gpu_the_fastest_kernels_are_none(run, case):
+    (row,) = run([case(kernels="auto")], ["ours-ma"], breakdown=True, rounds=1)
+    assert row["result"]["relative"] == {} and row["result"]["breakdown"]["pieces"]["dW"] > 0
+    assert step.part([row]).rows[0][0].endswith("rank 2 equivalent, kernels")
+
+
 def test_a_density_gives_lora_the_nearest_rank(case):
     base = Base(case(rank=None, density=0.2), CPU)
     active, sides = sum(int(0.2 * o * i) for o, i in base.shapes.values()), sum(map(sum, base.shapes.values()))
@@ -272,8 +278,8 @@ def test_in_4_bits_deltas_are_transient_and_dense_weights_take_no_part(run, case
 def test_all_contestants_run_on_a_gpu(run, case):
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    rows = run([case(dtype="bfloat16")], breakdown=True)
-    assert {row["settings"]["device"] for row in rows} == {"cuda"} and len(rows) == len(CONTESTANTS)
+    rows = run([case(dtype="bfloat16"), case(dtype="bfloat16", kernels="auto")], breakdown=True)
+    assert {row["settings"]["device"] for row in rows} == {"cuda"} and len(rows) == 2 * len(CONTESTANTS)
 
 
 OF_FULL = 1.05
