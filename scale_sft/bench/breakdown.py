@@ -25,7 +25,8 @@ from scale_sft.spiel.sampling import GradientRecorder
 from scale_sft.transient import TransientDeltas
 
 from . import contestants
-from .contestants import Base, Batches, OneRank, Sparse
+from .contestants import OneRank, Sparse
+from .workload import Base, Batches
 
 DW, GATHER, ALL_REDUCE, OTHER = "dW", "gather", "all-reduce", "other"
 OF_REALLOCATION = ("estimate", "propose", "reallocate")

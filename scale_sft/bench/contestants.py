@@ -1,19 +1,15 @@
 """Who takes part in a step: ours on its real code path, PEFT's adapters, dense fine-tuning, and the floor of any adapter.
 
 All start from the same frozen model, compute the same loss on the same batches, and end a step ready for the next one.
-Shapes: B sequences of a micro-batch, L their length in tokens; O rows, I columns of a target weight.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.util import find_spec
 from math import isfinite
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,163 +17,20 @@ from torch import Tensor, nn
 
 from scale_sft.assemble import budget_of, build_tuning
 from scale_sft.base_weight import ResidentDeltas, WeightPart
-from scale_sft.config import Config, load
-from scale_sft.data import Examples, collate
+from scale_sft.config import Config
 from scale_sft.errors import UserError
 from scale_sft.evaluate import token_loss_sum
 from scale_sft.kernels.choice import GradientPath
-from scale_sft.model import (
-    attach_taps,
-    base_location,
-    enable_checkpointing,
-    find_targets,
-    load_base,
-    load_model_config,
-    resolve_dtype,
-)
-from scale_sft.plan import empty_model
-from scale_sft.quantized import PlainWeight, packed_weights, resolve_quantization
-from scale_sft.spiel.delta import seeded_generator
+from scale_sft.model import attach_taps, find_targets
+from scale_sft.quantized import PlainWeight, packed_weights
 from scale_sft.spiel.sampling import dense_products
 from scale_sft.spiel.topk import top_k_magnitude
 from scale_sft.transient import TransientDeltas, attach_transient_taps
 
-RUN_STEPS = 2000  # of the run that a measured step of ours belongs to
+from .workload import RUN_STEPS, Base, Batches, Case
+
 LEARNING_RATE = 1e-4
 """Of all contestants; it has no influence on the time of a step."""
-
-LLAMA = {
-    "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8,
-    "max_position_embeddings": 8192, "tie_word_embeddings": False,
-}  # fmt: skip
-LLAMA_NAME = "random Llama, 6 layers of width 512"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """What all contestants of one comparison have in common. Exactly one of `rank` and `density` is given."""
-
-    base: str | None = None  # a model folder or hub id; a folder of nothing but config.json, or None: random weights
-    dtype: str = "bfloat16"
-    quantization: str = "none"
-    length: int = 256  # tokens of a sequence
-    micro_batch: int = 4  # sequences of a step
-    gradient_checkpointing: bool = False
-    rank: int | None = 16
-    density: float | None = None
-    kernels: str = "off"  # of ours, as in a run: off or auto
-    seed: int = 0
-
-    def settings(self) -> dict[str, Any]:
-        """For a row of results."""
-        return dataclasses.asdict(self) | {"base": self.base or LLAMA_NAME}
-
-
-class Base:
-    """The frozen model of a case, made anew, with the same weights, for each contestant.
-
-    Raises:
-        UserError: there is no such model, its positions do not suffice, or it cannot be quantised here.
-    """
-
-    def __init__(self, case: Case, device: torch.device):
-        self.case, self.device = case, device
-        options = {"base": case.base, "dtype": case.dtype, "quantization": case.quantization, "seed": case.seed}
-        options["kernels"] = case.kernels
-        budget = {"rank_equivalent": case.rank, "density": case.density}
-        checkpointing = {"gradient_checkpointing": case.gradient_checkpointing}
-        self.config = load(None, {**options, **budget, **checkpointing, "steps": RUN_STEPS})
-        self.model_config = _llama() if case.base is None else load_model_config(self.config.model)
-        self.quantization = resolve_quantization(self.config.model, self.model_config)
-        self.dtype = resolve_dtype(self.config.model, self.model_config)
-        positions = getattr(self.model_config, "max_position_embeddings", None)
-        if positions and case.length > positions:
-            raise UserError(f"length: got {case.length}, but the base has positions for {positions} tokens only")
-        self._written: tempfile.TemporaryDirectory | None = None
-
-    @property
-    def random(self) -> bool:
-        """Whether there are no weights to load."""
-        if self.case.base is None:
-            return True
-        folder = Path(base_location(self.case.base))
-        return folder.is_dir() and not any(folder.glob("*.safetensors"))
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """(O, I) of each target weight by name, from the meta device."""
-        targets = find_targets(empty_model(self.config, self.model_config), self.config.sparse.target_modules)
-        return {target.name: target.shape for target in targets}
-
-    @cached_property
-    def bytes(self) -> int:
-        """Of all weights in the compute dtype."""
-        entries = sum(weight.numel() for weight in empty_model(self.config, self.model_config).parameters())
-        return entries * self.dtype.itemsize
-
-    def load(self) -> nn.Module:
-        """A frozen model in training mode on the device."""
-        config = self.config.model
-        if self.random and self.quantization:
-            if self._written is None:  # bitsandbytes quantises what is loaded from files
-                self._written = tempfile.TemporaryDirectory(prefix="scale-sft-bench-")
-                self._make().save_pretrained(self._written.name)
-            config = dataclasses.replace(config, base=self._written.name)
-        elif self.random:
-            model = self._make().requires_grad_(False).train()
-            if self.case.gradient_checkpointing:
-                enable_checkpointing(model)
-            return model
-        return load_base(config, self.model_config, self.device, self.quantization)
-
-    def _make(self) -> nn.Module:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        with torch.random.fork_rng(), torch.device(self.device):
-            torch.manual_seed(self.case.seed)
-            return AutoModelForCausalLM.from_config(
-                self.model_config, dtype=self.dtype, attn_implementation=self.config.model.attention
-            )
-
-    @property
-    def lora_rank(self) -> int:
-        """The rank whose trainable parameters equal ours, or come nearest to them where a density was given."""
-        if self.case.rank:
-            return self.case.rank
-        active = budget_of(self.config, self.shapes)
-        return max(1, round(sum(active.values()) / sum(o + i for o, i in self.shapes.values())))
-
-
-def _llama() -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(**LLAMA, use_cache=False)
-
-
-class Batches:
-    """Micro-batches of random tokens, all of which count; the same for all contestants.
-
-    Args:
-        distinct: how many there are before they come again.
-    """
-
-    def __init__(self, case: Case, vocabulary: int, device: torch.device, distinct: int = 8):
-        self.case, self.device = case, device
-        generator = seeded_generator(case.seed, "benchmark")
-        tokens = torch.randint(vocabulary, (distinct * case.micro_batch, case.length), generator=generator).tolist()
-        self.examples, self.distinct = Examples.from_lists(tokens, tokens, "random tokens"), distinct
-
-    def take(self, number: int) -> dict[str, Tensor]:
-        """Micro-batch `number`: input_ids, attention_mask, labels, each [B, L] int64."""
-        first = number % self.distinct * self.case.micro_batch
-        return collate(self.examples, range(first, first + self.case.micro_batch), 0, self.device)
-
-    @property
-    def target_tokens(self) -> int:
-        """Of one micro-batch; the first token of a sequence is never predicted."""
-        return self.case.micro_batch * (self.case.length - 1)
 
 
 def forward(model: nn.Module, batch: dict[str, Tensor], target_tokens: int) -> Tensor:

@@ -27,9 +27,10 @@ from scale_sft.config import unknown
 from scale_sft.errors import UserError
 
 from .breakdown import breakdown, synchronize
-from .contestants import CONTESTANTS, Base, Batches, Case, Contestant, impossible
+from .contestants import CONTESTANTS, Contestant, impossible
 from .rows import Results
 from .step_page import PEERS, breakdown_table, describe, part, table_of
+from .workload import Base, Batches, Case
 
 __all__ = ["part", "run"]
 

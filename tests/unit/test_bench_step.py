@@ -10,9 +10,10 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from scale_sft.bench import breakdown, contestants, step
-from scale_sft.bench.contestants import CONTESTANTS, Base, Batches, Case, Sparse
+from scale_sft.bench.contestants import CONTESTANTS, Sparse
 from scale_sft.bench.page import write_page
 from scale_sft.bench.rows import read_rows
+from scale_sft.bench.workload import RUN_STEPS, Base, Batches, Case
 from scale_sft.errors import UserError
 from scale_sft.spiel.linear import WeightTap
 
@@ -134,7 +135,7 @@ def test_our_step_is_that_of_the_trainer_bit_for_bit(session, case, tiny_model, 
 
     base = Base(case(dtype=dtype, rank=None, density=0.05), CPU)
     trainer = Sparse(base, method)
-    defaults = {"update_interval_steps": 20, "estimation_steps": 5, "steps": contestants.RUN_STEPS}
+    defaults = {"update_interval_steps": 20, "estimation_steps": 5, "steps": RUN_STEPS}
     real = session(method=method, dtype=dtype, **defaults)
     for number in (1, 5, 6):  # proposes; reallocates; updates only
         batch = real.inputs.order.batch(number)
