@@ -39,8 +39,7 @@ def top_k_magnitude(values: Tensor, k: int) -> Tensor:
         found, magnitudes = _entries_from(values, floor, k)
         if found.numel() >= k:
             return found[top_k_sorted(magnitudes, k)]
-    no_numbers = values.isnan().nonzero().squeeze(1)[: k - found.numel()]
-    return torch.cat((found, no_numbers)).sort().values
+    return torch.cat((found, _first_without_number(values, k - found.numel()))).sort().values
 
 
 def top_k_sorted(scores: Tensor, k: int) -> Tensor:
@@ -67,12 +66,17 @@ def bottom_k_sorted(scores: Tensor, k: int) -> Tensor:
 
 
 def _sampled_floor(values: Tensor, k: int) -> float:
-    """A magnitude that about 1.5 k entries reach, estimated from a strided sample; 0 where a sample says nothing."""
+    """A magnitude that a little more than k entries reach, estimated from a strided sample; 0 where a sample says
+    nothing.
+
+    The stride is odd: widths of weights are multiples of large powers of two, and an even stride would see few columns.
+    """
     n = values.numel()
-    if n <= CHUNK_ENTRIES // 4:
+    if n <= SAMPLE_ENTRIES:
         return 0.0
-    sample = values[:: max(1, n // SAMPLE_ENTRIES)].abs()
-    rank = int(1.5 * k * sample.numel() / n) + 32
+    sample = values[:: max(1, n // SAMPLE_ENTRIES) | 1].abs()
+    expected = k * sample.numel() / n
+    rank = int(1.05 * expected + 4 * expected**0.5) + 8  # four standard deviations on the safe side
     if rank >= sample.numel():
         return 0.0
     floor = float(torch.topk(sample.float(), rank, sorted=False).values.min())
@@ -82,19 +86,35 @@ def _sampled_floor(values: Tensor, k: int) -> float:
 def _entries_from(values: Tensor, floor: float, k: int) -> tuple[Tensor, Tensor]:
     """Indices (ascending) and magnitudes of entries of magnitude >= floor, all that the top k can contain.
 
-    Whenever much more than `k` entries have gathered they are cut to the top k so far; with ties going to the smaller
-    index, nothing that is cut can come back.
+    Whenever much more than `k` entries have gathered they are cut to the top k so far, and from then on only what is
+    larger than the smallest of them counts; with ties going to the smaller index, nothing that is left out can come
+    back.
     """
-    found = torch.empty(0, dtype=torch.int64, device=values.device)
-    magnitudes = torch.empty(0, dtype=values.dtype, device=values.device)
+    found, magnitudes, gathered, full = [], [], 0, False
     for start in range(0, values.numel(), CHUNK_ENTRIES):
         chunk = values[start : start + CHUNK_ENTRIES].abs()
-        inside = (chunk >= floor).nonzero().squeeze(1)
-        found, magnitudes = torch.cat((found, inside + start)), torch.cat((magnitudes, chunk[inside]))
-        if found.numel() > 2 * k + CHUNK_ENTRIES:
-            best = top_k_sorted(magnitudes, k)
-            found, magnitudes = found[best], magnitudes[best]
-    return found, magnitudes
+        inside = (chunk > floor if full else chunk >= floor).nonzero().squeeze(1)
+        magnitudes.append(chunk[inside])
+        found.append(inside.add_(start))
+        gathered += inside.numel()
+        if gathered > 2 * k + CHUNK_ENTRIES:
+            indices, kept = torch.cat(found), torch.cat(magnitudes)
+            best = top_k_sorted(kept, k)
+            found, magnitudes, gathered, full = [indices[best]], [kept[best]], k, True
+            floor = float(magnitudes[0].min())
+    return torch.cat(found), torch.cat(magnitudes)
+
+
+def _first_without_number(values: Tensor, count: int) -> Tensor:
+    """Indices of the first `count` entries that are no number, or of all where there are fewer: int64, ascending."""
+    found, missing = [torch.empty(0, dtype=torch.int64, device=values.device)], count
+    for start in range(0, values.numel(), CHUNK_ENTRIES):
+        if missing <= 0:
+            break
+        inside = values[start : start + CHUNK_ENTRIES].isnan().nonzero().squeeze(1)[:missing]
+        found.append(inside + start)
+        missing -= inside.numel()
+    return torch.cat(found)
 
 
 def in_sorted(needles: Tensor, haystack: Tensor) -> Tensor:

@@ -1,0 +1,295 @@
+"""Time and peak memory of one reallocation of one weight, AG proposals included: cost against N and K.
+
+Shapes: O rows, I columns, N = O * I entries of the weight; K active entries, C = K candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scale_sft.base_weight import ResidentDeltas, WeightPart
+from scale_sft.errors import UserError
+from scale_sft.report_axes import CYCLE, GREY, WIDTH_INCHES, log_axis
+from scale_sft.report_plots import Plot
+from scale_sft.spiel.algorithm import SparseFineTuning
+from scale_sft.spiel.delta import DeltaStore, seeded_generator
+from scale_sft.spiel.schedule import Phase, ReallocationSchedule
+
+from .page import Part
+from .peak import Peak, available_bytes, seconds_of
+from .rows import last_run
+
+NAME = "weight"
+METHODS = ("ag", "ma")
+_WARM_UP_WEIGHTS = 1 << 15
+_BYTES_PER_ACTIVE = 200  # state and the temporaries of drop and grow, roughly
+_RESERVE_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One weight under one method."""
+
+    method: str  # ag or ma
+    weights: int  # N
+    density: float  # K / N
+    dtype: str  # of the weight and of its dense gradient: bfloat16 or float32
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I): the most square one that N entries can have."""
+        rows = next(o for o in range(math.isqrt(self.weights), 0, -1) if self.weights % o == 0)
+        return rows, self.weights // rows
+
+    @property
+    def active(self) -> int:
+        return max(1, int(self.density * self.weights))
+
+    @property
+    def needed_bytes(self) -> int:
+        """Weight and dense gradient, state, and room to work."""
+        dense = 2 * self.weights * getattr(torch, self.dtype).itemsize
+        return dense + _BYTES_PER_ACTIVE * self.active + _RESERVE_BYTES
+
+
+def cases(
+    weights: Sequence[int], densities: Sequence[float], methods: Sequence[str], dtype: str, device: torch.device
+) -> list[Case]:
+    """Every method with every size and density, small ones first.
+
+    Raises:
+        UserError: a size that the memory does not hold.
+    """
+    found = [
+        Case(method=method, weights=n, density=density, dtype=dtype)
+        for n in sorted(weights)
+        for density in sorted(densities)
+        for method in methods
+    ]
+    largest, room = max(found, key=lambda case: case.needed_bytes), available_bytes(device)
+    if largest.needed_bytes > room:
+        fitting = max((case.weights for case in found if case.needed_bytes <= room), default=0)
+        raise UserError(
+            f"bench reallocate: a weight of {largest.weights:.0e} entries in {dtype} with {largest.density:.2%} of them "
+            f"active needs {largest.needed_bytes / 2**30:.1f} GiB, {room / 2**30:.1f} GiB are free on {device}; "
+            + (f"the largest asked for that fits has {fitting:.0e}" if fitting else "none of those asked for fits")
+            + ". Leave larger ones out of --weights"
+        )
+    return found
+
+
+class Bench:
+    """One weight with its gradient, its deltas and their carrier, ready for one reallocation after the other.
+
+    Every step proposes and reallocates, and all K entries are up for replacement each time, as at the first
+    reallocation of a run: the dearest there is. Gradients are normal, accumulators uniform random numbers.
+    """
+
+    def __init__(self, case: Case, device: torch.device):
+        self.case, self.device, self.step = case, device, 0
+        dtype = getattr(torch, case.dtype)
+        # ones: of zeros the system would give the memory only where they are written to, in the middle of a measurement
+        self.weight = nn.Parameter(torch.ones(case.shape, dtype=dtype, device=device), requires_grad=False)
+        self.gradient = torch.empty(case.shape, dtype=dtype, device=device) if case.method == "ag" else None
+        self.random = seeded_generator(0, "bench reallocate", str(case))
+        schedule = ReallocationSchedule(
+            total_steps=1 << 40,
+            update_interval_steps=1,
+            estimation_steps=1,
+            initial_replacement_fraction=1.0,
+            estimates=case.method == "ag",
+        )
+        store = DeltaStore({NAME: case.shape}, {NAME: case.active}, device=device)
+        self.tuning = SparseFineTuning(store, method=case.method, schedule=schedule)
+        self.tuning.recorder.watch = False
+        self.carrier = ResidentDeltas(store, {NAME: WeightPart.whole(self.weight)})
+
+    def begin(self) -> None:
+        """Open a step, with other deltas and another gradient than those of the last."""
+        self.step += 1
+        flat = self.tuning.store.flat
+        flat.copy_(torch.randn(flat.shape, generator=self.random))
+        if self.gradient is not None:
+            _fill_normal(self.gradient, self.random)
+            return
+        for accumulator in self.tuning.optimizer.state_of(NAME).values():
+            accumulator.copy_(torch.rand(accumulator.shape, generator=self.random))
+
+    def record(self, phase: Phase) -> None:
+        """What the recorder does with the dense gradient of one backward pass."""
+        self.tuning.recorder.begin_step(phase)
+        self.tuning.recorder.record(NAME, self.gradient)
+
+    def estimate(self) -> None:
+        """One more term of the candidates' running estimates."""
+        self.tuning.recorder.end_step()
+
+    def reallocate(self) -> int:
+        """Drop and grow; how many entries are new."""
+        return self.tuning.reallocate(self.step, self.carrier).replaced
+
+    def reallocate_with_proposal(self) -> None:
+        """All that a reallocation adds to a run, but for the gathers of the estimation phase."""
+        if self.gradient is not None:
+            self.record(Phase.PROPOSE)
+            self.estimate()
+        self.reallocate()
+
+
+def measure(case: Case, *, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Medians over `repeats` reallocations of one weight (seconds), and the peak of one more (bytes).
+
+    `propose_seconds` is the proposing backward pass's recording, `record_seconds` that of a step outside the phase,
+    `estimate_seconds` that of each other step of the phase; `reallocate_seconds` drop and grow; `seconds` is what one
+    reallocation adds: all of it but `record_seconds`. `peak_bytes` is what the proposal and drop and grow need above
+    weight, gradient and state, candidates included.
+    """
+    bench = Bench(case, device)
+    steps: list[dict[str, float]] = []
+    for _ in range(repeats):
+        bench.begin()
+        taken = {"reallocate_seconds": 0.0}
+        if bench.gradient is not None:
+            taken["record_seconds"] = seconds_of(lambda: bench.record(Phase.OFF), device)
+            taken["propose_seconds"] = seconds_of(lambda: bench.record(Phase.PROPOSE), device)
+            taken["estimate_seconds"] = seconds_of(lambda: bench.record(Phase.ESTIMATE), device)
+            bench.estimate()
+        taken["reallocate_seconds"] = seconds_of(bench.reallocate, device)
+        steps.append(taken)
+    result = {name: median(step[name] for step in steps) for name in steps[0]}
+    others = max(0.0, result.get("propose_seconds", 0.0) - result.get("record_seconds", 0.0))
+    bench.begin()
+    with Peak(device) as peak:
+        bench.reallocate_with_proposal()
+    return {
+        **result,
+        "seconds": result["reallocate_seconds"] + others,
+        "peak_bytes": peak.added,
+        "peak_by": peak.by,
+    }
+
+
+def run(
+    chosen: Iterable[Case], *, repeats: int, device: torch.device, warm_up: bool = True
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """(settings, result) of each case, as soon as it is measured."""
+    for case in chosen:
+        if warm_up:  # code that is loaded late, threads: not what is asked for
+            small = Case(method=case.method, weights=_WARM_UP_WEIGHTS, density=case.density, dtype=case.dtype)
+            measure(small, repeats=1, device=device)
+        settings = asdict(case) | {
+            "shape": case.shape,
+            "active": case.active,
+            "repeats": repeats,
+            "device": device.type,
+            "threads": torch.get_num_threads(),
+        }
+        yield settings, measure(case, repeats=repeats, device=device)
+
+
+def _fill_normal(tensor: Tensor, generator: torch.Generator, chunk: int = 1 << 22) -> None:
+    """Normal numbers into a contiguous tensor, through chunks: nothing else of its size is made."""
+    flat = tensor.view(-1)
+    for start in range(0, flat.numel(), chunk):
+        part = flat[start : start + chunk]
+        part.copy_(torch.randn(part.shape, generator=generator))
+
+
+COLUMNS = ("method", "N", "K / N", "propose", "drop and grow", "together", "ns per entry", "peak", "peak / N")
+
+
+def cells(settings: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    """One line of the table."""
+    n = settings["weights"]
+    return [
+        settings["method"],
+        f"{n:.0e}".replace("e+0", "e"),
+        f"{settings['density']:.2%}",
+        _milliseconds(result.get("propose_seconds")),
+        _milliseconds(result["reallocate_seconds"]),
+        _milliseconds(result["seconds"]),
+        f"{result['seconds'] / n * 1e9:.3g}",
+        f"{result['peak_bytes'] / 2**20:,.2f} MiB",
+        f"{result['peak_bytes'] / n:.3g} B",
+    ]
+
+
+def part(rows: list[dict[str, Any]]) -> Part:
+    """The newest run as a table and two plots."""
+    newest = last_run(rows)
+    first = newest[0]["settings"]
+    return Part(
+        title="One reallocation",
+        text=(
+            "Time and peak memory of one reallocation of one weight of N entries, K of them active, all K up for "
+            "replacement (as at the first of a run; later ones replace a fifth and less). AG: the candidates are chosen "
+            f"from a dense {first['dtype']} gradient. The peak is what lies above weight, gradient and state; a mask "
+            "of the weight would take 1 byte per entry."
+        ),
+        columns=COLUMNS,
+        rows=[cells(row["settings"], row["result"]) for row in newest],
+        source=newest[-1],
+        plots=(
+            Plot(
+                "reallocate-time",
+                "One reallocation: time",
+                "Proposal, drop and grow by number of entries N, one line per method and density. Grey: one and ten "
+                "nanoseconds per entry.",
+                lambda _: _plot(newest, "seconds", "seconds", {"1 ns N": 1e-9, "10 ns N": 1e-8}),
+            ),
+            Plot(
+                "reallocate-memory",
+                "One reallocation: peak memory",
+                "Above weight, gradient and state. Grey: what a bool mask and what an fp32 tensor of N entries would take.",
+                lambda _: _plot(newest, "peak_bytes", "bytes", {"N bytes": 1.0, "4 N bytes": 4.0}),
+            ),
+        ),
+    )
+
+
+def _plot(rows: list[dict[str, Any]], key: str, unit: str, guides: dict[str, float]) -> Any:
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH_INCHES, 4.2), layout="constrained")
+    ax = figure.subplots()
+    lines: dict[tuple[str, float], list[tuple[int, float]]] = {}
+    for row in rows:
+        settings = row["settings"]
+        lines.setdefault((settings["method"], settings["density"]), []).append(
+            (settings["weights"], max(row["result"][key], 1e-9))
+        )
+    sizes = np.array(sorted({row["settings"]["weights"] for row in rows}), dtype=float)
+    densities = sorted({density for _, density in lines})
+    for (method, density), points in sorted(lines.items()):
+        ax.plot(
+            *zip(*sorted(points), strict=True),
+            color=CYCLE[densities.index(density) % len(CYCLE)],
+            linestyle="-" if method == "ag" else "--",
+            marker="o" if method == "ag" else "s",
+            markersize=4,
+            label=f"{method}, K/N {density:.2%}",
+        )
+    ends = np.array([sizes[0], max(sizes[-1], 10 * sizes[0])])
+    for name, slope in guides.items():
+        ax.plot(ends, slope * ends, color=GREY, linestyle=":", linewidth=1.2)
+        ax.annotate(name, (ends[-1], slope * ends[-1]), color=GREY, ha="right", va="bottom", fontsize=8)
+    ax.set_xscale("log")
+    log_axis(ax, np.array([value for points in lines.values() for _, value in points]))
+    ax.set_xlabel("entries of the weight, N")
+    ax.set_ylabel(unit)
+    ax.legend(loc="upper left", fontsize=8)
+    return figure
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1e3 * seconds:,.3g} ms"
+
+
