@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .delta import SparseDelta
-from .topk import bottom_k_sorted, in_sorted, top_k_of_product, top_k_sorted
+from .topk import bottom_k_sorted, top_k_of_product, top_k_sorted
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Exchange:
 
     kept: Tensor  # [K] bool
     grown: Tensor  # [g] flat indices, sorted, none of them active before
-    order: Tensor  # [K - dropped + g]: sorts cat(indices[kept], grown)
+    order: Tensor  # [K - dropped + g]: cat(indices, grown)[order] are the new indices, sorted
     grown_candidates: Tensor | None = None  # [g] positions of `grown` among the candidates (AG)
 
     @property
@@ -35,7 +35,7 @@ class Exchange:
 
     def merge(self, old: Tensor, new: Tensor) -> Tensor:
         """old: [K], values of the entries before; new: [g], of the grown ones. Returns them in the new order."""
-        return torch.cat((old[self.kept], new.to(old.dtype)))[self.order]
+        return torch.cat((old, new.to(old.dtype))).index_select(0, self.order)
 
 
 def drop_scores(delta: SparseDelta, criterion: str) -> Tensor:
@@ -58,29 +58,36 @@ def exchange_by_gradient(indices: Tensor, scores: Tensor, candidates: Tensor, me
     Args:
         indices: [K] sorted. scores: [K]. candidates: [C] sorted. mean: [C] fp32, estimate of Eq. 8.
     """
-    was_candidate = in_sorted(indices, candidates)
-    k = _growable(scores, was_candidate, candidates.numel(), k)
-    dropped = torch.zeros(indices.shape, dtype=torch.bool, device=indices.device)
-    dropped[bottom_k_sorted(scores, k)] = True
-    eligible = (~in_sorted(candidates, indices[~dropped])).nonzero().squeeze(1)
+    candidates = candidates.to(indices.dtype)
+    place = torch.searchsorted(indices, candidates).clamp_(max=indices.numel() - 1)
+    is_active = indices[place] == candidates  # then `place` is where
+    k = _growable(scores, place[is_active], candidates.numel(), k)
+    kept = torch.ones(indices.shape, dtype=torch.bool, device=indices.device)
+    kept[bottom_k_sorted(scores, k)] = False
+    eligible = (~(is_active & kept[place])).nonzero().squeeze(1)
     chosen = eligible[top_k_sorted(mean[eligible].abs(), k)]
-    kept = ~dropped | in_sorted(indices, candidates[chosen])
-    chosen = chosen[~in_sorted(candidates[chosen], indices)]
+    stays = is_active[chosen]
+    kept[place[chosen[stays]]] = True
+    chosen = chosen[~stays]
     return _exchange(indices, kept, candidates[chosen], chosen)
 
 
-def _growable(scores: Tensor, was_candidate: Tensor, candidates: int, k: int) -> int:
+def _growable(scores: Tensor, active_candidates: Tensor, candidates: int, k: int) -> int:
     """The largest m <= k for which m entries can grow when the m smallest are dropped.
 
     What can grow then: candidates that are not active, and candidates among the m dropped (those simply stay). So m is
     reached as long as the dropped entries that are no candidates do not outnumber the candidates that are not active.
+
+    Args:
+        scores: [K]. active_candidates: positions of those active entries that are candidates.
     """
-    fresh = candidates - int(was_candidate.sum())
+    fresh = candidates - active_candidates.numel()
     if k <= fresh:
         return k
+    leaving = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
+    leaving[active_candidates] = False
     in_drop_order = torch.sort(scores, stable=True).indices[:k]
-    leaving = (~was_candidate[in_drop_order]).cumsum(0)
-    return int((leaving <= fresh).sum())
+    return int((leaving[in_drop_order].cumsum(0) <= fresh).sum())
 
 
 def exchange_by_accumulators(indices: Tensor, scores: Tensor, row: Tensor, col: Tensor, k: int) -> Exchange:
@@ -96,7 +103,15 @@ def exchange_by_accumulators(indices: Tensor, scores: Tensor, row: Tensor, col: 
 
 
 def _exchange(indices: Tensor, kept: Tensor, grown: Tensor, grown_candidates: Tensor | None) -> Exchange:
-    order = torch.argsort(torch.cat((indices[kept], grown.to(indices.dtype))))
+    """Merges the sorted indices that stay with the sorted ones that are grown."""
+    grown = grown.to(indices.dtype)
+    staying = kept.nonzero().squeeze(1)
+    new = torch.arange(grown.numel(), device=grown.device)
+    among = new + torch.searchsorted(indices[staying], grown)  # where the grown ones come to lie
+    is_old = torch.ones(staying.numel() + grown.numel(), dtype=torch.bool, device=indices.device)
+    is_old[among] = False
+    order = torch.empty(is_old.shape, dtype=torch.int64, device=indices.device)
+    order[is_old], order[among] = staying, new + indices.numel()
     return Exchange(kept=kept, grown=grown, order=order, grown_candidates=grown_candidates)
 
 

@@ -132,6 +132,7 @@ def top_k_of_product(row: Tensor, col: Tensor, k: int, excluded: Tensor) -> Tens
     The outer product is never formed. Products of non-negative floats are monotone in each factor, also after
     rounding, so the number of products that reach a threshold is a binary search per row over the sorted columns;
     the threshold itself is bisected over the bit patterns of non-negative floats, which are ordered as the numbers are.
+    Each search starts from what the searches before have left open.
     Differs from the paper: the fourth root of Eq. 10 is left out; it keeps the order.
 
     Args:
@@ -152,30 +153,36 @@ def top_k_of_product(row: Tensor, col: Tensor, k: int, excluded: Tensor) -> Tens
     excluded_row, excluded_col = excluded // width, excluded % width
     excluded_product = row[excluded_row] * col[excluded_col]
     col_sorted, col_order = torch.sort(col, descending=True, stable=True)
+    columns = torch.cat((col_sorted, col_sorted.new_full((1,), torch.nan)))  # nothing reaches beyond the last
 
-    def free_from(threshold: Tensor) -> int:
-        reached = int(_reached_per_row(row, col_sorted, threshold).sum())
-        return reached - int((excluded_product >= threshold).sum())
-
-    low, high = 0, int((row.max() * col.max()).view(torch.int32)) + 1  # free_from(low) >= k > free_from(high)
-    while high - low > 1:
+    # at_least: entries per row that reach `low`; above: those that reach `high`. Both close in on the threshold, until
+    # it is found, or so few entries lie between them that each can be looked at.
+    low, high = 0, int((row.max() * col.max()).view(torch.int32)) + 1  # free(low) >= k > free(high)
+    above = torch.zeros(row.shape, dtype=torch.int64, device=row.device)
+    at_least = torch.full_like(above, width)
+    between, few = row.numel() * width, row.numel() + width + k // 4
+    while high - low > 1 and between > few:
         middle = (low + high) // 2
-        low, high = (middle, high) if free_from(_from_bits(middle, row)) >= k else (low, middle)
-    threshold = _from_bits(low, row)
+        threshold = _from_bits(middle, row)
+        reached = _reached_per_row(row, columns, threshold, above, at_least)
+        if int(reached.sum() - (excluded_product >= threshold).sum()) >= k:
+            low, at_least = middle, reached
+        else:
+            high, above = middle, reached
+        between = int((at_least - above).sum())
 
-    at_least = _reached_per_row(row, col_sorted, threshold)
-    above = _reached_per_row(row, col_sorted, _from_bits(low + 1, row))
-    strictly = _flat_entries(torch.arange(row.numel(), device=row.device), torch.zeros_like(above), above, col_order)
+    rows = torch.arange(row.numel(), device=row.device)
+    strictly = _flat_entries(rows, torch.zeros_like(above), above, col_order)
     strictly = strictly[~in_sorted(strictly, excluded)]
-
-    # Of the entries that equal the threshold, the first k - len(strictly) in flat order: whole rows, then part of one.
     wanted = k - strictly.numel()
-    level_excluded = torch.bincount(excluded_row[excluded_product == threshold], minlength=row.numel())
-    free_level = (at_least - above - level_excluded).cumsum(0)
-    rows_needed = int(torch.searchsorted(free_level, wanted)) + 1 if wanted else 0
-    some = torch.arange(rows_needed, device=row.device)
-    level = _flat_entries(some, above[:rows_needed], at_least[:rows_needed], col_order)
-    level = level[~in_sorted(level, excluded)].sort().values[:wanted]
+    if high - low == 1:
+        # Entries between them equal the threshold: the first in flat order, which are whole rows, then part of one.
+        level_excluded = torch.bincount(excluded_row[excluded_product == _from_bits(low, row)], minlength=row.numel())
+        free_level = (at_least - above - level_excluded).cumsum(0)
+        rows = rows[: int(torch.searchsorted(free_level, wanted)) + 1]
+    level = _flat_entries(rows, above[: rows.numel()], at_least[: rows.numel()], col_order)
+    level = level[~in_sorted(level, excluded)].sort().values
+    level = level[top_k_sorted(row[level // width] * col[level % width], wanted)]
     return torch.cat((strictly, level)).sort().values
 
 
@@ -184,16 +191,15 @@ def _from_bits(bits: int, like: Tensor) -> Tensor:
     return torch.tensor(bits, dtype=torch.int32, device=like.device).view(torch.float32)
 
 
-def _reached_per_row(row: Tensor, col_sorted: Tensor, threshold: Tensor) -> Tensor:
-    """[O] int64: how many of the descending columns [I] satisfy fl(row[i] * col) >= threshold."""
-    low = torch.zeros(row.shape, dtype=torch.int64, device=row.device)
-    high = torch.full_like(low, col_sorted.numel())
-    for _ in range(col_sorted.numel().bit_length()):
-        middle = (low + high) // 2
-        reaches = row * col_sorted[middle.clamp(max=col_sorted.numel() - 1)] >= threshold
-        open_ = low < high
-        low = torch.where(open_ & reaches, middle + 1, low)
-        high = torch.where(open_ & ~reaches, middle, high)
+def _reached_per_row(row: Tensor, columns: Tensor, threshold: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """[O] int64: how many of the descending `columns` [I + 1, the last NaN] satisfy fl(row[i] * column) >= threshold.
+
+    The number is known to lie in [low, high], both [O]: the closer they are, the fewer steps this takes.
+    """
+    for _ in range(int((high - low).max()).bit_length()):
+        middle = (low + high) >> 1
+        reaches = row * columns[middle] >= threshold
+        low, high = torch.where(reaches, middle + 1, low), torch.where(reaches, high, middle)
     return low
 
 

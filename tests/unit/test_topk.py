@@ -125,3 +125,37 @@ def test_top_k_of_a_product_makes_no_tensor_of_the_weights_size(kind: str) -> No
     with LargestTensor() as largest:
         top_k_of_product(row, col, k, excluded)
     assert 0 < largest.entries <= 4 * (rows + columns)  # of 393,216
+
+
+def by_columns(seed: int, rows: int, width: int) -> Tensor:
+    """[rows * width] as gradients are: columns differ far more than rows do."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = torch.randn(width, generator=generator).mul_(2).exp_()
+    return (torch.randn(rows, width, generator=generator) * columns).flatten()
+
+
+@pytest.mark.parametrize("density", [0.001, 0.02, 0.2])
+@pytest.mark.parametrize("shape", [(512, 512), (512, 1376), (300, 1000)])
+def test_the_guessed_floor_is_near_where_columns_differ_and_widths_are_powers_of_two(shape, density) -> None:
+    values, k = by_columns(0, *shape), int(density * shape[0] * shape[1])
+    reach = int((values.abs() >= topk._sampled_floor(values, k)).sum())
+    assert k <= reach <= 2.5 * k + 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["by columns", "mostly zero", "equal", "no numbers"])
+def test_top_k_magnitude_makes_no_tensor_of_the_vectors_size(kind: str, dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr(topk, "CHUNK_ENTRIES", 4096)
+    monkeypatch.setattr(topk, "SAMPLE_ENTRIES", 4096)
+    values, k = by_columns(1, 256, 1024).to(dtype), 500
+    if kind == "mostly zero":
+        values[torch.rand(values.shape, generator=torch.Generator().manual_seed(0)) > 0.001] = 0
+    elif kind == "equal":
+        values.fill_(-2.0)
+    elif kind == "no numbers":
+        values.fill_(torch.nan)
+    expected = torch.sort(values.abs().nan_to_num(nan=-1.0), stable=True, descending=True).indices[:k].sort().values
+    with LargestTensor() as largest:
+        chosen = top_k_magnitude(values, k)
+    assert torch.equal(chosen, expected)
+    assert largest.entries <= 4 * 4096  # of 262,144
