@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -40,7 +40,8 @@ class Case:
     method: str  # ag or ma
     weights: int  # N
     density: float  # K / N
-    dtype: str  # of the weight and of its dense gradient: bfloat16 or float32
+    dtype: str = "bfloat16"  # of the weight and of its dense gradient, or float32
+    replaced: float = 1.0  # fraction of K up for replacement: 1 at the first reallocation of a run
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -60,15 +61,15 @@ class Case:
 
 
 def cases(
-    weights: Sequence[int], densities: Sequence[float], methods: Sequence[str], dtype: str, device: torch.device
+    weights: Sequence[int], densities: Sequence[float], methods: Sequence[str], device: torch.device, **others: Any
 ) -> list[Case]:
-    """Every method with every size and density, small ones first.
+    """Every method with every size and density, small ones first; `others` as in `Case`.
 
     Raises:
         UserError: a size that the memory does not hold.
     """
     found = [
-        Case(method=method, weights=n, density=density, dtype=dtype)
+        Case(method=method, weights=n, density=density, **others)
         for n in sorted(weights)
         for density in sorted(densities)
         for method in methods
@@ -77,7 +78,7 @@ def cases(
     if largest.needed_bytes > room:
         fitting = max((case.weights for case in found if case.needed_bytes <= room), default=0)
         raise UserError(
-            f"bench reallocate: a weight of {largest.weights:.0e} entries in {dtype} with {largest.density:.2%} of them "
+            f"bench reallocate: a weight of {largest.weights:.0e} entries in {largest.dtype} with {largest.density:.2%} of them "
             f"active needs {largest.needed_bytes / 2**30:.1f} GiB, {room / 2**30:.1f} GiB are free on {device}; "
             + (f"the largest asked for that fits has {fitting:.0e}" if fitting else "none of those asked for fits")
             + ". Leave larger ones out of --weights"
@@ -88,8 +89,7 @@ def cases(
 class Bench:
     """One weight with its gradient, its deltas and their carrier, ready for one reallocation after the other.
 
-    Every step proposes and reallocates, and all K entries are up for replacement each time, as at the first
-    reallocation of a run: the dearest there is. Gradients are normal, accumulators uniform random numbers.
+    Every step proposes and reallocates. Gradients are normal, accumulators uniform random numbers.
     """
 
     def __init__(self, case: Case, device: torch.device):
@@ -103,7 +103,7 @@ class Bench:
             total_steps=1 << 40,
             update_interval_steps=1,
             estimation_steps=1,
-            initial_replacement_fraction=1.0,
+            initial_replacement_fraction=case.replaced,
             estimates=case.method == "ag",
         )
         store = DeltaStore({NAME: case.shape}, {NAME: case.active}, device=device)
@@ -182,8 +182,7 @@ def run(
     """(settings, result) of each case, as soon as it is measured."""
     for case in chosen:
         if warm_up:  # code that is loaded late, threads: not what is asked for
-            small = Case(method=case.method, weights=_WARM_UP_WEIGHTS, density=case.density, dtype=case.dtype)
-            measure(small, repeats=1, device=device)
+            measure(replace(case, weights=_WARM_UP_WEIGHTS), repeats=1, device=device)
         settings = asdict(case) | {
             "shape": case.shape,
             "active": case.active,
@@ -228,10 +227,10 @@ def part(rows: list[dict[str, Any]]) -> Part:
     return Part(
         title="One reallocation",
         text=(
-            "Time and peak memory of one reallocation of one weight of N entries, K of them active, all K up for "
-            "replacement (as at the first of a run; later ones replace a fifth and less). AG: the candidates are chosen "
-            f"from a dense {first['dtype']} gradient. The peak is what lies above weight, gradient and state; a mask "
-            "of the weight would take 1 byte per entry."
+            "Time and peak memory of one reallocation of one weight of N entries, K of them active, "
+            f"{first['replaced']:.0%} of those up for replacement (at the first reallocation of a run all are, later a "
+            f"fifth and less). AG: the candidates are chosen from a dense {first['dtype']} gradient. The peak is what "
+            "lies above weight, gradient and state; a mask of the weight would take 1 byte per entry."
         ),
         columns=COLUMNS,
         rows=[cells(row["settings"], row["result"]) for row in newest],

@@ -1,0 +1,99 @@
+"""From measured rows to the terminal, the file of results and the page, one finished row after the other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from scale_sft.errors import UserError
+
+from .rows import Results
+
+_WIDTH = 130  # a narrower terminal wraps lines; a table squeezed into it could not be read
+
+Found = Iterator[tuple[dict[str, Any], dict[str, Any]]]
+"""(settings, result) of each measured thing, as soon as there is one."""
+
+
+def report(
+    output: Path,
+    benchmark: str,
+    found: Found,
+    *,
+    count: int,
+    columns: Sequence[str],
+    cells: Callable[[dict[str, Any], dict[str, Any]], Sequence[str]],
+) -> None:
+    """Write each row as it is found, with progress; at the end, or when interrupted, show the table and write the page.
+
+    Args:
+        count: how many rows will be found.
+        columns, cells: of the table; `cells(settings, result)` is one line of it.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+
+    results, lines = Results(output, benchmark), []
+    bar = Progress(
+        TextColumn(f"bench {benchmark}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    try:
+        with bar:
+            task = bar.add_task("", total=count)
+            for settings, result in found:
+                results.add(settings, **result)
+                lines.append(cells(settings, result))
+                bar.advance(task)
+    finally:
+        if lines:
+            from .page import write_page
+
+            table = Table(*columns, show_edge=False)
+            for column in table.columns[1:]:
+                column.justify = "right"
+            for line in lines:
+                table.add_row(*line)
+            console = Console(width=max(Console().width, _WIDTH), highlight=False)
+            console.print(table)
+            console.print(f"rows: {results.path}, page: {write_page(output)}", soft_wrap=True)
+
+
+def numbers(option: str, given: str, *, low: float, high: float) -> list[float]:
+    """Numbers divided by commas, each in (low, high]: "1e5,1e6" -> [1e5, 1e6].
+
+    Raises:
+        UserError: names the option and what is no such number.
+    """
+    found = []
+    for word in filter(None, re.split(r"[,\s]+", given)):
+        try:
+            number = float(word)
+        except ValueError:
+            number = float("nan")
+        if not low < number <= high:
+            raise UserError(f"{option}: got '{word}', expected numbers above {low:g}, up to {high:g}, divided by commas")
+        found.append(number)
+    if not found:
+        raise UserError(f"{option}: got nothing, expected numbers divided by commas")
+    return list(dict.fromkeys(found))
+
+
+def one_of(option: str, given: str, known: Sequence[str]) -> list[str]:
+    """Words divided by commas, all of them known.
+
+    Raises:
+        UserError: names the option, the word and what is known.
+    """
+    words = list(dict.fromkeys(filter(None, re.split(r"[,\s]+", given))))
+    wrong = [word for word in words if word not in known]
+    if wrong or not words:
+        raise UserError(f"{option}: got '{wrong[0] if wrong else given}', expected some of {', '.join(known)}")
+    return words
