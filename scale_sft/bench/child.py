@@ -1,0 +1,41 @@
+"""A measurement in a process of its own: whose memory holds nothing else, and which may die."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from scale_sft.errors import UserError
+
+
+def ask(module: str, request: dict[str, Any], *, what: str, timeout_seconds: float) -> dict[str, Any]:
+    """The answer of `python -m scale_sft.bench.<module> REQUEST`: its last line, JSON.
+
+    Raises:
+        UserError: it died, or gave no answer in time; `what` names the measurement.
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    words = [sys.executable, "-m", f"{__package__}.{module}", json.dumps(request)]
+    try:
+        done = subprocess.run(
+            words,
+            env=os.environ | {"PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{what}: no answer within {timeout_seconds:.0f} seconds; try something smaller") from None
+    if done.returncode or not done.stdout.strip():
+        if done.returncode == -9:
+            raise UserError(f"{what}: ended by the system, most likely for want of memory; try something smaller")
+        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise UserError(f"{what}: ended with status {done.returncode}: {lines[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])

@@ -1,0 +1,92 @@
+"""Where training state lies: every tensor that a contestant reaches, by part, each storage counted once."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_NAMES = {
+    "flat": "deltas",
+    "deltas": "deltas",
+    "indices": "indices",
+    "cohort": "ages",
+    "reference": "reference",
+    "candidates": "candidates",
+    "row": "accumulators",
+    "col": "accumulators",
+    "_base": "base values",
+    "_places": "local indices",
+    "packed": "scales of the base",
+}
+"""Words for attributes, the first one on the way to a tensor that has one."""
+_ROOT_NAMES = {"optimizer": "moments", "recorder": "gradients", "adapter": "adapter"}
+"""For what hangs on these without such an attribute; anything else is called by its own attribute."""
+_NO_STATE = (nn.Module, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, type,
+             torch.Generator, str, bytes, int, float, bool, torch.dtype, torch.device)  # fmt: skip
+
+
+def bytes_by_part(roots: Mapping[str, Any], base: Iterable[Tensor]) -> dict[str, int]:
+    """Bytes of all tensors that are reachable from objects and do not share the storage of a tensor of the base.
+
+    Whatever a tensor's dtype and layout, what counts is the memory behind it; of tensors that share it, the first one
+    met gives it its name.
+
+    Args:
+        roots: objects by a name that a part gets where no attribute on the way says more; the order is that of search.
+        base: all tensors that are no state.
+    """
+    seen = {_storage(tensor) for tensor in base}
+    parts: dict[str, int] = {}
+    for root, value in roots.items():
+        for path, tensor in _tensors(value, (root,), set()):
+            place = _storage(tensor)
+            if place in seen or not tensor.untyped_storage().nbytes():
+                continue
+            seen.add(place)
+            part = _part_of(path)
+            parts[part] = parts.get(part, 0) + tensor.untyped_storage().nbytes()
+    return parts
+
+
+def tensors_of_model(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers, and what quantised parameters carry with them."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        yield tensor
+        yield from (found for _, found in _tensors(getattr(tensor, "quant_state", None), (), set()))
+    for module in model.modules():  # scales that a layer keeps beside its parameter
+        yield from (found for _, found in _tensors(getattr(module, "quant_state", None), (), set()))
+        yield from (found for _, found in _tensors(getattr(module, "state", None), (), set()))
+
+
+def _part_of(path: tuple[str, ...]) -> str:
+    if path[0] == "recorder" and "candidates" not in path:
+        return _ROOT_NAMES["recorder"]  # of active entries, and inside the estimation phase of candidates
+    known = [_NAMES[word] for word in path[1:] if word in _NAMES]
+    return known[0] if known else _ROOT_NAMES.get(path[0], path[-1])
+
+
+def _storage(tensor: Tensor) -> tuple[torch.device, int]:
+    return tensor.device, tensor.untyped_storage().data_ptr()
+
+
+def _tensors(value: Any, path: tuple[str, ...], met: set[int]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """(attributes and text keys on the way, tensor) of everything that hangs on an object, but for modules."""
+    if isinstance(value, Tensor):
+        yield path, value
+        return
+    if value is None or isinstance(value, _NO_STATE) or id(value) in met:
+        return
+    met.add(id(value))
+    if isinstance(value, Mapping):
+        for key, one in value.items():
+            yield from _tensors(one, (*path, key) if isinstance(key, str) else path, met)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for one in value:
+            yield from _tensors(one, path, met)
+    else:
+        for name in (*getattr(value, "__dict__", ()), *getattr(type(value), "__slots__", ())):
+            yield from _tensors(getattr(value, name, None), (*path, name), met)
