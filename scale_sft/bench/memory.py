@@ -18,7 +18,7 @@ from .page import Part
 from .rows import last_run
 
 LIMIT_STEPS = 30  # of the paper's protocol
-NO_GPU = "needs a GPU, whose allocator can be given a limit"
+NO_GPU = "needs a GPU"
 GIB, MIB = 1 << 30, 1 << 20
 _PARTS = (
     "indices", "deltas", "ages", "base values", "gradients", "moments", "accumulators", "candidates", "adapter",
