@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,7 +143,7 @@ class Planner:
                 sum(state.values()) + _FINGERPRINT_BYTES * min(largest_target, CHUNK_ENTRIES),
             ),
             host_peak=facts.largest * size * 2 if sharded and not quantization else stored,
-            traffic=_traffic(config, facts, active, candidates, gpus, stored - scales if sharded else 0),
+            traffic=_traffic(config, facts, counts, gpus, stored - scales if sharded else 0),
             room=room,
         )
 
@@ -191,22 +191,35 @@ def _after_step_bytes(active: int, largest_k: int) -> int:
     return max(28 * min(active, PIECE_ENTRIES), 60 * largest_k)
 
 
+def proposal_bytes(config: Config, facts: Facts, counts: Mapping[str, int], gpus: int) -> tuple[int, int]:
+    """What a rank gives into the reduce-scatter and into the all-gather of one proposal of candidates.
+
+    Each rank gets the sum of one part of a gradient, and offers the top of it: no more than the part has entries.
+
+    Args:
+        counts: K of each target weight.
+    """
+    scattered = sum(o * i for o, i in facts.shapes.values())
+    parts = {name: -(-o * i // gpus) for name, (o, i) in facts.shapes.items()}
+    offered = sum(min(int(config.sparse.candidate_ratio * count), parts[name]) for name, count in counts.items())
+    return 4 * scattered, 12 * offered
+
+
 def _traffic(
-    config: Config, facts: Facts, active: int, candidates: int, gpus: int, gathered_bytes: int
+    config: Config, facts: Facts, counts: Mapping[str, int], gpus: int, gathered_bytes: int
 ) -> dict[str, int]:
     """Bytes that a rank sends per optimizer step, on average over the run, by ring algorithms."""
     if gpus == 1:
         return {}
-    ring, sparse = (gpus - 1) / gpus, config.sparse
+    ring, sparse, active = (gpus - 1) / gpus, config.sparse, sum(counts.values())
+    candidates = 0 if sparse.method == "ma" else int(sparse.candidate_ratio * active)
     phase = min(1.0, sparse.estimation_steps / sparse.update_interval_steps)
     each = getattr(torch, config.optimizer.gradient_dtype).itemsize
     found = {"gradients of deltas": int(2 * ring * each * active)}
     if candidates:
         found["gradients of candidates"] = int(2 * ring * each * candidates * phase)
-        targets = sum(o * i for o, i in facts.shapes.values())
-        found["proposal of candidates"] = int(
-            (ring * 4 * targets + 12 * candidates * (gpus - 1)) / sparse.update_interval_steps
-        )
+        scattered, gathered = proposal_bytes(config, facts, counts, gpus)
+        found["proposal of candidates"] = int((ring * scattered + (gpus - 1) * gathered) / sparse.update_interval_steps)
     if gathered_bytes:
         micro = config.run.micro_batch_size or config.run.global_batch_size // gpus
         steps = math.ceil(config.run.global_batch_size / (gpus * micro))

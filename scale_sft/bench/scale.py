@@ -23,9 +23,11 @@ import torch
 from scale_sft.config import Config, load
 from scale_sft.errors import UserError
 from scale_sft.model import load_model_config
-from scale_sft.planner import Plan, Planner
+from scale_sft.plan import Facts
+from scale_sft.planner import Plan, Planner, proposal_bytes
 from scale_sft.report_axes import CYCLE, GREY, WIDTH_INCHES
 from scale_sft.report_plots import Plot
+from scale_sft.spiel.delta import budget
 
 from .page import Part
 from .rows import last_run
@@ -33,8 +35,8 @@ from .rows import last_run
 PREDICTED_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 MIB = 1 << 20
 _ROOT = Path(__file__).resolve().parents[2]
-_PURPOSES = {"gradients": ("gradients of deltas", "gradients of candidates"), "proposal": ("proposal of candidates",)}
-"""What the trainer counts, and what the planner calls it."""
+_PURPOSES = ("gradients", "proposal")  # as a run counts them
+_SUMMED = ("gradients of deltas", "gradients of candidates")  # as the planner calls what goes into all-reduces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,11 @@ def check(worlds: Worlds, ranks: Sequence[int]) -> None:
         raise UserError(f"--batch: {worlds.batch} sequences do not divide over {odd[0]} ranks; give a multiple")
 
 
+def predicted(worlds: Worlds, ranks: Sequence[int]) -> list[int]:
+    """Numbers of ranks beyond those that are measured; a batch that stays the same must divide over them."""
+    return [n for n in PREDICTED_RANKS if n > max(ranks) and worlds.global_batch(n) % n == 0]
+
+
 def run(worlds: Worlds, ranks: Sequence[int]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """(settings, result) of each number of ranks, measured beside modelled; then of larger worlds, modelled."""
     settings = {
@@ -97,9 +104,8 @@ def run(worlds: Worlds, ranks: Sequence[int]) -> Iterator[tuple[dict[str, Any], 
     for count in ranks:
         of_run = measure(worlds, count)
         yield {**settings, "ranks": count, "measured": True}, {**of_run, **modelled(planner, worlds, count)}
-    for count in PREDICTED_RANKS:
-        if count > max(ranks) and not (worlds.strong and worlds.batch % count):
-            yield {**settings, "ranks": count, "measured": False}, modelled(planner, worlds, count)
+    for count in predicted(worlds, ranks):
+        yield {**settings, "ranks": count, "measured": False}, modelled(planner, worlds, count)
 
 
 def measure(worlds: Worlds, ranks: int) -> dict[str, Any]:
@@ -158,24 +164,23 @@ def modelled(planner: Planner, worlds: Worlds, ranks: int) -> dict[str, Any]:
     plan = planner.plan(config, gpus=ranks)
     return {
         "sent_bytes": plan.traffic,
-        "modelled_payload_bytes": payload_of(plan, config, ranks),
+        "modelled_payload_bytes": payload_of(plan, config, planner.facts(config), ranks),
         "modelled_memory_bytes": plan.step_peak,
     }
 
 
-def payload_of(plan: Plan, config: Config, ranks: int) -> dict[str, float]:
-    """Undo the ring: what a rank gives into all-reduce, reduce-scatter and all-gather per step, on average.
+def payload_of(plan: Plan, config: Config, facts: Facts, ranks: int) -> dict[str, float]:
+    """What a rank gives into collectives per step, on average, where the plan says what it sends.
 
-    An all-reduce of n bytes sends 2 n (W - 1) / W, a reduce-scatter half of that, an all-gather n (W - 1).
+    An all-reduce of n bytes sends 2 n (W - 1) / W by a ring, a reduce-scatter half of that, an all-gather n (W - 1).
     """
     if ranks == 1:
         return {}
-    ring, traffic = (ranks - 1) / ranks, plan.traffic
-    found = {"gradients": sum(traffic.get(name, 0) for name in _PURPOSES["gradients"]) / (2 * ring)}
-    if "proposal of candidates" in traffic:
-        gathered = 12 * int(config.sparse.candidate_ratio * plan.active) / config.sparse.update_interval_steps
-        scattered = (traffic["proposal of candidates"] - gathered * (ranks - 1)) / ring
-        found["proposal"] = scattered + gathered
+    ring, sparse = (ranks - 1) / ranks, config.sparse
+    found = {"gradients": sum(plan.traffic.get(name, 0) for name in _SUMMED) / (2 * ring)}
+    if "proposal of candidates" in plan.traffic:
+        counts = budget(facts.shapes, density=sparse.density)
+        found["proposal"] = sum(proposal_bytes(config, facts, counts, ranks)) / sparse.update_interval_steps
     return found
 
 
