@@ -13,7 +13,7 @@ from scale_sft.report_axes import CYCLE, WIDTH_INCHES
 from scale_sft.report_plots import Plot
 
 from .child import ask
-from .contestants import Case, impossible
+from .contestants import CONTESTANTS, Case, impossible
 from .page import Part
 from .rows import last_run
 
@@ -34,13 +34,25 @@ def run(
     Args:
         limit_steps: steps that must pass in the search for the smallest limit (paper, section 4.3); None: no search.
     Raises:
-        UserError: a name is none, or a contestant cannot run here.
+        UserError: a contestant cannot run here.
     """
     for case in cases:
         for name in names:
             settings = {"contestant": name, **case.settings(), "device": device.type, "limit_steps": limit_steps}
             why = impossible(name, case)
             yield settings, {"left_out": why} if why else measure(name, case, device=device, limit_steps=limit_steps)
+
+
+def known(names: Sequence[str]) -> list[str]:
+    """The names, where all are contestants.
+
+    Raises:
+        UserError: names one that is none, and those that are.
+    """
+    wrong = [name for name in names if name not in CONTESTANTS]
+    if wrong or not names:
+        raise UserError(f"--contestants: got '{', '.join(wrong)}', expected some of {', '.join(CONTESTANTS)}")
+    return list(names)
 
 
 def measure(name: str, case: Case, *, device: torch.device, limit_steps: int | None) -> dict[str, Any]:

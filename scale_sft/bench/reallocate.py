@@ -177,12 +177,14 @@ def measure(case: Case, *, repeats: int, device: torch.device) -> dict[str, Any]
 
 
 def run(
-    chosen: Iterable[Case], *, repeats: int, device: torch.device, warm_up: bool = True
+    chosen: Iterable[Case], *, repeats: int, device: torch.device
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """(settings, result) of each case, as soon as it is measured."""
+    warm: set[str] = set()
     for case in chosen:
-        if warm_up:  # code that is loaded late, threads: not what is asked for
+        if case.method not in warm:  # code that is loaded late, threads: not what is asked for
             measure(replace(case, weights=_WARM_UP_WEIGHTS), repeats=1, device=device)
+            warm.add(case.method)
         settings = asdict(case) | {
             "shape": case.shape,
             "active": case.active,
@@ -290,5 +292,3 @@ def _plot(rows: list[dict[str, Any]], key: str, unit: str, guides: dict[str, flo
 
 def _milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{1e3 * seconds:,.3g} ms"
-
-

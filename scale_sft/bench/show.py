@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-from scale_sft.errors import UserError
 
 from .rows import Results
 
@@ -65,35 +62,3 @@ def report(
             console.print(table)
             console.print(f"rows: {results.path}, page: {write_page(output)}", soft_wrap=True)
 
-
-def numbers(option: str, given: str, *, low: float, high: float) -> list[float]:
-    """Numbers divided by commas, each in (low, high]: "1e5,1e6" -> [1e5, 1e6].
-
-    Raises:
-        UserError: names the option and what is no such number.
-    """
-    found = []
-    for word in filter(None, re.split(r"[,\s]+", given)):
-        try:
-            number = float(word)
-        except ValueError:
-            number = float("nan")
-        if not low < number <= high:
-            raise UserError(f"{option}: got '{word}', expected numbers above {low:g}, up to {high:g}, divided by commas")
-        found.append(number)
-    if not found:
-        raise UserError(f"{option}: got nothing, expected numbers divided by commas")
-    return list(dict.fromkeys(found))
-
-
-def one_of(option: str, given: str, known: Sequence[str]) -> list[str]:
-    """Words divided by commas, all of them known.
-
-    Raises:
-        UserError: names the option, the word and what is known.
-    """
-    words = list(dict.fromkeys(filter(None, re.split(r"[,\s]+", given))))
-    wrong = [word for word in words if word not in known]
-    if wrong or not words:
-        raise UserError(f"{option}: got '{wrong[0] if wrong else given}', expected some of {', '.join(known)}")
-    return words

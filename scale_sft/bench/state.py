@@ -13,17 +13,17 @@ _NAMES = {
     "flat": "deltas",
     "deltas": "deltas",
     "indices": "indices",
+    "entries": "indices",
     "cohort": "ages",
     "reference": "reference",
     "candidates": "candidates",
     "row": "accumulators",
     "col": "accumulators",
     "_base": "base values",
-    "_places": "local indices",
     "packed": "scales of the base",
 }
 """Words for attributes, the first one on the way to a tensor that has one."""
-_ROOT_NAMES = {"optimizer": "moments", "recorder": "gradients", "adapter": "adapter"}
+_ROOT_NAMES = {"optimizer": "moments", "adapter": "adapter"}
 """For what hangs on these without such an attribute; anything else is called by its own attribute."""
 _NO_STATE = (nn.Module, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, type,
              torch.Generator, str, bytes, int, float, bool, torch.dtype, torch.device)  # fmt: skip
@@ -63,8 +63,8 @@ def tensors_of_model(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _part_of(path: tuple[str, ...]) -> str:
-    if path[0] == "recorder" and "candidates" not in path:
-        return _ROOT_NAMES["recorder"]  # of active entries, and inside the estimation phase of candidates
+    if path[:2] == ("recorder", "flat"):
+        return "gradients"  # of active entries, and inside the estimation phase of candidates
     known = [_NAMES[word] for word in path[1:] if word in _NAMES]
     return known[0] if known else _ROOT_NAMES.get(path[0], path[-1])
 

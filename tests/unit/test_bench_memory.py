@@ -56,7 +56,7 @@ def test_the_state_of_ours_is_what_its_tensors_take(case: Case, method: str) -> 
     batches = Batches(case, base.model_config.vocab_size, CPU)
     ours.step(batches, 0)
     parts, store = memory_worker._kept(ours), ours.tuning.store
-    assert parts["indices"] == sum(delta.indices.nbytes for delta in store)
+    assert parts["indices"] == sum(tensor.nbytes for delta in store for tensor in delta.tensors["indices"])
     assert parts["deltas"] == store.flat.nbytes
     assert parts["gradients"] == ours.tuning.recorder.flat.untyped_storage().nbytes()
     assert parts["base values"] == ours.resident.bytes
@@ -114,7 +114,7 @@ def test_a_measurement_that_dies_says_its_last_word(monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_the_command_writes_rows_and_a_page_and_says_what_needs_a_gpu(tmp_path: Path, case: Case) -> None:
-    words = ["--base", case.base, "--bases", "float32", "--contestants", "ours-ag,full-adamw", "--length", "8"]
+    words = ["--base", case.base, "--dtype", "float32", "--contestants", "ours-ag,full-adamw", "--length", "8"]
     done = CliRunner().invoke(main, ["bench", "memory", *words, "--rank", "2", "--output", str(tmp_path)])
     assert done.exit_code == 0, done.output + done.stderr
     assert "smallest limit under which 30 steps pass: left out, needs a GPU" in done.stderr

@@ -56,7 +56,7 @@ def test_a_size_that_does_not_fit_the_memory_is_refused_before_anything_is_measu
 
 
 def test_the_command_writes_rows_and_a_page_with_both_plots(tmp_path: Path) -> None:
-    words = ["bench", "reallocate", "--weights", "1e3,4e3", "--densities", "0.01,0.1", "--repeats", "1"]
+    words = ["bench", "reallocate", "--weights", "1e3,4e3", "--density", "0.01,0.1", "--repeats", "1"]
     done = CliRunner().invoke(main, [*words, "--output", str(tmp_path)], catch_exceptions=False)
     assert done.exit_code == 0 and "drop and grow" in done.output
     found = rows.read_rows(tmp_path, "reallocate")
@@ -68,14 +68,14 @@ def test_the_command_writes_rows_and_a_page_with_both_plots(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("option", "given", "message"),
     [
-        ("--weights", "1e5,many", "--weights: got 'many', expected numbers above 4"),
-        ("--densities", "2", "--densities: got '2'"),
-        ("--methods", "ag,adam", "--methods: got 'adam', expected some of ag, ma"),
+        ("--weights", "1e5,many", "'many' is no whole number from 4 to 100,000,000,000"),
+        ("--density", "2", "2.0 is not in the range 0<x<=1"),
+        ("--method", "ag,adam", "'adam' is not one of 'ag', 'ma'"),
     ],
 )
 def test_options_that_make_no_sense_are_told(tmp_path: Path, option: str, given: str, message: str) -> None:
     done = CliRunner().invoke(main, ["bench", "reallocate", option, given, "--output", str(tmp_path / "none")])
-    assert done.exit_code == 1 and message in done.stderr
+    assert done.exit_code == 2 and message in done.stderr
     assert not (tmp_path / "none").exists()
 
 
@@ -89,7 +89,7 @@ def test_rows_that_are_finished_stay_when_the_rest_is_interrupted(tmp_path: Path
         return measured(case, **options)
 
     monkeypatch.setattr(reallocate, "measure", measure)
-    words = ["bench", "reallocate", "--weights", "4e3", "--densities", "0.01,0.1", "--repeats", "1"]
+    words = ["bench", "reallocate", "--weights", "4e3", "--density", "0.01,0.1", "--repeats", "1"]
     done = CliRunner().invoke(main, [*words, "--output", str(tmp_path)])
     assert done.exit_code == 1
     assert len(rows.read_rows(tmp_path, "reallocate")) == 2 and (tmp_path / page.PAGE).exists()
