@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from scale_sft.errors import UserError
 
 from . import reallocate
 from .contestants import CONTESTANTS, Base, Batches, Case, Dense, Sparse
-from .peak import Peak
+from .peak import Peak, peak_of
 from .state import bytes_by_part, tensors_of_model
 
 WARM_UP_STEPS = 2
@@ -59,11 +58,11 @@ def _ours(name: str, ours: Sparse, batches: Batches, device: torch.device) -> tu
         if steps > 1:
             ours.step_at(steps, batches, 1)  # estimates, drops and grows
 
-    step_bytes, by = _peak(phase, device)
-    inside = _result(parts, sum(before.values()), step_bytes, by)
+    found = peak_of(phase, device)
+    inside = _result(parts, sum(before.values()), found)
     ours.step(batches, 2)
     kept = _kept(ours)
-    outside = _result(kept, sum(kept.values()), *_peak(lambda: ours.step(batches, 3), device))
+    outside = _result(kept, sum(kept.values()), peak_of(lambda: ours.step(batches, 3), device))
     return outside, inside
 
 
@@ -76,7 +75,7 @@ def _dense(name: str, dense: Dense, batches: Batches, device: torch.device) -> t
     parts = bytes_by_part(roots, base)
     kept = sum(parts.values())
     parts["gradients"] = sum(weight.nbytes for weight in adapters)  # inside the step only
-    return _result(parts, kept, *_peak(lambda: dense.step(batches, 3), device)), None
+    return _result(parts, kept, peak_of(lambda: dense.step(batches, 3), device)), None
 
 
 def _kept(ours: Sparse) -> dict[str, int]:
@@ -90,14 +89,14 @@ def _kept(ours: Sparse) -> dict[str, int]:
     return bytes_by_part(roots, tensors_of_model(ours.model))
 
 
-def _result(parts: dict[str, int], kept: int, step: int, by: str) -> dict[str, Any]:
-    return {"parts": parts, "kept_bytes": kept, "step_bytes": step, "peak_bytes": kept + step, "peak_by": by}
-
-
-def _peak(work: Callable[[], object], device: torch.device) -> tuple[int, str]:
-    with Peak(device) as peak:
-        work()
-    return peak.added, peak.by
+def _result(parts: dict[str, int], kept: int, step: Peak) -> dict[str, Any]:
+    return {
+        "parts": parts,
+        "kept_bytes": kept,
+        "step_bytes": step.added,
+        "peak_bytes": kept + step.added,
+        "peak_by": step.by,
+    }
 
 
 def passes(name: str, case: Case, device: torch.device, *, limit_bytes: int, steps: int) -> bool:

@@ -7,7 +7,9 @@ import gc
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,43 +19,45 @@ from scale_sft.memory import PeakMemory
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # where glibc's own, moving threshold ends
+_HUGE_PAGES_DISABLE = 41  # of Linux's prctl
 
 
+@dataclass(frozen=True)
 class Peak:
-    """Peak memory, in bytes, that a `with` block added to what was there: `Peak(device) as peak; peak.added`.
+    """What `peak_of` found."""
+
+    added: int  # bytes
+    by: str  # who counted: "allocator", "kernel" or "sampling"
+
+
+def peak_of(work: Callable[[], object], device: torch.device) -> Peak:
+    """Peak memory, in bytes, that `work` adds to what is there.
 
     Of a GPU the allocator keeps count. Of a CPU the kernel does (the resident set's high-water mark, set back at the
-    start), while every larger block of memory goes back to the system as soon as it is freed, so that nothing hides in
-    memory that was freed before; where there is no such mark, memory is sampled (see `PeakMemory`). `by` says which.
-    Code and files that are read for the first time count too: do the same thing once before, on something small.
+    start). Meanwhile every larger block goes back to the system as soon as it is freed, pages are small, and the work
+    is done in a thread of its own, whose arena holds nothing that was freed before: what is counted is what is needed.
+    Where there is no such mark, memory is sampled (see `PeakMemory`).
+    Code and files that are read for the first time count too: do the same once before, on something small.
     """
-
-    def __init__(self, device: torch.device):
-        self.device, self.added = device, 0
-        self.by = "allocator" if device.type == "cuda" else "kernel"
-
-    def __enter__(self) -> Peak:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        _return_freed_memory(at_once=True)
-        if self.device.type == "cpu" and _reset_mark():
-            self._sampling, self._before = None, _status_bytes("VmRSS")
-            return self
-        if self.device.type == "cpu":
-            self.by = "sampling"
-        self._sampling = PeakMemory(self.device).__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._sampling is None:
-            self.added = max(0, _status_bytes("VmHWM") - self._before)
-        else:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            self._sampling.__exit__(*error)
-            self.added = self._sampling.added
-        _return_freed_memory(at_once=False)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        with PeakMemory(device) as counted:
+            work()
+            torch.cuda.synchronize(device)
+        return Peak(counted.added, "allocator")
+    _count_closely(True)
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            if _reset_mark():
+                before = _status_bytes("VmRSS")
+                thread.submit(work).result()
+                return Peak(max(0, _status_bytes("VmHWM") - before), "kernel")
+            with PeakMemory(device) as counted:
+                thread.submit(work).result()
+            return Peak(counted.added, "sampling")
+    finally:
+        _count_closely(False)
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
@@ -75,17 +79,16 @@ def available_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def _return_freed_memory(*, at_once: bool) -> None:
-    """Give freed memory back to the system; `at_once`: from now on every block of 64 KiB or more when it is freed.
-
-    Only glibc is told; elsewhere nothing happens.
-    """
+def _count_closely(closely: bool) -> None:
+    """Give freed memory back to the system; `closely`: from now on every block of 64 KiB or more when it is freed, and
+    take memory in small pages only. Linux with glibc; elsewhere nothing happens."""
     if not sys.platform.startswith("linux"):
         return
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(_MMAP_THRESHOLD, 1 << 16 if at_once else _LARGEST_MMAP_THRESHOLD)
-        libc.mallopt(_TRIM_THRESHOLD, 1 << 16 if at_once else 2 * _LARGEST_MMAP_THRESHOLD)
+        libc.prctl(_HUGE_PAGES_DISABLE, int(closely), 0, 0, 0)
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 16 if closely else _LARGEST_MMAP_THRESHOLD)
+        libc.mallopt(_TRIM_THRESHOLD, 1 << 16 if closely else 2 * _LARGEST_MMAP_THRESHOLD)
         libc.malloc_trim(0)
 
 

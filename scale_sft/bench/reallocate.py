@@ -23,7 +23,7 @@ from scale_sft.spiel.delta import DeltaStore, seeded_generator
 from scale_sft.spiel.schedule import Phase, ReallocationSchedule
 
 from .page import Part
-from .peak import Peak, available_bytes, seconds_of
+from .peak import available_bytes, peak_of, seconds_of
 from .rows import last_run
 
 NAME = "weight"
@@ -166,8 +166,7 @@ def measure(case: Case, *, repeats: int, device: torch.device) -> dict[str, Any]
     result = {name: median(step[name] for step in steps) for name in steps[0]}
     others = max(0.0, result.get("propose_seconds", 0.0) - result.get("record_seconds", 0.0))
     bench.begin()
-    with Peak(device) as peak:
-        bench.reallocate_with_proposal()
+    peak = peak_of(bench.reallocate_with_proposal, device)
     return {
         **result,
         "seconds": result["reallocate_seconds"] + others,

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from scale_sft.bench import page, reallocate, rows
-from scale_sft.bench.peak import Peak
+from scale_sft.bench.peak import peak_of
 from scale_sft.cli import main
 from scale_sft.errors import UserError
 
@@ -28,11 +28,16 @@ print(json.dumps(result))
 
 
 def test_a_peak_is_exact_although_it_is_gone_at_the_end() -> None:
+    freed = [torch.ones(3 * MIB, dtype=torch.uint8) for _ in range(20)]
+    del freed[::2]  # memory that may be used again without asking the system
     for _ in range(2):
-        with Peak(CPU) as peak:
-            held = torch.ones(24 * MIB, dtype=torch.uint8)
-            del held
+        peak = peak_of(lambda: [torch.ones(4 * MIB, dtype=torch.uint8) for _ in range(6)], CPU)
     assert abs(peak.added - 24 * MIB) < 2 * MIB or peak.by == "sampling"
+
+
+def test_an_error_of_what_is_measured_is_its_own() -> None:
+    with pytest.raises(ZeroDivisionError):
+        peak_of(lambda: 1 // 0, CPU)
 
 
 @pytest.mark.parametrize("method", ["ag", "ma"])
