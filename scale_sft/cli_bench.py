@@ -6,12 +6,7 @@ from pathlib import Path
 
 import click
 
-<<<<<<< HEAD
-from . import cli_bench_quality, cli_bench_step
-=======
-from . import cli_bench_cost
-from .options import Several, flattened
->>>>>>> 83d82a5 (Bench memory, reallocate and scale: commands in a file of their own, options as those of bench step)
+from . import cli_bench_cost, cli_bench_quality, cli_bench_step
 
 _OUTPUT = click.option(
     "--output",
@@ -40,10 +35,7 @@ def page(folder: Path) -> None:
     click.echo(f"page: {write_page(folder)}")
 
 
-for _command in (*cli_bench_step.COMMANDS, *cli_bench_quality.COMMANDS):
-    bench.add_command(_command)
-
-for _command in cli_bench_cost.COMMANDS:
+for _command in (*cli_bench_step.COMMANDS, *cli_bench_cost.COMMANDS, *cli_bench_quality.COMMANDS):
     bench.add_command(_command)
 
 COMMANDS = (bench,)

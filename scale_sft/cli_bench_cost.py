@@ -104,9 +104,7 @@ def memory(names: tuple, rank: int | None, density: float | None, limit: bool, o
 
 @click.command()
 @_several("--weights", "weights", Count(4, 10**11), "1e5,1e6,1e7,1e8", "Entries N of the weight")
-@_several(
-    "--density", "densities", click.FloatRange(0, 1, min_open=True), "0.001,0.01,0.05", "Active fraction K / N"
-)
+@_several("--density", "densities", click.FloatRange(0, 1, min_open=True), "0.001,0.01,0.05", "Active fraction K / N")
 @_several("--method", "methods", click.Choice(["ag", "ma"]), "ag,ma", "Of reallocation")
 @click.option(
     "--dtype",

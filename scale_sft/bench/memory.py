@@ -13,9 +13,10 @@ from scale_sft.report_axes import CYCLE, WIDTH_INCHES
 from scale_sft.report_plots import Plot
 
 from .child import ask
-from .contestants import CONTESTANTS, Case, impossible
+from .contestants import CONTESTANTS, impossible
 from .page import Part
 from .rows import last_run
+from .workload import Case
 
 LIMIT_STEPS = 30  # of the paper's protocol
 NO_GPU = "needs a GPU"
@@ -90,8 +91,6 @@ def _answer(answer: dict[str, Any], what: str) -> dict[str, Any]:
     if "error" in answer:
         raise UserError(f"{what}: {answer['error']}")
     return answer
-
-
 
 
 COLUMNS = ("contestant", "base", "trained", "bytes each", "in the phase", "kept", "peak of a step", "in the phase",

@@ -15,9 +15,10 @@ import torch
 from scale_sft.errors import UserError
 
 from . import reallocate
-from .contestants import CONTESTANTS, Base, Batches, Case, Dense, Sparse
+from .contestants import CONTESTANTS, Dense, Sparse
 from .peak import Peak, peak_of
 from .state import bytes_by_part, tensors_of_model
+from .workload import Base, Batches, Case
 
 WARM_UP_STEPS = 2
 OUT_OF_MEMORY = "out of memory"

@@ -61,4 +61,3 @@ def report(
             console = Console(width=max(Console().width, _WIDTH), highlight=False)
             console.print(table)
             console.print(f"rows: {results.path}, page: {write_page(output)}", soft_wrap=True)
-

@@ -11,8 +11,9 @@ from torch import nn
 
 from scale_sft.bench import memory, memory_worker, page, rows
 from scale_sft.bench.child import ask
-from scale_sft.bench.contestants import Base, Batches, Case, Sparse
+from scale_sft.bench.contestants import Sparse
 from scale_sft.bench.state import bytes_by_part
+from scale_sft.bench.workload import Base, Batches, Case
 from scale_sft.cli import main
 from scale_sft.errors import UserError
 
