@@ -248,13 +248,13 @@ def part(rows: list[dict[str, Any]]) -> Part:
                 "reallocate-memory",
                 "One reallocation: peak memory",
                 "Above weight, gradient and state. Grey: what a bool mask and what an fp32 tensor of N entries would take.",
-                lambda _: _plot(newest, "peak_bytes", "bytes", {"N bytes": 1.0, "4 N bytes": 4.0}),
+                lambda _: _plot(newest, "peak_bytes", "MiB", {"N bytes": 1.0, "4 N bytes": 4.0}, unit_size=1 << 20),
             ),
         ),
     )
 
 
-def _plot(rows: list[dict[str, Any]], key: str, unit: str, guides: dict[str, float]) -> Any:
+def _plot(rows: list[dict[str, Any]], key: str, unit: str, guides: dict[str, float], unit_size: float = 1) -> Any:
     import numpy as np
     from matplotlib.figure import Figure
 
@@ -264,7 +264,7 @@ def _plot(rows: list[dict[str, Any]], key: str, unit: str, guides: dict[str, flo
     for row in rows:
         settings = row["settings"]
         lines.setdefault((settings["method"], settings["density"]), []).append(
-            (settings["weights"], max(row["result"][key], 1e-9))
+            (settings["weights"], max(row["result"][key], 1e-9) / unit_size)
         )
     sizes = np.array(sorted({row["settings"]["weights"] for row in rows}), dtype=float)
     densities = sorted({density for _, density in lines})
@@ -279,8 +279,9 @@ def _plot(rows: list[dict[str, Any]], key: str, unit: str, guides: dict[str, flo
         )
     ends = np.array([sizes[0], max(sizes[-1], 10 * sizes[0])])
     for name, slope in guides.items():
-        ax.plot(ends, slope * ends, color=GREY, linestyle=":", linewidth=1.2)
-        ax.annotate(name, (ends[-1], slope * ends[-1]), color=GREY, ha="right", va="bottom", fontsize=8)
+        line = slope * ends / unit_size
+        ax.plot(ends, line, color=GREY, linestyle=":", linewidth=1.2)
+        ax.annotate(name, (ends[-1], line[-1]), color=GREY, ha="right", va="bottom", fontsize=8)
     ax.set_xscale("log")
     log_axis(ax, np.array([value for points in lines.values() for _, value in points]))
     ax.set_xlabel("entries of the weight, N")

@@ -25,7 +25,7 @@ from scale_sft.errors import UserError
 from scale_sft.model import load_model_config
 from scale_sft.plan import Facts
 from scale_sft.planner import Plan, Planner, proposal_bytes
-from scale_sft.report_axes import CYCLE, GREY, WIDTH_INCHES
+from scale_sft.report_axes import CYCLE, GREY, WIDTH_INCHES, log_axis
 from scale_sft.report_plots import Plot
 from scale_sft.spiel.delta import budget
 
@@ -303,11 +303,14 @@ def _plot_speed(rows: list[dict[str, Any]]) -> Any:
     ax.plot(*zip(*points, strict=True), color=CYCLE[0], marker="o")
     (fewest, speed), most = points[0], points[-1][0]
     ax.plot([fewest, most], [speed, speed * most / fewest], color=GREY, linestyle=":")
+    ax.set_xticks([ranks for ranks, _ in points])
     ax.set_ylim(bottom=0)
     return figure
 
 
 def _plot_traffic(rows: list[dict[str, Any]]) -> Any:
+    import numpy as np
+
     figure, ax = _axes("KiB per step")
     ax.set_xscale("log", base=2)
     several = [row for row in rows if row["settings"]["ranks"] > 1]
@@ -323,7 +326,8 @@ def _plot_traffic(rows: list[dict[str, Any]]) -> Any:
         ax.plot(*zip(*found, strict=True), "o", color=CYCLE[n], label=f"{purpose}, measured") if found else None
     sent = [sum(row["result"]["sent_bytes"].values()) / 1024 for row in several]
     ax.plot([row["settings"]["ranks"] for row in several], sent, color=GREY, linestyle="--", label="sent by rings")
-    ax.set_yscale("log")
+    shown = [line.get_ydata() for line in ax.lines]
+    log_axis(ax, np.concatenate(shown) if shown else np.ones(1))
     ax.legend(loc="best", fontsize=8)
     return figure
 
