@@ -311,8 +311,7 @@ def _plot_speed(rows: list[dict[str, Any]]) -> Any:
 def _plot_traffic(rows: list[dict[str, Any]]) -> Any:
     import numpy as np
 
-    figure, ax = _axes("KiB per step")
-    ax.set_xscale("log", base=2)
+    figure, ax = _axes("KiB per step", base=2)
     several = [row for row in rows if row["settings"]["ranks"] > 1]
     for n, purpose in enumerate(_PURPOSES):
         at = [row["settings"]["ranks"] for row in several]
@@ -332,12 +331,13 @@ def _plot_traffic(rows: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def _axes(unit: str) -> tuple[Any, Any]:
+def _axes(unit: str, base: int | None = None) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
     figure = Figure(figsize=(WIDTH_INCHES, 3.6), layout="constrained")
     ax = figure.subplots()
+    ax.set_xscale("log", base=base) if base else None
     ax.set_xlabel("ranks")
     ax.set_ylabel(unit)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
