@@ -205,9 +205,7 @@ def proposal_bytes(config: Config, facts: Facts, counts: Mapping[str, int], gpus
     return 4 * scattered, 12 * offered
 
 
-def _traffic(
-    config: Config, facts: Facts, counts: Mapping[str, int], gpus: int, gathered_bytes: int
-) -> dict[str, int]:
+def _traffic(config: Config, facts: Facts, counts: Mapping[str, int], gpus: int, gathered_bytes: int) -> dict[str, int]:
     """Bytes that a rank sends per optimizer step, on average over the run, by ring algorithms."""
     if gpus == 1:
         return {}
