@@ -45,7 +45,7 @@ from .quantized import (
 )
 from .spiel.algorithm import SparseFineTuning
 from .spiel.delta import DeltaStore, budget
-from .spiel.sampling import Products, dense_products
+from .spiel.sampling import Products
 from .spiel.schedule import LearningRateSchedule, ReallocationSchedule
 from .transient import TransientDeltas, attach_transient_taps
 
@@ -291,7 +291,7 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
     shapes = {target.name: target.shape for target in targets}
     active = budget_of(config, shapes)
     path = GradientPath(cluster.device) if config.run.kernels == "auto" else None
-    tuning = build_tuning(inputs, shapes, active, cluster, path.products if path else dense_products)
+    tuning = build_tuning(inputs, shapes, active, cluster, path.products if path and path.has_kernels else None)
     transient = None
     if quantization:  # before the packed weights are cut into shards
         packed = packed_weights(model, inputs.dtype, cluster.device)
@@ -366,7 +366,7 @@ def build_tuning(
     shapes: dict[str, tuple[int, int]],
     active: dict[str, int],
     cluster: Cluster,
-    products: Products = dense_products,
+    products: Products | None = None,
 ) -> SparseFineTuning:
     """The method of the configuration over fresh deltas of the given budget."""
     config = inputs.config

@@ -37,13 +37,13 @@ def read_entries(entries: Tensor, indices: Tensor) -> Tensor:
 def write_entries(entries: Tensor, indices: Tensor, values: Tensor) -> None:
     """entries[indices] = values, in place: entries [N], indices [K] distinct, values [K] of the same dtype.
 
-    Written as bits: on a CPU a scatter of bfloat16 would take the whole weight to fp32 and back. Not by `scatter_`: not
-    every torch takes int32 indices there. In pieces: int32 indices are widened on the way, and not all at once.
+    Written as bits: on a CPU a scatter of bfloat16 would take the whole weight to fp32 and back. In pieces: a scatter
+    needs int64 indices, and they are widened only so many at a time.
     """
     bits = _BITS[entries.element_size()]
     entries, values = entries.view(bits), values.view(bits)
     for part in pieces(indices.numel()):
-        entries.index_put_((indices[part],), values[part])
+        entries.scatter_(0, indices[part].long(), values[part])
 
 
 @dataclass(frozen=True)

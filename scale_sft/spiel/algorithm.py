@@ -17,7 +17,7 @@ from .delta import DeltaStore, SparseDelta, wrong_with_indices
 from .moments import Moments, float32_moments
 from .optimizer import SM3, AdamW
 from .reallocate import Exchange, apply_exchange, drop_scores, exchange_by_accumulators, exchange_by_gradient
-from .sampling import CANDIDATE_STATE, GradientRecorder, Products, Select, dense_products
+from .sampling import CANDIDATE_STATE, GradientRecorder, Products, Select
 from .schedule import Phase, ReallocationSchedule
 from .topk import top_k_magnitude
 
@@ -60,7 +60,7 @@ class SparseFineTuning:
         select: how candidates are chosen from one weight's gradient (over all ranks).
         moments: how AdamW keeps its moments.
         gradient_dtype: of the recorded gradients, float32 or bfloat16.
-        products: how a layer's weight gradient is formed at the entries that are recorded.
+        products: how a layer's weight gradient is formed at the entries that are recorded; None: whole, then picked.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class SparseFineTuning:
         select: Select = top_k_magnitude,
         moments: Moments = float32_moments,
         gradient_dtype: torch.dtype = torch.float32,
-        products: Products = dense_products,
+        products: Products | None = None,
     ):
         self.store, self.method, self.schedule = store, method, schedule
         self.drop_criterion, self.max_grad_norm = drop_criterion, max_grad_norm

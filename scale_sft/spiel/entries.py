@@ -41,12 +41,16 @@ class Entries:
         """[K] flat indices, int32 (int64 where O * I does not fit). Not to be written to."""
         if self._flat is not None:
             return self._flat
-        width = self.shape[1]
-        # Each row that begins adds I to the running sum; rows without entries add up at one place. No int64 copy.
-        flat = torch.zeros(self.count + 1, dtype=self.dtype, device=self._columns.device)
-        step = torch.full((), width, dtype=self.dtype, device=flat.device).expand(self.shape[0] - 1)
-        flat.index_add_(0, self._row_starts[1:-1], step)
-        return flat.cumsum_(0)[:-1].add_(self._columns.to(self.dtype))
+        return self._rows().mul_(self.shape[1]).add_(self._columns.to(self.dtype))
+
+    def _rows(self) -> Tensor:
+        """[K] row of each entry. No int64 copy is made."""
+        rows = torch.zeros(self.count + 1, dtype=self.dtype, device=self._columns.device)
+        one = torch.ones((), dtype=self.dtype, device=rows.device).expand(self.shape[0] - 1)
+        rows.index_add_(
+            0, self._row_starts[1:-1], one
+        )  # each row that begins; those without entries add up at one place
+        return rows.cumsum_(0)[:-1]
 
     def csr(self) -> tuple[Tensor, Tensor]:
         """(row_starts [O + 1] int32, columns [K] uint16, or int32 where I > 65,536): views where they are kept."""
@@ -56,10 +60,14 @@ class Entries:
 
     def coordinates(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(which entries, their rows, their columns: int64) in pieces, so that no int64 copy of all is made."""
-        width, flat = self.shape[1], self.flat()
+        if self._flat is None:
+            rows = self._rows()
+            for part in pieces(self.count):
+                yield part, rows[part].long(), self._columns[part].long()
+            return
         for part in pieces(self.count):
-            here = flat[part].long()
-            yield part, here // width, here % width
+            here = self._flat[part].long()
+            yield part, here // self.shape[1], here % self.shape[1]
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -27,9 +27,13 @@ CANDIDATE_STATE = ("candidate_indices", "candidate_mean", "candidate_mean_square
 
 def dense_products(left: Tensor, right: Tensor, wanted: Sequence[tuple[Entries, Tensor]]) -> None:
     """The whole product, of which the entries are picked; it is gone when this returns."""
-    gradient = (left.t() @ right).view(-1)
+    pick(left.t() @ right, wanted)
+
+
+def pick(gradient: Tensor, wanted: Sequence[tuple[Entries, Tensor]]) -> None:
+    """Add the entries of a dense gradient [R, C'] to each `out` [K]."""
     for entries, out in wanted:
-        out += gradient.index_select(0, entries.flat())
+        out += gradient.view(-1).index_select(0, entries.flat()).to(out.dtype)
 
 
 @dataclass
@@ -64,7 +68,8 @@ class GradientRecorder:
         estimation_steps: G, over which Eq. 8 averages.
         select: how candidates are chosen from one weight's gradient; the default sees this process only.
         dtype: of the recorded gradients: float32, or bfloat16, which sums micro-batches and ranks in bf16.
-        products: how the entries of a weight's gradient are had where nothing else of it is needed.
+        products: how the entries of a weight's gradient are had where nothing else of it is needed; None: from the
+            whole product.
     """
 
     def __init__(
@@ -75,7 +80,7 @@ class GradientRecorder:
         estimation_steps: int = 5,
         select: Select = top_k_magnitude,
         dtype: torch.dtype = torch.float32,
-        products: Products = dense_products,
+        products: Products | None = None,
     ):
         self.store, self.counts, self.select = store, dict(candidates or {}), select
         self.dtype, self.products = dtype, products
@@ -85,6 +90,7 @@ class GradientRecorder:
         self.candidates: dict[str, Candidates] = {}
         self.received: set[str] = set()  # weights that were offered a gradient that is not all zero
         self.watch = True  # look for dead gradients: the first step only
+        self._room: Tensor | None = None  # for one dense gradient after the other, during a step
         self._allocate(0)
 
     def _allocate(self, candidates: int) -> None:
@@ -122,7 +128,7 @@ class GradientRecorder:
 
         The next step of the phase proposes instead; the estimates have one term less.
         """
-        self.watch = False
+        self.watch, self._room = False, None
         if self.proposing:
             self.candidates = {}
 
@@ -141,31 +147,38 @@ class GradientRecorder:
             left: [T, R]. right: [T, C'], of the same dtype.
         """
         estimating = self.phase is not Phase.OFF
-        if self.watch or (estimating and name not in self.candidates):
-            self.record(name, left.t() @ right)
+        if self.products is None or self.watch or (estimating and name not in self.candidates):
+            self.record(name, self._product(left, right))
             return
         wanted = [(self.store[name].entries, self._active[name])]
         if estimating:
             wanted.append((self.candidates[name].entries, self._candidate[name]))
         self.products(left, right, wanted)
 
+    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        """left^T right [R, C'], in the one room that all weights share: to be used before the next is formed."""
+        size = left.shape[1] * right.shape[1]
+        if self._room is None or self._room.numel() < size or self._room.dtype is not left.dtype:
+            largest = max(delta.numel for delta in self.store)
+            self._room = torch.empty(largest, dtype=left.dtype, device=left.device)
+        return torch.mm(left.t(), right, out=self._room[:size].view(left.shape[1], right.shape[1]))
+
     def record(self, name: str, gradient: Tensor) -> None:
         """Take from `gradient`, the dense [O, I] gradient of one weight in one backward pass, what is asked for."""
-        gradient = gradient.reshape(-1)
         if self.watch and name not in self.received and bool(gradient.any()):
             self.received.add(name)
-        self._active[name] += gradient.index_select(0, self.store[name].indices)
-        if self.phase is Phase.OFF:
-            return
-        if name not in self.candidates:
-            chosen = self.select(gradient, self.counts[name])
-            zeros = torch.zeros(chosen.shape, dtype=torch.float32, device=chosen.device)
-            self.candidates[name] = Candidates(Entries(chosen, self.store[name].shape), zeros, zeros.clone())
-        self._candidate[name] += gradient.index_select(0, self.candidates[name].indices)
+        wanted = [(self.store[name].entries, self._active[name])]
+        if self.phase is not Phase.OFF:
+            if name not in self.candidates:
+                chosen = self.select(gradient.reshape(-1), self.counts[name])
+                zeros = torch.zeros(chosen.shape, dtype=torch.float32, device=chosen.device)
+                self.candidates[name] = Candidates(Entries(chosen, self.store[name].shape), zeros, zeros.clone())
+            wanted.append((self.candidates[name].entries, self._candidate[name]))
+        pick(gradient, wanted)
 
     def end_step(self) -> None:
         """After the buffer is summed over ranks: one more term of the running estimates (Eq. 8)."""
-        self.watch = False
+        self.watch, self._room = False, None
         if self.phase is Phase.OFF:
             return
         for name, candidates in self.candidates.items():

@@ -275,7 +275,9 @@ def test_sizes_of_one_and_wide_weights_compile_too(compiling, tokens, rows, widt
 
 def test_without_a_gpu_a_run_that_asks_for_kernels_is_the_plain_one_and_says_so(train_run, tmp_path, capsys) -> None:
     runs = [train_run(kernels=choice, output_dir=str(tmp_path / choice)) for choice in ("off", "auto")]
-    assert "weight gradients formed whole (kernels need a GPU and Triton); deltas updated, then" in capsys.readouterr().out
+    assert (
+        "weight gradients formed whole (kernels need a GPU and Triton); deltas updated, then" in capsys.readouterr().out
+    )
     one, other = ((run / "adapter" / "adapter_model.safetensors").read_bytes() for run in runs)
     assert one == other
 
