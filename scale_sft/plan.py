@@ -128,7 +128,7 @@ def state_bytes(
     else:
         state = int(bytes_of_moments(resolve_moments(optimizer.moments, dtype)) * active)
     return {
-        "indices": sum(bytes_of_entries(shape, counts[name]) for name, shape in shapes.items()),
+        "indices": bytes_of_entries(active),
         "deltas and their gradients": (delta + _gradient(config) + 1) * active + reference,
         "optimizer state": state,
         "base values put aside": int(active * part * dtype.itemsize),
