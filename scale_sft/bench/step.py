@@ -257,7 +257,7 @@ def _add(race: Race, results: Results, console: Console) -> list[dict[str, Any]]
 
 def show(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Print the rows of one case as a table, and the breakdown of our own steps as another."""
-    columns, lines = table_of(rows, with_case=False)
+    columns, lines = table_of(rows)
     console.print(_rich(columns, lines))
     own = [row for row in rows if "breakdown" in row["result"]]
     if own:

@@ -50,8 +50,9 @@ def breakdown_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[
     return ["milliseconds (one rank: nothing to all-reduce)", *names], lines
 
 
-def table_of(rows: Sequence[Row], *, with_case: bool) -> tuple[list[str], list[list[str]]]:
-    """Columns and lines: one line for each row of results."""
+def table_of(rows: Sequence[Row], *, common: Sequence[str] | None = None) -> tuple[list[str], list[list[str]]]:
+    """Columns and lines: one line for each row of results; with `common`, also its case, but for these parts of it."""
+    with_case = common is not None
     columns = ["case"] * with_case + ["contestant", "trainable", "ms per step", "quartiles", "tokens/s"]
     columns += [f"x {peer}" for peer in PEERS]
     lines = []
@@ -59,7 +60,7 @@ def table_of(rows: Sequence[Row], *, with_case: bool) -> tuple[list[str], list[l
         result, settings = row["result"], row["settings"]
         low, high = (1e3 * value for value in result["quartiles_seconds"])
         lines.append(
-            [describe(settings)] * with_case
+            [", ".join(part for part in _case(row).split(", ") if part not in (common or ())) or "plain"] * with_case
             + [
                 settings["contestant"],
                 f"{result['trainable']:,}",
@@ -82,14 +83,17 @@ def part(rows: list[Row]) -> Part:
     alike = [row for row in rows if row["machine"] == last["machine"] and row.get("commit") == last.get("commit")]
     runs = {_case(row): row["run"] for row in alike}  # the newest of each case
     rows = [row for row in alike if row["run"] == runs[_case(row)]]
-    columns, lines = table_of(rows, with_case=True)
+    first, *others = ({*_case(row).split(", ")} for row in rows)
+    common = [part for part in _case(rows[0]).split(", ") if part in first.intersection(*others)]
+    columns, lines = table_of(rows, common=common if len(runs) > 1 else None)
     return Part(
         title="One optimizer step",
         text=(
             "Contestants take turns: in each round every one of them makes one step, on the same micro-batch, in an "
             "order drawn anew. Ratios are medians over rounds of the ratio of two steps of one round. A step is whole: "
             "data, forward, backward, update, and for ours the write into the weights. full is forward and backward of "
-            "dense fine-tuning without an update, frozen the floor of any adapter: gradients of the inputs alone."
+            "dense fine-tuning without an update, frozen the floor of any adapter: gradients of the inputs alone. "
+            f"All cases: {', '.join(common)}."
         ),
         columns=columns,
         rows=lines,

@@ -106,7 +106,8 @@ def test_a_piece_inside_a_piece_does_not_count_twice(monkeypatch):
 
 def test_the_page_shows_tables_and_plots_of_both_cases(everybody):
     html = write_page(everybody).read_text()
-    assert html.count("<svg") == 3 and "float32, 2 x 8 tokens, rank 2 equivalent, checkpointing" in html
+    assert html.count("<svg") == 3 and "2 x 8 tokens, rank 2 equivalent.</p>" in html  # what cases share
+    assert "<td>bfloat16</td>" in html and "<td>float32, checkpointing</td>" in html  # what sets them apart
     assert str(everybody.parent) not in html.split("<th>command</th>")[0]
 
 
@@ -114,7 +115,7 @@ def test_the_page_takes_each_case_from_its_newest_run(run, case, tmp_path):
     run([case()], ["full"]), run([case(length=4), case()], ["full", "frozen"])
     rows = read_rows(tmp_path, "step")
     rows[0]["run"] = "an earlier run"
-    shown = [(line[0].split(", ")[2], line[1]) for line in step.part(rows).rows]
+    shown = [(line[0], line[1]) for line in step.part(rows).rows]
     assert shown == [(f"2 x {n} tokens", name) for n in (4, 8) for name in ("full", "frozen")]
 
 
@@ -184,7 +185,7 @@ def test_contestants_made_anew_in_each_round_give_the_same_rows(run, case):
 def test_without_a_gpu_the_fastest_kernels_are_none(run, case):
     (row,) = run([case(kernels="auto")], ["ours-ma"], breakdown=True, rounds=1)
     assert row["result"]["relative"] == {} and row["result"]["breakdown"]["pieces"]["dW"] > 0
-    assert step.part([row]).rows[0][0].endswith("rank 2 equivalent, kernels")
+    assert step.part([row]).text.endswith("rank 2 equivalent, kernels.")
 
 
 def test_a_density_gives_lora_the_nearest_rank(case):
@@ -298,7 +299,9 @@ def quick_race(request):
     torch.set_num_threads(1)
     effort = step.Effort(warm_up_steps=1, together=True)
     tokens = {"length": 512, "micro_batch": 8} if request.param == "bfloat16" else {}  # the faster, the more of them
-    race = step.Race(Base(Case(dtype=request.param, **tokens), CPU), ["ours-ag", "ours-ma", "peft-lora", "full"], effort)
+    race = step.Race(
+        Base(Case(dtype=request.param, **tokens), CPU), ["ours-ag", "ours-ma", "peft-lora", "full"], effort
+    )
     race.prepare()
     _more_rounds(race, 3)
     yield race
@@ -318,26 +321,32 @@ def _ratio(race, name, peer):
 
 
 def _assert_at_most(limit, race, peer):
-    """Ours against a peer; measured for longer before it is believed that they are too slow."""
-    for rounds in (0, 3, 4, 6):
+    """Ours against a peer; measured for longer, and with models made anew, before it is believed that they are too slow:
+    where in memory a model happens to lie is worth some per cent of its time."""
+    for rounds, anew in ((0, False), (3, False), (3, True), (3, True)):
+        if anew:
+            race.rounds.clear()
+            race.prepare()
         _more_rounds(race, rounds)
         found = {name: _ratio(race, name, peer) for name in ("ours-ag", "ours-ma")}
         if max(found.values()) <= limit:
             return
     first, third = step.quartiles([found[peer].cpu for found in race.rounds])
     if third > 1.15 * first:
-        pytest.skip(f"this machine is too busy to tell: half of {peer}'s steps differ by {third / first - 1:.0%} or more")
+        pytest.skip(
+            f"this machine is too busy to tell: half of {peer}'s steps differ by {third / first - 1:.0%} or more"
+        )
     pytest.fail(f"{race.base.case.dtype}: of the time of {peer} ours take {found}, at most {limit} was promised")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_our_step_takes_hardly_longer_than_dense_forward_and_backward(quick_race):
     _assert_at_most(OF_FULL, quick_race, "full")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_our_step_is_faster_than_lora_where_dense_gradients_are(quick_race):
     limit, floor = OF_LORA[quick_race.base.case.dtype], _ratio(quick_race, "full", "peft-lora")
     if floor * OF_FULL > limit:
