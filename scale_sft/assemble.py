@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -107,7 +108,7 @@ def read_inputs(config: Config) -> Inputs:
     tokenizer = use_template(load_tokenizer(config.model), data.chat_template)
     world = World.from_environment()
     _check_batch(config, world.size)
-    _check_targets(config, model_config)
+    _check_targets(config, model_config, world.size)
     data = replace(data, max_length=max_length(data.max_length, model_config))
     dtype = resolve_dtype(config.model, model_config)
     placement = choose_placement(config, model_config, dtype, world, quantization)
@@ -140,10 +141,23 @@ def max_length(wanted: int | None, model_config: Any) -> int:
     return wanted or min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
 
 
-def _check_targets(config: Config, model_config: Any) -> None:
+def _check_targets(config: Config, model_config: Any, ranks: int) -> None:
     """Raises UserError for targets or a budget that the base cannot have, before any weight is loaded."""
     targets = find_targets(empty_model(config, model_config), config.sparse.target_modules)
     budget_of(config, {target.name: target.shape for target in targets})
+    if ranks > 1:
+        refuse_experts([target.name for target in targets])
+
+
+def refuse_experts(names: Sequence[str]) -> None:
+    """Raises UserError for layers that some ranks' tokens may pass and others' not: ranks would wait for each other, or
+    exchange the gradients of different experts."""
+    expert = next((name for name in names if re.search(r"\.experts\.\d+\.", name)), None)
+    if expert:
+        raise UserError(
+            f"target_modules: '{expert}' is one of several experts, which not every rank's tokens reach in every step; "
+            "leave the experts out (target_modules), or train in one process"
+        )
 
 
 def _flat(config: Config) -> bool:
