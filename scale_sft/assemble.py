@@ -46,7 +46,7 @@ from .quantized import (
 )
 from .spiel.algorithm import SparseFineTuning
 from .spiel.delta import DeltaStore, budget
-from .spiel.sampling import Products
+from .spiel.sampling import Products, dense_products
 from .spiel.schedule import LearningRateSchedule, ReallocationSchedule
 from .transient import TransientDeltas, attach_transient_taps
 
@@ -305,7 +305,9 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
     shapes = {target.name: target.shape for target in targets}
     active = budget_of(config, shapes)
     path = GradientPath(cluster.device) if config.run.kernels == "auto" else None
-    tuning = build_tuning(inputs, shapes, active, cluster, path.products if path and path.has_kernels else None)
+    products = dense_products if quantization else None  # no room is kept beside a dequantised copy
+    products = path.products if path and path.has_kernels else products
+    tuning = build_tuning(inputs, shapes, active, cluster, products)
     transient = None
     if quantization:  # before the packed weights are cut into shards
         packed = packed_weights(model, inputs.dtype, cluster.device)

@@ -182,7 +182,7 @@ def _record(gradient: Tensor, active: int, proposes: bool) -> None:
     del unpacked
     if proposes:
         chunk = min(flat.numel(), CHUNK_ENTRIES)
-        entries = chunk if flat.numel() <= CHUNK_ENTRIES // 4 else min(chunk, 2 * active)
+        entries = min(chunk, 2 * active)
         scratch = torch.empty(chunk * (flat.element_size() + 1) + entries * 32, dtype=torch.uint8, device="meta")
         del scratch
 

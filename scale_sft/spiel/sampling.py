@@ -69,7 +69,7 @@ class GradientRecorder:
         select: how candidates are chosen from one weight's gradient; the default sees this process only.
         dtype: of the recorded gradients: float32, or bfloat16, which sums micro-batches and ranks in bf16.
         products: how the entries of a weight's gradient are had where nothing else of it is needed; None: from the
-            whole product.
+            whole product, formed in one room that is kept during a step.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class GradientRecorder:
         """
         estimating = self.phase is not Phase.OFF
         if self.products is None or self.watch or (estimating and name not in self.candidates):
-            self.record(name, self._product(left, right))
+            self.record(name, self._product(left, right) if self.products is None else left.t() @ right)
             return
         wanted = [(self.store[name].entries, self._active[name])]
         if estimating:

@@ -44,6 +44,7 @@ def measure(name: str, options: dict, tmp_path: Path, capsys) -> dict[str, tuple
             session = assemble.assemble(inputs, cluster)
             session.tuning.begin_step(1)
             forward_backward(session, inputs.order.batch(1))  # the first pass fills caches of the libraries
+            session.tuning.recorder.end_step()  # what lives for a step is gone before the next is measured
             base = sum(parameter.nbytes for parameter in session.model.parameters())
             if kind != "none":
                 base += sum(packed.state_bytes for packed in session.resident.packed.values())
