@@ -8,14 +8,6 @@ import click
 
 from . import cli_bench_cost, cli_bench_quality, cli_bench_step
 
-_OUTPUT = click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("bench_results"),
-    show_default=True,
-    help="Folder of the results: rows are appended to its files, its page is written anew.",
-)
-
 
 @click.group()
 def bench() -> None:

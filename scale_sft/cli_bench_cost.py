@@ -6,23 +6,8 @@ from pathlib import Path
 
 import click
 
-from .options import Several, flattened
-
-_OUTPUT = click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("bench_results"),
-    show_default=True,
-    help="Folder of the results: rows are appended to its files, its page is written anew.",
-)
-
-
-def _several(name: str, variable: str, one: click.ParamType, default: str, told: str):
-    """An option of several values with commas between them."""
-    return click.option(
-        name, variable, type=Several(one), multiple=True, default=[default], show_default=True,
-        help=f"{told}; several with commas.",
-    )  # fmt: skip
+from .cli_bench_options import OUTPUT, cases_from, several, with_cases
+from .options import flattened
 
 
 class Count(click.ParamType):
@@ -44,28 +29,8 @@ class Count(click.ParamType):
 
 
 @click.command()
-@click.option(
-    "--base",
-    help="Model folder or hub id; a folder of nothing but config.json gets random weights. "
-    "Default: a random Llama of 6 layers, 512 wide.",
-)
-@_several("--dtype", "dtypes", click.Choice(["bfloat16", "float32"]), "bfloat16,float32", "Of the base")
-@_several("--quantization", "quantizations", click.Choice(["none", "nf4", "fp4", "int8"]), "none", "Of the base")
-@_several("--length", "lengths", click.IntRange(min=2), "256", "Tokens of a sequence")
-@_several("--micro-batch", "micro_batches", click.IntRange(min=1), "4", "Sequences of a step")
-@click.option(
-    "--gradient-checkpointing/--no-gradient-checkpointing",
-    default=False,
-    show_default=True,
-    help="Recompute each block in the backward pass.",
-)
-@click.option("--rank", type=click.IntRange(min=1), help="Rank of LoRA; ours train as many parameters.  [default: 16]")
-@click.option(
-    "--density",
-    type=click.FloatRange(min=0, max=1, min_open=True),
-    help="Instead of a rank: fraction of each target weight; LoRA gets the nearest rank.",
-)
-@_several(
+@with_cases
+@several(
     "--contestants", "names", click.STRING, "ours-ag,ours-ma,ours-static,peft-lora,full-adamw", "Those of bench step"
 )
 @click.option(
@@ -74,8 +39,8 @@ class Count(click.ParamType):
     show_default=True,
     help="Find the smallest memory limit, in whole GiB, under which 30 steps pass; needs a GPU.",
 )
-@_OUTPUT
-def memory(names: tuple, rank: int | None, density: float | None, limit: bool, output: Path, **asked) -> None:
+@OUTPUT
+def memory(names: tuple, limit: bool, output: Path, **asked) -> None:
     """Peak of a training step above the frozen base, and bytes per trained parameter by part.
 
     Each contestant runs in a process of its own.
@@ -88,12 +53,8 @@ def memory(names: tuple, rank: int | None, density: float | None, limit: bool, o
 
     from .bench import memory as module
     from .bench.show import report
-    from .bench.step import cases_of
 
-    if rank and density:
-        raise click.UsageError("give --rank or --density, not both")
-    flat = {key: flattened(value) if isinstance(value, tuple) else value for key, value in asked.items()}
-    cases = cases_of(**flat, rank=None if density else rank or 16, density=density)
+    cases = cases_from(**asked)
     chosen = module.known(flattened(names))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if limit and device.type == "cpu":
@@ -103,9 +64,9 @@ def memory(names: tuple, rank: int | None, density: float | None, limit: bool, o
 
 
 @click.command()
-@_several("--weights", "weights", Count(4, 10**11), "1e5,1e6,1e7,1e8", "Entries N of the weight")
-@_several("--density", "densities", click.FloatRange(0, 1, min_open=True), "0.001,0.01,0.05", "Active fraction K / N")
-@_several("--method", "methods", click.Choice(["ag", "ma"]), "ag,ma", "Of reallocation")
+@several("--weights", "weights", Count(4, 10**11), "1e5,1e6,1e7,1e8", "Entries N of the weight")
+@several("--density", "densities", click.FloatRange(0, 1, min_open=True), "0.001,0.01,0.05", "Active fraction K / N")
+@several("--method", "methods", click.Choice(["ag", "ma"]), "ag,ma", "Of reallocation")
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float32"]),
@@ -121,7 +82,7 @@ def memory(names: tuple, rank: int | None, density: float | None, limit: bool, o
     help="Fraction of K up for replacement: 1 at the first reallocation of a run, then 0.2 and less.",
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Reallocations per median.")
-@_OUTPUT
+@OUTPUT
 def reallocate(weights: tuple, densities: tuple, methods: tuple, repeats: int, output: Path, **others) -> None:
     """Time and peak memory of one reallocation of one weight, AG proposals included.
 
@@ -141,7 +102,7 @@ def reallocate(weights: tuple, densities: tuple, methods: tuple, repeats: int, o
 
 
 @click.command()
-@_several("--ranks", "ranks", click.IntRange(1, 1024), "1,2,4", "Numbers of ranks on this machine")
+@several("--ranks", "ranks", click.IntRange(1, 1024), "1,2,4", "Numbers of ranks on this machine")
 @click.option("--sharded/--replicated", default=False, show_default="replicated", help="Where the base lies (ZeRO-3).")
 @click.option("--weak/--strong", default=True, show_default="weak", help="Same batch for each rank, or of all ranks.")
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Sequences of that batch.")
@@ -152,7 +113,7 @@ def reallocate(weights: tuple, densities: tuple, methods: tuple, repeats: int, o
 @click.option(
     "--density", type=click.FloatRange(0, 1, min_open=True), default=0.02, show_default=True, help="Of the runs."
 )
-@_OUTPUT
+@OUTPUT
 def scale(ranks: tuple, weak: bool, output: Path, **options) -> None:
     """Time, memory and traffic of a step on several ranks, and a model of larger worlds beside them.
 

@@ -6,16 +6,9 @@ from pathlib import Path
 
 import click
 
+from .cli_bench_options import OUTPUT
 from .errors import UserError
 from .options import with_options_of
-
-_OUTPUT = click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("bench_results"),
-    show_default=True,
-    help="Folder of the results: rows are appended to its files, its page is written anew.",
-)
 
 
 @click.command()
@@ -56,7 +49,7 @@ _OUTPUT = click.option(
     help="Training examples that are kept out to choose the learning rates.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Runs at a time; default: the cores, at most 4; 1 on a GPU.")
-@_OUTPUT
+@OUTPUT
 @with_options_of("model", "data")
 def quality(
     methods: str | None,

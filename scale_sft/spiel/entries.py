@@ -44,7 +44,7 @@ class Entries:
     def flat(self) -> Tensor:
         """[K] flat indices, int32 (int64 where O * I does not fit), made anew."""
         if self._rows is not None:
-            return self._sum_over_rows(self.shape[1]).add_(self._rows[1].to(self.dtype))
+            return self._first_of_rows().add_(self._rows[1].to(self.dtype))
         gaps = self._gaps.to(self.dtype)
         if self._far:
             gaps.index_add_(0, *self._far)
@@ -65,10 +65,10 @@ class Entries:
             columns = torch.sub(flat[part], rows, alpha=width)
             yield part, rows.long(), columns.long()
 
-    def _sum_over_rows(self, step: int) -> Tensor:
-        """[K]: `step` times the row of each entry. No int64 copy is made."""
+    def _first_of_rows(self) -> Tensor:
+        """[K]: the flat index at which the row of each entry begins. No int64 copy is made."""
         sums = torch.zeros(self.count + 1, dtype=self.dtype, device=self._rows[1].device)
-        of_row = torch.full((), step, dtype=self.dtype, device=sums.device).expand(self.shape[0] - 1)
+        of_row = torch.full((), self.shape[1], dtype=self.dtype, device=sums.device).expand(self.shape[0] - 1)
         sums.index_add_(0, self._rows[0][1:-1], of_row)  # rows without entries add up where the next one begins
         return sums.cumsum_(0)[:-1]
 
