@@ -46,7 +46,6 @@ from .quantized import (
 )
 from .spiel.algorithm import SparseFineTuning
 from .spiel.delta import DeltaStore, budget
-from .spiel.sampling import Products, dense_products
 from .spiel.schedule import LearningRateSchedule, ReallocationSchedule
 from .transient import TransientDeltas, attach_transient_taps
 
@@ -305,9 +304,7 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
     shapes = {target.name: target.shape for target in targets}
     active = budget_of(config, shapes)
     path = GradientPath(cluster.device) if config.run.kernels == "auto" else None
-    products = dense_products if quantization else None  # no room is kept beside a dequantised copy
-    products = path.products if path and path.has_kernels else products
-    tuning = build_tuning(inputs, shapes, active, cluster, products)
+    tuning = build_tuning(inputs, shapes, active, cluster, path)
     transient = None
     if quantization:  # before the packed weights are cut into shards
         packed = packed_weights(model, inputs.dtype, cluster.device)
@@ -382,9 +379,9 @@ def build_tuning(
     shapes: dict[str, tuple[int, int]],
     active: dict[str, int],
     cluster: Cluster,
-    products: Products | None = None,
+    path: GradientPath | None = None,
 ) -> SparseFineTuning:
-    """The method of the configuration over fresh deltas of the given budget."""
+    """The method of the configuration over fresh deltas of the given budget; `path` where kernels may be used."""
     config = inputs.config
     sparse, optimizer = config.sparse, config.optimizer
     schedule = ReallocationSchedule(
@@ -418,5 +415,6 @@ def build_tuning(
         select=cluster.select_candidates,
         moments=moments_of(resolve_moments(optimizer.moments, inputs.dtype)),
         gradient_dtype=getattr(torch, optimizer.gradient_dtype),
-        products=products,
+        products=path.products if path and path.has_kernels else None,
+        keep_room=inputs.quantization is None,  # beside a dequantised copy there shall be no more than one gradient
     )

@@ -23,7 +23,6 @@ from scale_sft.evaluate import token_loss_sum
 from scale_sft.kernels.choice import GradientPath
 from scale_sft.model import attach_taps, find_targets
 from scale_sft.quantized import PlainWeight, packed_weights
-from scale_sft.spiel.sampling import dense_products
 from scale_sft.spiel.topk import top_k_magnitude
 from scale_sft.transient import TransientDeltas, attach_transient_taps
 
@@ -66,6 +65,7 @@ class SparseInputs:
 
     config: Config
     dtype: torch.dtype
+    quantization: Any  # None: the base is not packed
     steps: int = RUN_STEPS
 
 
@@ -92,10 +92,8 @@ class Sparse:
         targets = find_targets(self.model, config.sparse.target_modules)
         shapes = {target.name: target.shape for target in targets}
         path = GradientPath(base.device) if config.run.kernels == "auto" else None
-        products = dense_products if base.quantization else None
-        products = path.products if path and path.has_kernels else products
-        inputs = SparseInputs(config, base.dtype)
-        self.tuning = build_tuning(inputs, shapes, budget_of(config, shapes), self.rank, products)
+        inputs = SparseInputs(config, base.dtype, base.quantization)
+        self.tuning = build_tuning(inputs, shapes, budget_of(config, shapes), self.rank, path)
         store, record = self.tuning.store, self.tuning.recorder.record_product
         if base.quantization:
             packed = packed_weights(self.model, base.dtype, base.device)

@@ -60,7 +60,8 @@ class SparseFineTuning:
         select: how candidates are chosen from one weight's gradient (over all ranks).
         moments: how AdamW keeps its moments.
         gradient_dtype: of the recorded gradients, float32 or bfloat16.
-        products: how a layer's weight gradient is formed at the entries that are recorded; None: whole, then picked.
+        products: how a layer's weight gradient is formed at the entries that are recorded, and
+        keep_room: whether one room serves all whole ones: see `GradientRecorder`.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class SparseFineTuning:
         moments: Moments = float32_moments,
         gradient_dtype: torch.dtype = torch.float32,
         products: Products | None = None,
+        keep_room: bool = True,
     ):
         self.store, self.method, self.schedule = store, method, schedule
         self.drop_criterion, self.max_grad_norm = drop_criterion, max_grad_norm
@@ -101,6 +103,7 @@ class SparseFineTuning:
             select=select,
             dtype=gradient_dtype,
             products=products,
+            keep_room=keep_room,
         )
 
     def begin_step(self, step: int) -> None:

@@ -53,9 +53,21 @@ class Entries:
     def csr(self) -> tuple[Tensor, Tensor]:
         """(row_starts [O + 1] int32, columns [K] uint16, or int32 where I > 65,536): kept from now on, not the gaps."""
         if self._rows is None:
-            self._rows = _compress(self.flat(), self.shape)
+            self._rows = self.compressed(torch.uint16 if self.shape[1] <= _FAR else torch.int32)
             self._gaps = self._far = None
         return self._rows
+
+    def compressed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(row_starts [O + 1] int32, columns [K] of `dtype`), made anew."""
+        rows, width = self.shape
+        flat = self.flat()
+        first_of_row = torch.arange(0, rows * width, width, dtype=flat.dtype, device=flat.device)
+        starts = torch.full((rows + 1,), self.count, dtype=torch.int32, device=flat.device)
+        starts[:-1] = torch.searchsorted(flat, first_of_row, out_int32=True)
+        columns = torch.empty(self.count, dtype=dtype, device=flat.device)
+        for part in pieces(self.count):
+            columns[part] = (flat[part] % width).to(dtype)
+        return starts, columns
 
     def coordinates(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(which entries, their rows, their columns: int64) in pieces, so that no int64 copy of all is made."""
@@ -88,15 +100,3 @@ def pieces(count: int, size: int | None = None) -> Iterator[slice]:
     size = size or PIECE_ENTRIES
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
-
-
-def _compress(indices: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    rows, width = shape
-    first_of_row = torch.arange(0, rows * width, width, dtype=indices.dtype, device=indices.device)
-    starts = torch.full((rows + 1,), indices.numel(), dtype=torch.int32, device=indices.device)
-    starts[:-1] = torch.searchsorted(indices, first_of_row, out_int32=True)
-    narrow = torch.uint16 if width <= _FAR else torch.int32
-    columns = torch.empty(indices.shape, dtype=narrow, device=indices.device)
-    for part in pieces(indices.numel()):
-        columns[part] = (indices[part] % width).to(narrow)
-    return starts, columns

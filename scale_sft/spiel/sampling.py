@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .columns import cheaper_than_all, column_products
 from .delta import DeltaStore
 from .entries import Entries
 from .schedule import Phase
@@ -68,8 +69,9 @@ class GradientRecorder:
         estimation_steps: G, over which Eq. 8 averages.
         select: how candidates are chosen from one weight's gradient; the default sees this process only.
         dtype: of the recorded gradients: float32, or bfloat16, which sums micro-batches and ranks in bf16.
-        products: how the entries of a weight's gradient are had where nothing else of it is needed; None: from the
-            whole product, formed in one room that is kept during a step.
+        products: how the entries of a weight's gradient are had where nothing else of it is needed; None: by dot
+            products of sampled columns where few are wanted on a CPU, or else from the whole product.
+        keep_room: whole products are formed in one room that is kept during a step, not in one of their own each.
     """
 
     def __init__(
@@ -81,9 +83,10 @@ class GradientRecorder:
         select: Select = top_k_magnitude,
         dtype: torch.dtype = torch.float32,
         products: Products | None = None,
+        keep_room: bool = True,
     ):
         self.store, self.counts, self.select = store, dict(candidates or {}), select
-        self.dtype, self.products = dtype, products
+        self.dtype, self.products, self.keep_room = dtype, products or self._plain_products, keep_room
         self.estimation_steps = estimation_steps
         self.phase = Phase.OFF
         self.proposing = False  # this step chooses the candidates
@@ -147,16 +150,24 @@ class GradientRecorder:
             left: [T, R]. right: [T, C'], of the same dtype.
         """
         estimating = self.phase is not Phase.OFF
-        if self.products is None or self.watch or (estimating and name not in self.candidates):
-            self.record(name, self._product(left, right) if self.products is None else left.t() @ right)
+        if self.watch or (estimating and name not in self.candidates):
+            self.record(name, self._product(left, right))
             return
         wanted = [(self.store[name].entries, self._active[name])]
         if estimating:
             wanted.append((self.candidates[name].entries, self._candidate[name]))
         self.products(left, right, wanted)
 
+    def _plain_products(self, left: Tensor, right: Tensor, wanted: Sequence[tuple[Entries, Tensor]]) -> None:
+        if cheaper_than_all(left, right, sum(entries.count for entries, _ in wanted)):
+            column_products(left, right, wanted)
+        else:
+            pick(self._product(left, right), wanted)
+
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        """left^T right [R, C'], in the one room that all weights share: to be used before the next is formed."""
+        """left^T right [R, C']; where a room is kept, in it: to be used before the next is formed."""
+        if not self.keep_room:
+            return left.t() @ right
         size = left.shape[1] * right.shape[1]
         if self._room is None or self._room.numel() < size or self._room.dtype is not left.dtype:
             largest = max(delta.numel for delta in self.store)
