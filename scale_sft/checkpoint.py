@@ -36,7 +36,7 @@ from .evaluate import Evaluation
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from .assemble import Session
+    from .session import Session
 
 _STATE_KEYS = {
     "step",

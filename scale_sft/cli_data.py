@@ -57,9 +57,9 @@ def show(recipe: str | None, count: int, first: int, **options: str | None) -> N
 
 def _load(sections: dict[str, Any], *, refresh: bool = False):
     """(split, examples, seconds) of the training and the held-out data, tokenised if they are not."""
-    from .assemble import max_length
     from .data_cache import load_examples
     from .data_chat import use_template
+    from .inputs import max_length
     from .model import load_model_config, load_tokenizer
 
     config = sections["data"]

@@ -49,8 +49,8 @@ def evaluate_model(
     Raises:
         UserError: whatever is wrong with model, adapter, data or tasks.
     """
-    from .assemble import max_length
     from .evaluate_tasks import require_harness, run_tasks
+    from .inputs import max_length
 
     if tasks:
         require_harness()

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from .assemble import Inputs, Session
 from .best import best_step
 from .data import Examples
+from .inputs import Inputs
 from .merge import merge
 from .metrics import Metrics, NullMetrics
 from .model_card import write_card
 from .report import write_report
 from .run_folder import RunFolder
+from .session import Session
 
 
 def open_metrics(session: Session, run: RunFolder) -> Metrics | NullMetrics:

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from .assemble import max_length
 from .base_weight import CHUNK_ENTRIES
 from .config import Config
 from .distributed import read_ds_config
 from .errors import UserError
+from .inputs import max_length
 from .model import resolve_dtype
 from .plan import GIB, Facts, candidate_bytes, facts_of, state_bytes, stored_base
 from .planner_trace import StepMemory, step_memory

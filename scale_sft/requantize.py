@@ -14,7 +14,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .assemble import max_length
 from .config import ModelConfig, load
 from .data import Examples
 from .data_cache import load_examples
@@ -24,6 +23,7 @@ from .errors import UserError
 from .evaluate import held_out_loss
 from .export import Adapter, load_adapter
 from .files import new_folder
+from .inputs import max_length
 from .merge_quantized import is_transposed, merge_quantized, unquantized_shapes
 from .model import load_base, load_model_config, load_tokenizer
 from .quantized import PackedWeight, packed_weights, resolve_quantization

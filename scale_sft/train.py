@@ -198,8 +198,8 @@ def measurements(cluster) -> dict[str, int]:
 
 def run_training(config: configuration.Config) -> None:
     """A whole run: inputs, ranks, model, loop, files."""
-    from scale_sft import assemble
     from scale_sft.distributed import Cluster, refuse_lonely_launchers
+    from scale_sft.inputs import read_inputs
     from scale_sft.run_folder import RunFolder
 
     refuse_lonely_launchers()
@@ -207,7 +207,7 @@ def run_training(config: configuration.Config) -> None:
     run.refuse_if_taken(config)
     interruption = Interruption()
     with interruption.handled():
-        inputs = assemble.read_inputs(config)
+        inputs = read_inputs(config)
         with Cluster.start(
             sharded=inputs.placement.sharded,
             dtype=inputs.dtype,
@@ -222,11 +222,12 @@ def run_training(config: configuration.Config) -> None:
 
 def run_on(cluster, inputs, run) -> None:
     """A run over ranks that are there already."""
-    from scale_sft import assemble, outcome
+    from scale_sft import outcome
+    from scale_sft.assemble import assemble
     from scale_sft.checkpoint import Checkpoints
 
     cluster.on_main(run.lock)
-    session = assemble.assemble(inputs, cluster)
+    session = assemble(inputs, cluster)
     checkpoints = Checkpoints(session, run)
     notes = checkpoints.resume() + session.measure_kernels()
     cluster.on_main(lambda: run.claim(inputs.config))

@@ -186,8 +186,9 @@ def session(run_options: dict[str, Any]) -> Iterator[Callable[..., Any]]:
         from scale_sft import assemble
         from scale_sft.config import load
         from scale_sft.distributed import Cluster
+        from scale_sft.inputs import read_inputs
 
-        inputs = assemble.read_inputs(load(None, {**run_options, **options}))
+        inputs = read_inputs(load(None, {**run_options, **options}))
         clusters.append(Cluster.start(sharded=inputs.placement.sharded, dtype=inputs.dtype))
         return assemble.assemble(inputs, clusters[-1])
 

@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from scale_sft.assemble import budget_of, build_tuning
+from scale_sft.assemble import build_tuning
 from scale_sft.base_weight import ResidentDeltas, WeightPart
 from scale_sft.config import Config
 from scale_sft.errors import UserError
 from scale_sft.evaluate import token_loss_sum
+from scale_sft.inputs import budget_of
 from scale_sft.kernels.choice import GradientPath
 from scale_sft.model import attach_taps, find_targets
 from scale_sft.quantized import PlainWeight, packed_weights

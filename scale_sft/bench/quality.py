@@ -122,7 +122,7 @@ def _cores() -> int:
 
 def _checked(settings: Settings) -> dict[str, Any]:
     """All that the runs have in common, after checking what can be checked before the first; see `measure`."""
-    from scale_sft.assemble import read_inputs
+    from scale_sft.inputs import read_inputs
 
     if any(contestant.kind.startswith("peft") for contestant in settings.contestants):
         from .quality_peers import require_peft

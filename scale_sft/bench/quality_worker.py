@@ -73,11 +73,11 @@ def run_job(job: Job) -> dict[str, Any]:
     `held_out_loss` and `exact_match` (a fraction) are those of `eval_data`. `seconds` is the loop alone;
     `peak_bytes` is the most memory the run had above the base's weights.
     """
-    from scale_sft import assemble
     from scale_sft.distributed import Cluster
+    from scale_sft.inputs import read_inputs
 
     _give_memory_back()
-    inputs, validation = split(assemble.read_inputs(job.config()), job.validation_examples)
+    inputs, validation = split(read_inputs(job.config()), job.validation_examples)
     with Cluster.start(sharded=False, dtype=inputs.dtype) as cluster:
         try:
             model, result = _trained(job.contestant, replace(inputs, eval=None), cluster)
@@ -133,7 +133,8 @@ def _trained(contestant: Contestant, inputs: Any, cluster: Any) -> tuple[Any, di
 
 def _train_ours(kind: str, inputs: Any, cluster: Any, progress: Progress) -> tuple[Any, int, float]:
     """Through `train.train` and all that it goes through in a run; its files go to a temporary folder."""
-    from scale_sft import assemble, train
+    from scale_sft import train
+    from scale_sft.assemble import assemble
     from scale_sft.checkpoint import Checkpoints
     from scale_sft.metrics import NullMetrics
     from scale_sft.run_folder import RunFolder
@@ -142,7 +143,7 @@ def _train_ours(kind: str, inputs: Any, cluster: Any, progress: Progress) -> tup
         def step(self, step: int, **values: Any) -> None:
             progress.step(step, **values)
 
-    session = assemble.assemble(inputs, cluster)
+    session = assemble(inputs, cluster)
     session.measure_kernels()  # at the start of a run, and no part of its steps
     with TemporaryDirectory() as folder:
         began = time.perf_counter()

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scale_sft.assemble import budget_of
 from scale_sft.config import load
 from scale_sft.data import Examples, collate
 from scale_sft.errors import UserError
+from scale_sft.inputs import budget_of
 from scale_sft.model import (
     base_location,
     enable_checkpointing,

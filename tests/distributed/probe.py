@@ -19,6 +19,7 @@ from scale_sft.checkpoint import Checkpoints
 from scale_sft.config import load
 from scale_sft.distributed import Cluster, World, leave
 from scale_sft.errors import UserError
+from scale_sft.inputs import read_inputs
 from scale_sft.memory import PeakMemory, private_bytes
 from scale_sft.metrics import NullMetrics
 from scale_sft.run_folder import RunFolder
@@ -31,7 +32,7 @@ def options(folder: str, **more) -> dict:
 
 
 def planted(folder: str) -> None:
-    inputs = assemble.read_inputs(load(None, options(folder, base_placement="replicate")))
+    inputs = read_inputs(load(None, options(folder, base_placement="replicate")))
     cluster = Cluster.start(sharded=False, dtype=inputs.dtype, timeout_seconds=60)
     session = assemble.assemble(inputs, cluster)
     delta = list(session.tuning.store)[3]
@@ -49,7 +50,7 @@ def planted(folder: str) -> None:
 
 def differing(folder: str) -> None:
     world = World.from_environment()
-    inputs = assemble.read_inputs(load(None, options(folder, base_placement="replicate", seed=world.rank)))
+    inputs = read_inputs(load(None, options(folder, base_placement="replicate", seed=world.rank)))
     cluster = Cluster.start(sharded=False, dtype=inputs.dtype, timeout_seconds=60)
     try:
         assemble.assemble(inputs, cluster)
@@ -70,7 +71,7 @@ def broken(folder: str) -> None:
             done[0] = step
 
     GradientRecorder.record = damaged
-    inputs = assemble.read_inputs(load(None, options(folder, base_placement="replicate")))
+    inputs = read_inputs(load(None, options(folder, base_placement="replicate")))
     cluster = Cluster.start(sharded=False, dtype=inputs.dtype, timeout_seconds=60)
     try:
         session = assemble.assemble(inputs, cluster)
@@ -81,7 +82,7 @@ def broken(folder: str) -> None:
 
 def memory(folder: str) -> None:
     settings = options(folder, base=f"{folder}/base", base_placement="shard", ds_config="ds_configs/zero3_cpu.json")
-    inputs = assemble.read_inputs(load(None, settings))
+    inputs = read_inputs(load(None, settings))
     cluster = Cluster.start(sharded=True, dtype=inputs.dtype, timeout_seconds=120)
     before = private_bytes()
     with PeakMemory(cluster.device) as watch:

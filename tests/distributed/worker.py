@@ -13,15 +13,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from scale_sft import assemble, train
+from scale_sft import train
 from scale_sft.config import load
 from scale_sft.distributed import Cluster
+from scale_sft.inputs import read_inputs
 from scale_sft.run_folder import RunFolder
 
 
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
-    inputs = [assemble.read_inputs(load(None, item["options"])) for item in plan]
+    inputs = [read_inputs(load(None, item["options"])) for item in plan]
     sharded = inputs[0].placement.sharded
     config = inputs[0].config.model
     cluster = Cluster.start(sharded=sharded, dtype=torch.float32, ds_config=config.ds_config, timeout_seconds=120)

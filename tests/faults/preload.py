@@ -7,6 +7,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 from transformers.models.llama import modeling_llama  # noqa: F401
 
-from scale_sft import assemble, checkpoint, distributed, outcome, run_folder, train  # noqa: F401
+from scale_sft import assemble, checkpoint, distributed, inputs, outcome, run_folder, session, train  # noqa: F401
 
 torch.set_num_threads(1)

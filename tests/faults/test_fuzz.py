@@ -18,6 +18,7 @@ from scale_sft.data_cache import load_examples
 from scale_sft.distributed import Cluster
 from scale_sft.errors import UserError
 from scale_sft.export import apply_adapter, load_adapter, undo_adapter
+from scale_sft.inputs import read_inputs
 from scale_sft.metrics import NullMetrics
 from scale_sft.run_folder import RunFolder
 
@@ -112,7 +113,7 @@ def session(tiny_model, pairs_file, tmp_path_factory):
         "density": 0.05, "steps": 8, "global_batch_size": 4, "update_interval_steps": 4, "estimation_steps": 3,
         "max_length": 32, "base_placement": "replicate", "save_every_steps": 1, "keep_last": 9,
     }  # fmt: skip
-    inputs = assemble.read_inputs(load(None, options))
+    inputs = read_inputs(load(None, options))
     with Cluster.start(sharded=False, dtype=torch.float32) as cluster:
         made = assemble.assemble(inputs, cluster)
         train.train(made, NullMetrics(), Checkpoints(made, RunFolder(folder / "run")))

@@ -76,7 +76,7 @@ def test_sparse_methods_and_lora_train_equally_many_weights(settings, measure):
 
 
 def test_all_contestants_see_the_same_batches_and_none_sees_what_chooses_the_rate(settings):
-    from scale_sft.assemble import read_inputs
+    from scale_sft.inputs import read_inputs
 
     inputs = read_inputs(settings().job(BASE).config())
     left, validation = split(inputs, 8)

@@ -167,7 +167,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(tiny_model, tokeniz
 
 
 def test_experts_that_are_layers_of_their_own_are_refused_on_several_ranks() -> None:
-    from scale_sft.assemble import refuse_experts
+    from scale_sft.inputs import refuse_experts
 
     refuse_experts(["model.layers.0.mlp.experts_gate.weight", "model.layers.0.self_attn.q_proj.weight"])
     with pytest.raises(UserError, match="layers.1.block.experts.3.w1.weight' is one of several experts"):

@@ -1,9 +1,9 @@
 import pytest
 from safetensors.torch import load_file
 
-from scale_sft import assemble
 from scale_sft.config import load
 from scale_sft.distributed import World
+from scale_sft.inputs import read_inputs
 
 MIB = 1 << 20
 
@@ -15,7 +15,7 @@ def placement(run_options, monkeypatch):
     def choose(free_bytes: int, ranks: int, **options):
         monkeypatch.setattr(World, "device_memory_bytes", lambda _: free_bytes)
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
-        return assemble.read_inputs(load(None, {**run_options, "base_placement": "auto", **options})).placement
+        return read_inputs(load(None, {**run_options, "base_placement": "auto", **options})).placement
 
     return choose
 
@@ -45,7 +45,7 @@ def test_momentum_approximation_needs_less_memory_than_accumulated_gradients(run
     total = {}
     for method in ("ag", "ma"):
         config = load(None, {**run_options, "method": method, "density": 0.3})
-        inputs = assemble.read_inputs(config)
+        inputs = read_inputs(config)
         total[method] = footprint(config, inputs.model_config, inputs.dtype).total
         stored = load_file(f"{run_options['base']}/model.safetensors")
         assert footprint(config, inputs.model_config, inputs.dtype).base == sum(t.nbytes for t in stored.values())

@@ -15,6 +15,7 @@ from scale_sft.base_weight import WeightPart, effective_values, fingerprint
 from scale_sft.config import ModelConfig, load
 from scale_sft.distributed import Cluster
 from scale_sft.errors import UserError
+from scale_sft.inputs import read_inputs
 from scale_sft.model import find_targets, load_base, load_model_config
 from scale_sft.quantized import packed_weights, resolve_quantization
 from scale_sft.spiel.delta import DeltaStore
@@ -59,7 +60,7 @@ def open_session(run_options):
 
     def open_(**options):
         config = load(None, {**run_options, **options})
-        inputs = assemble.read_inputs(config)
+        inputs = read_inputs(config)
         clusters.append(Cluster.start(sharded=False, dtype=inputs.dtype))
         return assemble.assemble(inputs, clusters[-1])
 

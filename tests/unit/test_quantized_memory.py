@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from scale_sft import assemble
 from scale_sft.config import load
 from scale_sft.distributed import Cluster
+from scale_sft.inputs import read_inputs
 from scale_sft.train import forward_backward
 
 pytestmark = [pytest.mark.slow, pytest.mark.quantized, pytest.mark.timeout(600)]
@@ -38,7 +39,7 @@ def measure(name: str, options: dict, tmp_path: Path, capsys) -> dict[str, tuple
     figures = {}
     for kind in ("none", "nf4", "int8"):
         config = load(None, options | {"quantization": kind, "output_dir": str(tmp_path / kind), "dtype": "bfloat16"})
-        inputs = assemble.read_inputs(config)
+        inputs = read_inputs(config)
         cluster = Cluster.start(sharded=False, dtype=inputs.dtype)
         try:
             session = assemble.assemble(inputs, cluster)

@@ -14,7 +14,9 @@ from scale_sft.errors import UserError
 from scale_sft.evaluate import token_loss_sum
 from scale_sft.export import load_adapter
 from scale_sft.metrics import NullMetrics
+from scale_sft.model import find_targets
 from scale_sft.run_folder import RunFolder
+from scale_sft.spiel.algorithm import SparseFineTuning
 
 
 def adapter_tensors(run: Path) -> dict[str, Tensor]:
@@ -59,7 +61,7 @@ def test_full_density_without_reallocation_gives_the_losses_of_dense_fine_tuning
     losses = [record["loss"] for record in records(train_run(**options), "step")]
     inputs = session(**options).inputs
     model = AutoModelForCausalLM.from_pretrained(tiny_model(architecture))
-    targets = assemble.find_targets(model, None)
+    targets = find_targets(model, None)
     model.requires_grad_(False)
     weights = [target.module.weight.requires_grad_(True) for target in targets]
     stock = torch.optim.AdamW(weights, lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
@@ -150,13 +152,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_deltas(
 ) -> None:
     """In every phase: the error names step and learning rate, and the deltas saved are those before that step."""
     good: dict[int, Tensor] = {}
-    begin_step = assemble.SparseFineTuning.begin_step
+    begin_step = SparseFineTuning.begin_step
 
     def remember(tuning, number: int) -> None:
         good[number - 1] = tuning.store.flat.clone()
         begin_step(tuning, number)
 
-    monkeypatch.setattr(assemble.SparseFineTuning, "begin_step", remember)
+    monkeypatch.setattr(SparseFineTuning, "begin_step", remember)
     break_the_loss(monkeypatch, step, value)
     with pytest.raises(UserError, match=rf"^step {step}: the loss is (nan|inf).* at learning rate 0\.0\d+") as error:
         train_run(method=method, lr_schedule="constant", warmup_fraction=0)
