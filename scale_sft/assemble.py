@@ -126,5 +126,5 @@ def build_tuning(
         moments=moments_of(resolve_moments(optimizer.moments, inputs.dtype)),
         gradient_dtype=getattr(torch, optimizer.gradient_dtype),
         products=path.products if path and path.has_kernels else None,
-        keep_room=inputs.quantization is None,  # beside a dequantised copy there shall be no more than one gradient
+        keep_room=inputs.quantization is None,  # beside a dequantised copy no more than one gradient shall lie
     )

@@ -29,7 +29,11 @@ from .base_weight import WeightPart, fingerprint
 from .errors import UserError
 from .heartbeat import STALLED_STATUS, Heartbeat
 from .interruption import SAVED_STATUS, Interrupted, Interruption
+from .spiel.entries import pieces
 from .spiel.topk import top_k_magnitude, top_k_sorted
+
+PROPOSAL_ENTRIES = 1 << 22
+"""Of a gradient, summed over the ranks at a time while candidates are proposed."""
 
 _GRACE_SECONDS = 60
 """By so much a collective's own time-out comes later than the heartbeat's, which knows whom to name."""
@@ -335,31 +339,37 @@ class Cluster:
     def select_candidates(self, gradient: Tensor, count: int) -> Tensor:
         """The `count` entries of largest magnitude of a gradient [N] summed over the ranks: [C] sorted int64.
 
-        Each rank gets the sum of one part (reduce-scatter), takes the top of it, and the top of those tops is the top
-        of the whole. Exact, and the same on every rank because all decide on the same gathered values.
+        Each rank gets its share of the sum (reduce-scatter, piece by piece, so that no fp32 copy of the whole is made),
+        takes the top of it, and the top of those tops is the top of the whole. Exact, and the same on every rank
+        because all decide on the same gathered values.
         """
         if self.size == 1:
             return top_k_magnitude(gradient, count)
         n, world = gradient.numel(), self.size
         part = -(-n // world)
-        padded = torch.zeros(part * world, dtype=torch.float32, device=gradient.device)
-        padded[:n] = gradient
-        mine = torch.empty(part, dtype=torch.float32, device=gradient.device)
-        self._mark()
-        _reduce_scatter(mine, padded)
-        start = min(self.rank * part, n)
-        mine = mine[: min(part, n - start)]
-        local = min(count, mine.numel())
-        top = top_k_magnitude(mine, local)
+        scores = torch.empty(0, dtype=torch.float32, device=gradient.device)
+        indices = torch.empty(0, dtype=torch.int64, device=gradient.device)
+        for piece in pieces(part, max(1, PROPOSAL_ENTRIES // world)):
+            size = piece.stop - piece.start
+            held = gradient[piece.start * world : piece.stop * world]
+            padded = torch.zeros(size * world, dtype=torch.float32, device=gradient.device)
+            padded[: held.numel()] = held
+            total = torch.empty(size, dtype=torch.float32, device=gradient.device)
+            self._mark()
+            _reduce_scatter(total, padded)
+            first = piece.start * world + self.rank * size
+            total = total[: max(0, min(size, n - first))]
+            top = top_k_magnitude(total, min(count, total.numel()))
+            found = total[top].abs().nan_to_num(nan=-0.5, posinf=torch.inf)  # below any number, above the padding
+            scores, indices = torch.cat((scores, found)), torch.cat((indices, top + first))
+            if scores.numel() > count:
+                kept = top_k_sorted(scores, count)
+                scores, indices = scores[kept], indices[kept]
         length = min(count, part)
-        values = torch.full((length,), -1.0, dtype=torch.float32, device=gradient.device)
-        indices = torch.zeros(length, dtype=torch.int64, device=gradient.device)
-        values[:local] = mine[top].abs().nan_to_num(nan=-0.5, posinf=torch.inf)  # below any number, above the padding
-        indices[:local] = top + start
-        all_values, all_indices = self._gather(values), self._gather(indices)
         self.traffic_bytes["proposal"] += 4 * part * world + 12 * length
-        chosen = top_k_sorted(all_values, count)
-        return all_indices[chosen].sort().values
+        scores, indices = self._gather(_extended(scores, length, -1.0)), self._gather(_extended(indices, length, 0))
+        order = indices.argsort(stable=True)
+        return indices[order[top_k_sorted(scores[order], count)]]
 
     def _gather(self, tensor: Tensor) -> Tensor:
         """All ranks' tensors [n], one after the other: [W * n]."""
@@ -468,6 +478,11 @@ def _connection_lost(error: BaseException) -> bool:
 
 def _device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def _extended(tensor: Tensor, length: int, value: float) -> Tensor:
+    """tensor [n], n <= length, with `value` behind it: [length]."""
+    return torch.cat((tensor, tensor.new_full((length - tensor.numel(),), value)))
 
 
 def _reduce_scatter(output: Tensor, flat: Tensor) -> None:

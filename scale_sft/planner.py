@@ -17,7 +17,7 @@ import torch
 
 from .base_weight import CHUNK_ENTRIES
 from .config import Config
-from .distributed import read_ds_config
+from .distributed import PROPOSAL_ENTRIES, read_ds_config
 from .errors import UserError
 from .inputs import max_length
 from .model import resolve_dtype
@@ -115,7 +115,7 @@ class Planner:
         stored, scales = stored_base(facts, size, quantization), _scales(facts, quantization)
         step = self._step(config, counts, gpus, dtype)
         gathered = _gathered(config, facts, size, stored) if sharded else 0
-        proposal = 4 * largest_target if gpus > 1 and candidates else 0
+        proposal = 8 * min(largest_target, PROPOSAL_ENTRIES) if gpus > 1 and candidates else 0
         dequantised = 2 * largest_target * size if quantization else 0
         held = 0 if quantization else 1 / gpus if sharded else 1
         state = state_bytes(config, facts.shapes, counts, dtype, held)

@@ -36,7 +36,7 @@ class Session:
     base_hash: str
     load_peak_bytes: int  # of this rank, above what it had before
     loaded_on: torch.device | None = None  # where a quantised base was quantised
-    gradient_path: GradientPath | None = None  # None: every weight gradient is formed whole
+    gradient_path: GradientPath | None = None  # None: without kernels
     fused: bool = False  # deltas are updated and written in one pass
     step: int = 0  # optimizer steps done
     evaluations: dict[int, Evaluation] = field(default_factory=dict)  # by step

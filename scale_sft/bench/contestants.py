@@ -23,7 +23,7 @@ from scale_sft.evaluate import token_loss_sum
 from scale_sft.inputs import budget_of
 from scale_sft.kernels.choice import GradientPath
 from scale_sft.model import attach_taps, find_targets
-from scale_sft.quantized import PlainWeight, packed_weights
+from scale_sft.quantized import PlainWeight, Quantization, packed_weights
 from scale_sft.spiel.topk import top_k_magnitude
 from scale_sft.transient import TransientDeltas, attach_transient_taps
 
@@ -66,7 +66,7 @@ class SparseInputs:
 
     config: Config
     dtype: torch.dtype
-    quantization: Any  # None: the base is not packed
+    quantization: Quantization | None
     steps: int = RUN_STEPS
 
 

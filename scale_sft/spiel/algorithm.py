@@ -60,8 +60,8 @@ class SparseFineTuning:
         select: how candidates are chosen from one weight's gradient (over all ranks).
         moments: how AdamW keeps its moments.
         gradient_dtype: of the recorded gradients, float32 or bfloat16.
-        products: how a layer's weight gradient is formed at the entries that are recorded, and
-        keep_room: whether one room serves all whole ones: see `GradientRecorder`.
+        products: how the entries of a weight's gradient are had; None: the recorder's own way.
+        keep_room: one room serves all gradients that the recorder forms whole.
     """
 
     def __init__(
@@ -216,6 +216,7 @@ class SparseFineTuning:
         """Go on after `step` from what `state_of` and `counters` gave; the carrier must release and adopt around it."""
         self.cohort_steps = list(counters["cohort_steps"])
         self.optimizer.load_counters(counters)
+        self.recorder.watch = False
         if self._estimating_after(step):
             self.recorder.open_estimation()
         for name, state in states:

@@ -5,6 +5,7 @@ On a GPU `scale_sft.kernels.sampled` does the same. Shapes: T tokens; R rows, C 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
@@ -15,19 +16,23 @@ from torch import Tensor
 from .entries import Entries, pieces
 
 CACHE_BYTES = 1 << 20
-"""Of the columns of one factor that are taken at once: about what a core's second-level cache holds."""
+"""Of the right factor's columns, which are read in no order, at a time: about a core's second-level cache."""
 MULTIPLICATION = {torch.float32: 23e-12, torch.bfloat16: 11e-12, torch.float16: 11e-12}
 """Seconds of a core for each of the T * R * C multiplications of a whole product, by the factors' dtype."""
-SAMPLED_MULTIPLICATION, LAYING_OUT, CALL = 140e-12, 1300e-12, 3e-4
-"""Seconds of a core for each of the T * K multiplications of `column_products`, of one core for each of the T * (R + C)
-numbers laid out in columns, and for the rest."""
+SAMPLED_MULTIPLICATION = 140e-12
+"""Seconds of a core for each of the T * K multiplications of `column_products`."""
+LAYING_OUT = 1300e-12
+"""Seconds for each of the T * (R + C) numbers that are laid out in columns, which one core does."""
+ENTRY, ENTRY_OF_PIECE, CALL = 4e-9, 1.5e-9, 3e-4
+"""Seconds for each entry's coordinates; for carrying each sum from one piece of the tokens to the next; for the rest."""
 
 
-def cheaper_than_all(left: Tensor, right: Tensor, count: int) -> bool:
-    """Whether `count` entries of left^T right are had sooner by `column_products` than from the whole product.
+def sampling_is_cheaper(left: Tensor, right: Tensor, count: int) -> bool:
+    """Whether `count` entries of left^T right come sooner from `column_products` than from the whole product.
 
     By arithmetic with the times of one processor (AVX-512 with dot products of bf16), not by a clock: a run that is
-    repeated has to choose as before. Where 16-bit products have matrix units (AMX), nothing comes near them.
+    repeated has to choose as before. Where 16-bit products have matrix units (AMX), for which these times say nothing,
+    the product is formed.
 
     Args:
         left: [T, R], right: [T, C].
@@ -38,7 +43,8 @@ def cheaper_than_all(left: Tensor, right: Tensor, count: int) -> bool:
         return False
     (tokens, rows), width, cores = left.shape, right.shape[1], torch.get_num_threads()
     whole = tokens * rows * width * MULTIPLICATION[left.dtype] / cores
-    sampled = tokens * (count * SAMPLED_MULTIPLICATION / cores + (rows + width) * LAYING_OUT) + CALL
+    in_parallel = tokens * SAMPLED_MULTIPLICATION + math.ceil(tokens / _tokens_at_once(width)) * ENTRY_OF_PIECE
+    sampled = count * (in_parallel / cores + ENTRY) + tokens * (rows + width) * LAYING_OUT + CALL
     return sampled < whole
 
 
@@ -47,8 +53,12 @@ def _has_matrix_units() -> bool:
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
+def _tokens_at_once(width: int) -> int:
+    return max(16, CACHE_BYTES // (torch.float32.itemsize * width))
+
+
 def column_products(left: Tensor, right: Tensor, wanted: Sequence[tuple[Entries, Tensor]]) -> None:
-    """out[k] += sum over t of left[t, row(k)] * right[t, column(k)], in fp32; nothing of the weight's size is made.
+    """out[k] += sum over t of left[t, row(k)] * right[t, column(k)], in fp32; nothing of R * C entries is made.
 
     Each entry is summed by one thread, in the same order for any number of threads.
 
@@ -57,8 +67,7 @@ def column_products(left: Tensor, right: Tensor, wanted: Sequence[tuple[Entries,
         wanted: [(entries, out [K]), ...].
     """
     sums = [_as_sparse(entries, out) for entries, out in wanted]
-    tokens = max(16, CACHE_BYTES // (torch.float32.itemsize * right.shape[1]))
-    for part in pieces(left.shape[0], tokens):
+    for part in pieces(left.shape[0], _tokens_at_once(right.shape[1])):
         rows, columns = (factor[part].t().contiguous().float() for factor in (left, right))
         sums = [torch.sparse.sampled_addmm(some, rows, columns.t()) for some in sums]
     for (_, out), some in zip(wanted, sums, strict=True):
@@ -66,7 +75,16 @@ def column_products(left: Tensor, right: Tensor, wanted: Sequence[tuple[Entries,
 
 
 def _as_sparse(entries: Entries, values: Tensor) -> Tensor:
+    _hear_of_beta_state_once()
     starts, columns = entries.compressed(torch.int32)
+    return torch.sparse_csr_tensor(starts, columns, values.float(), entries.shape, check_invariants=False)
+
+
+@lru_cache
+def _hear_of_beta_state_once() -> None:
+    """Torch warns at the first tensor of this kind and never again; the one that hears it here is empty."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-        return torch.sparse_csr_tensor(starts, columns, values.float(), entries.shape, check_invariants=False)
+        torch.sparse_csr_tensor(
+            torch.zeros(1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), [], (0, 0), check_invariants=False
+        )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .columns import cheaper_than_all, column_products
+from .columns import column_products, sampling_is_cheaper
 from .delta import DeltaStore
 from .entries import Entries
 from .schedule import Phase
@@ -61,7 +61,7 @@ class Candidates:
 
 
 class GradientRecorder:
-    """Receives each weight's dense gradient once per backward pass, keeps what is asked for, lets go of the rest.
+    """Receives the factors of each weight's gradient once per backward pass and keeps what of it is asked for.
 
     Args:
         store: whose active entries are recorded.
@@ -71,7 +71,8 @@ class GradientRecorder:
         dtype: of the recorded gradients: float32, or bfloat16, which sums micro-batches and ranks in bf16.
         products: how the entries of a weight's gradient are had where nothing else of it is needed; None: by dot
             products of sampled columns where few are wanted on a CPU, or else from the whole product.
-        keep_room: whole products are formed in one room that is kept during a step, not in one of their own each.
+        keep_room: the recorder's own whole products are formed in one room that is kept during a step, not in a new one
+            each.
     """
 
     def __init__(
@@ -86,13 +87,13 @@ class GradientRecorder:
         keep_room: bool = True,
     ):
         self.store, self.counts, self.select = store, dict(candidates or {}), select
-        self.dtype, self.products, self.keep_room = dtype, products or self._plain_products, keep_room
+        self.dtype, self.products, self.keep_room = dtype, products, keep_room
         self.estimation_steps = estimation_steps
         self.phase = Phase.OFF
         self.proposing = False  # this step chooses the candidates
         self.candidates: dict[str, Candidates] = {}
         self.received: set[str] = set()  # weights that were offered a gradient that is not all zero
-        self.watch = True  # look for dead gradients: the first step only
+        self.watch = True  # look for dead gradients: the first step of a run only
         self._room: Tensor | None = None  # for one dense gradient after the other, during a step
         self._allocate(0)
 
@@ -143,23 +144,21 @@ class GradientRecorder:
     def record_product(self, name: str, left: Tensor, right: Tensor) -> None:
         """Take from left^T right, the [R, C'] gradient of one weight in one backward pass, what is asked for.
 
-        The product is formed whole only where all of its entries are looked at: to propose candidates (section 3.2),
-        and in the first step, to find dead gradients.
+        The product is formed whole where all of its entries are looked at: to propose candidates (section 3.2), and in
+        the first step of a run, to find dead gradients.
 
         Args:
             left: [T, R]. right: [T, C'], of the same dtype.
         """
-        estimating = self.phase is not Phase.OFF
-        if self.watch or (estimating and name not in self.candidates):
+        if self.watch or (self.phase is not Phase.OFF and name not in self.candidates):
             self.record(name, self._product(left, right))
-            return
-        wanted = [(self.store[name].entries, self._active[name])]
-        if estimating:
-            wanted.append((self.candidates[name].entries, self._candidate[name]))
-        self.products(left, right, wanted)
+        elif self.products is not None:
+            self.products(left, right, self._wanted(name))
+        else:
+            self._plain_products(left, right, self._wanted(name))
 
     def _plain_products(self, left: Tensor, right: Tensor, wanted: Sequence[tuple[Entries, Tensor]]) -> None:
-        if cheaper_than_all(left, right, sum(entries.count for entries, _ in wanted)):
+        if sampling_is_cheaper(left, right, sum(entries.count for entries, _ in wanted)):
             column_products(left, right, wanted)
         else:
             pick(self._product(left, right), wanted)
@@ -178,14 +177,18 @@ class GradientRecorder:
         """Take from `gradient`, the dense [O, I] gradient of one weight in one backward pass, what is asked for."""
         if self.watch and name not in self.received and bool(gradient.any()):
             self.received.add(name)
+        if self.phase is not Phase.OFF and name not in self.candidates:
+            chosen = self.select(gradient.reshape(-1), self.counts[name])
+            zeros = torch.zeros(chosen.shape, dtype=torch.float32, device=chosen.device)
+            self.candidates[name] = Candidates(Entries(chosen, self.store[name].shape), zeros, zeros.clone())
+        pick(gradient, self._wanted(name))
+
+    def _wanted(self, name: str) -> list[tuple[Entries, Tensor]]:
+        """Where the gradient of one weight is wanted now, and what it is added to."""
         wanted = [(self.store[name].entries, self._active[name])]
         if self.phase is not Phase.OFF:
-            if name not in self.candidates:
-                chosen = self.select(gradient.reshape(-1), self.counts[name])
-                zeros = torch.zeros(chosen.shape, dtype=torch.float32, device=chosen.device)
-                self.candidates[name] = Candidates(Entries(chosen, self.store[name].shape), zeros, zeros.clone())
             wanted.append((self.candidates[name].entries, self._candidate[name]))
-        pick(gradient, wanted)
+        return wanted
 
     def end_step(self) -> None:
         """After the buffer is summed over ranks: one more term of the running estimates (Eq. 8)."""

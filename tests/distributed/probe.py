@@ -3,6 +3,7 @@
 probe.py planted DIR     rank 1 changes one delta behind the others' back; the digests must tell
 probe.py differing DIR   rank 1 comes with another seed
 probe.py broken DIR      half of each gradient of rank 1 is no number while candidates are proposed
+probe.py proposing DIR   what candidates the ranks choose together from gradients of which each has a part
 probe.py memory DIR      private memory of this rank while a base of DIR is loaded, sharded and used
 """
 
@@ -14,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from scale_sft import assemble, train
+from scale_sft import assemble, distributed, train
 from scale_sft.checkpoint import Checkpoints
 from scale_sft.config import load
 from scale_sft.distributed import Cluster, World, leave
@@ -24,6 +25,7 @@ from scale_sft.memory import PeakMemory, private_bytes
 from scale_sft.metrics import NullMetrics
 from scale_sft.run_folder import RunFolder
 from scale_sft.spiel.sampling import GradientRecorder
+from scale_sft.spiel.topk import top_k_magnitude
 
 
 def options(folder: str, **more) -> dict:
@@ -80,6 +82,37 @@ def broken(folder: str) -> None:
         leave(str(error))
 
 
+def proposing(folder: str) -> None:
+    """One line per case: its numbers, whether the choice is that of one rank with the sum, and its own traffic."""
+    inputs = read_inputs(load(None, options(folder, base_placement="replicate")))
+    cluster = Cluster.start(sharded=False, dtype=inputs.dtype, timeout_seconds=60)
+    found = []
+    for entries, count, piece in [
+        (1, 1, 4),
+        (1000, 7, 10**6),
+        (1000, 7, 64),
+        (1001, 900, 50),
+        (997, 997, 13),
+        (64, 20, 1),
+    ]:
+        distributed.PROPOSAL_ENTRIES = piece
+        for kind in ("spread", "ties", "broken"):
+            generator = torch.Generator().manual_seed(entries + count)
+            parts = torch.randn(2, entries, generator=generator).bfloat16()
+            if kind == "ties":
+                parts = parts.sign() * 2
+            if kind == "broken":
+                parts[1, entries // 3 :: 5] = torch.nan
+            cluster.traffic_bytes.clear()
+            chosen = cluster.select_candidates(parts[cluster.rank], count)
+            expected = top_k_magnitude(parts.float().sum(0), count)
+            found.append(
+                [entries, count, piece, kind, torch.equal(chosen, expected), cluster.traffic_bytes["proposal"]]
+            )
+    Path(folder, f"proposed{cluster.rank}.json").write_text(json.dumps(found))
+    cluster.close()
+
+
 def memory(folder: str) -> None:
     settings = options(folder, base=f"{folder}/base", base_placement="shard", ds_config="ds_configs/zero3_cpu.json")
     inputs = read_inputs(load(None, settings))
@@ -107,4 +140,5 @@ def memory(folder: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"planted": planted, "differing": differing, "broken": broken, "memory": memory}[sys.argv[1]](sys.argv[2])
+    scenes = (planted, differing, broken, proposing, memory)
+    {scene.__name__: scene for scene in scenes}[sys.argv[1]](sys.argv[2])

@@ -50,6 +50,16 @@ def test_a_gradient_that_is_no_number_on_one_rank_stops_all_with_one_message(tmp
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_ranks_choose_the_candidates_that_one_would_choose_from_the_sum_in_pieces_of_any_size(tmp_path, hf_home):
+    done = probe("proposing", tmp_path, hf_home)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in (0, 1):
+        for entries, count, piece, kind, same, traffic in json.loads((tmp_path / f"proposed{rank}.json").read_text()):
+            assert same, (rank, entries, count, piece, kind)
+            part = -(-entries // 2)
+            assert traffic == 4 * 2 * part + 12 * min(count, part)
+
+
 def test_a_rank_holds_half_of_the_base_and_never_much_more(tmp_path, hf_home):
     torch = pytest.importorskip("torch")
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM

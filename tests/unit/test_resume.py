@@ -12,6 +12,7 @@ from scale_sft import config, train
 from scale_sft.errors import UserError
 from scale_sft.interruption import Interrupted
 from scale_sft.metrics_file import read_metrics
+from scale_sft.spiel import sampling
 from scale_sft.spiel.schedule import Phase
 from tests.faults.comparing import losses
 
@@ -70,6 +71,25 @@ def test_a_resumed_run_leaves_the_same_bits_and_each_step_once(options, train_ru
     crashing_run(6, **saving)
     run = train_run(**saving)
     assert steps_of(run) == [1, 2, 3, 4, 5, 6]
+    assert losses(run) == losses(whole)
+    name = "adapter/adapter_model.safetensors"
+    assert (run / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["ag", "ma"])
+def test_a_resumed_run_samples_columns_where_the_whole_one_did(
+    method, train_run, crashing_run, saving, tmp_path, monkeypatch
+):
+    """bfloat16: a gradient formed whole is rounded, sampled entries of it are not."""
+    sampled = []
+    column_products = sampling.column_products
+    monkeypatch.setattr(sampling, "sampling_is_cheaper", lambda *_: True)
+    monkeypatch.setattr(sampling, "column_products", lambda *args: sampled.append(1) or column_products(*args))
+    saving = saving | {"method": method, "dtype": "bfloat16", "micro_batch_size": 2, "update_interval_steps": 3}
+    whole = train_run(**{**saving, "estimation_steps": 2, "output_dir": str(tmp_path / "whole")})
+    assert sampled
+    crashing_run(6, **saving, estimation_steps=2)
+    run = train_run(**saving, estimation_steps=2)
     assert losses(run) == losses(whole)
     name = "adapter/adapter_model.safetensors"
     assert (run / name).read_bytes() == (whole / name).read_bytes()
