@@ -1,5 +1,6 @@
 """Which way to the recorded entries of a weight gradient is the fastest here: measured at the start, then looked up.
 
+Without a GPU or Triton nothing is measured, and the recorder goes its own way (`spiel.sampling`).
 Shapes: T tokens; R rows, C columns of a weight; K entries. A path is a function of (left [T, R], right [T, C], what is
 wanted) that adds entries of left^T right to each `out`: a `Products` of the recorder.
 """
@@ -62,7 +63,7 @@ class GradientPath:
     differently: what they sum over ranks stays the same on all of them.
 
     Args:
-        device: where the factors lie. Without a GPU, or without Triton, there is only the plain path.
+        device: where the factors lie. Without a GPU, or without Triton, there is only the plain path, the whole product.
         paths: paths by name, `plain` among them; None: all that can be had on the device.
         timer: see `Timer`; None: by CUDA events, with caches flushed.
     """
@@ -85,7 +86,8 @@ class GradientPath:
             left: [T, R], right: [T, C]; fp32, bf16 or fp16, both the same.
             wanted: see `Wanted`.
         """
-        case = _case(left, right, sum(entries.count for entries, _ in wanted))
+        wanted_entries = sum(entries.count for entries, _ in wanted)
+        case = _case(left.shape[1], right.shape[1], left.shape[0], wanted_entries, left.dtype)
         self.paths[self.choice(case)](left, right, wanted)
 
     def choice(self, case: Case) -> str:
@@ -109,15 +111,20 @@ class GradientPath:
 
         Only the first of several alike cases is tried. A path that fails here, or disagrees with the plain one, is
         refused; the measurement says why. This waits for the device; call it before the first step.
+
+        Args:
+            seed: of the factors and of where the entries lie; they are drawn on the device.
         """
         if not self.has_kernels:
             return Measurement(PLAIN, {}, {})
-        generator = torch.Generator().manual_seed(seed)
-        left, right = (torch.randn(tokens, n, generator=generator).to(self.device, dtype) for n in (rows, width))
-        case = _case(left, right, sum(entries))
+        case = _case(rows, width, tokens, sum(entries), dtype)
         if case in self.measured:
             return self.measured[case]
-        spread = [_spread_evenly(rows, width, k, generator, self.device) for k in entries]
+        generator = torch.Generator(self.device).manual_seed(seed)
+        left, right = (
+            torch.randn(tokens, n, generator=generator, device=self.device, dtype=dtype) for n in (rows, width)
+        )
+        spread = [_spread_evenly(rows, width, k, generator) for k in entries]
         wanted = [(some, torch.zeros(some.count, device=self.device)) for some in spread]
         refused = self._wrong_paths(left, right, wanted)
         timer = self._timer or _EventTimer(self.device)
@@ -174,7 +181,7 @@ class GradientPath:
     def summary(self) -> str:
         """What was chosen in how many cases, for a line of text."""
         if not self.has_kernels:
-            return "formed whole (kernels need a GPU and Triton)"
+            return "without kernels (they need a GPU and Triton)"
         counts = Counter(self._chosen.values())
         return ", ".join(f"{name} in {count} of {len(self._chosen)} cases" for name, count in counts.most_common())
 
@@ -207,20 +214,22 @@ def paths_of(device: torch.device) -> dict[str, Products]:
     return paths
 
 
-def _case(left: Tensor, right: Tensor, entries: int) -> Case:
-    (tokens, rows), width = left.shape, right.shape[1]
+def _case(rows: int, width: int, tokens: int, entries: int, dtype: torch.dtype) -> Case:
     share_bits = (rows * width // max(1, entries)).bit_length()
-    return Case(rows, width, str(left.dtype).removeprefix("torch."), max(0, tokens - 1).bit_length(), share_bits)
+    return Case(rows, width, str(dtype).removeprefix("torch."), max(0, tokens - 1).bit_length(), share_bits)
 
 
-def _spread_evenly(rows: int, width: int, count: int, generator: torch.Generator, device: torch.device) -> Entries:
-    """`count` entries, as many in each row as in any other, at even distances from a random column on."""
-    starts = torch.arange(rows + 1) * count // rows
+def _spread_evenly(rows: int, width: int, count: int, generator: torch.Generator) -> Entries:
+    """`count` entries, as many in each row as in any other, at even distances from a random column on; where
+    `generator` is."""
+    device = generator.device
+    starts = torch.arange(rows + 1, device=device) * count // rows
     counts = starts.diff()
-    row = torch.repeat_interleave(torch.arange(rows), counts)
-    place = torch.arange(count) - starts[row] + torch.rand(rows, generator=generator, dtype=torch.float64)[row]
+    row = torch.repeat_interleave(torch.arange(rows, device=device), counts)
+    shifts = torch.rand(rows, generator=generator, dtype=torch.float64, device=device)
+    place = torch.arange(count, device=device) - starts[row] + shifts[row]
     column = (place * width / counts[row]).long().clamp_(max=width - 1)
-    return Entries((row * width + column).to(device), (rows, width))
+    return Entries(row * width + column, (rows, width))
 
 
 class _EventTimer:

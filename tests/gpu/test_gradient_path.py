@@ -43,9 +43,11 @@ def no_waiting() -> Iterator[None]:
 
 
 def a_case(rows: int, width: int, counts: list[int]) -> tuple[Tensor, Tensor, list[tuple[Entries, Tensor]]]:
-    generator = torch.Generator().manual_seed(7)
-    left, right = (torch.randn(TOKENS, n, generator=generator).to("cuda", torch.bfloat16) for n in (rows, width))
-    spread = [_spread_evenly(rows, width, k, generator, torch.device("cuda")) for k in counts]
+    generator = torch.Generator("cuda").manual_seed(7)
+    left, right = (
+        torch.randn(TOKENS, n, generator=generator, device="cuda", dtype=torch.bfloat16) for n in (rows, width)
+    )
+    spread = [_spread_evenly(rows, width, k, generator) for k in counts]
     return left, right, [(entries, torch.zeros(entries.count, device="cuda")) for entries in spread]
 
 
@@ -95,7 +97,7 @@ def test_fused_adamw_is_faster_than_the_plain_update_and_write() -> None:
     from scale_sft.spiel.optimizer import adamw_update
 
     rows, width, count = 4096, 11008, 4096 * 11008 // 50
-    entries = _spread_evenly(rows, width, count, torch.Generator().manual_seed(0), torch.device("cuda"))
+    entries = _spread_evenly(rows, width, count, torch.Generator("cuda").manual_seed(0))
     weight = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
     base = weight.view(-1)[entries.flat()]
     deltas, gradients, exp_avg = (torch.randn(count, device="cuda") for _ in range(3))

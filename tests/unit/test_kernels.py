@@ -121,6 +121,19 @@ def test_all_that_a_run_will_ask_for_is_measured() -> None:
     assert len(path.measured) == 4
 
 
+def test_nothing_is_drawn_for_what_is_measured_already_and_the_same_for_the_same_seed(monkeypatch) -> None:
+    """A model has hundreds of weights and few shapes: factors of all of them would take minutes."""
+    drawn, randn = [], torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *a, **options: drawn.append(randn(*a, **options)) or drawn[-1])
+    store = DeltaStore(dict.fromkeys("abcd", (8, 16)), dict.fromkeys("abcd", 3))
+    for _ in range(2):
+        path, _ = chooser(plain=1.0, fast=0.5)
+        path.measure_store(store, dict.fromkeys("abcd", 20), 32, torch.bfloat16)
+    assert [(*factor.shape, factor.dtype) for factor in drawn[:2]] == [(32, n, torch.bfloat16) for n in (8, 16)]
+    assert len(drawn) == 8  # two cases in each of two rounds, two factors
+    assert all(map(torch.equal, drawn[:4], drawn[4:]))
+
+
 def test_without_a_gpu_there_is_only_the_plain_path_and_triton_is_not_imported() -> None:
     code = (
         "import sys, torch; from scale_sft.kernels.choice import GradientPath; path = GradientPath('cpu');"
@@ -275,9 +288,8 @@ def test_sizes_of_one_and_wide_weights_compile_too(compiling, tokens, rows, widt
 
 def test_without_a_gpu_a_run_that_asks_for_kernels_is_the_plain_one_and_says_so(train_run, tmp_path, capsys) -> None:
     runs = [train_run(kernels=choice, output_dir=str(tmp_path / choice)) for choice in ("off", "auto")]
-    assert (
-        "weight gradients formed whole (kernels need a GPU and Triton); deltas updated, then" in capsys.readouterr().out
-    )
+    said = "weight gradients without kernels (they need a GPU and Triton); deltas updated, then"
+    assert said in capsys.readouterr().out
     one, other = ((run / "adapter" / "adapter_model.safetensors").read_bytes() for run in runs)
     assert one == other
 
