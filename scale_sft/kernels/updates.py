@@ -64,7 +64,6 @@ def adamw_kernel(
     cohort,
     step_sizes,
     denominators,
-    scale,
     row_starts,
     columns,
     weight,
@@ -80,7 +79,6 @@ def adamw_kernel(
     beta2,
     weight2,  # 1 - beta2
     eps,
-    SCALED: tl.constexpr,
     WRITES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -89,8 +87,6 @@ def adamw_kernel(
     entry = start + tl.arange(0, BLOCK)
     inside = entry < entries
     gradient = tl.load(gradients + entry, mask=inside, other=0.0).to(tl.float32)
-    if SCALED:
-        gradient = gradient * tl.load(scale)
     member = tl.load(cohort + entry, mask=inside, other=0).to(tl.int32)
     delta = tl.load(deltas + entry, mask=inside, other=0.0).to(tl.float32) * decay
 
@@ -125,7 +121,6 @@ def sm3_kernel(
     row_accumulator,  # [R]: each program reads and writes its own
     old_columns,  # [C]: the column accumulator as it was
     column_accumulator,  # [C]: grows
-    scale,
     row_starts,
     columns,
     weight,
@@ -137,7 +132,6 @@ def sm3_kernel(
     decay,
     step_size,  # -learning rate
     eps,
-    SCALED: tl.constexpr,
     WRITES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -151,8 +145,6 @@ def sm3_kernel(
         inside = entry < last
         column = tl.load(columns + entry, mask=inside, other=0).to(tl.int32)
         gradient = tl.load(gradients + entry, mask=inside, other=0.0).to(tl.float32)
-        if SCALED:
-            gradient = gradient * tl.load(scale)
         nu = tl.minimum(old_row, tl.load(old_columns + column, mask=inside, other=0.0)) + gradient * gradient
         largest = tl.maximum(largest, tl.where(inside, nu, old_row))
         # The bits of non-negative floats are ordered as the numbers are: a maximum of integers, in any order.
@@ -183,7 +175,6 @@ def adamw_write(
     betas: tuple[float, float],
     eps: float,
     entries: Entries,
-    scale: Tensor | None = None,
     written: Written | None = None,
 ) -> None:
     """One AdamW step on the [K] entries of a weight in place, and their effective values into the weight.
@@ -196,7 +187,6 @@ def adamw_write(
             after n gradients.
         decay: 1 - learning_rate * weight_decay.
         entries: where they lie.
-        scale: fp32 scalar on the device, multiplied into the gradients first (clipping); None: 1.
         written: None: no weight is written (transient deltas).
     """
     _check_written(written, entries)
@@ -210,7 +200,6 @@ def adamw_write(
         cohort,
         step_sizes,
         denominators,
-        deltas if scale is None else scale,
         row_starts,
         columns,
         weight,
@@ -225,7 +214,6 @@ def adamw_write(
         betas[1],
         1 - betas[1],
         eps,
-        SCALED=scale is not None,
         WRITES=written is not None,
         BLOCK=BLOCK,
         enable_fp_fusion=False,
@@ -242,7 +230,6 @@ def sm3_write(
     decay: float,
     eps: float,
     entries: Entries,
-    scale: Tensor | None = None,
     written: Written | None = None,
 ) -> None:
     """One SM3-II step on the [K] entries of a weight in place, and their effective values into the weight.
@@ -254,7 +241,7 @@ def sm3_write(
         row: [R] fp32, col: [C] fp32: the accumulators, non-negative.
         decay: 1 - learning_rate * weight_decay.
         entries: where they lie.
-        scale, written: see `adamw_write`.
+        written: see `adamw_write`.
     """
     _check_written(written, entries)
     row_starts, columns = entries.csr()
@@ -265,7 +252,6 @@ def sm3_write(
         row,
         col.clone(),
         col,
-        deltas if scale is None else scale,
         row_starts,
         columns,
         weight,
@@ -277,7 +263,6 @@ def sm3_write(
         decay,
         -learning_rate,
         eps,
-        SCALED=scale is not None,
         WRITES=written is not None,
         BLOCK=ROW_BLOCK,
         enable_fp_fusion=False,

@@ -48,16 +48,16 @@ def test_adamw_in_one_pass_is_the_plain_update_and_writes_the_weight(betas, eps,
     entries = some_entries(WEIGHT, count)
     weight, base = weight_and_base(entries, dtype)
     deltas, gradients, exp_avg = (drawn(seed, count) for seed in (3, 4, 5))
-    exp_avg_sq, scale = drawn(6, count).square(), torch.tensor(0.37, device=DEVICE)
+    exp_avg_sq = drawn(6, count).square()
     cohort, seen = (torch.arange(count, device=DEVICE) % 3).to(torch.uint8), [12, 3, 40]
     plain = [tensor.clone() for tensor in (deltas, exp_avg, exp_avg_sq)]
     adamw_update(
-        plain[0], gradients * scale, plain[1], plain[2], cohort, seen,
+        plain[0], gradients, plain[1], plain[2], cohort, seen,
         learning_rate=0.01, betas=betas, eps=eps, weight_decay=decay,
     )  # fmt: skip
     adamw_write(
         deltas, gradients, exp_avg, exp_avg_sq, cohort, *adamw_tables(seen, 0.01, betas),
-        decay=1 - 0.01 * decay, betas=betas, eps=eps, entries=entries, scale=scale, written=Written(weight, base),
+        decay=1 - 0.01 * decay, betas=betas, eps=eps, entries=entries, written=Written(weight, base),
     )  # fmt: skip
     for actual, expected in zip((deltas, exp_avg, exp_avg_sq), plain, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=3e-7)  # torch fuses some products with sums
@@ -70,14 +70,14 @@ def test_adamw_in_one_pass_is_the_plain_update_and_writes_the_weight(betas, eps,
 def test_sm3_in_one_pass_is_the_plain_update_and_writes_the_weight(decay, dtype, count) -> None:
     entries = some_entries(WEIGHT, count)
     weight, base = weight_and_base(entries, dtype)
-    deltas, gradients, scale = drawn(3, count), drawn(4, count), torch.tensor(0.6, device=DEVICE)
+    deltas, gradients = drawn(3, count), drawn(4, count)
     row, col = drawn(5, WEIGHT[0]).square(), drawn(6, WEIGHT[1]).square()
     plain = [tensor.clone() for tensor in (deltas, row, col)]
     settings = {"learning_rate": 0.05, "eps": 1e-8}
-    sm3_update(plain[0], gradients * scale, entries, plain[1], plain[2], weight_decay=decay, **settings)
+    sm3_update(plain[0], gradients, entries, plain[1], plain[2], weight_decay=decay, **settings)
     sm3_write(
-        deltas, gradients, row, col, decay=1 - 0.05 * decay, entries=entries, scale=scale,
-        written=Written(weight, base), **settings,
+        deltas, gradients, row, col, decay=1 - 0.05 * decay, entries=entries, written=Written(weight, base),
+        **settings,
     )  # fmt: skip
     for actual, expected in zip((deltas, row, col), plain, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=3e-7)  # torch fuses some products with sums

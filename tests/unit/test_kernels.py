@@ -248,7 +248,7 @@ def test_dot_products_and_updates_spill_nothing_and_updates_round_as_ieee_754_as
     for path in (picked_entries, sampled_dots):
         path(*some_product(256, 256, 512, 2048))
     entries, state = Entries(torch.arange(2048), (256, 512)), torch.zeros(4, 2048)
-    common = {"decay": 1.0, "eps": 1e-8, "entries": entries, "scale": torch.ones(())}
+    common = {"decay": 1.0, "eps": 1e-8, "entries": entries}
     common["written"] = Written(torch.zeros(256, 512, dtype=torch.bfloat16), torch.zeros(2048, dtype=torch.bfloat16))
     adamw_write(*state, torch.zeros(2048, dtype=torch.uint8), *torch.zeros(2, 3), betas=(0.9, 0.99), **common)
     sm3_write(*state[:2], torch.zeros(256), torch.zeros(512), learning_rate=0.1, **common)
