@@ -87,7 +87,11 @@ class Session:
         length = max_length(config.data.max_length, self.inputs.model_config)
         candidates = {} if config.sparse.method == "ma" else self.tuning.recorder.counts
         path.measure_store(self.tuning.store, candidates, rows * length, self.inputs.dtype)
-        step = "updated and written in one pass" if self.fused else "updated, then written"
+        in_weights = isinstance(self.resident, ResidentDeltas)
+        if self.fused:
+            step = "updated and written in one pass" if in_weights else "updated in one pass"
+        else:
+            step = "updated, then written" if in_weights else "updated"
         return [f"kernels: weight gradients {path.summary()}; deltas {step}"]
 
     def check_packed_base(self) -> None:

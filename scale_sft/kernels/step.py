@@ -1,7 +1,7 @@
 """One optimizer step on all deltas, written into the weights on the way: each weight's state is read and written once.
 
-The same as `SparseFineTuning.update` followed by `ResidentDeltas.write`, up to the last bit of products that torch
-fuses with sums (see `updates`).
+The same as `SparseFineTuning.update` followed by the carrier's `write`, up to the last bit of products that torch fuses
+with sums (see `updates`). Transient deltas are in no weight: their state is updated in one pass, and nothing is written.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from ..base_weight import ResidentDeltas
 from ..spiel.algorithm import SparseFineTuning
 from ..spiel.moments import DenseMoment
 from ..spiel.optimizer import SM3, AdamW, corrections
+from ..transient import TransientDeltas
 from .updates import Written, adamw_write, sm3_write
 
 
-def why_not(tuning: SparseFineTuning, resident: object) -> str | None:
+def why_not(tuning: SparseFineTuning, carrier: ResidentDeltas | TransientDeltas) -> str | None:
     """Why a step of these cannot be fused, or None if it can."""
     if tuning.store.device.type != "cuda":
         return f"the deltas are on a {tuning.store.device.type}"
-    if not isinstance(resident, ResidentDeltas):
-        return "no weight holds its delta"
-    if any(part.entries().device != tuning.store.device for part in resident.parts.values()):
+    parts = carrier.parts.values() if isinstance(carrier, ResidentDeltas) else ()
+    if any(part.entries().device != tuning.store.device for part in parts):
         return "the weights are elsewhere than their deltas"
     optimizer = tuning.optimizer
     moments = (optimizer.exp_avg, optimizer.exp_avg_sq) if isinstance(optimizer, AdamW) else ()
@@ -31,13 +31,15 @@ def why_not(tuning: SparseFineTuning, resident: object) -> str | None:
     return None
 
 
-def update_and_write(tuning: SparseFineTuning, resident: ResidentDeltas, learning_rate: float) -> None:
-    """One optimizer step on all deltas, one more term of the candidates' estimates, and all effective values.
+def update_and_write(tuning: SparseFineTuning, carrier: ResidentDeltas | TransientDeltas, learning_rate: float) -> None:
+    """One optimizer step on all deltas, one more term of the candidates' estimates, and all effective values of weights
+    that hold them.
 
     Gradients are those of the recorder, summed over ranks and clipped. Nothing waits for the device.
     """
     tuning.recorder.end_step()
-    resident.settle()
+    carrier.settle()
+    resident = carrier if isinstance(carrier, ResidentDeltas) else None
     optimizer, store = tuning.optimizer, tuning.store
     if isinstance(optimizer, AdamW):
         optimizer.gradients_seen = [n + 1 for n in optimizer.gradients_seen]
@@ -46,15 +48,16 @@ def update_and_write(tuning: SparseFineTuning, resident: ResidentDeltas, learnin
     decay = 1 - learning_rate * optimizer.weight_decay
     for delta, gradients in zip(store, _of_each(tuning), strict=True):
         common = {"decay": decay, "eps": optimizer.eps, "entries": delta.entries}
-        common["written"] = Written(*resident.held(delta.name))
+        common["written"] = Written(*resident.held(delta.name)) if resident else None
         state = optimizer.state_of(delta.name)
         if isinstance(optimizer, SM3):
             sm3_write(delta.deltas, gradients, state["row"], state["col"], learning_rate=learning_rate, **common)
             continue
         moments = state["exp_avg"], state["exp_avg_sq"]
         adamw_write(delta.deltas, gradients, *moments, delta.cohort, *tables, betas=optimizer.betas, **common)
-    resident.written()
-    resident.current = True
+    if resident:
+        resident.written()
+        resident.current = True
 
 
 def _of_each(tuning: SparseFineTuning) -> tuple[Tensor, ...]:

@@ -190,7 +190,7 @@ def adamw_write(
         written: None: no weight is written (transient deltas).
     """
     _check_written(written, entries)
-    row_starts, columns = entries.csr()
+    row_starts, columns = entries.csr() if written else (deltas, deltas)  # asked for only to write
     weight, base, start, first = _target(written, deltas)
     adamw_kernel[(triton.cdiv(deltas.numel(), BLOCK),)](
         deltas,

@@ -9,10 +9,12 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from scale_sft.base_weight import ResidentDeltas, WeightPart
 from scale_sft.kernels.step import update_and_write, why_not
+from scale_sft.quantized import PlainWeight
 from scale_sft.spiel.algorithm import SparseFineTuning
 from scale_sft.spiel.delta import DeltaStore
 from scale_sft.spiel.moments import float32_moments, mixed_moments
 from scale_sft.spiel.schedule import ReallocationSchedule
+from scale_sft.transient import TransientDeltas
 
 pytestmark = marks
 SHAPES = {"a": (7, 12), "b": (20, 9), "c": (5, 3)}
@@ -20,9 +22,10 @@ ACTIVE = {"a": 40, "b": 55, "c": 2}  # the last keeps flat indices
 
 
 class Run:
-    """Deltas on random weights, of which this process holds one part each, trained on random gradients."""
+    """Deltas on random weights, of which this process holds one part each, trained on random gradients; or `transient`
+    ones, of which a weight is made when it is looked at."""
 
-    def __init__(self, method: str, *, sharded: bool = False, moments=float32_moments):
+    def __init__(self, method: str, *, sharded: bool = False, transient: bool = False, moments=float32_moments):
         weights = {name: nn.Parameter(drawn(1, *shape)) for name, shape in SHAPES.items()}
         parts = {name: WeightPart.whole(weight) for name, weight in weights.items()}
         if sharded:
@@ -33,7 +36,15 @@ class Run:
             total_steps=20, update_interval_steps=3, estimation_steps=2, estimates=method != "ma"
         )
         self.tuning = SparseFineTuning(store, method=method, schedule=schedule, weight_decay=0.1, moments=moments)
-        self.resident, self.parts = ResidentDeltas(store, parts), parts
+        if transient:
+            modules = {name: nn.Linear(width, rows, bias=False) for name, (rows, width) in SHAPES.items()}
+            for name, module in modules.items():
+                module.weight = weights[name]
+            packed = {name: PlainWeight(module, transposed=False) for name, module in modules.items()}
+            self.carrier = TransientDeltas(store, packed)
+        else:
+            self.carrier = ResidentDeltas(store, parts)
+        self.parts, self.transient = parts, transient
 
     def step(self, number: int, *, fused: bool) -> None:
         self.tuning.begin_step(number)
@@ -41,19 +52,20 @@ class Run:
             factors = drawn(10 * number, 30, rows), drawn(10 * number + 1, 30, width)
             self.tuning.recorder.record_product(name, *factors)
         if fused:
-            update_and_write(self.tuning, self.resident, 0.01)
+            update_and_write(self.tuning, self.carrier, 0.01)
         else:
             self.tuning.update(0.01)
         if self.tuning.schedule.reallocates_at(number):
-            self.tuning.reallocate(number, self.resident)
+            self.tuning.reallocate(number, self.carrier)
         if not fused or self.tuning.schedule.reallocates_at(number):
-            self.resident.write()
+            self.carrier.write()
 
     def everything(self) -> list[torch.Tensor]:
         states = [self.tuning.state_of(name) for name in SHAPES]
-        return [tensor for state in states for tensor in state.values()] + [
-            part.entries().clone() for part in self.parts.values()
-        ]
+        weights = [part.entries().clone() for part in self.parts.values()]
+        if self.transient:
+            weights += [self.carrier.effective_weight(name) for name in SHAPES]
+        return [tensor for state in states for tensor in state.values()] + weights
 
 
 @pytest.mark.parametrize("method", ["ag", "ma"])
@@ -68,6 +80,21 @@ def test_a_fused_step_is_an_update_and_a_write(method: str, sharded: bool) -> No
     assert plain.tuning.counters() == fused.tuning.counters()
 
 
+@pytest.mark.parametrize("method", ["ag", "ma"])
+def test_a_fused_step_of_transient_deltas_is_an_update_and_touches_no_weight(method: str) -> None:
+    plain, fused = Run(method, transient=True), Run(method, transient=True)
+    untouched = [part.entries().clone() for part in fused.parts.values()]
+    for number in range(1, 7):
+        plain.step(number, fused=False)
+        fused.step(number, fused=True)
+        for expected, actual in zip(plain.everything(), fused.everything(), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert bool(fused.tuning.store.flat.any())
+    assert all(
+        torch.equal(part.entries(), before) for part, before in zip(fused.parts.values(), untouched, strict=True)
+    )
+
+
 def test_a_first_moment_in_bf16_is_fused_too() -> None:
     plain, fused = Run("ag", moments=mixed_moments), Run("ag", moments=mixed_moments)
     for number in range(1, 4):
@@ -79,8 +106,8 @@ def test_a_first_moment_in_bf16_is_fused_too() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 def test_what_cannot_be_fused_is_said() -> None:
-    run = Run("ag")
-    assert why_not(run.tuning, run.resident) is None
-    assert why_not(run.tuning, object()) == "no weight holds its delta"
-    run.tuning.optimizer.exp_avg = object()
-    assert why_not(run.tuning, run.resident) == "the moments are kept in codes"
+    for transient in (False, True):
+        run = Run("ag", transient=transient)
+        assert why_not(run.tuning, run.carrier) is None
+        run.tuning.optimizer.exp_avg = object()
+        assert why_not(run.tuning, run.carrier) == "the moments are kept in codes"
