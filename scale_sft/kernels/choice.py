@@ -63,7 +63,7 @@ class GradientPath:
     differently: what they sum over ranks stays the same on all of them.
 
     Args:
-        device: where the factors lie. Without a GPU, or without Triton, there is only the plain path, the whole product.
+        device: where the factors lie. Without a GPU or Triton there is only the plain path, the whole product.
         paths: paths by name, `plain` among them; None: all that can be had on the device.
         timer: see `Timer`; None: by CUDA events, with caches flushed.
     """

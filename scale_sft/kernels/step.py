@@ -1,18 +1,18 @@
 """One optimizer step on all deltas, written into the weights on the way: each weight's state is read and written once.
 
-The same as `SparseFineTuning.update` followed by the carrier's `write`, up to the last bit of products that torch fuses
-with sums (see `updates`). Transient deltas are in no weight: their state is updated in one pass, and nothing is written.
+The same as `SparseFineTuning.update` followed by the carrier's `write`, up to the last bit of products that torch
+fuses with sums (see `updates`). Transient deltas are in no weight: their state is updated in one pass, and nothing is
+written.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..base_weight import ResidentDeltas
 from ..spiel.algorithm import SparseFineTuning
 from ..spiel.moments import DenseMoment
-from ..spiel.optimizer import SM3, AdamW, corrections
+from ..spiel.optimizer import SM3, AdamW, correction_table
 from ..transient import TransientDeltas
 from .updates import Written, adamw_write, sm3_write
 
@@ -43,8 +43,7 @@ def update_and_write(tuning: SparseFineTuning, carrier: ResidentDeltas | Transie
     optimizer, store = tuning.optimizer, tuning.store
     if isinstance(optimizer, AdamW):
         optimizer.gradients_seen = [n + 1 for n in optimizer.gradients_seen]
-        tables = torch.tensor(corrections(optimizer.gradients_seen, learning_rate, optimizer.betas))
-        tables = tables.to(store.device, non_blocking=True)
+        tables = correction_table(optimizer.gradients_seen, learning_rate, optimizer.betas, store.device)
     decay = 1 - learning_rate * optimizer.weight_decay
     for delta, gradients in zip(store, _of_each(tuning), strict=True):
         common = {"decay": decay, "eps": optimizer.eps, "entries": delta.entries}

@@ -32,6 +32,7 @@ def adamw_update(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    table: Tensor | None = None,
 ) -> None:
     """One AdamW step on [K] entries in place, each with the bias correction of its own age (section 3.2).
 
@@ -42,18 +43,20 @@ def adamw_update(
         deltas, gradients, exp_avg, exp_avg_sq: [K] fp32.
         cohort: [K] integers: which entry of `gradients_seen` holds for each delta.
         gradients_seen: by cohort, how many gradients its moments have seen, this one included.
+        table: `correction_table` of these, made once for all calls of a step; None: made here if it is needed.
     """
     beta1, beta2 = betas
     deltas.mul_(1 - learning_rate * weight_decay)
     exp_avg.lerp_(gradients, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
-    step_sizes, denominators = corrections(gradients_seen, learning_rate, betas)
     if len(gradients_seen) == 1:
+        step_sizes, denominators = corrections(gradients_seen, learning_rate, betas)
         denominator = (exp_avg_sq.sqrt() / denominators[0]).add_(eps)
         deltas.addcdiv_(exp_avg, denominator, value=step_sizes[0])
         return
     place = cohort.int()
-    table = torch.tensor([step_sizes, denominators], dtype=torch.float32).to(deltas.device)
+    if table is None:
+        table = correction_table(gradients_seen, learning_rate, betas, deltas.device)
     denominator = exp_avg_sq.sqrt().div_(table[1].index_select(0, place)).add_(eps)
     deltas.add_(table[0].index_select(0, place).mul_(exp_avg).div_(denominator))
 
@@ -65,6 +68,15 @@ def corrections(
     beta1, beta2 = betas
     step_sizes = [-learning_rate / (1 - beta1**n) if n else 0.0 for n in gradients_seen]
     return step_sizes, [(1 - beta2**n) ** 0.5 if n else 1.0 for n in gradients_seen]
+
+
+def correction_table(
+    gradients_seen: Sequence[int], learning_rate: float, betas: tuple[float, float], device: torch.device
+) -> Tensor:
+    """`corrections` as a tensor [2, cohorts] fp32 on the device, for which nothing waits."""
+    pinned = device.type == "cuda"  # from other memory the copy may wait for the work that is under way
+    table = torch.tensor(corrections(gradients_seen, learning_rate, betas), dtype=torch.float32, pin_memory=pinned)
+    return table.to(device, non_blocking=True)
 
 
 def sm3_update(
@@ -153,6 +165,7 @@ class AdamW:
     def step(self, gradients: Tensor, learning_rate: float) -> None:
         """Update all deltas with `gradients` [sum of K] fp32 or bf16, the gradient of the global batch."""
         self.gradients_seen = [n + 1 for n in self.gradients_seen]
+        table = correction_table(self.gradients_seen, learning_rate, self.betas, self.store.device)
         sizes = [delta.active for delta in self.store]
         for delta, gradient in zip(self.store, gradients.split(sizes), strict=True):
             for part in pieces(delta.active):  # temporaries stay small, and in a processor's cache
@@ -169,6 +182,7 @@ class AdamW:
                         betas=self.betas,
                         eps=self.eps,
                         weight_decay=self.weight_decay,
+                        table=table,
                     )
                 self.exp_avg.store(delta.name, part, exp_avg)
                 self.exp_avg_sq.store(delta.name, part, exp_avg_sq)

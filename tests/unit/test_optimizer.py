@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scale_sft.spiel import entries
+from scale_sft.spiel import entries, optimizer
 from scale_sft.spiel.delta import DeltaStore
 from scale_sft.spiel.entries import Entries
 from scale_sft.spiel.optimizer import SM3, AdamW, adamw_update, sm3_update
@@ -91,6 +91,30 @@ def test_pieces_of_a_large_model_are_updated_as_the_whole(monkeypatch) -> None:
             own.step(gradient, 0.01)
         results.append(store.flat.clone())
     assert torch.equal(*results)
+
+
+def test_corrections_by_cohort_go_to_the_device_once_a_step(monkeypatch) -> None:
+    """Per weight and piece, a GPU would be waited for as often; numbers are those of updates that make their own."""
+    monkeypatch.setattr(entries, "PIECE_ENTRIES", 10)
+    made, make = [], optimizer.correction_table
+    monkeypatch.setattr(optimizer, "correction_table", lambda *a: made.append(make(*a)) or made[-1])
+    store = DeltaStore(SHAPES, ACTIVE)
+    own = AdamW(store, weight_decay=0.1)
+    own.begin_cohort()
+    for delta in store:
+        delta.cohort[::3] = 1
+    apart = {
+        delta.name: [delta.deltas.clone(), *(t.clone() for t in own.state_of(delta.name).values())] for delta in store
+    }
+    settings = {"learning_rate": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    for step, gradient in enumerate(gradients(3, 5, store.active), start=1):
+        made.clear()
+        own.step(gradient, 0.01)
+        assert len(made) == 1
+        for delta, part in zip(store, gradient.split(list(ACTIVE.values())), strict=True):
+            deltas, *moments = apart[delta.name]
+            adamw_update(deltas, part, *moments, delta.cohort, [step, 5 + step], **settings)
+            assert torch.equal(delta.deltas, deltas)
 
 
 def test_grown_deltas_start_at_zero_with_seeded_moments_that_have_seen_g_gradients() -> None:
