@@ -1,6 +1,8 @@
 """What the tests of kernels share: where they run, and random things to run on."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +16,19 @@ marks = [
     pytest.mark.gpu,
     pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"),
 ]
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """On a GPU, whatever waits for the device raises."""
+    if INTERPRETED:
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def drawn(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,18 +1,25 @@
 """A fused step of all deltas against the plain one; where it runs: see test_recorded_entries.py."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from kernel_tools import DEVICE, INTERPRETED, drawn, marks
-from torch import nn
+from kernel_tools import DEVICE, INTERPRETED, drawn, marks, no_waiting
+from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from scale_sft.base_weight import ResidentDeltas, WeightPart
+from scale_sft.kernels.choice import PLAIN, GradientPath
+from scale_sft.kernels.picked import picked_entries
+from scale_sft.kernels.sampled import sampled_dots
 from scale_sft.kernels.step import update_and_write, why_not
+from scale_sft.kernels.tiles import Tile, product_entries
 from scale_sft.quantized import PlainWeight
 from scale_sft.spiel.algorithm import SparseFineTuning
 from scale_sft.spiel.delta import DeltaStore
-from scale_sft.spiel.moments import float32_moments, mixed_moments
+from scale_sft.spiel.moments import mixed_moments
+from scale_sft.spiel.sampling import dense_products
 from scale_sft.spiel.schedule import ReallocationSchedule
 from scale_sft.transient import TransientDeltas
 
@@ -21,11 +28,18 @@ SHAPES = {"a": (7, 12), "b": (20, 9), "c": (5, 3)}
 ACTIVE = {"a": 40, "b": 55, "c": 2}  # the last keeps flat indices
 
 
+TOKENS = 30
+
+
+def small_tiles(left: Tensor, right: Tensor, wanted) -> None:
+    product_entries(left, right, wanted, Tile(16, 32, 16, 4, 2))
+
+
 class Run:
     """Deltas on random weights, of which this process holds one part each, trained on random gradients; or `transient`
     ones, of which a weight is made when it is looked at."""
 
-    def __init__(self, method: str, *, sharded: bool = False, transient: bool = False, moments=float32_moments):
+    def __init__(self, method: str, *, sharded: bool = False, transient: bool = False, **settings):
         weights = {name: nn.Parameter(drawn(1, *shape)) for name, shape in SHAPES.items()}
         parts = {name: WeightPart.whole(weight) for name, weight in weights.items()}
         if sharded:
@@ -35,7 +49,7 @@ class Run:
         schedule = ReallocationSchedule(
             total_steps=20, update_interval_steps=3, estimation_steps=2, estimates=method != "ma"
         )
-        self.tuning = SparseFineTuning(store, method=method, schedule=schedule, weight_decay=0.1, moments=moments)
+        self.tuning = SparseFineTuning(store, method=method, schedule=schedule, weight_decay=0.1, **settings)
         if transient:
             modules = {name: nn.Linear(width, rows, bias=False) for name, (rows, width) in SHAPES.items()}
             for name, module in modules.items():
@@ -46,15 +60,30 @@ class Run:
             self.carrier = ResidentDeltas(store, parts)
         self.parts, self.transient = parts, transient
 
-    def step(self, number: int, *, fused: bool) -> None:
+    def factors(self, number: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each weight's gradient in step `number`."""
+        return {
+            name: (drawn(10 * number, TOKENS, rows), drawn(10 * number + 1, TOKENS, width))
+            for name, (rows, width) in SHAPES.items()
+        }
+
+    def update(self, number: int, factors: dict[str, tuple[Tensor, Tensor]], *, fused: bool) -> None:
+        """All of a step but drop and grow."""
         self.tuning.begin_step(number)
-        for name, (rows, width) in SHAPES.items():
-            factors = drawn(10 * number, 30, rows), drawn(10 * number + 1, 30, width)
-            self.tuning.recorder.record_product(name, *factors)
+        for name, of_weight in factors.items():
+            self.tuning.recorder.record_product(name, *of_weight)
+        self.tuning.clip()
         if fused:
             update_and_write(self.tuning, self.carrier, 0.01)
         else:
             self.tuning.update(0.01)
+
+    def step(self, number: int, *, fused: bool) -> None:
+        self.update(number, self.factors(number), fused=fused)
+        self.finish(number, fused=fused)
+
+    def finish(self, number: int, *, fused: bool) -> None:
+        """Drop and grow where step `number` does."""
         if self.tuning.schedule.reallocates_at(number):
             self.tuning.reallocate(number, self.carrier)
         if not fused or self.tuning.schedule.reallocates_at(number):
@@ -93,6 +122,25 @@ def test_a_fused_step_of_transient_deltas_is_an_update_and_touches_no_weight(met
     assert all(
         torch.equal(part.entries(), before) for part, before in zip(fused.parts.values(), untouched, strict=True)
     )
+
+
+@pytest.mark.parametrize("products", [dense_products, picked_entries, sampled_dots, small_tiles])
+@pytest.mark.parametrize(
+    "method, transient, fused", [("ag", False, True), ("ma", False, True), ("ma", True, True), ("ag", True, False)]
+)
+def test_between_backward_and_drop_nothing_waits_for_the_device(products, method, transient, fused) -> None:
+    timer = lambda work: float(work.func is dense_products)  # whatever there is beside the plain path is faster
+    path = GradientPath(DEVICE, {PLAIN: dense_products, "kernel": products}, timer)
+    run = Run(method, transient=transient, max_grad_norm=1.0, products=path.products)
+    path.measure_store(run.tuning.store, run.tuning.recorder.counts, TOKENS, torch.float32)
+    assert not any(measurement.refused for measurement in path.measured.values())
+    for number in range(1, 7):  # all kernels are compiled by the third
+        factors = run.factors(number)
+        with no_waiting() if number in (3, 5, 6) else nullcontext():  # 1 and 4 choose candidates: that waits
+            run.update(number, factors, fused=fused)
+            run.carrier.write()
+        run.finish(number, fused=fused)
+    assert bool(run.tuning.store.flat.any())
 
 
 def test_a_first_moment_in_bf16_is_fused_too() -> None:

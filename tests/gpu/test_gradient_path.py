@@ -1,11 +1,11 @@
 """On a GPU: the measured path is never slower than the plain one, right at real sizes, and waits for nothing."""
 
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
+from kernel_tools import INTERPRETED, no_waiting
 from torch import Tensor
 
 from scale_sft.kernels.choice import GradientPath, _EventTimer, _spread_evenly
@@ -14,7 +14,7 @@ from scale_sft.spiel.sampling import dense_products
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU, and no interpreter"),
 ]
 TOKENS = 4096
 CASES = [  # rows, columns, counts of entries that are wanted at once
@@ -30,16 +30,6 @@ CASES = [  # rows, columns, counts of entries that are wanted at once
 def path() -> GradientPath:
     pytest.importorskip("triton", reason="Triton is not installed")
     return GradientPath("cuda")
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Whatever waits for the device raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def a_case(rows: int, width: int, counts: list[int]) -> tuple[Tensor, Tensor, list[tuple[Entries, Tensor]]]:

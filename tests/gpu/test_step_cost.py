@@ -1,6 +1,6 @@
 """What a whole step of ours costs on a GPU: beside dense forward and backward, beside LoRA, and on a base in 4 bits.
 
-In Triton's interpreter (see test_recorded_entries.py) the same comparisons run on a tiny model, and no time is asserted.
+In Triton's interpreter (see test_recorded_entries.py) the same comparisons run on a tiny model and assert no time.
 """
 
 import json

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from kernel_tools import INTERPRETED
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU, and no interpreter"),
 ]
 
 

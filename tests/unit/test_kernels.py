@@ -151,7 +151,8 @@ def test_without_a_gpu_there_is_only_the_plain_path_and_triton_is_not_imported()
 @pytest.mark.slow
 def test_all_kernels_are_exact_in_tritons_interpreter() -> None:
     """The tests of tests/gpu, in a process of their own: Triton looks for the switch when it is imported."""
-    done = run_python("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu", TRITON_INTERPRET="1")
+    command = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu"]
+    done = run_python(*command, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
