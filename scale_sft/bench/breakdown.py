@@ -50,7 +50,11 @@ _PIECES: tuple[tuple[Any, str, str], ...] = (
     (OneRank, "select_candidates", "propose"),
     (SparseFineTuning, "reallocate", "reallocate"),
 )
-"""Owner, name of a function there, and the piece that its time belongs to."""
+"""Owner, name of a function there, and the piece that its time belongs to.
+
+dW: products of the backward pass, whole or of sampled columns. Gather: picking entries out of whole ones, and all of a
+GPU's own kernels, which form and pick in one.
+"""
 
 PIECES = (
     "data", "forward", "dX", DW, GATHER, "rest of backward", "dequantise", ALL_REDUCE, "optimizer", "write", OTHER,
@@ -121,7 +125,7 @@ def _timed(function: Callable, watch: Stopwatch, piece: str) -> Callable:
 
 
 class _Products(TorchFunctionMode):
-    """Inside the block torch's matrix products are dW; a kernel that forms no more than what is gathered is not."""
+    """Inside the block torch's matrix products, which are whole ones, count as dW and not as the gather around them."""
 
     def __init__(self, watch: Stopwatch):
         super().__init__()
@@ -140,8 +144,8 @@ def breakdown(base: Base, method: str, batches: Batches, steps: int) -> dict[str
         steps: plain steps; the median of each piece counts.
     Returns:
         `pieces` by name and their `seconds` together; `reallocation`: seconds of proposal, estimation (all its steps,
-        the candidates' share of gathering included) and exchange in one interval, `seconds_per_step` when spread over
-        the interval, and this as a `fraction` of a plain step.
+        with what they form and gather more than plain ones) and exchange in one interval, `seconds_per_step` when
+        spread over the interval, and this as a `fraction` of a plain step.
     """
     watch = Stopwatch(base.device)
     with instrumented(watch):
@@ -154,10 +158,10 @@ def breakdown(base: Base, method: str, batches: Batches, steps: int) -> dict[str
         plain = [timed(trainer.plain_step, number) for number in range(1, steps + 1)]
         around = [timed(interval + 1 + number, number) for number in range(estimation)]
     pieces = {name: statistics.median(step[name] for step in plain) for name in PIECES}
-    pieces = {name: seconds for name, seconds in pieces.items() if seconds or name == ALL_REDUCE}
     extra = {name: sum(step[name] for step in around) for name in OF_REALLOCATION}
     if extra["propose"]:
-        extra["estimate"] += max(0.0, sum(step[GATHER] - pieces[GATHER] for step in around))
+        extra["estimate"] += sum(max(0.0, sum(step[name] - pieces[name] for step in around)) for name in (DW, GATHER))
+    pieces = {name: seconds for name, seconds in pieces.items() if seconds or name == ALL_REDUCE}
     total, per_step = sum(pieces.values()), sum(extra.values()) / interval
     return {
         "pieces": pieces,

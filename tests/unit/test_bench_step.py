@@ -3,6 +3,7 @@
 import math
 import re
 import statistics
+from collections import Counter
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from scale_sft.bench.rows import read_rows
 from scale_sft.bench.workload import RUN_STEPS, Base, Batches, Case
 from scale_sft.errors import UserError
 from scale_sft.spiel.linear import WeightTap
+from scale_sft.spiel.schedule import Phase
 
 CPU = torch.device("cpu")
 
@@ -93,6 +95,25 @@ def test_the_breakdown_has_all_pieces_and_they_add_up(everybody):
         assert (cost["propose"] > 0) == (name == "ours-ag") and (cost["reallocate"] > 0) == (name != "ours-static")
     assert WeightTap.input_gradient.__qualname__ == "WeightTap.input_gradient"  # the clocks are gone
     assert not hasattr(WeightTap.input_gradient, "__wrapped__") and not hasattr(contestants.forward, "__wrapped__")
+
+
+@pytest.mark.parametrize("d_w, gather, more", [(5.0, 1.5, 3.0 + 0.5), (5.0, 0.5, 3.0), (1.0, 1.5, 0.5)])
+def test_products_that_only_an_estimation_phase_forms_are_a_cost_of_reallocation(case, monkeypatch, d_w, gather, more):
+    def scripted(watch, trainer, step, batches, number):
+        if trainer.tuning.schedule.reallocates_at(step):
+            return Counter({"dW": d_w, "gather": gather, "estimate": 0.25, "propose": 1.0, "reallocate": 2.0})
+        if trainer.tuning.schedule.phase(step) is not Phase.OFF:
+            return Counter({"dW": d_w, "gather": gather, "estimate": 0.25})
+        return Counter({"dW": 2.0, "gather": 1.0, "forward": 7.0})
+
+    monkeypatch.setattr(breakdown, "_timed_step", scripted)
+    base = Base(case(), CPU)
+    batches = Batches(base.case, base.model_config.vocab_size, CPU)
+    found = breakdown.breakdown(base, "ag", batches, steps=2)
+    assert found["seconds"] == 10.0
+    cost, phase = found["reallocation"], base.config.sparse.estimation_steps
+    assert cost["estimate"] == pytest.approx(phase * (0.25 + more)) and cost["propose"] == 1.0
+    assert cost["seconds_per_step"] == pytest.approx((cost["estimate"] + 3.0) / found["interval_steps"])
 
 
 def test_a_piece_inside_a_piece_does_not_count_twice(monkeypatch):
