@@ -14,8 +14,9 @@ from scale_sft.report_plots import Plot
 
 from .child import ask
 from .contestants import CONTESTANTS, impossible
-from .page import Part
-from .rows import last_run
+from .page import Part, Table
+from .rows import Row, by_case, machine_name, newest
+from .step_page import describe_sizes
 from .workload import Case
 
 LIMIT_STEPS = 30  # of the paper's protocol
@@ -25,6 +26,7 @@ _PARTS = (
     "indices", "deltas", "ages", "base values", "gradients", "moments", "accumulators", "candidates", "adapter",
 )  # fmt: skip
 _TIMEOUT_SECONDS = 3600
+_NOT_OF_A_CASE = ("contestant", "dtype", "quantization", "limit_steps")  # they have columns, or say how it is measured
 
 
 def run(
@@ -116,10 +118,9 @@ def cells(settings: dict[str, Any], result: dict[str, Any]) -> list[str]:
     ]
 
 
-def part(rows: list[dict[str, Any]]) -> Part:
-    """The newest run as a table and two plots."""
-    newest = last_run(rows)
-    measured = [row for row in newest if "left_out" not in row["result"]]
+def part(rows: list[Row]) -> Part:
+    """A table and two plots for each case on each machine; of each contestant the newest row."""
+    groups = [newest(group) for group in by_case(rows, _NOT_OF_A_CASE)]
     return Part(
         title="Memory",
         text=(
@@ -129,26 +130,37 @@ def part(rows: list[dict[str, Any]]) -> Part:
             "has no estimation, only the reallocation). Smallest limit: the least memory, in whole GiB, under which "
             "the first steps of a run pass."
         ),
-        columns=COLUMNS,
-        rows=[cells(row["settings"], row["result"]) for row in newest],
-        source=newest[-1],
-        plots=(
-            Plot(
-                "memory-parts",
-                "Memory: bytes per trained parameter",
-                "By part, outside the estimation phase and (lower bar) inside it.",
-                lambda _: _plot_parts(measured),
-            ),
-            Plot(
-                "memory-peak",
-                "Memory: peak of a step above the frozen base",
-                "What stays from step to step, and what a step takes and gives back.",
-                lambda _: _plot_peaks(measured),
-            ),
-        )
-        if measured
-        else (),
+        tables=[
+            Table(COLUMNS, [cells(row["settings"], row["result"]) for row in group], sources=group, title=_title(group))
+            for group in groups
+        ],
+        plots=[plot for number, group in enumerate(groups) for plot in _plots(group, number)],
     )
+
+
+def _title(group: list[Row]) -> str:
+    settings = group[0]["settings"]
+    return f"{describe_sizes(settings)}, {settings['device']}: {machine_name(group[0]['machine'])}"
+
+
+def _plots(group: list[Row], number: int) -> list[Plot]:
+    measured = [row for row in group if "left_out" not in row["result"]]
+    if not measured:
+        return []
+    return [
+        Plot(
+            f"memory-parts-{number}",
+            "Memory: bytes per trained parameter",
+            f"{_title(group)}. By part, outside the estimation phase and (lower bar) inside it.",
+            lambda _: _plot_parts(measured),
+        ),
+        Plot(
+            f"memory-peak-{number}",
+            "Memory: peak of a step above the frozen base",
+            f"{_title(group)}. What stays from step to step, and what a step takes and gives back.",
+            lambda _: _plot_peaks(measured),
+        ),
+    ]
 
 
 def _bars(measured: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any], int]]:

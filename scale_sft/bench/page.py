@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from html import escape
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from matplotlib import rc_context
 
@@ -17,7 +16,7 @@ from scale_sft.report import page_of, pairs, render, section, table
 from scale_sft.report_axes import STYLE
 from scale_sft.report_plots import Plot
 
-from .rows import machine_name, read_rows
+from .rows import Row, machine_name, read_rows
 
 PAGE = "bench.html"
 BENCHMARKS = ("step", "memory", "reallocate", "scale", "quality")
@@ -25,14 +24,22 @@ BENCHMARKS = ("step", "memory", "reallocate", "scale", "quality")
 
 
 @dataclass(frozen=True)
-class Part:
-    """What a page says of one benchmark: of its newest run, or of all where they belong together."""
+class Table:
+    """Lines that belong together: of one case, measured on one machine."""
 
-    title: str
-    text: str  # how to read it, one or two sentences
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    source: dict[str, Any]  # the row whose machine, versions, commit and command stand for all
+    sources: Sequence[Row]  # the rows of results that it was made from
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a page says of one benchmark: every case on every machine that it was measured on."""
+
+    title: str
+    text: str  # how to read it, some sentences
+    tables: Sequence[Table]
     plots: Sequence[Plot] = field(default_factory=tuple)  # `draw` is called with None
 
 
@@ -57,20 +64,28 @@ def write_page(folder: Path) -> Path:
 
 
 def _html(part: Part) -> str:
-    source = part.source
-    of = {
-        "machine": machine_name(source["machine"]),
-        "command": source["command"],
-        "commit": source["commit"],
-        "measured": source["finished"],
-        "versions": ", ".join(f"{name} {value}" for name, value in source["versions"].items()),
-    }
     pictures = []
     for plot in part.plots:
         with rc_context(STYLE):
             figure = plot.draw(None)
         pictures.append(section(plot, render(figure, plot)[1]))
-    content = (
-        f"<section><h2>{escape(part.title)}</h2><p>{escape(part.text)}</p>{table(part.columns, part.rows)}</section>"
-    )
-    return content + "".join(pictures) + pairs(of)
+    head = f"<section><h2>{escape(part.title)}</h2><p>{escape(part.text)}</p></section>"
+    return "".join([head, *(_table_html(one) for one in part.tables), *pictures])
+
+
+def _table_html(one: Table) -> str:
+    title = f"<h3>{escape(one.title)}</h3>" if one.title else ""
+    return f"<section>{title}{table(one.columns, one.rows)}</section>" + pairs(origin(one.sources))
+
+
+def origin(sources: Sequence[Row]) -> dict[str, str]:
+    """Where rows come from: all that differs between their invocations is told, the last of each measured when."""
+    last = {row["run"]: row for row in sources}.values()
+    every = {
+        "machine": [machine_name(row["machine"]) for row in last],
+        "command": [row["command"] for row in last],
+        "commit": [row["commit"] for row in last],
+        "measured": [row["finished"] for row in last],
+        "versions": [", ".join(f"{name} {value}" for name, value in row["versions"].items()) for row in last],
+    }
+    return {name: "; ".join(dict.fromkeys(values)) for name, values in every.items()}

@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from scale_sft.report_axes import CYCLE, PERCENT, PLAIN, WIDTH_INCHES, log_axis
 from scale_sft.report_plots import Plot
 
-from .page import Part
+from .page import Part, Table
 from .quality_contestants import BASE
 from .quality_summary import COLUMNS, Row, Summary, comparable, summaries
 
@@ -38,9 +38,7 @@ def part(rows: Sequence[Row]) -> Part:
     return Part(
         title="Quality: held-out loss and exact match",
         text=f"{text} {remarks}." if remarks else text,
-        columns=COLUMNS,
-        rows=[summary.cells() for summary in found],
-        source=chosen[-1],
+        tables=[Table(COLUMNS, [summary.cells() for summary in found], sources=chosen)],
         plots=_plots(found),
     )
 

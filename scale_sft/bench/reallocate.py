@@ -22,12 +22,13 @@ from scale_sft.spiel.algorithm import SparseFineTuning
 from scale_sft.spiel.delta import DeltaStore, seeded_generator
 from scale_sft.spiel.schedule import Phase, ReallocationSchedule
 
-from .page import Part
+from .page import Part, Table
 from .peak import available_bytes, peak_of, seconds_of
-from .rows import last_run
+from .rows import Row, by_case, machine_name, newest
 
 NAME = "weight"
 METHODS = ("ag", "ma")
+_NOT_OF_A_CASE = ("method", "weights", "density", "shape", "active", "repeats")
 _WARM_UP_WEIGHTS = 1 << 15
 _BYTES_PER_ACTIVE = 200  # state and the temporaries of drop and grow, roughly
 _RESERVE_BYTES = 1 << 28
@@ -221,37 +222,49 @@ def cells(settings: dict[str, Any], result: dict[str, Any]) -> list[str]:
     ]
 
 
-def part(rows: list[dict[str, Any]]) -> Part:
-    """The newest run as a table and two plots."""
-    newest = last_run(rows)
-    first = newest[0]["settings"]
+def part(rows: list[Row]) -> Part:
+    """A table and two plots for each dtype, share replaced and machine; of each weight the newest row."""
+    by_size = lambda row: (row["settings"]["weights"], row["settings"]["density"], row["settings"]["method"])
+    groups = [sorted(newest(group), key=by_size) for group in by_case(rows, _NOT_OF_A_CASE)]
     return Part(
         title="One reallocation",
         text=(
-            "Time and peak memory of one reallocation of one weight of N entries, K of them active, "
-            f"{first['replaced']:.0%} of those up for replacement (at the first reallocation of a run all are, later a "
-            f"fifth and less). AG: the candidates are chosen from a dense {first['dtype']} gradient. The peak is what "
-            "lies above weight, gradient and state; a mask of the weight would take 1 byte per entry."
+            "Time and peak memory of one reallocation of one weight of N entries, K of them active; at the "
+            "first reallocation of a run all of those are up for replacement, later a fifth and less. AG: the candidates "
+            "are chosen from a dense gradient. The peak is what lies above weight, gradient and state; a mask of the "
+            "weight would take 1 byte per entry."
         ),
-        columns=COLUMNS,
-        rows=[cells(row["settings"], row["result"]) for row in newest],
-        source=newest[-1],
-        plots=(
-            Plot(
-                "reallocate-time",
-                "One reallocation: time",
-                "Proposal, drop and grow by number of entries N, one line per method and density. Grey: one and ten "
-                "nanoseconds per entry.",
-                lambda _: _plot(newest, "seconds", "seconds", {"1 ns N": 1e-9, "10 ns N": 1e-8}),
-            ),
-            Plot(
-                "reallocate-memory",
-                "One reallocation: peak memory",
-                "Above weight, gradient and state. Grey: what a bool mask and what an fp32 tensor of N entries would take.",
-                lambda _: _plot(newest, "peak_bytes", "MiB", {"N bytes": 1.0, "4 N bytes": 4.0}, unit_size=1 << 20),
-            ),
-        ),
+        tables=[
+            Table(COLUMNS, [cells(row["settings"], row["result"]) for row in group], sources=group, title=_title(group))
+            for group in groups
+        ],
+        plots=[plot for number, group in enumerate(groups) for plot in _plots(group, number)],
     )
+
+
+def _title(group: list[Row]) -> str:
+    settings = group[0]["settings"]
+    what = f"{settings['dtype']}, {settings['replaced']:.0%} up for replacement, {settings['device']}"
+    return f"{what}: {machine_name(group[0]['machine'])}"
+
+
+def _plots(group: list[Row], number: int) -> list[Plot]:
+    return [
+        Plot(
+            f"reallocate-time-{number}",
+            "One reallocation: time",
+            f"{_title(group)}. Proposal, drop and grow by number of entries N, one line per method and density. Grey: "
+            "one and ten nanoseconds per entry.",
+            lambda _: _plot(group, "seconds", "seconds", {"1 ns N": 1e-9, "10 ns N": 1e-8}),
+        ),
+        Plot(
+            f"reallocate-memory-{number}",
+            "One reallocation: peak memory",
+            f"{_title(group)}. Above weight, gradient and state. Grey: what a bool mask and what an fp32 tensor of N "
+            "entries would take.",
+            lambda _: _plot(group, "peak_bytes", "MiB", {"N bytes": 1.0, "4 N bytes": 4.0}, unit_size=1 << 20),
+        ),
+    ]
 
 
 def _plot(rows: list[dict[str, Any]], key: str, unit: str, guides: dict[str, float], unit_size: float = 1) -> Any:

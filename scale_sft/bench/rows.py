@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +19,7 @@ from scale_sft import __version__
 from scale_sft.errors import UserError
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes")
+_SOURCES = ("scale_sft", "ds_configs", "launch", ":(exclude)scale_sft/bench/results")
 
 
 class Results:
@@ -72,9 +73,30 @@ def read_rows(folder: Path, benchmark: str) -> list[dict[str, Any]]:
     return rows
 
 
-def last_run(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+Row = dict[str, Any]
+
+
+def by_case(rows: Sequence[Row], apart: Collection[str]) -> list[list[Row]]:
+    """Rows of the same case on the same machine together, cases in the order in which they were first measured.
+
+    Args:
+        apart: settings in which rows of one case differ.
+    """
+    cases: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        alike = {name: value for name, value in row["settings"].items() if name not in apart}
+        cases.setdefault((machine_name(row["machine"]), json.dumps(alike, sort_keys=True)), []).append(row)
+    return list(cases.values())
+
+
+def last_run(rows: Sequence[Row]) -> list[Row]:
     """The rows of the newest invocation."""
     return [row for row in rows if row["run"] == rows[-1]["run"]]
+
+
+def newest(rows: Sequence[Row]) -> list[Row]:
+    """Of rows with the same settings the last, in the order in which they first came."""
+    return list({json.dumps(row["settings"], sort_keys=True): row for row in rows}.values())
 
 
 def command() -> str:
@@ -86,14 +108,18 @@ def command() -> str:
 @cache
 def commit() -> str:
     """The commit of a source checkout (with `+` where files have changed since), or the version installed."""
-    here = Path(__file__).resolve().parents[2]
-    if not (here / ".git").exists():
+    return commit_of(Path(__file__).resolve().parents[2])
+
+
+def commit_of(checkout: Path) -> str:
+    """As `commit`; rows that were added to the results kept with the source are no change of it."""
+    if not (checkout / ".git").exists():
         return f"version {__version__}"
     run = lambda *words: subprocess.run(
-        ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=20, check=True
+        ["git", "-C", str(checkout), *words], capture_output=True, text=True, timeout=20, check=True
     ).stdout.strip()
     try:
-        changed = run("status", "--porcelain", "--untracked-files=no", "--", "scale_sft", "ds_configs", "launch")
+        changed = run("status", "--porcelain", "--untracked-files=no", "--", *_SOURCES)
         return run("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return f"version {__version__}"

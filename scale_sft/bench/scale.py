@@ -29,8 +29,8 @@ from scale_sft.report_axes import CYCLE, GREY, WIDTH_INCHES, log_axis
 from scale_sft.report_plots import Plot
 from scale_sft.spiel.delta import budget
 
-from .page import Part
-from .rows import last_run
+from .page import Part, Table
+from .rows import Row, by_case, last_run, machine_name
 
 PREDICTED_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 MIB = 1 << 20
@@ -258,41 +258,54 @@ def cells(settings: dict[str, Any], result: dict[str, Any]) -> list[str]:
     ]
 
 
-def part(rows: list[dict[str, Any]]) -> Part:
-    """The newest run as a table and two plots."""
-    newest = last_run(rows)
-    settings, cores = newest[0]["settings"], newest[0]["settings"]["cores"]
-    most = max((row["settings"]["ranks"] for row in newest if row["settings"]["measured"]), default=1)
-    kept = "the same global batch for every number of ranks" if settings["strong"] else "the same batch for each rank"
-    crowded = settings["device"] == "cpu" and most > cores
+def part(rows: list[Row]) -> Part:
+    """A table and two plots for each kind of worlds on each machine, of its newest invocation."""
+    groups = [last_run(group) for group in by_case(rows, ("ranks", "measured"))]
     return Part(
         title="Ranks",
         text=(
-            f"One cycle of reallocation of SFT-{settings['method'].upper()}, {kept}, base "
-            f"{'sharded' if settings['sharded'] else 'replicated'}. Into collectives: what a rank gives into them per "
-            "step on average, counted by the run, beside what the planner's arithmetic says; sent: what ring algorithms "
-            "make of it on the wire, gathers of a sharded base included (DeepSpeed does those, the run does not count "
-            "them)."
-            + (f" Up to {most} ranks share {cores} cores here: times beyond that say nothing." if crowded else "")
+            "One cycle of reallocation. Into collectives: what a rank gives into them per step on average, counted by "
+            "the run, beside what the planner's arithmetic says; sent: what ring algorithms make of it on the wire, "
+            "gathers of a sharded base included (DeepSpeed does those, the run does not count them)."
         ),
-        columns=COLUMNS,
-        rows=[cells(row["settings"], row["result"]) for row in newest],
-        source=newest[-1],
-        plots=(
-            Plot(
-                "scale-time",
-                "Ranks: tokens per second",
-                "Measured; dotted: as many times that of the fewest ranks.",
-                lambda _: _plot_speed(newest),
-            ),
-            Plot(
-                "scale-traffic",
-                "Ranks: bytes per rank and step",
-                "What a rank gives into collectives, measured (points) and modelled (line), and what rings send.",
-                lambda _: _plot_traffic(newest),
-            ),
-        ),
+        tables=[
+            Table(COLUMNS, [cells(row["settings"], row["result"]) for row in group], sources=group, title=_title(group))
+            for group in groups
+        ],
+        plots=[plot for number, group in enumerate(groups) for plot in _plots(group, number)],
     )
+
+
+def _title(group: list[Row]) -> str:
+    settings = group[0]["settings"]
+    kept = "the same global batch for every number of ranks" if settings["strong"] else "the same batch for each rank"
+    most = max((row["settings"]["ranks"] for row in group if row["settings"]["measured"]), default=1)
+    cores = settings["cores"]
+    crowded = settings["device"] == "cpu" and most > cores
+    return (
+        f"{settings['base']}, SFT-{settings['method'].upper()}, density {settings['density']:g}, {kept} "
+        f"({settings['batch']} x {settings['max_length']} tokens at most), base "
+        f"{'sharded' if settings['sharded'] else 'replicated'}: {machine_name(group[0]['machine'])}"
+        + (f". Up to {most} ranks share {cores} cores: times beyond that say nothing" if crowded else "")
+    )
+
+
+def _plots(group: list[Row], number: int) -> list[Plot]:
+    return [
+        Plot(
+            f"scale-time-{number}",
+            "Ranks: tokens per second",
+            f"{_title(group)}. Measured; dotted: as many times that of the fewest ranks.",
+            lambda _: _plot_speed(group),
+        ),
+        Plot(
+            f"scale-traffic-{number}",
+            "Ranks: bytes per rank and step",
+            f"{_title(group)}. What a rank gives into collectives, measured (points) and modelled (line), and what rings "
+            "send.",
+            lambda _: _plot_traffic(group),
+        ),
+    ]
 
 
 def _plot_speed(rows: list[dict[str, Any]]) -> Any:

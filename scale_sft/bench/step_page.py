@@ -12,22 +12,28 @@ from matplotlib.figure import Figure
 from scale_sft.report_axes import BLUE, CYCLE, GREY, INK, ORANGE, PERCENT, WIDTH_INCHES
 from scale_sft.report_plots import Plot
 
-from .page import Part
+from .page import Part, Table
+from .rows import Row, by_case, last_run, machine_name
 
 PEERS = ("peft-lora", "full")
 """Whom steps are compared with: LoRA at equal trainable parameters; forward and backward of dense fine-tuning."""
 
 _PEER_NAMES = {"peft-lora": "peft-lora", "full": "dense forward + backward"}
-Row = Mapping[str, Any]
+_NOT_OF_A_CASE = ("contestant", "rounds", "together")  # who took part, and how long it was measured
 
 
 def describe(settings: Mapping[str, Any]) -> str:
     """One line for a case."""
+    quantized = f" in {settings['quantization']}" if settings["quantization"] != "none" else ""
+    return f"{settings['dtype']}{quantized}, {describe_sizes(settings)}"
+
+
+def describe_sizes(settings: Mapping[str, Any]) -> str:
+    """A case but for the dtype of its base."""
     budget = f"rank {settings['rank']}" if settings["rank"] else f"density {settings['density']:g}"
     base = settings["base"]
     parts = [
         Path(base).name if Path(base).is_dir() else base,
-        settings["dtype"] + (f" in {settings['quantization']}" if settings["quantization"] != "none" else ""),
         f"{settings['micro_batch']} x {settings['length']} tokens",
         budget + " equivalent" * bool(settings["rank"]),
     ]
@@ -35,7 +41,7 @@ def describe(settings: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def breakdown_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def breakdown_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Columns and lines: the pieces of each contestant's step in milliseconds, and the cost of reallocation."""
     names = [row["settings"]["contestant"] for row in rows]
     found = [row["result"]["breakdown"] for row in rows]
@@ -50,18 +56,16 @@ def breakdown_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[
     return ["milliseconds (one rank: nothing to all-reduce)", *names], lines
 
 
-def table_of(rows: Sequence[Row], *, common: Sequence[str] | None = None) -> tuple[list[str], list[list[str]]]:
-    """Columns and lines: one line for each row of results; with `common`, also its case, but for these parts of it."""
-    with_case = common is not None
-    columns = ["case"] * with_case + ["contestant", "trainable", "ms per step", "quartiles", "tokens/s"]
+def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Columns and lines: one line for each row of results."""
+    columns = ["contestant", "trainable", "ms per step", "quartiles", "tokens/s"]
     columns += [f"x {peer}" for peer in PEERS]
     lines = []
     for row in rows:
         result, settings = row["result"], row["settings"]
         low, high = (1e3 * value for value in result["quartiles_seconds"])
         lines.append(
-            [", ".join(part for part in _case(row).split(", ") if part not in (common or ())) or "plain"] * with_case
-            + [
+            [
                 settings["contestant"],
                 f"{result['trainable']:,}",
                 f"{1e3 * result['median_seconds']:,.1f}",
@@ -78,54 +82,53 @@ def _ratio(found: Mapping[str, Any] | None) -> str:
 
 
 def part(rows: list[Row]) -> Part:
-    """What the page says of the steps: each case as it was last measured on the machine, at the commit, of the last row."""
-    last = rows[-1]
-    alike = [row for row in rows if row["machine"] == last["machine"] and row.get("commit") == last.get("commit")]
-    runs = {_case(row): row["run"] for row in alike}  # the newest of each case
-    rows = [row for row in alike if row["run"] == runs[_case(row)]]
-    first, *others = ({*_case(row).split(", ")} for row in rows)
-    common = [part for part in _case(rows[0]).split(", ") if part in first.intersection(*others)]
-    columns, lines = table_of(rows, common=common if len(runs) > 1 else None)
+    """What the page says of the steps: a table for each case on each machine, as it was last measured there."""
+    groups = [last_run(group) for group in by_case(rows, _NOT_OF_A_CASE)]
+    machines: dict[str, list[list[Row]]] = {}
+    for group in groups:
+        machines.setdefault(machine_name(group[0]["machine"]), []).append(group)
     return Part(
         title="One optimizer step",
         text=(
             "Contestants take turns: in each round every one of them makes one step, on the same micro-batch, in an "
             "order drawn anew. Ratios are medians over rounds of the ratio of two steps of one round. A step is whole: "
             "data, forward, backward, update, and for ours the write into the weights. full is forward and backward of "
-            "dense fine-tuning without an update, frozen the floor of any adapter: gradients of the inputs alone. "
-            f"All cases: {', '.join(common)}."
+            "dense fine-tuning without an update, frozen the floor of any adapter: gradients of the inputs alone."
         ),
-        columns=columns,
-        rows=lines,
-        source=last,
-        plots=_plots(rows),
+        tables=[_table(group) for of_machine in machines.values() for group in of_machine],
+        plots=[
+            plot
+            for place, (machine, of_machine) in enumerate(machines.items())
+            for plot in _plots(of_machine, f"-{place}", f", {machine}" if len(machines) > 1 else "")
+        ],
     )
 
 
-def _case(row: Row) -> str:
-    return describe(row["settings"])
+def _table(group: Sequence[Row]) -> Table:
+    columns, lines = table_of(group)
+    title = f"{describe(group[0]['settings'])}: {machine_name(group[0]['machine'])}"
+    return Table(columns=columns, rows=lines, sources=group, title=title)
 
 
-def _plots(rows: Sequence[Row]) -> list[Plot]:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(_case(row), []).append(row)
+def _plots(cases: Sequence[Sequence[Row]], suffix: str, where: str) -> list[Plot]:
+    groups = {(number, describe(group[0]["settings"])): group for number, group in enumerate(cases)}
     plots = []
     for number, peer in enumerate(PEERS):
         known = {case: group for case, group in groups.items() if all(peer in r["result"]["relative"] for r in group)}
         if known:
             plots.append(
                 Plot(
-                    name=f"step-relative-{number}",
-                    title=f"Time of a step, relative to {_PEER_NAMES[peer]}",
+                    name=f"step-relative-{number}{suffix}",
+                    title=f"Time of a step, relative to {_PEER_NAMES[peer]}{where}",
                     caption="Median over rounds of ratios within a round; lines are quartiles. Ours in blue.",
                     draw=lambda _, known=known, peer=peer: _relative(known, peer),
                 )
             )
-    own = [row for row in rows if "breakdown" in row["result"]]
+    own = {case: [row for row in group if "breakdown" in row["result"]] for case, group in groups.items()}
+    own = {case: group for case, group in own.items() if group}
     if own:
         caption = "Clocks around the pieces of the real code path; reallocation is spread over its interval of steps."
-        plots.append(Plot("step-breakdown", "Where our step goes", caption, lambda _: _breakdown(own)))
+        plots.append(Plot(f"step-breakdown{suffix}", f"Where our step goes{where}", caption, lambda _: _breakdown(own)))
     return plots
 
 
@@ -136,10 +139,10 @@ def _panels(heights: Sequence[int]) -> tuple[Figure, list[Axes]]:
     return figure, list(axes[:, 0])
 
 
-def _relative(groups: Mapping[str, Sequence[Row]], peer: str) -> Figure:
+def _relative(groups: Mapping[tuple[int, str], Sequence[Row]], peer: str) -> Figure:
     """Bars from 0, one panel for each case, with a line at the peer."""
     figure, axes = _panels([len(group) for group in groups.values()])
-    for ax, (case, group) in zip(axes, groups.items(), strict=True):
+    for ax, ((_, case), group) in zip(axes, groups.items(), strict=True):
         for place, row in enumerate(group):
             found, name = row["result"]["relative"][peer], row["settings"]["contestant"]
             (low, high), median = found["quartiles"], found["median"]
@@ -156,15 +159,13 @@ def _relative(groups: Mapping[str, Sequence[Row]], peer: str) -> Figure:
     return figure
 
 
-def _breakdown(rows: Sequence[Row]) -> Figure:
+def _breakdown(groups: Mapping[tuple[int, str], Sequence[Row]]) -> Figure:
     """One stacked bar for each of our contestants in each case: shares of a step."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(_case(row), []).append(row)
+    rows = [row for group in groups.values() for row in group]
     pieces = [*dict.fromkeys(piece for row in rows for piece in row["result"]["breakdown"]["pieces"]), "reallocation"]
     shades = CYCLE + [GREY, "#5b6b7d", "#c2a5e8", "#7fc7a5"]
     figure, axes = _panels([len(group) for group in groups.values()])
-    for ax, (case, group) in zip(axes, groups.items(), strict=True):
+    for ax, ((_, case), group) in zip(axes, groups.items(), strict=True):
         for place, row in enumerate(group):
             found = row["result"]["breakdown"]
             seconds = found["pieces"] | {"reallocation": found["reallocation"]["seconds_per_step"]}

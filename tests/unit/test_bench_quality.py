@@ -196,7 +196,7 @@ def test_the_page_shows_the_newest_settings_and_the_newest_row_of_each_run(tmp_p
         results.add(settings, **figures)
     results.add(made_up_row("full", 0.1)[0], failed="step 2: the loss is nan")
     part = quality.part(rows.read_rows(tmp_path, "quality"))
-    line = next(cells for cells in part.rows if cells[0] == "ours-ag")
+    line = next(cells for cells in part.tables[0].rows if cells[0] == "ours-ag")
     assert line[2:5] == ["0.01", "2", "1.0050 ± 0.0071"] and "2 steps of 4 sequences" in part.text
     text = page.write_page(tmp_path).read_text()
     assert text.count("<svg") == 3 and "the loss is nan" in text and "9.0" not in part.text

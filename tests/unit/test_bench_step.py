@@ -127,8 +127,9 @@ def test_a_piece_inside_a_piece_does_not_count_twice(monkeypatch):
 
 def test_the_page_shows_tables_and_plots_of_both_cases(everybody):
     html = write_page(everybody).read_text()
-    assert html.count("<svg") == 3 and "2 x 8 tokens, rank 2 equivalent.</p>" in html  # what cases share
-    assert "<td>bfloat16</td>" in html and "<td>float32, checkpointing</td>" in html  # what sets them apart
+    titles = re.findall("<h3>(.*?): ", html)
+    assert html.count("<svg") == 3 and [title.split(", ")[0] for title in titles] == ["bfloat16", "float32"]
+    assert all("2 x 8 tokens, rank 2 equivalent" in title for title in titles) and "checkpointing" in titles[1]
     assert str(everybody.parent) not in html.split("<th>command</th>")[0]
 
 
@@ -136,8 +137,22 @@ def test_the_page_takes_each_case_from_its_newest_run(run, case, tmp_path):
     run([case()], ["full"]), run([case(length=4), case()], ["full", "frozen"])
     rows = read_rows(tmp_path, "step")
     rows[0]["run"] = "an earlier run"
-    shown = [(line[0], line[1]) for line in step.part(rows).rows]
-    assert shown == [(f"2 x {n} tokens", name) for n in (4, 8) for name in ("full", "frozen")]
+    shown = [(table.title.split(", ")[2], [line[0] for line in table.rows]) for table in step.part(rows).tables]
+    assert shown == [("2 x 8 tokens", ["full", "frozen"]), ("2 x 4 tokens", ["full", "frozen"])]
+
+
+def test_no_case_is_hidden_by_a_later_one_at_another_commit_or_on_another_machine(run, case, tmp_path):
+    run([case()], ["full", "peft-lora"]), run([case(rank=None, density=0.1)], ["full", "peft-lora"])
+    rows, later = read_rows(tmp_path, "step"), []
+    gpu = {"machine": {"gpus": ["H200"]}, "run": "on a GPU", "commit": "3"}
+    threads = {"machine": rows[0]["machine"] | {"threads": 63}, "run": "more threads", "commit": "2"}
+    for other in (threads, gpu):
+        later += [{**row, **other} for row in rows]
+    part = step.part(rows + later)
+    machines = [table.title.rsplit(": ", 1)[1] for table in part.tables]
+    assert len(machines) == 6 and len(set(machines)) == 3 and machines[-1] == "1 x H200" and "63 of" in machines[2]
+    assert {source["commit"] for source in part.tables[-1].sources} == {"3"}
+    assert len({plot.name for plot in part.plots}) == len(part.plots) == 6 and part.plots[-1].title.endswith("1 x H200")
 
 
 class RecordedBatches:
@@ -206,7 +221,7 @@ def test_contestants_made_anew_in_each_round_give_the_same_rows(run, case):
 def test_without_a_gpu_the_fastest_kernels_are_none(run, case):
     (row,) = run([case(kernels="auto")], ["ours-ma"], breakdown=True, rounds=1)
     assert row["result"]["relative"] == {} and row["result"]["breakdown"]["pieces"]["dW"] > 0
-    assert step.part([row]).text.endswith("rank 2 equivalent, kernels.")
+    assert "rank 2 equivalent, kernels: " in step.part([row]).tables[0].title
 
 
 def test_a_density_gives_lora_the_nearest_rank(case):
