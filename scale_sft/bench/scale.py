@@ -25,17 +25,16 @@ from scale_sft.errors import UserError
 from scale_sft.model import load_model_config
 from scale_sft.plan import Facts
 from scale_sft.planner import Plan, Planner, proposal_bytes
-from scale_sft.report_axes import CYCLE, GREY, WIDTH_INCHES, log_axis
-from scale_sft.report_plots import Plot
 from scale_sft.spiel.delta import budget
 
-from .page import Part, Table
-from .rows import Row, by_case, last_run, machine_name
+from .scale_page import COLUMNS, cells, part
+
+__all__ = ["COLUMNS", "cells", "part", "run"]
 
 PREDICTED_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
-MIB = 1 << 20
+RANKS_PER_CORE = 4
+"""So many at most are run where there is no GPU."""
 _ROOT = Path(__file__).resolve().parents[2]
-_PURPOSES = ("gradients", "proposal")  # as a run counts them
 _SUMMED = ("gradients of deltas", "gradients of candidates")  # as the planner calls what goes into all-reduces
 
 
@@ -76,16 +75,27 @@ def check(worlds: Worlds, ranks: Sequence[int]) -> None:
     """Refuse what cannot be run, before anything is.
 
     Raises:
-        UserError: there are fewer GPUs than ranks, or no launch files, or a batch does not divide.
+        UserError: there are fewer GPUs than ranks, or far fewer cores, or no launch files, or a batch does not divide.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
     if gpus is not None and max(ranks) > gpus:
         raise UserError(f"--ranks: got {max(ranks)}, but there are {gpus} GPUs, and each rank needs its own")
+    most = RANKS_PER_CORE * _cores()
+    if gpus is None and max(ranks) > most:
+        raise UserError(
+            f"--ranks: got {max(ranks)}, but this machine has {_cores()} cores, on which more than {most} ranks only wait "
+            f"for each other; give at most {most}: larger worlds are modelled without being run"
+        )
     if not (_ROOT / "launch" / "cpu_2proc.yaml").is_file():
         raise UserError("bench scale: needs a checkout of the source, with its folder launch/; this is an installation")
     odd = [count for count in ranks if worlds.global_batch(count) % count]
     if odd:
         raise UserError(f"--batch: {worlds.batch} sequences do not divide over {odd[0]} ranks; give a multiple")
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def predicted(worlds: Worlds, ranks: Sequence[int]) -> list[int]:
@@ -98,7 +108,7 @@ def run(worlds: Worlds, ranks: Sequence[int]) -> Iterator[tuple[dict[str, Any], 
     settings = {
         **vars(worlds),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": _cores(),
     }
     planner = Planner(load_model_config(worlds.config(1).model))
     for count in ranks:
@@ -109,10 +119,10 @@ def run(worlds: Worlds, ranks: Sequence[int]) -> Iterator[tuple[dict[str, Any], 
 
 
 def measure(worlds: Worlds, ranks: int) -> dict[str, Any]:
-    """One run on that many ranks: medians and means over one cycle of reallocation, of rank 0.
+    """One run on that many ranks: medians and means over one cycle of reallocation, of rank 0 where no other is named.
 
     `step_seconds` median; `phase_step_seconds` median inside the estimation phase; `cycle_seconds` all S steps of the
-    cycle; `tokens_per_second` over the cycle; `memory_bytes` at most; `payload_bytes` by purpose: what a rank gives
+    cycle; `collective_seconds` as of `slowest_in_collectives`; `tokens_per_second` over the cycle; `memory_bytes` at most; `payload_bytes` by purpose: what a rank gives
     into collectives per step, averaged over the cycle, without ZeRO-3's own gathers, which are DeepSpeed's.
     """
     with tempfile.TemporaryDirectory(prefix="scale-sft-bench-") as folder:
@@ -130,9 +140,26 @@ def measure(worlds: Worlds, ranks: int) -> dict[str, Any]:
             "output_dir": config.run.output_dir,
         }
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        _launch([*launcher(ranks, worlds.sharded), "scale_sft/train.py", *words], f"bench scale: {ranks} ranks")
+        clocks = Path(folder) / "clocks"
+        clocks.mkdir()
+        program = ["scale_sft/bench/scale_worker.py", str(clocks)]
+        _launch([*launcher(ranks, worlds.sharded), *program, *words], f"bench scale: {ranks} ranks")
         lines = (Path(config.run.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return of_cycle([json.loads(line) for line in lines], config)
+        collectives = [json.loads((clocks / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
+    return of_cycle([json.loads(line) for line in lines], config) | {
+        "collective_seconds": slowest_in_collectives(collectives, config)
+    }
+
+
+def slowest_in_collectives(by_rank: Sequence[Mapping[str, float]], config: Config) -> float:
+    """Median seconds that a plain step of the cycle spends in collectives, on the rank that spends most in them.
+
+    Args:
+        by_rank: seconds of each step, by its number, of each rank.
+    """
+    phase, interval = config.sparse.estimation_steps, config.sparse.update_interval_steps
+    plain = [str(step) for step in range(phase + 1, interval + 1)]
+    return max(median(seconds[step] for step in plain) for seconds in by_rank)
 
 
 def of_cycle(records: Sequence[Mapping[str, Any]], config: Config) -> dict[str, Any]:
@@ -233,129 +260,3 @@ def _end_session(child: subprocess.Popen) -> None:
             os.killpg(child.pid, sign)
         with suppress(subprocess.TimeoutExpired):
             child.wait(10)
-
-
-COLUMNS = ("ranks", "step", "in the phase", "tokens / s", "per rank", "memory of rank 0", "into collectives", "by the model",
-           "sent, by the model")  # fmt: skip
-
-
-def cells(settings: dict[str, Any], result: dict[str, Any]) -> list[str]:
-    """One line of the table."""
-    ranks = settings["ranks"]
-    model = [_kib(sum(result["modelled_payload_bytes"].values())), _kib(sum(result["sent_bytes"].values()))]
-    if not settings["measured"]:
-        return [f"{ranks} (model)", *[""] * 6, *model]
-    payload = sum(count for purpose, count in result["payload_bytes"].items() if purpose in _PURPOSES)
-    return [
-        f"{ranks}",
-        f"{1e3 * result['step_seconds']:,.0f} ms",
-        f"{1e3 * result['phase_step_seconds']:,.0f} ms",
-        f"{result['tokens_per_second']:,.0f}",
-        f"{result['tokens_per_second'] / ranks:,.0f}",
-        f"{result['memory_bytes'] / MIB:,.0f} MiB",
-        _kib(payload),
-        *model,
-    ]
-
-
-def part(rows: list[Row]) -> Part:
-    """A table and two plots for each kind of worlds on each machine, of its newest invocation."""
-    groups = [last_run(group) for group in by_case(rows, ("ranks", "measured"))]
-    return Part(
-        title="Ranks",
-        text=(
-            "One cycle of reallocation. Into collectives: what a rank gives into them per step on average, counted by "
-            "the run, beside what the planner's arithmetic says; sent: what ring algorithms make of it on the wire, "
-            "gathers of a sharded base included (DeepSpeed does those, the run does not count them)."
-        ),
-        tables=[
-            Table(COLUMNS, [cells(row["settings"], row["result"]) for row in group], sources=group, title=_title(group))
-            for group in groups
-        ],
-        plots=[plot for number, group in enumerate(groups) for plot in _plots(group, number)],
-    )
-
-
-def _title(group: list[Row]) -> str:
-    settings = group[0]["settings"]
-    kept = "the same global batch for every number of ranks" if settings["strong"] else "the same batch for each rank"
-    most = max((row["settings"]["ranks"] for row in group if row["settings"]["measured"]), default=1)
-    cores = settings["cores"]
-    crowded = settings["device"] == "cpu" and most > cores
-    return (
-        f"{settings['base']}, SFT-{settings['method'].upper()}, density {settings['density']:g}, {kept} "
-        f"({settings['batch']} x {settings['max_length']} tokens at most), base "
-        f"{'sharded' if settings['sharded'] else 'replicated'}: {machine_name(group[0]['machine'])}"
-        + (f". Up to {most} ranks share {cores} cores: times beyond that say nothing" if crowded else "")
-    )
-
-
-def _plots(group: list[Row], number: int) -> list[Plot]:
-    return [
-        Plot(
-            f"scale-time-{number}",
-            "Ranks: tokens per second",
-            f"{_title(group)}. Measured; dotted: as many times that of the fewest ranks.",
-            lambda _: _plot_speed(group),
-        ),
-        Plot(
-            f"scale-traffic-{number}",
-            "Ranks: bytes per rank and step",
-            f"{_title(group)}. What a rank gives into collectives, measured (points) and modelled (line), and what rings "
-            "send.",
-            lambda _: _plot_traffic(group),
-        ),
-    ]
-
-
-def _plot_speed(rows: list[dict[str, Any]]) -> Any:
-    points = [(r["settings"]["ranks"], r["result"]["tokens_per_second"]) for r in rows if r["settings"]["measured"]]
-    if not points:
-        return "no run has finished"
-    figure, ax = _axes("tokens per second")
-    ax.plot(*zip(*points, strict=True), color=CYCLE[0], marker="o")
-    (fewest, speed), most = points[0], points[-1][0]
-    ax.plot([fewest, most], [speed, speed * most / fewest], color=GREY, linestyle=":")
-    ax.set_xticks([ranks for ranks, _ in points])
-    ax.set_ylim(bottom=0)
-    return figure
-
-
-def _plot_traffic(rows: list[dict[str, Any]]) -> Any:
-    import numpy as np
-
-    figure, ax = _axes("KiB per step", base=2)
-    several = [row for row in rows if row["settings"]["ranks"] > 1]
-    for n, purpose in enumerate(_PURPOSES):
-        at = [row["settings"]["ranks"] for row in several]
-        values = [row["result"]["modelled_payload_bytes"].get(purpose, 0) / 1024 for row in several]
-        ax.plot(at, values, color=CYCLE[n], label=f"{purpose}, modelled")
-        found = [
-            (row["settings"]["ranks"], row["result"]["payload_bytes"].get(purpose, 0) / 1024)
-            for row in several
-            if row["settings"]["measured"]
-        ]
-        ax.plot(*zip(*found, strict=True), "o", color=CYCLE[n], label=f"{purpose}, measured") if found else None
-    sent = [sum(row["result"]["sent_bytes"].values()) / 1024 for row in several]
-    ax.plot([row["settings"]["ranks"] for row in several], sent, color=GREY, linestyle="--", label="sent by rings")
-    shown = [line.get_ydata() for line in ax.lines]
-    log_axis(ax, np.concatenate(shown) if shown else np.ones(1))
-    ax.legend(loc="best", fontsize=8)
-    return figure
-
-
-def _axes(unit: str, base: int | None = None) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
-
-    figure = Figure(figsize=(WIDTH_INCHES, 3.6), layout="constrained")
-    ax = figure.subplots()
-    ax.set_xscale("log", base=base) if base else None
-    ax.set_xlabel("ranks")
-    ax.set_ylabel(unit)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    return figure, ax
-
-
-def _kib(count: float) -> str:
-    return f"{count / 1024:,.1f} KiB"

@@ -3,12 +3,14 @@
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from scale_sft.bench import page, rows, scale
+from scale_sft.bench import page, rows, scale, scale_worker
 from scale_sft.bench.show import report
+from scale_sft.distributed import Cluster
 from scale_sft.errors import UserError
 from scale_sft.model import load_model_config
 from scale_sft.planner import Planner
@@ -77,12 +79,56 @@ def test_the_model_of_what_goes_into_collectives_is_the_ranks_own_arithmetic(wor
 
 
 def test_measured_and_modelled_worlds_become_a_page(worlds: scale.Worlds, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(scale, "measure", lambda w, ranks: scale.of_cycle(records(w, ranks), w.config(ranks)))
+    clock = {"collective_seconds": 0.0025}
+    monkeypatch.setattr(scale, "measure", lambda w, ranks: scale.of_cycle(records(w, ranks), w.config(ranks)) | clock)
     report(tmp_path, "scale", scale.run(worlds, [1, 2]), count=10, columns=scale.COLUMNS, cells=scale.cells)
     found = rows.read_rows(tmp_path, "scale")
     assert [row["settings"]["ranks"] for row in found if row["settings"]["measured"]] == [1, 2]
     assert len(found) == 10
-    assert (tmp_path / page.PAGE).read_text().count("<svg") == 2
+    html = (tmp_path / page.PAGE).read_text()
+    assert html.count("<svg") == 2 and html.count("<td>2.5 ms</td>") == 2 and "<th>in collectives</th>" in html
+
+
+def test_the_rank_that_waits_longest_counts_in_the_median_of_plain_steps(worlds: scale.Worlds) -> None:
+    config = worlds.config(2)
+    first, interval = config.sparse.estimation_steps, config.sparse.update_interval_steps
+    plain = lambda step: first < step <= interval
+    quick, slow = ({str(n): each if plain(n) else 9.0 for n in range(1, 26)} for each in (0.1, 0.3))
+    slow[str(first + 1)] = 5.0
+    assert scale.slowest_in_collectives([quick, slow], config) == 0.3
+
+
+def test_a_collective_inside_another_counts_once_and_none_counts_before_the_first_step(monkeypatch) -> None:
+    now = iter([1.0, 3.0, 10.0, 14.0])
+    monkeypatch.setattr(scale_worker.time, "perf_counter", lambda: next(now))
+    cluster = SimpleNamespace(size=2, device=torch.device("cpu"))
+    clock = scale_worker.Clock()
+    inner = clock.around(lambda cluster: "done")
+    outer = clock.around(lambda cluster: inner(cluster))
+    assert inner(cluster) == "done" and not clock.seconds
+    for step in (1, 2):
+        clock.begin(step)
+        assert outer(cluster) == "done"
+    assert clock.seconds == {1: 2.0, 2: 4.0}
+
+
+def test_collectives_of_the_worker_are_methods_of_the_cluster() -> None:
+    assert all(callable(vars(Cluster)[name]) for name in scale_worker.COLLECTIVES)
+
+
+def test_far_more_ranks_than_cores_are_refused(worlds: scale.Worlds, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(scale, "_cores", lambda: 2)
+    scale.check(worlds, [1, 8])
+    with pytest.raises(UserError, match="--ranks: got 9, but this machine has 2 cores.* give at most 8"):
+        scale.check(worlds, [1, 9])
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+def test_two_ranks_tell_how_long_they_are_in_collectives(worlds: scale.Worlds) -> None:
+    found = scale.measure(worlds, 2)
+    assert 0 < found["collective_seconds"] < found["step_seconds"]
 
 
 def test_ranks_that_fail_say_why(worlds: scale.Worlds) -> None:
