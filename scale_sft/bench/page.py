@@ -47,13 +47,13 @@ def write_page(folder: Path) -> Path:
     """Write `bench.html` beside the rows; its path.
 
     Raises:
-        UserError: there is no row in the folder, or a line that is none.
+        UserError: there is no row in the folder, or a line that is none, or none of this benchmark.
     """
     parts = []
     for name in BENCHMARKS:
         rows = read_rows(folder, name)
         if rows:
-            parts.append(_html(import_module(f"{__package__}.{name}").part(rows)))
+            parts.append(_part_of(rows, name, Path(folder) / f"{name}.jsonl"))
     if not parts:
         raise UserError(
             f"bench: no results in {folder}; expected {BENCHMARKS[0]}.jsonl or another of `scale-sft bench`"
@@ -61,6 +61,30 @@ def write_page(folder: Path) -> Path:
     head = "<h1>Sparse fine-tuning beside its peers</h1>"
     write_text(Path(folder) / PAGE, page_of("scale_sft: benchmarks", [head, *parts]))
     return Path(folder) / PAGE
+
+
+_FOREIGN = (LookupError, TypeError, ValueError, AttributeError)
+
+
+def _part_of(rows: list[Row], benchmark: str, path: Path) -> str:
+    """HTML of all rows of a benchmark, the lines of a file in their order.
+
+    Raises:
+        UserError: a row has other settings or results than rows of this benchmark have.
+    """
+    html = lambda some: _html(import_module(f"{__package__}.{benchmark}").part(some))
+    try:
+        return html(rows)
+    except _FOREIGN:
+        for number, row in enumerate(rows, start=1):
+            try:
+                html([row])
+            except _FOREIGN as error:
+                raise UserError(
+                    f"bench: {path}, line {number} is no row of `bench {benchmark}` as this version writes them "
+                    f"({type(error).__name__}: {error}); remove it"
+                ) from None
+        raise
 
 
 def _html(part: Part) -> str:

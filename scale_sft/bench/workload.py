@@ -64,7 +64,8 @@ class Base:
     """The frozen model of a case, made anew, with the same weights, for each contestant.
 
     Raises:
-        UserError: there is no such model, its positions do not suffice, or it cannot be quantised here.
+        UserError: there is no such model, its positions do not suffice, a rank is more than a weight has entries for,
+            or it cannot be quantised here.
     """
 
     def __init__(self, case: Case, device: torch.device):
@@ -80,7 +81,18 @@ class Base:
         positions = getattr(self.model_config, "max_position_embeddings", None)
         if positions and case.length > positions:
             raise UserError(f"length: got {case.length}, but the base has positions for {positions} tokens only")
+        if case.rank:
+            self._refuse_more_than_all(case.rank)
         self._written: tempfile.TemporaryDirectory | None = None
+
+    def _refuse_more_than_all(self, rank: int) -> None:
+        """Ours would have fewer trained entries than LoRA where r (O + I) is more than all O I of a weight."""
+        name, (rows, columns) = min(self.shapes.items(), key=lambda item: _largest_rank(*item[1]))
+        if rank > _largest_rank(rows, columns):
+            raise UserError(
+                f"rank: got {rank}, but {name} [{rows}, {columns}] has fewer entries than LoRA of that rank has parameters "
+                f"there, so that ours could not train as many; expected at most {_largest_rank(rows, columns)}"
+            )
 
     @property
     def random(self) -> bool:
@@ -135,6 +147,11 @@ class Base:
             return self.case.rank
         active = budget_of(self.config, self.shapes)
         return max(1, round(sum(active.values()) / sum(o + i for o, i in self.shapes.values())))
+
+
+def _largest_rank(rows: int, columns: int) -> int:
+    """The largest r with r (O + I) <= O I."""
+    return rows * columns // (rows + columns)
 
 
 def _llama() -> Any:

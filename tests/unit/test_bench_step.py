@@ -225,6 +225,15 @@ def test_without_a_gpu_the_fastest_kernels_are_none(run, case):
     assert "rank 2 equivalent, kernels: " in step.part([row]).tables[0].title
 
 
+def test_the_largest_rank_is_one_that_every_weight_has_entries_for(case):
+    shapes = Base(case(), CPU).shapes
+    largest = min(o * i // (o + i) for o, i in shapes.values())
+    base = Base(case(rank=largest), CPU)
+    assert Sparse(base, "static").trainable == largest * sum(o + i for o, i in shapes.values())
+    with pytest.raises(UserError, match=f"rank: got {largest + 1}, .* expected at most {largest}$"):
+        Base(case(rank=largest + 1), CPU)
+
+
 def test_a_density_gives_lora_the_nearest_rank(case):
     base = Base(case(rank=None, density=0.2), CPU)
     active, sides = sum(int(0.2 * o * i) for o, i in base.shapes.values()), sum(map(sum, base.shapes.values()))
@@ -259,6 +268,7 @@ def test_an_interrupt_leaves_the_rows_of_finished_rounds(run, case, monkeypatch,
             "full-adamw takes part in no case: a base in nf4 has no dense weights",
         ),
         ({"base": "no/such/model"}, ["full"], "no/such/model"),
+        ({"rank": 5000}, None, "rank: got 5000, but model.layers.0."),
         ({}, ["peft-lora-bf16"], "in float32 it is peft-lora"),
     ],
 )
