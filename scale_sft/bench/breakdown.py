@@ -143,9 +143,10 @@ def breakdown(base: Base, method: str, batches: Batches, steps: int) -> dict[str
     Args:
         steps: plain steps; the median of each piece counts.
     Returns:
-        `pieces` by name and their `seconds` together; `reallocation`: seconds of proposal, estimation (all its steps,
-        with what they form and gather more than plain ones) and exchange in one interval, `seconds_per_step` when
-        spread over the interval, and this as a `fraction` of a plain step.
+        `pieces` by name and their `seconds` together; `reallocation`: seconds of one interval, `propose` (the step that
+        proposes, with what it forms and gathers more than plain ones: the whole product, for one), `estimate` (likewise
+        of the other steps of the phase) and `reallocate` (drop and grow); `seconds_per_step` when spread over the
+        interval, and this as a `fraction` of a plain step.
     """
     watch = Stopwatch(base.device)
     with instrumented(watch):
@@ -160,7 +161,9 @@ def breakdown(base: Base, method: str, batches: Batches, steps: int) -> dict[str
     pieces = {name: statistics.median(step[name] for step in plain) for name in PIECES}
     extra = {name: sum(step[name] for step in around) for name in OF_REALLOCATION}
     if extra["propose"]:
-        extra["estimate"] += sum(max(0.0, sum(step[name] - pieces[name] for step in around)) for name in (DW, GATHER))
+        more = lambda some: sum(max(0.0, sum(step[name] - pieces[name] for step in some)) for name in (DW, GATHER))
+        extra["propose"] += more(around[:1])
+        extra["estimate"] += more(around[1:])
     pieces = {name: seconds for name, seconds in pieces.items() if seconds or name == ALL_REDUCE}
     total, per_step = sum(pieces.values()), sum(extra.values()) / interval
     return {
