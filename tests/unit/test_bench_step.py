@@ -18,7 +18,7 @@ from scale_sft.bench.page import write_page
 from scale_sft.bench.rows import read_rows
 from scale_sft.bench.workload import RUN_STEPS, Base, Batches, Case
 from scale_sft.errors import UserError
-from scale_sft.spiel.columns import cheaper_than_all
+from scale_sft.spiel.columns import sampling_is_cheaper
 from scale_sft.spiel.linear import WeightTap
 from scale_sft.spiel.schedule import Phase
 
@@ -381,7 +381,7 @@ def _floor(race):
     are had sooner by sampled columns, dense forward and backward."""
     case, base = race.base.case, race.base
     factor = lambda width: torch.empty(case.micro_batch * case.length, width, dtype=base.dtype)
-    sampled = (cheaper_than_all(factor(o), factor(i), case.rank * (o + i)) for o, i in base.shapes.values())
+    sampled = (sampling_is_cheaper(factor(o), factor(i), case.rank * (o + i)) for o, i in base.shapes.values())
     return "frozen" if any(sampled) else "full"
 
 
