@@ -122,8 +122,9 @@ def measure(worlds: Worlds, ranks: int) -> dict[str, Any]:
     """One run on that many ranks: medians and means over one cycle of reallocation, of rank 0 where no other is named.
 
     `step_seconds` median; `phase_step_seconds` median inside the estimation phase; `cycle_seconds` all S steps of the
-    cycle; `collective_seconds` as of `slowest_in_collectives`; `tokens_per_second` over the cycle; `memory_bytes` at most; `payload_bytes` by purpose: what a rank gives
-    into collectives per step, averaged over the cycle, without ZeRO-3's own gathers, which are DeepSpeed's.
+    cycle; `collective_seconds` as of `slowest_in_collectives`; `tokens_per_second` over the cycle; `memory_bytes` at
+    most; `payload_bytes` by purpose: what a rank gives into collectives per step, averaged over the cycle, without
+    ZeRO-3's own gathers, which are DeepSpeed's.
     """
     with tempfile.TemporaryDirectory(prefix="scale-sft-bench-") as folder:
         config = worlds.config(ranks, output_dir=str(Path(folder) / "run"))

@@ -13,8 +13,8 @@ from .rows import Row, by_case, last_run, machine_name
 MIB = 1 << 20
 _PURPOSES = ("gradients", "proposal")  # as a run counts them
 
-COLUMNS = ("ranks", "step", "in collectives", "in the phase", "tokens / s", "per rank", "memory of rank 0", "into collectives", "by the model",
-           "sent, by the model")  # fmt: skip
+COLUMNS = ("ranks", "step", "in collectives", "in the phase", "tokens / s", "per rank", "memory of rank 0",
+           "into collectives", "by the model", "sent, by the model")  # fmt: skip
 
 
 def cells(settings: dict[str, Any], result: dict[str, Any]) -> list[str]:
