@@ -69,6 +69,12 @@ def test_the_command_writes_rows_and_a_page_with_both_plots(tmp_path: Path) -> N
     html = (tmp_path / page.PAGE).read_text()
     assert html.count("<svg") == 2 and "One reallocation" in html
 
+    later = {**found[0], "run": "later", "settings": {**found[0]["settings"], "weights": 9000}}
+    elsewhere = [{**row, "run": "elsewhere", "machine": {"gpus": ["H200"]}} for row in found]
+    part = reallocate.part([*found, later, *elsewhere])
+    assert [len(table.rows) for table in part.tables] == [9, 8] and part.tables[1].title.endswith("1 x H200")
+    assert len({plot.name for plot in part.plots}) == 4
+
 
 @pytest.mark.parametrize(
     ("option", "given", "message"),
