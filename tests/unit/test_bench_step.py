@@ -388,7 +388,8 @@ def _floor(race):
 def _assert_at_most(limit, race, peer):
     """Ours against a peer; measured for longer, and with models made anew, before it is believed that they are too slow:
     where in memory a model happens to lie is worth some per cent of its time."""
-    for rounds, anew in ((0, False), (3, False), (3, True), (3, True)):
+    floor = _floor(race)
+    for rounds, anew, clearly in ((0, False, 1.1), (3, False, 1.1), (3, True, 1.0), (3, True, 1.0)):
         if anew:
             race.rounds.clear()
             race.prepare()
@@ -396,9 +397,8 @@ def _assert_at_most(limit, race, peer):
         found = {name: _ratio(race, name, peer) for name in OURS}
         if max(found.values()) <= limit:
             return
-    floor = _floor(race)
-    if floor != peer and (least := _ratio(race, floor, peer)) > limit:
-        pytest.skip(f"{floor} alone takes {least:.2f} of the time of {peer} on this processor: no room for {limit}")
+        if floor != peer and (least := _ratio(race, floor, peer)) > clearly * limit:
+            pytest.skip(f"{floor} alone takes {least:.2f} of the time of {peer} on this processor: no room for {limit}")
     first, third = step.quartiles([found[peer].cpu for found in race.rounds])
     if third > 1.15 * first:
         pytest.skip(
