@@ -14,7 +14,7 @@ from scale_sft.report_plots import Plot
 
 from .child import ask
 from .contestants import CONTESTANTS, impossible
-from .page import Part, Table
+from .page import Part, part_of_groups
 from .rows import Row, by_case, machine_name, newest
 from .step_page import describe_sizes
 from .workload import Case
@@ -121,7 +121,7 @@ def cells(settings: dict[str, Any], result: dict[str, Any]) -> list[str]:
 def part(rows: list[Row]) -> Part:
     """A table and two plots for each case on each machine; of each contestant the newest row."""
     groups = [newest(group) for group in by_case(rows, _NOT_OF_A_CASE)]
-    return Part(
+    return part_of_groups(
         title="Memory",
         text=(
             "Above the frozen base. Bytes each: state per trained parameter, gradients included (those of PEFT and dense "
@@ -130,11 +130,11 @@ def part(rows: list[Row]) -> Part:
             "has no estimation, only the reallocation). Smallest limit: the least memory, in whole GiB, under which "
             "the first steps of a run pass."
         ),
-        tables=[
-            Table(COLUMNS, [cells(row["settings"], row["result"]) for row in group], sources=group, title=_title(group))
-            for group in groups
-        ],
-        plots=[plot for number, group in enumerate(groups) for plot in _plots(group, number)],
+        columns=COLUMNS,
+        cells=cells,
+        groups=groups,
+        title_of=_title,
+        plots=_plots,
     )
 
 
@@ -143,21 +143,21 @@ def _title(group: list[Row]) -> str:
     return f"{describe_sizes(settings)}, {settings['device']}: {machine_name(group[0]['machine'])}"
 
 
-def _plots(group: list[Row], number: int) -> list[Plot]:
+def _plots(group: list[Row]) -> list[Plot]:
     measured = [row for row in group if "left_out" not in row["result"]]
     if not measured:
         return []
     return [
         Plot(
-            f"memory-parts-{number}",
+            "memory-parts",
             "Memory: bytes per trained parameter",
-            f"{_title(group)}. By part, outside the estimation phase and (lower bar) inside it.",
+            "By part, outside the estimation phase and (lower bar) inside it.",
             lambda _: _plot_parts(measured),
         ),
         Plot(
-            f"memory-peak-{number}",
+            "memory-peak",
             "Memory: peak of a step above the frozen base",
-            f"{_title(group)}. What stays from step to step, and what a step takes and gives back.",
+            "What stays from step to step, and what a step takes and gives back.",
             lambda _: _plot_peaks(measured),
         ),
     ]

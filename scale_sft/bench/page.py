@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from html import escape
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 
@@ -41,6 +42,38 @@ class Part:
     text: str  # how to read it, some sentences
     tables: Sequence[Table]
     plots: Sequence[Plot] = field(default_factory=tuple)  # `draw` is called with None
+
+
+def part_of_groups(
+    title: str,
+    text: str,
+    columns: Sequence[str],
+    cells: Callable[[dict[str, Any], dict[str, Any]], Sequence[str]],
+    groups: Sequence[list[Row]],
+    title_of: Callable[[list[Row]], str],
+    plots: Callable[[list[Row]], Sequence[Plot]],
+) -> Part:
+    """A part with a table, and plots, for each group of rows.
+
+    Args:
+        cells: of the line for (settings, result) of a row.
+        title_of: what sets a group apart: the title of its table, and the beginning of its plots' captions.
+    """
+    return Part(
+        title=title,
+        text=text,
+        tables=[
+            Table(
+                columns, [cells(row["settings"], row["result"]) for row in group], sources=group, title=title_of(group)
+            )
+            for group in groups
+        ],
+        plots=[
+            replace(plot, name=f"{plot.name}-{number}", caption=f"{title_of(group)}. {plot.caption}")
+            for number, group in enumerate(groups)
+            for plot in plots(group)
+        ],
+    )
 
 
 def write_page(folder: Path) -> Path:

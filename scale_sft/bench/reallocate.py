@@ -22,7 +22,7 @@ from scale_sft.spiel.algorithm import SparseFineTuning
 from scale_sft.spiel.delta import DeltaStore, seeded_generator
 from scale_sft.spiel.schedule import Phase, ReallocationSchedule
 
-from .page import Part, Table
+from .page import Part, part_of_groups
 from .peak import available_bytes, peak_of, seconds_of
 from .rows import Row, by_case, machine_name, newest
 
@@ -226,7 +226,7 @@ def part(rows: list[Row]) -> Part:
     """A table and two plots for each dtype, share replaced and machine; of each weight the newest row."""
     by_size = lambda row: (row["settings"]["weights"], row["settings"]["density"], row["settings"]["method"])
     groups = [sorted(newest(group), key=by_size) for group in by_case(rows, _NOT_OF_A_CASE)]
-    return Part(
+    return part_of_groups(
         title="One reallocation",
         text=(
             "Time and peak memory of one reallocation of one weight of N entries, K of them active; at the "
@@ -234,11 +234,11 @@ def part(rows: list[Row]) -> Part:
             "are chosen from a dense gradient. The peak is what lies above weight, gradient and state; a mask of the "
             "weight would take 1 byte per entry."
         ),
-        tables=[
-            Table(COLUMNS, [cells(row["settings"], row["result"]) for row in group], sources=group, title=_title(group))
-            for group in groups
-        ],
-        plots=[plot for number, group in enumerate(groups) for plot in _plots(group, number)],
+        columns=COLUMNS,
+        cells=cells,
+        groups=groups,
+        title_of=_title,
+        plots=_plots,
     )
 
 
@@ -248,20 +248,19 @@ def _title(group: list[Row]) -> str:
     return f"{what}: {machine_name(group[0]['machine'])}"
 
 
-def _plots(group: list[Row], number: int) -> list[Plot]:
+def _plots(group: list[Row]) -> list[Plot]:
     return [
         Plot(
-            f"reallocate-time-{number}",
+            "reallocate-time",
             "One reallocation: time",
-            f"{_title(group)}. Proposal, drop and grow by number of entries N, one line per method and density. Grey: "
-            "one and ten nanoseconds per entry.",
+            "Proposal, drop and grow by number of entries N, one line per method and density. Grey: one and ten "
+            "nanoseconds per entry.",
             lambda _: _plot(group, "seconds", "seconds", {"1 ns N": 1e-9, "10 ns N": 1e-8}),
         ),
         Plot(
-            f"reallocate-memory-{number}",
+            "reallocate-memory",
             "One reallocation: peak memory",
-            f"{_title(group)}. Above weight, gradient and state. Grey: what a bool mask and what an fp32 tensor of N "
-            "entries would take.",
+            "Above weight, gradient and state. Grey: what a bool mask and what an fp32 tensor of N entries would take.",
             lambda _: _plot(group, "peak_bytes", "MiB", {"N bytes": 1.0, "4 N bytes": 4.0}, unit_size=1 << 20),
         ),
     ]

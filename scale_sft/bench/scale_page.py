@@ -7,7 +7,7 @@ from typing import Any
 from scale_sft.report_axes import CYCLE, GREY, WIDTH_INCHES, log_axis
 from scale_sft.report_plots import Plot
 
-from .page import Part, Table
+from .page import Part, part_of_groups
 from .rows import Row, by_case, last_run, machine_name
 
 MIB = 1 << 20
@@ -40,7 +40,7 @@ def cells(settings: dict[str, Any], result: dict[str, Any]) -> list[str]:
 def part(rows: list[Row]) -> Part:
     """A table and two plots for each kind of worlds on each machine, of its newest invocation."""
     groups = [last_run(group) for group in by_case(rows, ("ranks", "measured"))]
-    return Part(
+    return part_of_groups(
         title="Ranks",
         text=(
             "One cycle of reallocation. In collectives: how long a plain step stays in calls that sum gradients and "
@@ -49,11 +49,11 @@ def part(rows: list[Row]) -> Part:
             "the run, beside what the planner's arithmetic says; sent: what ring algorithms make of it on the wire, "
             "gathers of a sharded base included (DeepSpeed does those, the run does not count them)."
         ),
-        tables=[
-            Table(COLUMNS, [cells(row["settings"], row["result"]) for row in group], sources=group, title=_title(group))
-            for group in groups
-        ],
-        plots=[plot for number, group in enumerate(groups) for plot in _plots(group, number)],
+        columns=COLUMNS,
+        cells=cells,
+        groups=groups,
+        title_of=_title,
+        plots=_plots,
     )
 
 
@@ -71,19 +71,18 @@ def _title(group: list[Row]) -> str:
     )
 
 
-def _plots(group: list[Row], number: int) -> list[Plot]:
+def _plots(group: list[Row]) -> list[Plot]:
     return [
         Plot(
-            f"scale-time-{number}",
+            "scale-time",
             "Ranks: tokens per second",
-            f"{_title(group)}. Measured; dotted: as many times that of the fewest ranks.",
+            "Measured; dotted: as many times that of the fewest ranks.",
             lambda _: _plot_speed(group),
         ),
         Plot(
-            f"scale-traffic-{number}",
+            "scale-traffic",
             "Ranks: bytes per rank and step",
-            f"{_title(group)}. What a rank gives into collectives, measured (points) and modelled (line), and what rings "
-            "send.",
+            "What a rank gives into collectives, measured (points) and modelled (line), and what rings send.",
             lambda _: _plot_traffic(group),
         ),
     ]
