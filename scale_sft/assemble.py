@@ -10,7 +10,10 @@ from .base_weight import ResidentDeltas, combine_fingerprints
 from .data_pack import refuse_leaks
 from .distributed import Cluster
 from .inputs import Inputs, budget_of, flat_rows
+from .kernels import step
 from .kernels.choice import GradientPath
+from .kernels.columns import SampledColumns
+from .kernels.native import NoCompiler
 from .memory import PeakMemory
 from .model import attach_taps, find_targets, load_base
 from .moments import moments_of, resolve_moments
@@ -18,6 +21,7 @@ from .quantized import PlainWeight, packed_weights, staging_device
 from .session import Session, prints_of_base
 from .spiel.algorithm import SparseFineTuning
 from .spiel.delta import DeltaStore
+from .spiel.sampling import Products
 from .spiel.schedule import LearningRateSchedule, ReallocationSchedule
 from .transient import TransientDeltas, attach_transient_taps
 
@@ -64,7 +68,7 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
         tuning=tuning,
         resident=resident,
         gradient_path=path,
-        fused=path is not None and path.has_kernels and _fusible(tuning, resident),
+        fused=fuses(config.run.kernels, path, tuning, resident),
         learning_rate=LearningRateSchedule(
             peak=config.optimizer.learning_rate,
             total_steps=inputs.steps,
@@ -78,10 +82,22 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
     )
 
 
-def _fusible(tuning: SparseFineTuning, resident: ResidentDeltas | TransientDeltas) -> bool:
-    from .kernels.step import why_not
+def fuses(
+    kernels: str, path: GradientPath | None, tuning: SparseFineTuning, resident: ResidentDeltas | TransientDeltas
+) -> bool:
+    """Whether deltas are updated and written in one pass."""
+    wanted = kernels != "off" if tuning.store.device.type == "cpu" else path is not None and path.has_kernels
+    return wanted and step.why_not(tuning, resident) is None
 
-    return why_not(tuning, resident) is None
+
+def _products_on(device: torch.device, kernels: str) -> Products | None:
+    """What a CPU has for few entries of a weight's gradient; None: the whole is formed."""
+    if device.type != "cpu" or kernels == "off":
+        return None
+    try:
+        return SampledColumns()
+    except NoCompiler:
+        return None
 
 
 def build_tuning(
@@ -125,6 +141,6 @@ def build_tuning(
         select=cluster.select_candidates,
         moments=moments_of(resolve_moments(optimizer.moments, inputs.dtype)),
         gradient_dtype=getattr(torch, optimizer.gradient_dtype),
-        products=path.products if path and path.has_kernels else None,
+        products=path.products if path and path.has_kernels else _products_on(cluster.device, config.run.kernels),
         keep_room=inputs.quantization is None,  # beside a dequantised copy no more than one gradient shall lie
     )

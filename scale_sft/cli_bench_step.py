@@ -22,10 +22,10 @@ from .options import Several, flattened
 )
 @click.option(
     "--kernels",
-    type=click.Choice(["off", "auto"]),
-    default="off",
+    type=click.Choice(["off", "cpu", "auto"]),
+    default="cpu",
     show_default=True,
-    help="Of ours, as in a run: auto takes the fastest kernels of a GPU.",
+    help="Of ours, as in a run: cpu takes those in C on a CPU, auto also the fastest of a GPU, off none.",
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=8, show_default=True, help="Steps of each contestant.")
 @click.option(

@@ -306,10 +306,11 @@ class RunConfig:
         check=above(0),
     )
     kernels: str = option(
-        "off",
-        "auto: on a GPU with Triton, form weight gradients by whichever way is measured as the fastest at the start, and "
-        "update and write deltas in one pass. Not yet measured on a GPU, hence off.",
-        choices=("off", "auto"),
+        "cpu",
+        "cpu: on a CPU with a C compiler, entries of weight gradients are computed one by one where they are few. auto: "
+        "on a GPU with Triton as well, by whichever way is measured as the fastest at the start, and deltas are updated "
+        "and written in one pass; not yet measured on a GPU, hence not the default. off: torch alone.",
+        choices=("off", "cpu", "auto"),
     )
     save_merged: bool = option(False, "Also write the merged model, a plain transformers folder, at the end.")
     tracker: str | None = option(

@@ -29,8 +29,9 @@ from .base_weight import WeightPart, fingerprint
 from .errors import UserError
 from .heartbeat import STALLED_STATUS, Heartbeat
 from .interruption import SAVED_STATUS, Interrupted, Interruption
+from .kernels.select import top_k_magnitude
 from .spiel.entries import pieces
-from .spiel.topk import top_k_magnitude, top_k_sorted
+from .spiel.topk import top_k_sorted
 
 PROPOSAL_ENTRIES = 1 << 22
 """Of a gradient, summed over the ranks at a time while candidates are proposed."""

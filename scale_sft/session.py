@@ -14,6 +14,7 @@ from .errors import UserError
 from .evaluate import Answer, Evaluation, exact_match, greedy_answers, held_out_loss
 from .export import Adapter
 from .inputs import Inputs, max_length
+from .kernels import native
 from .kernels.choice import GradientPath
 from .model import Target
 from .spiel.algorithm import SparseFineTuning
@@ -80,9 +81,10 @@ class Session:
 
     def measure_kernels(self) -> list[str]:
         """Find the fastest way to each weight's gradient before the first step; says what was found."""
-        path, config = self.gradient_path, self.inputs.config
-        if path is None:
-            return []
+        path, config, on_cpu = self.gradient_path, self.inputs.config, self.cluster.device.type == "cpu"
+        if path is None or (on_cpu and not path.has_kernels):
+            reason = native.why_not() if on_cpu and config.run.kernels != "off" else None
+            return [f"kernels: plain torch does what would be faster in C: {reason}"] if reason else []
         rows = config.run.micro_batch_size or config.run.global_batch_size // self.cluster.size
         length = max_length(config.data.max_length, self.inputs.model_config)
         candidates = {} if config.sparse.method == "ma" else self.tuning.recorder.counts

@@ -130,7 +130,7 @@ def finite_or_stop(
         UserError: after saving the last good state, that before this step.
     """
     tuning, run, config = session.tuning, checkpoints.run, session.inputs.config.run
-    if isfinite(loss) and isfinite(grad_norm) and bool(tuning.recorder.flat.isfinite().all()):
+    if isfinite(loss) and isfinite(grad_norm) and tuning.candidates_are_finite:
         return True
     tuning.discard_step()
     batch = ", ".join(map(str, session.inputs.order.batch(step)))

@@ -19,7 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from scale_sft.base_weight import ResidentDeltas
-from scale_sft.spiel import sampling
+from scale_sft.kernels.columns import SampledColumns
 from scale_sft.spiel.algorithm import SparseFineTuning
 from scale_sft.spiel.linear import WeightTap
 from scale_sft.spiel.sampling import GradientRecorder
@@ -41,7 +41,7 @@ _PIECES: tuple[tuple[Any, str, str], ...] = (
     (TransientDeltas, "effective_weight", "dequantise"),
     (GradientRecorder, "begin_step", GATHER),
     (GradientRecorder, "record_product", GATHER),
-    (sampling, "column_products", DW),
+    (SampledColumns, "__call__", DW),
     (OneRank, "sum_", ALL_REDUCE),
     (SparseFineTuning, "clip", "optimizer"),
     (Sparse, "update", "optimizer"),

@@ -15,16 +15,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from scale_sft.assemble import build_tuning
+from scale_sft.assemble import build_tuning, fuses
 from scale_sft.base_weight import ResidentDeltas, WeightPart
 from scale_sft.config import Config
 from scale_sft.errors import UserError
 from scale_sft.evaluate import token_loss_sum
 from scale_sft.inputs import budget_of
 from scale_sft.kernels.choice import GradientPath
+from scale_sft.kernels.select import top_k_magnitude
 from scale_sft.model import attach_taps, find_targets
 from scale_sft.quantized import PlainWeight, Quantization, packed_weights
-from scale_sft.spiel.topk import top_k_magnitude
 from scale_sft.transient import TransientDeltas, attach_transient_taps
 
 from .workload import RUN_STEPS, Base, Batches, Case
@@ -105,11 +105,8 @@ class Sparse:
             attach_taps(targets, record)
             self.resident = ResidentDeltas(store, {t.name: WeightPart.whole(t.module.weight) for t in targets})
         self.trainable = store.active
-        self.fused = False
+        self.fused = fuses(config.run.kernels, path, self.tuning, self.resident)
         if path and path.has_kernels:
-            from scale_sft.kernels.step import why_not
-
-            self.fused = why_not(self.tuning, self.resident) is None
             candidates = {} if method == "ma" else self.tuning.recorder.counts
             path.measure_store(store, candidates, base.case.micro_batch * base.case.length, base.dtype)
 
@@ -134,7 +131,7 @@ class Sparse:
         loss = backward(forward(self.model, batches.take(number), batches.target_tokens))
         self.rank.sum_(tuning.recorder.flat)
         norm = tuning.clip().item()
-        if not isfinite(norm) or not bool(tuning.recorder.flat.isfinite().all()):
+        if not isfinite(norm) or not tuning.candidates_are_finite:
             raise UserError(f"bench: the gradient norm is {norm}; this base in this dtype overflows on random tokens")
         self.update()
         if tuning.schedule.reallocates_at(step):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from scale_sft.base_weight import ResidentDeltas, WeightPart
 from scale_sft.errors import UserError
+from scale_sft.kernels.select import top_k_magnitude
 from scale_sft.report_axes import CYCLE, GREY, WIDTH_INCHES, log_axis
 from scale_sft.report_plots import Plot
 from scale_sft.spiel.algorithm import SparseFineTuning
@@ -108,7 +109,7 @@ class Bench:
             estimates=case.method == "ag",
         )
         store = DeltaStore({NAME: case.shape}, {NAME: case.active}, device=device)
-        self.tuning = SparseFineTuning(store, method=case.method, schedule=schedule)
+        self.tuning = SparseFineTuning(store, method=case.method, schedule=schedule, select=top_k_magnitude)
         self.tuning.recorder.watch = False
         self.carrier = ResidentDeltas(store, {NAME: WeightPart.whole(self.weight)})
 

@@ -37,7 +37,8 @@ def describe_sizes(settings: Mapping[str, Any]) -> str:
         f"{settings['micro_batch']} x {settings['length']} tokens",
         budget + " equivalent" * bool(settings["rank"]),
     ]
-    parts += ["checkpointing"] * settings["gradient_checkpointing"] + ["kernels"] * (settings["kernels"] == "auto")
+    kernels = {"off": ["no kernels"], "cpu": [], "auto": ["kernels"]}[settings["kernels"]]
+    parts += ["checkpointing"] * settings["gradient_checkpointing"] + kernels
     return ", ".join(parts)
 
 

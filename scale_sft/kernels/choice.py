@@ -1,8 +1,7 @@
 """Which way to the recorded entries of a weight gradient is the fastest here: measured at the start, then looked up.
 
-Without a GPU or Triton nothing is measured, and the recorder goes its own way (`spiel.sampling`).
-Shapes: T tokens; R rows, C columns of a weight; K entries. A path is a function of (left [T, R], right [T, C], what is
-wanted) that adds entries of left^T right to each `out`: a `Products` of the recorder.
+Without a GPU or Triton nothing is measured; what a CPU does is in `columns`.
+Shapes: T tokens; R rows, C columns of a weight; K entries.
 """
 
 from __future__ import annotations
@@ -20,8 +19,11 @@ from torch import Tensor
 
 from ..spiel.delta import DeltaStore
 from ..spiel.entries import Entries
-from ..spiel.sampling import Products, dense_products
+from ..spiel.sampling import dense_products
 from .operands import Wanted
+
+Path = Callable[[Tensor, Tensor, Wanted], None]
+"""(left [T, R], right [T, C], what is wanted): adds entries of left^T right to each `out`."""
 
 Timer = Callable[[Callable[[], None]], float]
 """Runs a piece of work once on the device and says how many seconds that took."""
@@ -68,17 +70,15 @@ class GradientPath:
         timer: see `Timer`; None: by CUDA events, with caches flushed.
     """
 
-    def __init__(
-        self, device: torch.device | str, paths: Mapping[str, Products] | None = None, timer: Timer | None = None
-    ):
+    def __init__(self, device: torch.device | str, paths: Mapping[str, Path] | None = None, timer: Timer | None = None):
         self.device = torch.device(device)
         self.paths = dict(paths or paths_of(self.device))
         self._timer = timer
         self.measured: dict[Case, Measurement] = {}
         self._chosen: dict[Case, str] = {}
 
-    def products(self, left: Tensor, right: Tensor, wanted: Wanted) -> None:
-        """out[k] += (left^T right)[row(k), column(k)] for all that is wanted; for the recorder (`spiel.sampling`).
+    def products(self, left: Tensor, right: Tensor, wanted: Wanted) -> bool:
+        """out[k] += (left^T right)[row(k), column(k)] for all that is wanted: a `Products`, always True.
 
         Nothing waits for the device.
 
@@ -89,6 +89,7 @@ class GradientPath:
         wanted_entries = sum(entries.count for entries, _ in wanted)
         case = _case(left.shape[1], right.shape[1], left.shape[0], wanted_entries, left.dtype)
         self.paths[self.choice(case)](left, right, wanted)
+        return True
 
     def choice(self, case: Case) -> str:
         """The name of the path for a case: as measured, or as for the nearest number of tokens, or plain.
@@ -199,7 +200,7 @@ class GradientPath:
                 self.measured[case] = Measurement(chosen, {}, {})
 
 
-def paths_of(device: torch.device) -> dict[str, Products]:
+def paths_of(device: torch.device) -> dict[str, Path]:
     """All paths that can be had on a device, by name; `plain` always."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return {PLAIN: dense_products}
@@ -207,7 +208,7 @@ def paths_of(device: torch.device) -> dict[str, Products]:
     from .sampled import sampled_dots
     from .tiles import FP32_TILE, TILES, product_entries
 
-    paths: dict[str, Products] = {PLAIN: dense_products, PICKED: picked_entries, SAMPLED: sampled_dots}
+    paths: dict[str, Path] = {PLAIN: dense_products, PICKED: picked_entries, SAMPLED: sampled_dots}
     for tile in (*TILES, FP32_TILE):
         name = f"product_{tile.block_r}x{tile.block_c}x{tile.block_t}"
         paths[name] = lambda left, right, wanted, tile=tile: product_entries(left, right, wanted, tile)

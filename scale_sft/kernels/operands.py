@@ -1,4 +1,4 @@
-"""What all paths to the entries of a weight gradient take.
+"""What all paths to the entries of a weight gradient take, and all updates that write a weight.
 
 Shapes: R rows, C columns of a weight; K entries; T tokens. The dense gradient is dW [R, C] = left^T right, with left
 [T, R] and right [T, C]: dY and X for `nn.Linear`, X and dY for GPT-2's `Conv1D`.
@@ -7,6 +7,7 @@ Shapes: R rows, C columns of a weight; K entries; T tokens. The dense gradient i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -28,3 +29,28 @@ def check_operands(left: Tensor, right: Tensor, wanted: Wanted) -> None:
             raise ValueError(f"entries of a weight {entries.shape}: the factors give {left.shape[1], right.shape[1]}")
         if out.shape != (entries.count,) or not out.is_contiguous():
             raise ValueError(f"gradients of {entries.count} entries: got {tuple(out.shape)}, expected them contiguous")
+
+
+@dataclass(frozen=True)
+class Written:
+    """The weight that an update writes into: all of it, or the flat part [start, start + P) of a ZeRO-3 shard."""
+
+    weight: Tensor  # contiguous; its P entries are those from `start` on of the flattened weight
+    base: Tensor  # [E] in the weight's dtype: base values of the entries that lie in the part, in order
+    start: int = 0  # flat index of the part's first entry
+    first: int = 0  # how many entries lie before the part
+
+
+def check_written(written: Written | None, entries: Entries) -> None:
+    """Raises ValueError for a part that cannot be one of this weight's. Nothing waits for the device."""
+    if written is None:
+        return
+    if not written.weight.is_contiguous() or written.weight.dtype is not written.base.dtype:
+        raise ValueError(
+            f"weight to write: got {written.weight.dtype}, contiguous: {written.weight.is_contiguous()}; expected a "
+            f"contiguous part in the dtype of its base values, {written.base.dtype}"
+        )
+    if written.first < 0 or written.first + written.base.numel() > entries.count:
+        raise ValueError(
+            f"base values: got {written.base.numel()} from entry {written.first} on, but there are {entries.count}"
+        )

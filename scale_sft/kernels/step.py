@@ -7,6 +7,7 @@ written.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..base_weight import ResidentDeltas
@@ -14,18 +15,21 @@ from ..spiel.algorithm import SparseFineTuning
 from ..spiel.moments import DenseMoment
 from ..spiel.optimizer import SM3, AdamW, correction_table
 from ..transient import TransientDeltas
-from .updates import Written, adamw_write, sm3_write
+from . import native
+from .operands import Written
 
 
 def why_not(tuning: SparseFineTuning, carrier: ResidentDeltas | TransientDeltas) -> str | None:
     """Why a step of these cannot be fused, or None if it can."""
-    if tuning.store.device.type != "cuda":
-        return f"the deltas are on a {tuning.store.device.type}"
+    if tuning.store.device.type == "cpu" and (reason := native.why_not()):
+        return reason
     parts = carrier.parts.values() if isinstance(carrier, ResidentDeltas) else ()
     if any(part.entries().device != tuning.store.device for part in parts):
         return "the weights are elsewhere than their deltas"
     optimizer = tuning.optimizer
     moments = (optimizer.exp_avg, optimizer.exp_avg_sq) if isinstance(optimizer, AdamW) else ()
+    if tuning.store.device.type == "cpu" and any(part.entries().dtype is torch.float16 for part in parts):
+        return "the weights are float16, which the kernels for CPUs do not know"
     if not all(isinstance(moment, DenseMoment) for moment in moments):
         return "the moments are kept in codes"
     return None
@@ -40,6 +44,10 @@ def update_and_write(tuning: SparseFineTuning, carrier: ResidentDeltas | Transie
     tuning.recorder.end_step()
     carrier.settle()
     resident = carrier if isinstance(carrier, ResidentDeltas) else None
+    if tuning.store.device.type == "cpu":
+        from .updates_cpu import adamw_write, sm3_write
+    else:
+        from .updates import adamw_write, sm3_write
     optimizer, store = tuning.optimizer, tuning.store
     if isinstance(optimizer, AdamW):
         optimizer.gradients_seen = [n + 1 for n in optimizer.gradients_seen]

@@ -1,4 +1,4 @@
-"""The updates of section 3.2 (AdamW) and 3.3 (SM3) in one pass over their state, weight included.
+"""The updates of section 3.2 (AdamW) and 3.3 (SM3) in one pass over their state, weight included, on a GPU.
 
 Shapes: K active entries of one weight [R, C], sorted by row and column.
 The formulas and their order are those of `spiel.optimizer.adamw_update` and `sm3_update`, every operation rounded to
@@ -9,26 +9,15 @@ device), so the last bit may differ from it; the same call gives the same bits a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..spiel.entries import Entries
+from .operands import Written, check_written
 
 BLOCK = 1024  # entries of an AdamW program
 ROW_BLOCK = 128  # entries of a row that an SM3 program takes at once
-
-
-@dataclass(frozen=True)
-class Written:
-    """The weight that an update writes into: all of it, or the flat part [start, start + P) of a ZeRO-3 shard."""
-
-    weight: Tensor  # contiguous; its P entries are those from `start` on of the flattened weight
-    base: Tensor  # [E] in the weight's dtype: base values of the entries that lie in the part, in order
-    start: int = 0  # flat index of the part's first entry
-    first: int = 0  # how many entries lie before the part
 
 
 @triton.jit
@@ -189,7 +178,7 @@ def adamw_write(
         entries: where they lie.
         written: None: no weight is written (transient deltas).
     """
-    _check_written(written, entries)
+    check_written(written, entries)
     row_starts, columns = entries.csr() if written else (deltas, deltas)  # asked for only to write
     weight, base, start, first = _target(written, deltas)
     adamw_kernel[(triton.cdiv(deltas.numel(), BLOCK),)](
@@ -243,7 +232,7 @@ def sm3_write(
         entries: where they lie.
         written: see `adamw_write`.
     """
-    _check_written(written, entries)
+    check_written(written, entries)
     row_starts, columns = entries.csr()
     weight, base, start, first = _target(written, deltas)
     sm3_kernel[(row.numel(),)](
@@ -272,18 +261,3 @@ def sm3_write(
 def _target(written: Written | None, stand_in: Tensor) -> tuple[Tensor, Tensor, int, int]:
     """(weight, base, start, first) for a kernel; where nothing is written, any tensor that the kernel will not read."""
     return (written.weight, written.base, written.start, written.first) if written else (stand_in, stand_in, 0, 0)
-
-
-def _check_written(written: Written | None, entries: Entries) -> None:
-    """Raises ValueError for a part that cannot be one of this weight's. Nothing waits for the device."""
-    if written is None:
-        return
-    if not written.weight.is_contiguous() or written.weight.dtype is not written.base.dtype:
-        raise ValueError(
-            f"weight to write: got {written.weight.dtype}, contiguous: {written.weight.is_contiguous()}; expected a "
-            f"contiguous part in the dtype of its base values, {written.base.dtype}"
-        )
-    if written.first < 0 or written.first + written.base.numel() > entries.count:
-        raise ValueError(
-            f"base values: got {written.base.numel()} from entry {written.first} on, but there are {entries.count}"
-        )

@@ -117,6 +117,12 @@ class SparseFineTuning:
             self.recorder.flat.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
+    @property
+    def candidates_are_finite(self) -> bool:
+        """Whether the recorded gradients of all candidates are numbers; those of active deltas are where `clip` is."""
+        others = self.recorder.flat[self.store.active :]
+        return not others.numel() or bool(others.isfinite().all())
+
     def update(self, learning_rate: float) -> None:
         """One optimizer step on all deltas, and one more term of the candidates' estimates."""
         self.recorder.end_step()

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .columns import column_products, sampling_is_cheaper
 from .delta import DeltaStore
 from .entries import Entries
 from .schedule import Phase
@@ -20,8 +19,9 @@ from .topk import top_k_magnitude
 Select = Callable[[Tensor, int], Tensor]
 """(gradient [N], C) -> [C] sorted indices of the C largest magnitudes, of the gradient summed over all ranks."""
 
-Products = Callable[[Tensor, Tensor, Sequence[tuple[Entries, Tensor]]], None]
-"""(left [T, R], right [T, C'], [(entries, out [K]), ...]): adds the entries of left^T right to each `out`."""
+Products = Callable[[Tensor, Tensor, Sequence[tuple[Entries, Tensor]]], bool]
+"""(left [T, R], right [T, C'], [(entries, out [K]), ...]): adds the entries of left^T right to each `out` and returns
+True; or does nothing and returns False where the whole product is as good."""
 
 CANDIDATE_STATE = ("candidate_indices", "candidate_mean", "candidate_mean_square")
 
@@ -69,8 +69,8 @@ class GradientRecorder:
         estimation_steps: G, over which Eq. 8 averages.
         select: how candidates are chosen from one weight's gradient; the default sees this process only.
         dtype: of the recorded gradients: float32, or bfloat16, which sums micro-batches and ranks in bf16.
-        products: how the entries of a weight's gradient are had where nothing else of it is needed; None: by dot
-            products of sampled columns where few are wanted on a CPU, or else from the whole product.
+        products: how the entries of a weight's gradient are had where nothing else of it is needed (appendix B); None:
+            from the whole product.
         keep_room: the recorder's own whole products are formed in one room that is kept during a step, not in a new one
             each.
     """
@@ -152,15 +152,9 @@ class GradientRecorder:
         """
         if self.watch or (self.phase is not Phase.OFF and name not in self.candidates):
             self.record(name, self._product(left, right))
-        elif self.products is not None:
-            self.products(left, right, self._wanted(name))
-        else:
-            self._plain_products(left, right, self._wanted(name))
-
-    def _plain_products(self, left: Tensor, right: Tensor, wanted: Sequence[tuple[Entries, Tensor]]) -> None:
-        if sampling_is_cheaper(left, right, sum(entries.count for entries, _ in wanted)):
-            column_products(left, right, wanted)
-        else:
+            return
+        wanted = self._wanted(name)
+        if self.products is None or not self.products(left, right, wanted):
             pick(self._product(left, right), wanted)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:

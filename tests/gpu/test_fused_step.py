@@ -31,6 +31,15 @@ ACTIVE = {"a": 40, "b": 55, "c": 2}  # the last keeps flat indices
 TOKENS = 30
 
 
+@pytest.fixture(autouse=INTERPRETED)
+def triton_and_not_c(monkeypatch) -> None:
+    """In the interpreter deltas are on a CPU."""
+    from scale_sft.kernels import updates, updates_cpu
+
+    for name in ("adamw_write", "sm3_write"):
+        monkeypatch.setattr(updates_cpu, name, getattr(updates, name))
+
+
 def small_tiles(left: Tensor, right: Tensor, wanted) -> None:
     product_entries(left, right, wanted, Tile(16, 32, 16, 4, 2))
 

@@ -18,7 +18,8 @@ from scale_sft.bench.page import write_page
 from scale_sft.bench.rows import read_rows
 from scale_sft.bench.workload import RUN_STEPS, Base, Batches, Case
 from scale_sft.errors import UserError
-from scale_sft.spiel.columns import sampling_is_cheaper
+from scale_sft.kernels import native
+from scale_sft.kernels.columns import SampledColumns
 from scale_sft.spiel.linear import WeightTap
 from scale_sft.spiel.schedule import Phase
 
@@ -186,7 +187,7 @@ def test_our_step_is_that_of_the_trainer_bit_for_bit(session, case, tiny_model, 
         loss = trainer.step_at(number, recorded, 0)
         expected, _ = forward_backward(real, batch)
         real.tuning.clip()
-        real.tuning.update(contestants.LEARNING_RATE)
+        real.update(contestants.LEARNING_RATE)
         if real.tuning.schedule.reallocates_at(number):
             real.tuning.reallocate(number, real.resident)
         real.resident.write()
@@ -381,7 +382,10 @@ def _floor(race):
     come sooner from sampled columns; or else dense forward and backward, or hardly."""
     case, base = race.base.case, race.base
     factor = lambda width: torch.empty(case.micro_batch * case.length, width, dtype=base.dtype)
-    sampled = (sampling_is_cheaper(factor(o), factor(i), case.rank * (o + i)) for o, i in base.shapes.values())
+    if native.why_not():
+        return "full"
+    pays = SampledColumns().pays
+    sampled = (pays(factor(o), factor(i), case.rank * (o + i)) for o, i in base.shapes.values())
     return "frozen" if all(sampled) else "full"
 
 

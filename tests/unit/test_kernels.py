@@ -287,10 +287,8 @@ def test_sizes_of_one_and_wide_weights_compile_too(compiling, tokens, rows, widt
 # --- in a run -------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_gpu_a_run_that_asks_for_kernels_is_the_plain_one_and_says_so(train_run, tmp_path, capsys) -> None:
-    runs = [train_run(kernels=choice, output_dir=str(tmp_path / choice)) for choice in ("off", "auto")]
-    said = "weight gradients without kernels (they need a GPU and Triton); deltas updated, then"
-    assert said in capsys.readouterr().out
+def test_without_a_gpu_a_run_that_asks_for_its_kernels_is_that_with_those_of_a_cpu(train_run, tmp_path) -> None:
+    runs = [train_run(kernels=choice, output_dir=str(tmp_path / choice)) for choice in ("cpu", "auto")]
     one, other = ((run / "adapter" / "adapter_model.safetensors").read_bytes() for run in runs)
     assert one == other
 
@@ -302,7 +300,7 @@ def test_the_paths_that_were_chosen_are_kept_by_a_checkpoint(train_run, tmp_path
     clock = Clock(plain=1.0, fast=0.5)
     monkeypatch.setattr(choice, "paths_of", lambda device: {name: clock.path(name) for name in clock.seconds})
     monkeypatch.setattr(choice, "_EventTimer", lambda device: clock)
-    monkeypatch.setattr("scale_sft.assemble._fusible", lambda *_: False)
+    monkeypatch.setattr("scale_sft.assemble.fuses", lambda *_: False)
     options = {"kernels": "auto", "save_every_steps": 2, "output_dir": str(tmp_path / "run"), "keep_last": 9}
     run = train_run(**options)
     kept = json.loads((run / "checkpoints" / "step_000002" / "state.json").read_text())["gradient_paths"]

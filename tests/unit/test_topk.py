@@ -4,8 +4,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from scale_sft.kernels import native, select
 from scale_sft.spiel import topk
-from scale_sft.spiel.topk import bottom_k_sorted, in_sorted, top_k_magnitude, top_k_of_product, top_k_sorted
+from scale_sft.spiel.topk import bottom_k_sorted, in_sorted, top_k_of_product, top_k_sorted
 
 
 class LargestTensor(TorchDispatchMode):
@@ -33,9 +34,18 @@ def random_values(seed: int, n: int, levels: int | None) -> Tensor:
     return values if levels is None else (values * levels).round() / levels
 
 
+@pytest.fixture(params=["torch", "c"])
+def top_k_magnitude(request):
+    if request.param == "torch":
+        return topk.top_k_magnitude
+    if reason := native.why_not():
+        pytest.skip(reason)
+    return select.top_k_magnitude
+
+
 @pytest.mark.parametrize("levels", [None, 1, 4])
 @pytest.mark.parametrize("seed", range(4))
-def test_top_k_magnitude_is_that_of_a_stable_sort(seed: int, levels: int | None) -> None:
+def test_top_k_magnitude_is_that_of_a_stable_sort(seed: int, levels: int | None, top_k_magnitude) -> None:
     values = random_values(seed, 257, levels)
     for k in (0, 1, 7, 100, 256, 257):
         assert top_k_magnitude(values, k).tolist() == best(values.abs().tolist(), k)
@@ -44,6 +54,7 @@ def test_top_k_magnitude_is_that_of_a_stable_sort(seed: int, levels: int | None)
 @pytest.mark.parametrize("levels", [None, 2])
 @pytest.mark.parametrize("seed", range(3))
 def test_chunks_and_the_guessed_floor_change_nothing(seed: int, levels: int | None, monkeypatch) -> None:
+    top_k_magnitude = topk.top_k_magnitude
     monkeypatch.setattr(topk, "CHUNK_ENTRIES", 64)
     monkeypatch.setattr(topk, "SAMPLE_ENTRIES", 128)
     values = random_values(seed, 1000, levels)
@@ -52,25 +63,59 @@ def test_chunks_and_the_guessed_floor_change_nothing(seed: int, levels: int | No
         assert top_k_magnitude(values, k).tolist() == best(values.abs().tolist(), k)
 
 
-def test_bfloat16_ties_go_to_the_smaller_index() -> None:
+def test_bfloat16_ties_go_to_the_smaller_index(top_k_magnitude) -> None:
     values = random_values(0, 300, None).bfloat16()
     assert top_k_magnitude(values, 40).tolist() == best(values.abs().tolist(), 40)
 
 
 @pytest.mark.parametrize("k", [-1, 6])
-def test_a_k_out_of_range_is_refused(k: int) -> None:
+def test_a_k_out_of_range_is_refused(k: int, top_k_magnitude) -> None:
     with pytest.raises(ValueError, match=r"k must lie in \[0, 5\], got"):
         top_k_magnitude(torch.ones(5), k)
     with pytest.raises(ValueError, match=r"k must lie in \[0, 5\], got"):
         top_k_of_product(torch.ones(2), torch.ones(3), k, torch.tensor([4]))
 
 
-def test_entries_that_are_no_number_are_chosen_last() -> None:
+def test_entries_that_are_no_number_are_chosen_last(top_k_magnitude) -> None:
     nan = float("nan")
     values = torch.tensor([1.0, nan, nan, 3.0, float("inf")])
     assert top_k_magnitude(values, 3).tolist() == [0, 3, 4]
     assert top_k_magnitude(values, 4).tolist() == [0, 1, 3, 4]
     assert top_k_magnitude(torch.full((5,), nan), 2).tolist() == [0, 1]
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["normal", "few magnitudes", "all alike", "the sample lies", "broken", "tiny"])
+def test_in_c_and_in_torch_the_same_entries_are_chosen(kind: str, dtype: torch.dtype, threads: int) -> None:
+    n = 70_001
+    values = random_values(3, n, 2 if kind == "few magnitudes" else None)
+    if kind == "all alike":
+        values.fill_(-2.5)
+    elif kind == "the sample lies":
+        values[:: n // 8192 | 1] *= 1000  # what the floor is guessed from
+    elif kind == "broken":
+        values[::3], values[1::7], values[2::11] = torch.nan, torch.inf, 0.0
+    elif kind == "tiny":
+        values *= 1e-40  # no normal floats
+    values, before = values.to(dtype), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for k in (1, 2, 700, 8193, 50_000, n - 1, n):
+            assert torch.equal(select.top_k_magnitude(values, k), topk.top_k_magnitude(values, k)), k
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_not_for_c_is_left_to_torch(monkeypatch) -> None:
+    """Other dtypes, views with gaps, and machines without a compiler."""
+    monkeypatch.setattr(select, "library", lambda: pytest.fail("called"))
+    values = random_values(0, 400, None)
+    for other in (values.double(), values.half(), values[::2]):
+        assert torch.equal(select.top_k_magnitude(other, 30), topk.top_k_magnitude(other, 30))
+    monkeypatch.setattr(select, "why_not", lambda: "no compiler")
+    assert torch.equal(select.top_k_magnitude(values, 30), topk.top_k_magnitude(values, 30))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -156,6 +201,6 @@ def test_top_k_magnitude_makes_no_tensor_of_the_vectors_size(kind: str, dtype: t
         values.fill_(torch.nan)
     expected = torch.sort(values.abs().nan_to_num(nan=-1.0), stable=True, descending=True).indices[:k].sort().values
     with LargestTensor() as largest:
-        chosen = top_k_magnitude(values, k)
+        chosen = topk.top_k_magnitude(values, k)
     assert torch.equal(chosen, expected)
     assert largest.entries <= 4 * 4096  # of 262,144

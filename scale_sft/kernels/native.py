@@ -1,0 +1,105 @@
+"""The kernels for CPUs, in C: compiled for the processor at hand when they are first needed.
+
+As torch's own compiled operations do, they need a C compiler; where there is none, plain torch does their work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+COMPILE_SECONDS = 60
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
+SOURCES = {
+    "columns.c": ("-ffp-contract=fast",),
+    "select.c": (),
+    "updates.c": ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+}
+"""By file: what else its compiler is told. Updates round each operation; square roots there set no error numbers."""
+
+POINTER, LONG, FLAG, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+
+
+class NoCompiler(RuntimeError):
+    """Why the C code cannot be used here."""
+
+
+class Target(ctypes.Structure):
+    """`struct target` of updates.c: where entries lie, and the part of the weight that is written."""
+
+    _fields_ = [
+        ("row_starts", POINTER), ("columns", POINTER), ("wide", FLAG), ("rows", LONG), ("width", LONG),
+        ("weight", POINTER), ("base", POINTER), ("halves", FLAG), ("start", LONG), ("size", LONG), ("first", LONG),
+    ]  # fmt: skip
+
+
+SIGNATURES = {
+    "words_per_column": (),
+    "column_products": (POINTER, POINTER, LONG, LONG, LONG, FLAG, FLAG, POINTER, POINTER, FLAG, POINTER, POINTER, FLAG),
+    "counting_words": (),
+    "top_k_magnitude": (POINTER, FLAG, LONG, LONG, POINTER, POINTER, POINTER, FLAG),
+    "adamw_write": (
+        *(LONG, POINTER, FLAG, POINTER, FLAG, POINTER, FLAG, POINTER, POINTER, FLAG, POINTER, POINTER),
+        *(FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, ctypes.POINTER(Target), FLAG),
+    ),
+    "sm3_write": (
+        *(POINTER, FLAG, POINTER, FLAG, POINTER, POINTER, POINTER),
+        *(FLOAT, FLOAT, FLOAT, ctypes.POINTER(Target), FLAG),
+    ),
+}
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """All sources, compiled and loaded; once per process. Nothing of it stays on disk.
+
+    Raises:
+        NoCompiler: no compiler, or what it makes cannot be loaded.
+    """
+    compiler = os.environ.get("CC", "cc")
+    with tempfile.TemporaryDirectory(prefix="scale-sft-") as folder:
+        objects = {source: f"{folder}/{source}.o" for source in SOURCES}
+        linked = f"{folder}/kernels.so"
+        commands = [
+            [compiler, *FLAGS, *SOURCES[source], "-c", str(FOLDER / source), "-o", to] for source, to in objects.items()
+        ]
+        # Linked with -fopenmp it would bring a second OpenMP runtime, whose threads fight with those of torch's own.
+        commands.append([compiler, "-shared", *objects.values(), "-o", linked])
+        try:
+            for command in commands:
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+            loaded = ctypes.CDLL(linked)
+        except FileNotFoundError:
+            raise NoCompiler(f"there is no C compiler '{compiler}' (set CC to one)") from None
+        except subprocess.CalledProcessError as error:
+            said = (error.stderr.strip().splitlines() or ["no reason given"])[0]
+            raise NoCompiler(f"the C compiler '{compiler}' failed: {said}") from None
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise NoCompiler(f"{type(error).__name__}: {error}") from None
+    for name, arguments in SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, None
+    loaded.words_per_column.restype = loaded.counting_words.restype = LONG
+    return loaded
+
+
+def why_not() -> str | None:
+    """Why there are no kernels for this CPU; None: there are."""
+    try:
+        library()
+    except NoCompiler as error:
+        return str(error)
+    return None
+
+
+def addresses(tensors: Sequence[Tensor]) -> ctypes.Array:
+    """Of each tensor's first number; the tensors must live on."""
+    return (POINTER * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
