@@ -31,7 +31,6 @@ class SampledColumns:
 
     def __init__(self) -> None:
         self._products, self._words = library().column_products, library().words_per_column()
-        self._room = torch.empty(0, dtype=torch.int32)
 
     def __call__(self, left: Tensor, right: Tensor, wanted: Wanted) -> bool:
         """Whether the entries were added.
@@ -45,9 +44,7 @@ class SampledColumns:
         if not self.pays(left, right, sum([out.numel() for _, out in wanted])):
             return False
         left, right = left.contiguous(), right.contiguous()
-        needed = (rows + width) * self._words
-        if self._room.numel() < needed:
-            self._room = torch.empty(needed, dtype=torch.int32)
+        room = torch.empty((rows + width) * self._words, dtype=torch.int32)
         sums = [out if out.dtype is torch.float32 else torch.zeros(out.shape) for _, out in wanted]
         places = [entries.csr() for entries, _ in wanted]
         self._products(
@@ -62,7 +59,7 @@ class SampledColumns:
             addresses([columns for _, columns in places]),
             places[0][1].dtype is torch.int32,
             addresses(sums),
-            self._room.data_ptr(),
+            room.data_ptr(),
             torch.get_num_threads(),
         )
         for (_, out), total in zip(wanted, sums, strict=True):
