@@ -68,7 +68,7 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
         tuning=tuning,
         resident=resident,
         gradient_path=path,
-        fused=fuses(config.run.kernels, path, tuning, resident),
+        fused=all(cluster.gather_objects(fuses(config.run.kernels, path, tuning, resident))),  # or bits would differ
         learning_rate=LearningRateSchedule(
             peak=config.optimizer.learning_rate,
             total_steps=inputs.steps,

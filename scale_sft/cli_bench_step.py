@@ -25,7 +25,7 @@ from .options import Several, flattened
     type=click.Choice(["off", "cpu", "auto"]),
     default="cpu",
     show_default=True,
-    help="Of ours, as in a run: cpu takes those in C on a CPU, auto also the fastest of a GPU, off none.",
+    help="Of ours, as in a run: cpu takes those in C on a CPU, auto also the fastest of a GPU, off neither.",
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=8, show_default=True, help="Steps of each contestant.")
 @click.option(

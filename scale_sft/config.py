@@ -307,9 +307,9 @@ class RunConfig:
     )
     kernels: str = option(
         "cpu",
-        "cpu: on a CPU with a C compiler, entries of weight gradients are computed one by one where they are few. auto: "
-        "on a GPU with Triton as well, by whichever way is measured as the fastest at the start, and deltas are updated "
-        "and written in one pass; not yet measured on a GPU, hence not the default. off: torch alone.",
+        "cpu: on a CPU with gcc, entries of weight gradients are computed one by one where they are few, and deltas are "
+        "updated and written in one pass. auto: on a GPU with Triton as well, entries by whichever way is measured as the "
+        "fastest at the start; not yet measured on a GPU, hence not the default. off: gradients and updates by torch.",
         choices=("off", "cpu", "auto"),
     )
     save_merged: bool = option(False, "Also write the merged model, a plain transformers folder, at the end.")

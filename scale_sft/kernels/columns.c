@@ -28,15 +28,10 @@ typedef uint32_t words __attribute__((vector_size(64)));
 typedef float half_of_floats __attribute__((vector_size(32)));
 typedef float quad __attribute__((vector_size(16)));
 
-#if defined(__clang__)
-#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#define SHUFFLED_QUADS SHUFFLED
-#else
 typedef int32_t places __attribute__((vector_size(16)));
+
 #define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (words){__VA_ARGS__})
 #define SHUFFLED_QUADS(a, b, ...) __builtin_shuffle(a, b, (places){__VA_ARGS__})
-#endif
-
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE words load(const void *from) { words v; memcpy(&v, from, sizeof v); return v; }

@@ -45,7 +45,7 @@ class SampledColumns:
             return False
         left, right = left.contiguous(), right.contiguous()
         room = torch.empty((rows + width) * self._words, dtype=torch.int32)
-        sums = [out if out.dtype is torch.float32 else torch.zeros(out.shape) for _, out in wanted]
+        sums = [out if out.dtype is torch.float32 else torch.zeros(out.shape, dtype=torch.float32) for _, out in wanted]
         places = [entries.csr() for entries, _ in wanted]
         self._products(
             left.data_ptr(),

@@ -1,12 +1,15 @@
 """The kernels for CPUs, in C: compiled for the processor at hand when they are first needed.
 
-As torch's own compiled operations do, they need a C compiler; where there is none, plain torch does their work.
+As torch's own compiled operations do, they need a C compiler: gcc, whose OpenMP runtime torch has loaded. Where there is
+none, plain torch does their work.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import shlex
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -57,33 +60,35 @@ SIGNATURES = {
 }
 
 
-@lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """All sources, compiled and loaded; once per process. Nothing of it stays on disk.
+    """All sources, compiled and loaded; tried once per process. Nothing of it stays on disk.
 
     Raises:
         NoCompiler: no compiler, or what it makes cannot be loaded.
     """
-    compiler = os.environ.get("CC", "cc")
-    with tempfile.TemporaryDirectory(prefix="scale-sft-") as folder:
-        objects = {source: f"{folder}/{source}.o" for source in SOURCES}
-        linked = f"{folder}/kernels.so"
-        commands = [
-            [compiler, *FLAGS, *SOURCES[source], "-c", str(FOLDER / source), "-o", to] for source, to in objects.items()
-        ]
-        # Linked with -fopenmp it would bring a second OpenMP runtime, whose threads fight with those of torch's own.
-        commands.append([compiler, "-shared", *objects.values(), "-o", linked])
-        try:
-            for command in commands:
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
-            loaded = ctypes.CDLL(linked)
-        except FileNotFoundError:
-            raise NoCompiler(f"there is no C compiler '{compiler}' (set CC to one)") from None
-        except subprocess.CalledProcessError as error:
-            said = (error.stderr.strip().splitlines() or ["no reason given"])[0]
-            raise NoCompiler(f"the C compiler '{compiler}' failed: {said}") from None
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise NoCompiler(f"{type(error).__name__}: {error}") from None
+    made = _made()
+    if isinstance(made, NoCompiler):
+        raise NoCompiler(str(made))
+    return made
+
+
+def why_not() -> str | None:
+    """Why there are no kernels for this CPU; None: there are."""
+    made = _made()
+    return str(made) if isinstance(made, NoCompiler) else None
+
+
+@lru_cache(maxsize=1)
+def _made() -> ctypes.CDLL | NoCompiler:
+    try:
+        loaded = _compiled(shlex.split(os.environ.get("CC", "")) or ["cc"])
+    except NoCompiler as error:
+        return error
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr.strip().splitlines() or ["no reason given"])[0]
+        return NoCompiler(f"the C compiler '{error.cmd[0]}' failed: {said}")
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:  # no folder, not loaded, no command, too slow
+        return NoCompiler(f"{type(error).__name__}: {error}")
     for name, arguments in SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
@@ -91,13 +96,23 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def why_not() -> str | None:
-    """Why there are no kernels for this CPU; None: there are."""
-    try:
-        library()
-    except NoCompiler as error:
-        return str(error)
-    return None
+def _compiled(compiler: Sequence[str]) -> ctypes.CDLL:
+    if shutil.which(compiler[0]) is None:
+        raise NoCompiler(f"there is no C compiler '{compiler[0]}' (set CC to one)")
+    with tempfile.TemporaryDirectory(prefix="scale-sft-") as folder:
+        objects = {source: f"{folder}/{source}.o" for source in SOURCES}
+        linked = f"{folder}/kernels.so"
+        commands = [
+            [*compiler, *FLAGS, *SOURCES[source], "-c", str(FOLDER / source), "-o", to]
+            for source, to in objects.items()
+        ]
+        # Linked with -fopenmp it would bring a second OpenMP runtime, whose threads fight with those of torch's own.
+        commands.append([*compiler, "-shared", *objects.values(), "-o", linked])
+        for command in commands:
+            subprocess.run(
+                command, check=True, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS
+            )
+        return ctypes.CDLL(linked)
 
 
 def addresses(tensors: Sequence[Tensor]) -> ctypes.Array:

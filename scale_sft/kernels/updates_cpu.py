@@ -14,7 +14,8 @@ from ..spiel.entries import Entries
 from .native import Target, library
 from .operands import Written, check_written
 
-HALF = torch.bfloat16
+COHORTS = {torch.uint8: False, torch.int16: True}
+"""Whether a cohort's number has two bytes."""
 
 
 def adamw_write(
@@ -36,9 +37,9 @@ def adamw_write(
     check_written(written, entries)
     library().adamw_write(
         entries.count,
-        *(deltas.data_ptr(), deltas.dtype is HALF, gradients.data_ptr(), gradients.dtype is HALF),
-        *(exp_avg.data_ptr(), exp_avg.dtype is HALF, exp_avg_sq.data_ptr()),
-        *(cohort.data_ptr(), cohort.dtype is torch.int16, step_sizes.data_ptr(), denominators.data_ptr()),
+        *(deltas.data_ptr(), halves(deltas), gradients.data_ptr(), halves(gradients)),
+        *(exp_avg.data_ptr(), halves(exp_avg), exp_avg_sq.data_ptr()),
+        *(cohort.data_ptr(), COHORTS[cohort.dtype], step_sizes.data_ptr(), denominators.data_ptr()),
         *(decay, 1 - betas[0], betas[1], 1 - betas[1], eps),
         byref(_target(entries, written) if written else Target()),
         torch.get_num_threads(),
@@ -60,14 +61,23 @@ def sm3_write(
     """One SM3-II step on the [K] entries of a weight in place, and their effective values into the weight."""
     check_written(written, entries)
     threads = torch.get_num_threads()
-    largest = torch.empty(threads, col.numel())  # of each thread, by column
+    largest = torch.empty(threads, col.numel(), dtype=torch.float32)  # of each thread, by column
     library().sm3_write(
-        *(deltas.data_ptr(), deltas.dtype is HALF, gradients.data_ptr(), gradients.dtype is HALF),
+        *(deltas.data_ptr(), halves(deltas), gradients.data_ptr(), halves(gradients)),
         *(row.data_ptr(), col.data_ptr(), largest.data_ptr()),
         *(decay, -learning_rate, eps),
         byref(_target(entries, written)),
         threads,
     )
+
+
+def halves(tensor: Tensor) -> bool:
+    """Whether a tensor is bf16 and not fp32. Raises ValueError for any other dtype, and for gaps in memory."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16) or not tensor.is_contiguous():
+        raise ValueError(
+            f"state of deltas: got {tensor.dtype}, contiguous: {tensor.is_contiguous()}; expected fp32 or bf16"
+        )
+    return tensor.dtype is torch.bfloat16
 
 
 def _target(entries: Entries, written: Written | None) -> Target:
@@ -76,6 +86,6 @@ def _target(entries: Entries, written: Written | None) -> Target:
     place = Target(row_starts.data_ptr(), columns.data_ptr(), columns.dtype is torch.int32, *entries.shape)
     if written:
         place.weight, place.base = written.weight.data_ptr(), written.base.data_ptr()
-        place.halves = written.weight.dtype is HALF
+        place.halves = halves(written.weight)
         place.start, place.size, place.first = written.start, written.weight.numel(), written.first
     return place

@@ -171,7 +171,7 @@ def compiler(monkeypatch, tmp_path):
     """Compile anew with another compiler, a shell script or a name, and in a folder to look at."""
     monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
     yield lambda name: monkeypatch.setenv("CC", str(name))
-    native.library.cache_clear()
+    native._made.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_without_a_compiler_that_works_a_run_is_plain_torch_and_says_why(
         made.write_text(f"#!/bin/sh\n{script}\n")
         made.chmod(0o755)
     compiler(made)
-    native.library.cache_clear()
+    native._made.cache_clear()
     with pytest.raises(native.NoCompiler, match=said):
         native.library()
     runs = [train_run(kernels=choice, output_dir=str(tmp_path / choice)) for choice in ("off", "cpu")]
@@ -198,6 +198,44 @@ def test_without_a_compiler_that_works_a_run_is_plain_torch_and_says_why(
     one, other = ((run / "adapter" / "adapter_model.safetensors").read_bytes() for run in runs)
     assert one == other
     assert not list(tmp_path.glob("scale-sft-*"))
+
+
+@pytest.mark.parametrize(
+    "cc, folder, said",
+    [
+        ('gcc "', None, "No closing quotation"),
+        ("{tmp}/mute", None, "failed: no reason given"),
+        ("{tmp}/foreign", None, "failed: erreur"),
+        ("cc", "{tmp}/missing", "FileNotFoundError"),
+    ],
+)
+def test_whatever_goes_wrong_with_a_compiler_is_a_reason_and_no_crash(
+    cc, folder, said, compiler, tmp_path, monkeypatch
+):
+    for name, line in (("mute", "exit 1"), ("foreign", r"printf 'erreur \351' >&2; exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    compiler(cc.format(tmp=tmp_path))
+    if folder:
+        monkeypatch.setattr(native.tempfile, "tempdir", folder.format(tmp=tmp_path))
+    native._made.cache_clear()
+    assert said in native.why_not()
+    with pytest.raises(native.NoCompiler, match=said):
+        native.library()
+
+
+def test_a_blank_cc_means_the_usual_compiler(sampled, compiler):
+    compiler(" ")
+    native._made.cache_clear()
+    assert native.why_not() is None
+
+
+def test_deltas_are_updated_in_c_only_where_all_ranks_can(sampled, session, monkeypatch):
+    """The same sums end in other bits in torch, and deltas would drift apart."""
+    assert session().fused
+    others = lambda self, value: [value, False] if isinstance(value, bool) else [value]
+    monkeypatch.setattr("scale_sft.distributed.Cluster.gather_objects", others)
+    assert not session().fused
 
 
 def test_one_openmp_runtime_serves_torch_and_the_kernels(sampled):

@@ -182,6 +182,15 @@ def test_a_part_that_cannot_be_of_this_weight_is_refused(kind):
             State(kind, entries).in_c(wrong)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "sm3"])
+def test_state_of_another_dtype_or_with_gaps_is_refused(kind):
+    for wrong in (drawn(3, 120).double(), drawn(3, 240)[::2]):
+        state = State(kind, some(SHAPE, 120))
+        state.deltas = wrong
+        with pytest.raises(ValueError, match="state of deltas: got"):
+            state.in_c(None)
+
+
 # --- all deltas of a run --------------------------------------------------------------------------------------------
 
 
