@@ -123,7 +123,7 @@ def _die(*_: Any, **__: Any) -> None:
 def _plant_kill(kill: Kill) -> None:
     from scale_sft import checkpoint, checkpoint_files, train
     from scale_sft.metrics import Metrics
-    from scale_sft.spiel.algorithm import SparseFineTuning
+    from scale_sft.session import Session
 
     if kill.place == "forward":  # gradients are there, candidates may have been proposed
         original = train.forward_backward
@@ -131,11 +131,9 @@ def _plant_kill(kill: Kill) -> None:
             original(session, batch),
             _die() if session.step + 1 == kill.step else None,
         )[0]
-    elif kill.place == "update":  # deltas and moments have changed, the weights have not
-        begin, update = SparseFineTuning.begin_step, SparseFineTuning.update
-        begun = []
-        SparseFineTuning.begin_step = lambda self, step: (begun.append(step), begin(self, step))[1]
-        SparseFineTuning.update = lambda self, rate: (update(self, rate), _die() if begun[-1] == kill.step else None)[0]
+    elif kill.place == "update":  # deltas and moments have changed, by plain torch the weights not yet
+        update = Session.update
+        Session.update = lambda self, rate: (update(self, rate), _die() if self.step + 1 == kill.step else None)[0]
     elif kill.place == "recorded":  # the step is done and on record, but not saved
         record = Metrics.step
         Metrics.step = lambda self, step, **values: (
