@@ -10,10 +10,9 @@ from .base_weight import ResidentDeltas, combine_fingerprints
 from .data_pack import refuse_leaks
 from .distributed import Cluster
 from .inputs import Inputs, budget_of, flat_rows
-from .kernels import step
+from .kernels import native, step
 from .kernels.choice import GradientPath
 from .kernels.columns import SampledColumns
-from .kernels.native import NoCompiler
 from .memory import PeakMemory
 from .model import attach_taps, find_targets, load_base
 from .moments import moments_of, resolve_moments
@@ -86,18 +85,15 @@ def fuses(
     kernels: str, path: GradientPath | None, tuning: SparseFineTuning, resident: ResidentDeltas | TransientDeltas
 ) -> bool:
     """Whether deltas are updated and written in one pass."""
-    wanted = kernels != "off" if tuning.store.device.type == "cpu" else path is not None and path.has_kernels
+    wanted = native.asked_for(tuning.store.device, kernels) or (path is not None and path.has_kernels)
     return wanted and step.why_not(tuning, resident) is None
 
 
-def _products_on(device: torch.device, kernels: str) -> Products | None:
-    """What a CPU has for few entries of a weight's gradient; None: the whole is formed."""
-    if device.type != "cpu" or kernels == "off":
-        return None
-    try:
-        return SampledColumns()
-    except NoCompiler:
-        return None
+def _products_of(path: GradientPath | None, device: torch.device, kernels: str) -> Products | None:
+    """How the entries of a weight's gradient are had; None: from the whole."""
+    if path and path.has_kernels:
+        return path.products
+    return SampledColumns() if native.asked_for(device, kernels) and not native.why_not() else None
 
 
 def build_tuning(
@@ -141,6 +137,6 @@ def build_tuning(
         select=cluster.select_candidates,
         moments=moments_of(resolve_moments(optimizer.moments, inputs.dtype)),
         gradient_dtype=getattr(torch, optimizer.gradient_dtype),
-        products=path.products if path and path.has_kernels else _products_on(cluster.device, config.run.kernels),
+        products=_products_of(path, cluster.device, config.run.kernels),
         keep_room=inputs.quantization is None,  # beside a dequantised copy no more than one gradient shall lie
     )

@@ -81,12 +81,12 @@ class Session:
 
     def measure_kernels(self) -> list[str]:
         """Find the fastest way to each weight's gradient before the first step; says what was found."""
-        path, config, on_cpu = self.gradient_path, self.inputs.config, self.cluster.device.type == "cpu"
-        if path is None or (on_cpu and not path.has_kernels):
-            if not on_cpu or config.run.kernels == "off":
-                return []
+        path, config = self.gradient_path, self.inputs.config
+        if native.asked_for(self.cluster.device, config.run.kernels) and not (path and path.has_kernels):
             reasons = sorted(set(filter(None, self.cluster.gather_objects(native.why_not()))))
             return [f"kernels: plain torch does what would be faster in C: {reason}" for reason in reasons]
+        if path is None:
+            return []
         rows = config.run.micro_batch_size or config.run.global_batch_size // self.cluster.size
         length = max_length(config.data.max_length, self.inputs.model_config)
         candidates = {} if config.sparse.method == "ma" else self.tuning.recorder.counts

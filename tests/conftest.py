@@ -10,6 +10,9 @@ Everything is given by fixtures, most of them functions:
     run_cli("--steps", "3")        the training command as a process of its own; returncode, stdout, stderr
     shared("traces/ag.safetensors")  a file that lies beside the project; skips the test where there is none
 
+    c_kernels                      skips the test where there is no compiler for the kernels for CPUs
+    set_threads(2)                 torch.set_num_threads, until the test ends
+
 Nothing needs the network, and nothing is written outside temporary folders.
 """
 
@@ -58,6 +61,25 @@ def on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         import torch
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def c_kernels() -> None:
+    """The kernels for CPUs; skips the test where they cannot be had."""
+    from scale_sft.kernels import native
+
+    if reason := native.why_not():
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, undone at the end of the test."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=ARCHITECTURES)

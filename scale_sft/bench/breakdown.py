@@ -116,14 +116,12 @@ def instrumented(watch: Stopwatch) -> Iterator[None]:
 
 
 def _timed(function: Callable, watch: Stopwatch, piece: str) -> Callable:
+    # Inside dW the mode of the gather around it would cost time and find nothing.
     around = {GATHER: lambda: _Products(watch), DW: torch._C.DisableTorchFunction}.get(piece, nullcontext)
 
     @wraps(function)
     def run(*arguments: Any, **named: Any) -> Any:
-        with (
-            watch.piece(piece),
-            around(),
-        ):  # inside dW the mode of the gather around it would cost time, and find nothing
+        with watch.piece(piece), around():
             return function(*arguments, **named)
 
     return run

@@ -14,12 +14,8 @@
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
-#if defined(_OPENMP)
-#include <omp.h>
-#else
-static int omp_get_thread_num(void) { return 0; }
-static int omp_get_num_threads(void) { return 1; }
-#endif
+
+#include "common.h"
 
 enum { LANES = 16, VECTORS = 8, BLOCK = LANES * VECTORS, AHEAD = 8 };
 
@@ -32,7 +28,6 @@ typedef int32_t places __attribute__((vector_size(16)));
 
 #define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (words){__VA_ARGS__})
 #define SHUFFLED_QUADS(a, b, ...) __builtin_shuffle(a, b, (places){__VA_ARGS__})
-#define INLINE static inline __attribute__((always_inline))
 
 INLINE words load(const void *from) { words v; memcpy(&v, from, sizeof v); return v; }
 

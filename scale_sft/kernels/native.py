@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
@@ -70,6 +71,11 @@ def library() -> ctypes.CDLL:
     if isinstance(made, NoCompiler):
         raise NoCompiler(str(made))
     return made
+
+
+def asked_for(device: torch.device, kernels: str) -> bool:
+    """Whether these kernels are to be used on a device by a run of an option `kernels`, if they can be had."""
+    return device.type == "cpu" and kernels != "off"
 
 
 def why_not() -> str | None:

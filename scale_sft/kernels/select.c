@@ -13,16 +13,10 @@
 #if defined(__AVX512BW__)
 #include <immintrin.h>
 #endif
-#if defined(_OPENMP)
-#include <omp.h>
-#else
-static int omp_get_thread_num(void) { return 0; }
-static int omp_get_num_threads(void) { return 1; }
-#endif
+
+#include "common.h"
 
 enum { UPPER_BINS = 1 << 15, BINS = 1 << 16, BLOCK = 32, SAMPLE = 1 << 13 };
-
-#define INLINE static inline __attribute__((always_inline))
 
 /* 0 for what is no number, else the bits of the magnitude and 1. */
 INLINE uint32_t key_of(const void *values, long n, int halves) {

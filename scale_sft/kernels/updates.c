@@ -10,12 +10,8 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(_OPENMP)
-#include <omp.h>
-#else
-static int omp_get_thread_num(void) { return 0; }
-static int omp_get_num_threads(void) { return 1; }
-#endif
+
+#include "common.h"
 
 enum { PIECE = 1024 };
 

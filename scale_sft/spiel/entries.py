@@ -53,13 +53,13 @@ class Entries:
     def csr(self) -> tuple[Tensor, Tensor]:
         """(row_starts [O + 1] int32, columns [K] uint16, or int32 where I > 65,536): kept from now on, not the gaps."""
         if self._rows is None:
-            self._rows = self.compressed(torch.uint16 if self.shape[1] <= _FAR else torch.int32)
+            self._rows = self._compressed()
             self._gaps = self._far = None
         return self._rows
 
-    def compressed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(row_starts [O + 1] int32, columns [K] of `dtype`), made anew."""
+    def _compressed(self) -> tuple[Tensor, Tensor]:
         rows, width = self.shape
+        dtype = torch.uint16 if width <= _FAR else torch.int32
         flat = self.flat()
         first_of_row = torch.arange(0, rows * width, width, dtype=flat.dtype, device=flat.device)
         starts = torch.full((rows + 1,), self.count, dtype=torch.int32, device=flat.device)

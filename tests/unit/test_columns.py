@@ -18,21 +18,16 @@ ANY_SHARE = 10**6
 
 
 @pytest.fixture
-def sampled(monkeypatch) -> SampledColumns:
+def sampled(c_kernels, monkeypatch) -> SampledColumns:
     """On any processor, and however many entries are asked for."""
-    if reason := native.why_not():
-        pytest.skip(reason)
     monkeypatch.setattr(columns, "has_matrix_units", lambda: False)
     monkeypatch.setattr(columns, "LARGEST_SHARE", ANY_SHARE)
     return SampledColumns()
 
 
 @pytest.fixture(params=[1, 2, 3])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+def threads(request, set_threads):
+    set_threads(request.param)
 
 
 def factors(
@@ -87,17 +82,13 @@ def test_factors_may_lie_in_memory_as_they_like(sampled):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_result_is_the_same_bit_for_bit_for_any_number_of_threads(dtype, sampled):
+def test_the_result_is_the_same_bit_for_bit_for_any_number_of_threads(dtype, sampled, set_threads):
     left, right = factors(512, 256, 256, dtype)
-    entries, before = some(256, 256, 3000), torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(torch.zeros(3000))
-            sampled(left, right, [(entries, results[-1])])
-    finally:
-        torch.set_num_threads(before)
+    entries, results = some(256, 256, 3000), []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        results.append(torch.zeros(3000))
+        sampled(left, right, [(entries, results[-1])])
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 

@@ -11,7 +11,6 @@ import torch
 from scale_sft import config, train
 from scale_sft.errors import UserError
 from scale_sft.interruption import Interrupted
-from scale_sft.kernels import native
 from scale_sft.kernels.columns import SampledColumns
 from scale_sft.metrics_file import read_metrics
 from scale_sft.spiel.schedule import Phase
@@ -79,12 +78,10 @@ def test_a_resumed_run_leaves_the_same_bits_and_each_step_once(options, train_ru
 
 @pytest.mark.parametrize("method", ["ag", "ma"])
 def test_a_resumed_run_samples_columns_where_the_whole_one_did(
-    method, train_run, crashing_run, saving, tmp_path, monkeypatch
+    method, c_kernels, train_run, crashing_run, saving, tmp_path, monkeypatch
 ):
     """bfloat16: a gradient formed whole is rounded, sampled entries of it are not."""
     sampled = []
-    if reason := native.why_not():
-        pytest.skip(reason)
     monkeypatch.setattr(SampledColumns, "pays", lambda *_: sampled.append(1) or True)
     saving = saving | {"method": method, "dtype": "bfloat16", "micro_batch_size": 2, "update_interval_steps": 3}
     whole = train_run(**{**saving, "estimation_steps": 2, "output_dir": str(tmp_path / "whole")})

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scale_sft.kernels import native, select
+from scale_sft.kernels import select
 from scale_sft.spiel import topk
 from scale_sft.spiel.topk import bottom_k_sorted, in_sorted, top_k_of_product, top_k_sorted
 
@@ -38,8 +38,7 @@ def random_values(seed: int, n: int, levels: int | None) -> Tensor:
 def top_k_magnitude(request):
     if request.param == "torch":
         return topk.top_k_magnitude
-    if reason := native.why_not():
-        pytest.skip(reason)
+    request.getfixturevalue("c_kernels")
     return select.top_k_magnitude
 
 
@@ -84,11 +83,13 @@ def test_entries_that_are_no_number_are_chosen_last(top_k_magnitude) -> None:
     assert top_k_magnitude(torch.full((5,), nan), 2).tolist() == [0, 1]
 
 
-@pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+@pytest.mark.usefixtures("c_kernels")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["normal", "few magnitudes", "all alike", "the sample lies", "broken", "tiny"])
-def test_in_c_and_in_torch_the_same_entries_are_chosen(kind: str, dtype: torch.dtype, threads: int) -> None:
+def test_in_c_and_in_torch_the_same_entries_are_chosen(
+    kind: str, dtype: torch.dtype, threads: int, set_threads
+) -> None:
     n = 70_001
     values = random_values(3, n, 2 if kind == "few magnitudes" else None)
     if kind == "all alike":
@@ -99,13 +100,10 @@ def test_in_c_and_in_torch_the_same_entries_are_chosen(kind: str, dtype: torch.d
         values[::3], values[1::7], values[2::11] = torch.nan, torch.inf, 0.0
     elif kind == "tiny":
         values *= 1e-40  # no normal floats
-    values, before = values.to(dtype), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for k in (1, 2, 700, 8193, 50_000, n - 1, n):
-            assert torch.equal(select.top_k_magnitude(values, k), topk.top_k_magnitude(values, k)), k
-    finally:
-        torch.set_num_threads(before)
+    values = values.to(dtype)
+    set_threads(threads)
+    for k in (1, 2, 700, 8193, 50_000, n - 1, n):
+        assert torch.equal(select.top_k_magnitude(values, k), topk.top_k_magnitude(values, k)), k
 
 
 def test_what_is_not_for_c_is_left_to_torch(monkeypatch) -> None:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from scale_sft.base_weight import ResidentDeltas, WeightPart, effective_values
-from scale_sft.kernels import native
 from scale_sft.kernels.operands import Written
 from scale_sft.kernels.step import update_and_write, why_not
 from scale_sft.kernels.updates_cpu import adamw_write, sm3_write
@@ -18,7 +17,7 @@ from scale_sft.spiel.moments import mixed_moments
 from scale_sft.spiel.optimizer import adamw_update, correction_table, sm3_update
 from scale_sft.spiel.schedule import ReallocationSchedule
 
-pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+pytestmark = pytest.mark.usefixtures("c_kernels")
 
 CPU = torch.device("cpu")
 SHAPE = (37, 90)
@@ -77,11 +76,8 @@ class State:
 
 
 @pytest.fixture(params=[1, 3])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
+def threads(request, set_threads):
+    set_threads(request.param)
 
 
 @pytest.mark.parametrize("betas, eps, decay", SETTINGS)
@@ -114,14 +110,13 @@ def test_a_row_longer_than_a_piece_is_updated_whole(kind):
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sm3"])
-def test_any_number_of_threads_gives_the_same_bits(kind):
-    results, before = [], torch.get_num_threads()
+def test_any_number_of_threads_gives_the_same_bits(kind, set_threads):
+    results = []
     for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
+        set_threads(threads)
         state = State(kind, some((200, 300), 9000))
         state.in_c(None)
         results.append(state.moved)
-    torch.set_num_threads(before)
     assert all(torch.equal(one, other) for result in results[1:] for one, other in zip(results[0], result, strict=True))
 
 
