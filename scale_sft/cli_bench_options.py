@@ -40,8 +40,8 @@ _OF_CASES = (
         "none",
         "Keep the base in 4 or 8 bits",
     ),
-    several("--length", "lengths", click.IntRange(min=2), "256", "Tokens of a sequence"),
-    several("--micro-batch", "micro_batches", click.IntRange(min=1), "4", "Sequences of a step"),
+    several("--length", "lengths", click.IntRange(min=2), "128", "Tokens of a sequence"),
+    several("--micro-batch", "micro_batches", click.IntRange(min=1), "32", "Sequences of a step"),
     click.option(
         "--gradient-checkpointing/--no-gradient-checkpointing",
         default=False,

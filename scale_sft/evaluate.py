@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from .data import IGNORED, Examples, by_length, collate, micro_batches
 from .distributed import Cluster
 from .errors import UserError
+from .loss import token_losses
 
 ANSWER_PATTERNS = {"gsm8k": r"####\s*(.+)"}
 """Named values of `answer_pattern`."""
@@ -44,23 +44,6 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
-
-
-def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross entropies of the target tokens of a batch of [B, L], row by row: [target tokens] fp32 with gradient.
-
-    Only the logits of target positions are taken to fp32.
-    """
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    logits = model(**inputs, use_cache=False).logits
-    labels = batch["labels"][:, 1:]
-    wanted = labels != IGNORED
-    return functional.cross_entropy(logits[:, :-1][wanted].float(), labels[wanted], reduction="none")
-
-
-def token_loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Sum of the cross entropies of all target tokens of a batch: fp32 scalar with gradient."""
-    return token_losses(model, batch).sum()
 
 
 @torch.no_grad()

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .errors import UserError
+from .loss import cross_entropies
 from .model import attach_taps, enable_checkpointing, find_targets
 from .spiel.topk import CHUNK_ENTRIES
 
@@ -162,17 +162,13 @@ def _trace(
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         logits_bytes = logits.numel() * logits.element_size()
         activations = count.live - logits_bytes
-        loss = _loss(logits, sequences * (tokens - 1))
+        targets = sequences * (tokens - 1)
+        loss = cross_entropies(
+            logits.flatten(0, 1), torch.arange(targets), torch.zeros(targets, dtype=torch.int64)
+        ).sum()
         del logits
         loss.backward()
     return StepMemory(activations, logits_bytes, count.peak)
-
-
-def _loss(logits: Tensor, targets: int) -> Tensor:
-    """As `evaluate.token_loss_sum` does it: pick the target positions, then to fp32."""
-    picked = logits[:, :-1].flatten(0, 1).index_select(0, torch.arange(targets))
-    labels = torch.zeros(targets, dtype=torch.int64)
-    return functional.cross_entropy(picked.float(), labels, reduction="sum")
 
 
 def _record(gradient: Tensor, active: int, proposes: bool) -> None:

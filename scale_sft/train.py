@@ -83,7 +83,7 @@ def forward_backward(session, batch: list[int]) -> tuple[float, dict[str, int]]:
     Each micro-batch contributes its share of that mean, so the cut into ranks and micro-batches does not matter.
     Returns the mean loss, and how many tokens the batch has (target, all, and padding that was computed with them).
     """
-    from scale_sft.evaluate import token_loss_sum
+    from scale_sft.loss import token_loss_sum
 
     inputs, cluster = session.inputs, session.cluster
     proposing = session.tuning.recorder.proposing

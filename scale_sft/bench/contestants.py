@@ -19,10 +19,10 @@ from scale_sft.assemble import build_tuning, fuses
 from scale_sft.base_weight import ResidentDeltas, WeightPart
 from scale_sft.config import Config
 from scale_sft.errors import UserError
-from scale_sft.evaluate import token_loss_sum
 from scale_sft.inputs import budget_of
 from scale_sft.kernels.choice import GradientPath
 from scale_sft.kernels.select import top_k_magnitude
+from scale_sft.loss import token_loss_sum
 from scale_sft.model import attach_taps, find_targets
 from scale_sft.quantized import PlainWeight, Quantization, packed_weights
 from scale_sft.transient import TransientDeltas, attach_transient_taps

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from scale_sft.distributed import Cluster
 from scale_sft.errors import UserError
-from scale_sft.evaluate import token_loss_sum
 from scale_sft.inputs import Inputs
+from scale_sft.loss import token_loss_sum
 from scale_sft.model import Target, find_targets, load_base
 from scale_sft.spiel.delta import seeded_generator
 from scale_sft.spiel.schedule import LearningRateSchedule

@@ -47,8 +47,8 @@ class Case:
     base: str | None = None  # a model folder or hub id; a folder of nothing but config.json, or None: random weights
     dtype: str = "bfloat16"
     quantization: str = "none"
-    length: int = 256  # tokens of a sequence
-    micro_batch: int = 4  # sequences of a step
+    length: int = 128  # tokens of a sequence
+    micro_batch: int = 32  # sequences of a step
     gradient_checkpointing: bool = False
     rank: int | None = 16
     density: float | None = None

@@ -30,7 +30,7 @@ from scale_sft.config import ModelConfig
 from scale_sft.data import micro_batches
 from scale_sft.distributed import Cluster
 from scale_sft.errors import UserError
-from scale_sft.evaluate import token_loss_sum
+from scale_sft.loss import token_loss_sum
 from scale_sft.model import attach_taps, find_targets, load_base, load_model_config
 from scale_sft.spiel.algorithm import SparseFineTuning
 from scale_sft.spiel.delta import DeltaStore

@@ -13,7 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
-from scale_sft import outcome, train
+from scale_sft import loss, outcome, train
 from scale_sft.config import load
 
 
@@ -43,6 +43,7 @@ def peak_of(options: dict) -> int:
 
 if __name__ == "__main__":
     outcome.finish = lambda *arguments: None
+    loss.CPU_LOGITS = loss.GPU_LOGITS  # plans are made for GPUs
     warm_up, *runs = (json.loads(argument) for argument in sys.argv[1:])
     peak_of(warm_up)
     for run in runs:

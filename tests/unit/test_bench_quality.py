@@ -127,14 +127,14 @@ def test_the_peers_loop_is_that_of_ours_where_all_entries_are_trained(settings):
 
 def test_a_run_that_diverges_is_a_row_and_the_others_go_on(settings, measure, monkeypatch):
     from scale_sft.bench import quality_peers
-    from scale_sft.evaluate import token_loss_sum
+    from scale_sft.loss import token_loss_sum
 
     def fragile(model, batch):  # at the high rate the weights of the second step are far from those of the first
         broken = max(float(weight.detach().abs().max()) for weight in model.parameters()) > 1e3
         return token_loss_sum(model, batch) * (torch.nan if broken else 1.0)
 
     monkeypatch.setattr(quality_peers, "token_loss_sum", fragile)
-    monkeypatch.setattr("scale_sft.evaluate.token_loss_sum", fragile)
+    monkeypatch.setattr("scale_sft.loss.token_loss_sum", fragile)
     names = ("ours-ag", "full")
     found, _ = measure(settings(names, [f"{name}=1e-3,1e5" for name in names], exact_match_examples=0))
     for row in found[3:]:

@@ -340,7 +340,10 @@ OF_FULL = 1.05
 """At most so much of the time of dense forward and backward, on the random Llama of 6 layers of width 512."""
 
 OF_LORA = {"bfloat16": 0.75, "float32": 1.05}
-"""At most so much of the time of LoRA's step of rank 16, where the processor leaves room for it: see `_floor`."""
+"""At most so much of the time of LoRA's step of rank 16, or `ABOVE_FLOOR` where the processor leaves no room for it."""
+
+ABOVE_FLOOR = 1.1
+"""At most so much of the time of a step that no adapter undercuts: see `_floor`."""
 
 OURS = ("ours-ag", "ours-ma", "ours-static")
 
@@ -358,7 +361,7 @@ def one_thread():
 def quick_race(request, one_thread):
     """Ours, dense, LoRA and the floor of any adapter on one thread, with three rounds run."""
     effort = step.Effort(warm_up_steps=1, together=True)
-    tokens = {"length": 512, "micro_batch": 8} if request.param == "bfloat16" else {}  # the faster, the more of them
+    tokens = {} if request.param == "bfloat16" else {"micro_batch": 8}  # the slower, the fewer of them
     race = step.Race(Base(Case(dtype=request.param, **tokens), CPU), [*OURS, "peft-lora", "full", "frozen"], effort)
     race.prepare()
     _more_rounds(race, 3)
@@ -378,8 +381,8 @@ def _ratio(race, name, peer):
 
 
 def _floor(race):
-    """Whom ours cannot undercut on this processor: forward and the gradients of inputs, where the entries of all weights
-    come sooner from sampled columns; or else dense forward and backward, or hardly."""
+    """Whom ours hardly undercut on this processor: forward and the gradients of inputs, where the entries of all weights
+    come sooner from sampled columns; or else dense forward and backward."""
     case, base = race.base.case, race.base
     factor = lambda width: torch.empty(case.micro_batch * case.length, width, dtype=base.dtype)
     if native.why_not():
@@ -389,26 +392,24 @@ def _floor(race):
     return "frozen" if all(sampled) else "full"
 
 
-def _assert_at_most(limit, race, peer):
+def _assert_at_most(limit, race, peer, floor=None):
     """Ours against a peer; measured for longer, and with models made anew, before it is believed that they are too slow:
     where in memory a model happens to lie is worth some per cent of its time."""
-    floor = _floor(race)
-    for rounds, anew, clearly in ((0, False, 1.1), (3, False, 1.1), (3, True, 1.0), (3, True, 1.0)):
+    for rounds, anew in ((0, False), (3, False), (3, True), (3, True)):
         if anew:
             race.rounds.clear()
             race.prepare()
         _more_rounds(race, rounds)
         found = {name: _ratio(race, name, peer) for name in OURS}
-        if max(found.values()) <= limit:
+        allowed = max(limit, ABOVE_FLOOR * _ratio(race, floor, peer)) if floor else limit
+        if max(found.values()) <= allowed:
             return
-        if floor != peer and (least := _ratio(race, floor, peer)) > clearly * limit:
-            pytest.skip(f"{floor} alone takes {least:.2f} of the time of {peer} on this processor: no room for {limit}")
     first, third = step.quartiles([found[peer].cpu for found in race.rounds])
     if third > 1.15 * first:
         pytest.skip(
             f"this machine is too busy to tell: half of {peer}'s steps differ by {third / first - 1:.0%} or more"
         )
-    pytest.fail(f"{race.base.case.dtype}: of the time of {peer} ours take {found}, at most {limit} was promised")
+    pytest.fail(f"{race.base.case.dtype}: of the time of {peer} ours take {found}, at most {allowed:.2f} was promised")
 
 
 @pytest.mark.slow
@@ -419,8 +420,8 @@ def test_our_step_takes_hardly_longer_than_dense_forward_and_backward(quick_race
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_our_step_is_faster_than_lora_where_the_processor_leaves_room_for_it(quick_race):
-    _assert_at_most(OF_LORA[quick_race.base.case.dtype], quick_race, "peft-lora")
+def test_our_step_is_faster_than_lora_or_hardly_slower_than_any_adapter_must_be(quick_race):
+    _assert_at_most(OF_LORA[quick_race.base.case.dtype], quick_race, "peft-lora", _floor(quick_race))
 
 
 OPTIMIZER, REALLOCATION = 0.05, 0.02
@@ -431,7 +432,7 @@ OPTIMIZER, REALLOCATION = 0.05, 0.02
 def least_shares(one_thread):
     """(method) -> shares of a step at 2 % density, of the least processor time of each piece in some breakdowns, since
     what disturbs a piece only ever makes it longer."""
-    base = Base(Case(dtype="float32", rank=None, density=0.02), CPU)
+    base = Base(Case(rank=None, density=0.02, micro_batch=16), CPU)
     batches = Batches(base.case, base.model_config.vocab_size, CPU)
 
     @cache

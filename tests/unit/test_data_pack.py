@@ -11,7 +11,7 @@ from scale_sft.config import ModelConfig
 from scale_sft.data import IGNORED, Examples, collate
 from scale_sft.data_pack import batches_of_rank, collate_packed, pack, packed_micro_batches, refuse_leaks
 from scale_sft.errors import UserError
-from scale_sft.evaluate import token_loss_sum, token_losses
+from scale_sft.loss import token_loss_sum, token_losses
 from scale_sft.model import load_base, load_model_config
 
 CPU = torch.device("cpu")

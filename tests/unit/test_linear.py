@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from scale_sft.data import collate
-from scale_sft.evaluate import token_loss_sum
+from scale_sft.loss import token_loss_sum
 from scale_sft.spiel import topk
 from scale_sft.spiel.linear import WeightTap, attach, detach
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from scale_sft.config import ModelConfig
 from scale_sft.data import collate
 from scale_sft.errors import UserError
-from scale_sft.evaluate import token_loss_sum
+from scale_sft.loss import token_loss_sum
 from scale_sft.model import find_targets, load_base, load_model_config, load_tokenizer, resolve_dtype
 
 IN_BLOCKS = {

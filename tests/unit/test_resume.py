@@ -290,9 +290,9 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on(
 ):
     options = {**saving, "eval_data": str(pairs_file), "eval_every_steps": 3, "save_every_steps": None}
     whole = train_run(**{**options, "output_dir": str(tmp_path / "whole")})
-    from scale_sft import evaluate
+    from scale_sft import loss
 
-    owner = train if moment == "step" else evaluate
+    owner = train if moment == "step" else loss
     name = "forward_backward" if moment == "step" else "token_loss_sum"
     original, calls = getattr(owner, name), []
 

@@ -11,8 +11,8 @@ from scale_sft import assemble, train
 from scale_sft.checkpoint import Checkpoints
 from scale_sft.data import collate
 from scale_sft.errors import UserError
-from scale_sft.evaluate import token_loss_sum
 from scale_sft.export import load_adapter
+from scale_sft.loss import token_loss_sum
 from scale_sft.metrics import NullMetrics
 from scale_sft.model import find_targets
 from scale_sft.run_folder import RunFolder
@@ -134,7 +134,7 @@ def test_a_run_writes_what_it_promises(train_run, pairs_file) -> None:
 
 def break_the_loss(monkeypatch, at_call: int, value: float) -> None:
     """From the n-th micro-batch on, the loss is `value`."""
-    from scale_sft import evaluate
+    from scale_sft import loss
 
     calls = [0]
 
@@ -142,7 +142,7 @@ def break_the_loss(monkeypatch, at_call: int, value: float) -> None:
         calls[0] += 1
         return token_loss_sum(model, batch) * (value if calls[0] >= at_call else 1.0)
 
-    monkeypatch.setattr(evaluate, "token_loss_sum", broken)
+    monkeypatch.setattr(loss, "token_loss_sum", broken)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
