@@ -101,7 +101,9 @@ class ModelConfig:
     )
     gradient_checkpointing: bool = option(False, "Recompute each block in the backward pass: less memory, more time.")
     attention: str = option(
-        "sdpa", "Attention implementation.", choices=("sdpa", "eager", "flash_attention_2", "flex_attention")
+        "sdpa",
+        "Attention implementation; on a CPU in bfloat16 eager is the faster one up to 256 tokens.",
+        choices=("sdpa", "eager", "flash_attention_2", "flex_attention"),
     )
     trust_remote_code: bool = option(False, "Run model code that comes with the base. Only for sources you trust.")
 

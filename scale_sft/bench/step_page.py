@@ -25,11 +25,14 @@ _NOT_OF_A_CASE = ("contestant", "rounds", "together")  # who took part, and how 
 def describe(settings: Mapping[str, Any]) -> str:
     """One line for a case."""
     quantized = f" in {settings['quantization']}" if settings["quantization"] != "none" else ""
-    return f"{settings['dtype']}{quantized}, {describe_sizes(settings)}"
+    attention = settings["attention"]
+    return f"{settings['dtype']}{quantized}, {describe_sizes(settings)}" + f", {attention} attention" * (
+        attention != "sdpa"
+    )
 
 
 def describe_sizes(settings: Mapping[str, Any]) -> str:
-    """A case but for the dtype of its base."""
+    """A case but for the dtype of its base, and the attention that suits it."""
     budget = f"rank {settings['rank']}" if settings["rank"] else f"density {settings['density']:g}"
     base = settings["base"]
     parts = [

@@ -16,7 +16,7 @@ from scale_sft.bench import breakdown, contestants, step
 from scale_sft.bench.contestants import CONTESTANTS, Sparse
 from scale_sft.bench.page import write_page
 from scale_sft.bench.rows import read_rows
-from scale_sft.bench.workload import RUN_STEPS, Base, Batches, Case
+from scale_sft.bench.workload import RUN_STEPS, Base, Batches, Case, faster_attention
 from scale_sft.errors import UserError
 from scale_sft.kernels import native
 from scale_sft.kernels.columns import SampledColumns
@@ -309,6 +309,24 @@ def test_the_command_takes_lists_and_writes_the_page(case, tmp_path):
     assert wrong.exit_code == 2 and "not both" in wrong.output
 
 
+@pytest.mark.parametrize(
+    "device, dtype, length, faster",
+    [
+        ("cpu", "bfloat16", 256, "eager"),
+        ("cpu", "bfloat16", 257, "sdpa"),
+        ("cpu", "float32", 8, "sdpa"),
+        ("cuda", "bfloat16", 8, "sdpa"),
+    ],
+)
+def test_the_faster_attention_depends_on_device_dtype_and_length(case, device, dtype, length, faster):
+    assert faster_attention(case(dtype=dtype, length=length), torch.device(device)) == faster
+
+
+def test_all_contestants_have_the_attention_that_is_on_record(case):
+    base = Base(case(dtype="bfloat16", attention="auto"), CPU)
+    assert base.case.settings()["attention"] == base.load().config._attn_implementation == "eager"
+
+
 def test_too_little_memory_says_what_to_lower(run, case, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
@@ -362,7 +380,9 @@ def quick_race(request, one_thread):
     """Ours, dense, LoRA and the floor of any adapter on one thread, with three rounds run."""
     effort = step.Effort(warm_up_steps=1, together=True)
     tokens = {} if request.param == "bfloat16" else {"micro_batch": 8}  # the slower, the fewer of them
-    race = step.Race(Base(Case(dtype=request.param, **tokens), CPU), [*OURS, "peft-lora", "full", "frozen"], effort)
+    race = step.Race(
+        Base(Case(dtype=request.param, attention="auto", **tokens), CPU), [*OURS, "peft-lora", "full", "frozen"], effort
+    )
     race.prepare()
     _more_rounds(race, 3)
     return race
@@ -432,7 +452,7 @@ OPTIMIZER, REALLOCATION = 0.05, 0.02
 def least_shares(one_thread):
     """(method) -> shares of a step at 2 % density, of the least processor time of each piece in some breakdowns, since
     what disturbs a piece only ever makes it longer."""
-    base = Base(Case(rank=None, density=0.02, micro_batch=16), CPU)
+    base = Base(Case(rank=None, density=0.02, micro_batch=16, attention="auto"), CPU)
     batches = Batches(base.case, base.model_config.vocab_size, CPU)
 
     @cache
