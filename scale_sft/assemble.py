@@ -10,7 +10,7 @@ from .base_weight import ResidentDeltas, combine_fingerprints
 from .data_pack import refuse_leaks
 from .distributed import Cluster
 from .inputs import Inputs, budget_of, flat_rows
-from .kernels import native, step
+from .kernels import exchange, native, step
 from .kernels.choice import GradientPath
 from .kernels.columns import SampledColumns
 from .memory import PeakMemory
@@ -18,7 +18,8 @@ from .model import attach_taps, find_targets, load_base
 from .moments import moments_of, resolve_moments
 from .quantized import PlainWeight, packed_weights, staging_device
 from .session import Session, prints_of_base
-from .spiel.algorithm import SparseFineTuning
+from .spiel import reallocate
+from .spiel.algorithm import Exchanges, SparseFineTuning
 from .spiel.delta import DeltaStore
 from .spiel.sampling import Products
 from .spiel.schedule import LearningRateSchedule, ReallocationSchedule
@@ -96,6 +97,11 @@ def _products_of(path: GradientPath | None, device: torch.device, kernels: str) 
     return SampledColumns() if native.asked_for(device, kernels) and not native.why_not() else None
 
 
+def exchanges_of(device: torch.device, kernels: str) -> Exchanges:
+    """Who drops and grows entries."""
+    return exchange if native.asked_for(device, kernels) and not native.why_not() else reallocate
+
+
 def build_tuning(
     inputs: Inputs,
     shapes: dict[str, tuple[int, int]],
@@ -138,5 +144,6 @@ def build_tuning(
         moments=moments_of(resolve_moments(optimizer.moments, inputs.dtype)),
         gradient_dtype=getattr(torch, optimizer.gradient_dtype),
         products=_products_of(path, cluster.device, config.run.kernels),
+        exchanges=exchanges_of(cluster.device, config.run.kernels),
         keep_room=inputs.quantization is None,  # beside a dequantised copy no more than one gradient shall lie
     )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scale_sft.assemble import exchanges_of
 from scale_sft.base_weight import ResidentDeltas, WeightPart
 from scale_sft.errors import UserError
 from scale_sft.kernels.select import top_k_magnitude
@@ -109,7 +110,10 @@ class Bench:
             estimates=case.method == "ag",
         )
         store = DeltaStore({NAME: case.shape}, {NAME: case.active}, device=device)
-        self.tuning = SparseFineTuning(store, method=case.method, schedule=schedule, select=top_k_magnitude)
+        exchanges = exchanges_of(device, "cpu")
+        self.tuning = SparseFineTuning(
+            store, method=case.method, schedule=schedule, select=top_k_magnitude, exchanges=exchanges
+        )
         self.tuning.recorder.watch = False
         self.carrier = ResidentDeltas(store, {NAME: WeightPart.whole(self.weight)})
 

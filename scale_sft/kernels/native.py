@@ -24,6 +24,7 @@ COMPILE_SECONDS = 60
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 SOURCES = {
     "columns.c": ("-ffp-contract=fast",),
+    "exchange.c": ("-ffp-contract=off",),
     "select.c": (),
     "updates.c": ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 }
@@ -49,6 +50,14 @@ SIGNATURES = {
     "words_per_column": (),
     "column_products": (POINTER, POINTER, LONG, LONG, LONG, FLAG, FLAG, POINTER, POINTER, FLAG, POINTER, POINTER, FLAG),
     "counting_words": (),
+    "exchange_by_gradient": (
+        *(POINTER, POINTER, LONG, POINTER, POINTER, LONG, LONG),
+        *(POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER),
+    ),
+    "exchange_by_accumulators": (
+        *(POINTER, POINTER, LONG, POINTER, POINTER, LONG, POINTER, POINTER, POINTER, LONG, LONG),
+        *(POINTER, POINTER, POINTER, POINTER, POINTER, POINTER),
+    ),
     "top_k_magnitude": (POINTER, FLAG, LONG, LONG, POINTER, POINTER, POINTER, FLAG),
     "adamw_write": (
         *(LONG, POINTER, FLAG, POINTER, FLAG, POINTER, FLAG, POINTER, POINTER, FLAG, POINTER, POINTER),
@@ -98,7 +107,7 @@ def _made() -> ctypes.CDLL | NoCompiler:
     for name, arguments in SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
-    loaded.words_per_column.restype = loaded.counting_words.restype = LONG
+    loaded.words_per_column.restype = loaded.counting_words.restype = loaded.exchange_by_gradient.restype = LONG
     return loaded
 
 

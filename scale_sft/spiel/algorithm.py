@@ -13,10 +13,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from . import reallocate
 from .delta import DeltaStore, SparseDelta, wrong_with_indices
 from .moments import Moments, float32_moments
 from .optimizer import SM3, AdamW
-from .reallocate import Exchange, apply_exchange, drop_scores, exchange_by_accumulators, exchange_by_gradient
+from .reallocate import Exchange, apply_exchange, drop_scores
 from .sampling import CANDIDATE_STATE, GradientRecorder, Products, Select
 from .schedule import Phase, ReallocationSchedule
 from .topk import top_k_magnitude
@@ -33,6 +34,18 @@ class Carrier(Protocol):
 
     def adopt(self, delta: SparseDelta) -> None:
         """It has them; a `write` will come."""
+
+
+class Exchanges(Protocol):
+    """How the entries of one weight are exchanged: the functions of `reallocate`, or others that find the same."""
+
+    def exchange_by_gradient(
+        self, indices: Tensor, scores: Tensor, candidates: Tensor, mean: Tensor, k: int
+    ) -> Exchange: ...
+
+    def exchange_by_accumulators(
+        self, indices: Tensor, scores: Tensor, row: Tensor, col: Tensor, k: int
+    ) -> Exchange: ...
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,7 @@ class SparseFineTuning:
         gradient_dtype: of the recorded gradients, float32 or bfloat16.
         products: how the entries of a weight's gradient are had; None: the recorder's own way.
         keep_room: one room serves all gradients that the recorder forms whole.
+        exchanges: how the entries of a weight are exchanged; see `Exchanges`.
     """
 
     def __init__(
@@ -81,8 +95,9 @@ class SparseFineTuning:
         gradient_dtype: torch.dtype = torch.float32,
         products: Products | None = None,
         keep_room: bool = True,
+        exchanges: Exchanges = reallocate,
     ):
-        self.store, self.method, self.schedule = store, method, schedule
+        self.store, self.method, self.schedule, self.exchanges = store, method, schedule, exchanges
         self.drop_criterion, self.max_grad_norm = drop_criterion, max_grad_norm
         self.cohort_steps = [0]  # by cohort: the step that grew it
         if method == "ma":
@@ -154,9 +169,9 @@ class SparseFineTuning:
         scores = drop_scores(delta, self.drop_criterion)
         if self.method == "ma":
             state = self.optimizer.state_of(delta.name)
-            return exchange_by_accumulators(delta.indices, scores, state["row"], state["col"], k)
+            return self.exchanges.exchange_by_accumulators(delta.indices, scores, state["row"], state["col"], k)
         candidates = self.recorder.candidates[delta.name]
-        return exchange_by_gradient(delta.indices, scores, candidates.indices, candidates.mean, k)
+        return self.exchanges.exchange_by_gradient(delta.indices, scores, candidates.indices, candidates.mean, k)
 
     def discard_step(self) -> None:
         """Take nothing from this step's gradients: no update, no estimate. As if only the step count had moved on."""
