@@ -310,8 +310,9 @@ class RunConfig:
     kernels: str = option(
         "cpu",
         "cpu: on a CPU with gcc, entries of weight gradients are computed one by one where they are few, and deltas are "
-        "updated and written in one pass. auto: on a GPU with Triton as well, entries by whichever way is measured as the "
-        "fastest at the start; not yet measured on a GPU, hence not the default. off: gradients and updates by torch.",
+        "updated and written in one pass, dropped and grown in a few. auto: on a GPU with Triton as well, entries by "
+        "whichever way is measured as the fastest at the start; not yet measured on a GPU, hence not the default. off: "
+        "all by torch.",
         choices=("off", "cpu", "auto"),
     )
     save_merged: bool = option(False, "Also write the merged model, a plain transformers folder, at the end.")
