@@ -312,7 +312,7 @@ class RunConfig:
         "cpu: on a CPU with gcc, entries of weight gradients are computed one by one where they are few, and deltas are "
         "updated and written in one pass, dropped and grown in a few. auto: on a GPU with Triton as well, entries by "
         "whichever way is measured as the fastest at the start; not yet measured on a GPU, hence not the default. off: "
-        "all by torch.",
+        "gradients, updates, drop and grow by torch.",
         choices=("off", "cpu", "auto"),
     )
     save_merged: bool = option(False, "Also write the merged model, a plain transformers folder, at the end.")

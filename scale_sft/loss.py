@@ -7,8 +7,6 @@ Shapes: B sequences, L tokens, V vocabulary; T target tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -17,7 +15,8 @@ from .data import IGNORED
 from .spiel.entries import pieces
 
 CPU_LOGITS, GPU_LOGITS = 1 << 20, 1 << 23
-"""Logits that are in fp32 at once: 4 MiB stay in a processor's cache; on a GPU fewer would leave it waiting for work."""
+"""Logits that are in fp32 at once: 4 MiB stay in a processor's cache; on a GPU fewer would leave it waiting for work. One
+row for each thread there is in any case."""
 
 
 def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -51,7 +50,7 @@ class _CrossEntropies(torch.autograd.Function):
     def forward(ctx, logits: Tensor, places: Tensor, targets: Tensor) -> Tensor:
         ctx.save_for_backward(logits, places, targets)
         losses = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
-        for part in _parts(logits, targets):
+        for part in pieces(len(targets), rows_at_once(logits)):
             rows = logits.index_select(0, places[part]).float()
             losses[part] = functional.cross_entropy(rows, targets[part], reduction="none")
         return losses
@@ -60,7 +59,7 @@ class _CrossEntropies(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         logits, places, targets = ctx.saved_tensors
         of_logits = torch.zeros_like(logits)
-        for part in _parts(logits, targets):
+        for part in pieces(len(targets), rows_at_once(logits)):
             rows = torch.softmax(logits.index_select(0, places[part]), dim=1, dtype=torch.float32)
             rows[torch.arange(len(rows), device=rows.device), targets[part]] -= 1
             rows *= gradient[part, None]
@@ -68,7 +67,8 @@ class _CrossEntropies(torch.autograd.Function):
         return of_logits, None, None
 
 
-def _parts(logits: Tensor, targets: Tensor) -> Iterator[slice]:
-    """Targets of a few rows at a time."""
-    at_once = CPU_LOGITS if logits.device.type == "cpu" else GPU_LOGITS
-    return pieces(len(targets), max(1, at_once // logits.shape[1]))
+def rows_at_once(logits: Tensor) -> int:
+    """How many rows of logits [rows, V] are taken to fp32 at once."""
+    on_cpu = logits.device.type == "cpu"
+    at_once, least = (CPU_LOGITS, torch.get_num_threads()) if on_cpu else (GPU_LOGITS, 1)
+    return max(least, at_once // logits.shape[-1])

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .errors import UserError
-from .loss import cross_entropies
+from .loss import cross_entropies, rows_at_once
 from .model import attach_taps, enable_checkpointing, find_targets
 from .spiel.topk import CHUNK_ENTRIES
 
@@ -162,7 +162,7 @@ def _trace(
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         logits_bytes = logits.numel() * logits.element_size()
         activations = count.live - logits_bytes
-        targets = sequences * (tokens - 1)
+        targets = min(sequences * (tokens - 1), 2 * rows_at_once(logits))  # then the peak grows no more
         loss = cross_entropies(
             logits.flatten(0, 1), torch.arange(targets), torch.zeros(targets, dtype=torch.int64)
         ).sum()

@@ -42,8 +42,8 @@ _ROOM = 0.7  # of the free memory may be taken by contestants that stay
 class Effort:
     """How long it is measured, and how."""
 
-    rounds: int = 8
-    warm_up_steps: int = 2
+    rounds: int = 6
+    warm_up_steps: int = 1
     breakdown: bool = True
     together: bool | None = None  # all contestants stay in memory; None: where they fit
 

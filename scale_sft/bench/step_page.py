@@ -25,10 +25,10 @@ _NOT_OF_A_CASE = ("contestant", "rounds", "together")  # who took part, and how 
 def describe(settings: Mapping[str, Any]) -> str:
     """One line for a case."""
     quantized = f" in {settings['quantization']}" if settings["quantization"] != "none" else ""
-    attention = settings["attention"]
-    return f"{settings['dtype']}{quantized}, {describe_sizes(settings)}" + f", {attention} attention" * (
-        attention != "sdpa"
-    )
+    attention = settings.get("attention", "sdpa")  # rows of before there was a choice have none
+    parts = [f"{settings['dtype']}{quantized}", describe_sizes(settings)]
+    parts += [f"{attention} attention"] if attention != "sdpa" else []
+    return ", ".join(parts)
 
 
 def describe_sizes(settings: Mapping[str, Any]) -> str:

@@ -143,9 +143,12 @@ class Base:
         logging.disable_progress_bar()
         with torch.random.fork_rng(), torch.device(self.device):
             torch.manual_seed(self.case.seed)
-            return AutoModelForCausalLM.from_config(
-                self.model_config, dtype=self.dtype, attn_implementation=self.config.model.attention
-            )
+            try:
+                return AutoModelForCausalLM.from_config(
+                    self.model_config, dtype=self.dtype, attn_implementation=self.case.attention
+                )
+            except (ImportError, ValueError) as error:
+                raise UserError(f"attention: {self.case.attention} cannot be had here: {error}") from None
 
     @property
     def lora_rank(self) -> int:

@@ -14,6 +14,9 @@ enum { BINS = 1 << 16, LARGEST = 0x7fffffff };
 
 INLINE uint32_t bits_of(float value) { uint32_t bits; memcpy(&bits, &value, sizeof bits); return bits; }
 
+/* Of two accumulators; 0 where their product is no number (an infinite one times 0). */
+INLINE uint32_t product_key(float a, float b) { float product = a * b; return product >= 0 ? bits_of(product) : 0; }
+
 /* The bin of the k-th largest; *beyond becomes how many lie in larger ones. */
 static uint32_t bin_of(const uint32_t *counts, long k, long *beyond) {
     *beyond = 0;
@@ -24,12 +27,12 @@ static uint32_t bin_of(const uint32_t *counts, long k, long *beyond) {
 }
 
 /* The k-th largest of n keys, 1 <= k <= n; *equal becomes how many of its equals belong to the k largest. */
-static uint32_t kth_largest(const uint32_t *keys, long n, long k, uint32_t *counts, long *equal) {
+static uint32_t kth_largest(const uint32_t *keys, long n, long k, long *equal) {
+    uint32_t counts[BINS] = {0};
     long above, beyond;
-    memset(counts, 0, BINS * sizeof *counts);
     for (long i = 0; i < n; i++) counts[keys[i] >> 16]++;
     uint32_t upper = bin_of(counts, k, &above);
-    memset(counts, 0, BINS * sizeof *counts);
+    memset(counts, 0, sizeof counts);
     for (long i = 0; i < n; i++)
         if (keys[i] >> 16 == upper) counts[keys[i] & 0xffff]++;
     uint32_t lower = bin_of(counts, k - above, &beyond);
@@ -38,27 +41,26 @@ static uint32_t kth_largest(const uint32_t *keys, long n, long k, uint32_t *coun
 }
 
 /* kept[i] = 0 for the k entries of smallest score. */
-static void drop_smallest(const float *scores, long active, long k, uint8_t *kept, uint32_t *keys, uint32_t *counts) {
+static void drop_smallest(const float *scores, long active, long k, uint8_t *kept, uint32_t *keys) {
     memset(kept, 1, active);
     if (k == 0) return;
     long equal;
     for (long i = 0; i < active; i++) keys[i] = LARGEST - bits_of(scores[i]);
-    uint32_t last = kth_largest(keys, active, k, counts, &equal);
+    uint32_t last = kth_largest(keys, active, k, &equal);
     for (long i = 0; i < active; i++) kept[i] = keys[i] < last || (keys[i] == last && equal-- <= 0);
 }
 
-/* How many of the k entries of smallest score can be dropped: the dropped ones that are no candidates must not outnumber
-   the `fresh` candidates that are not active, since what else can grow are dropped ones, which stay then.
+/* How many of the k entries of smallest score can be dropped: the dropped ones that are no candidates must not
+   outnumber the `fresh` candidates that are not active, since what else can grow are dropped ones, which stay then.
    leaving: which entries are no candidates. */
-static long droppable(const float *scores, const uint8_t *leaving, long active, long fresh, long k, uint32_t *keys,
-                      uint32_t *counts) {
+static long droppable(const float *scores, const uint8_t *leaving, long active, long fresh, long k, uint32_t *keys) {
     long others = 0, before = 0, equal;
     for (long i = 0; i < active; i++) {
         keys[i] = leaving[i] ? LARGEST - bits_of(scores[i]) + 1 : 0;
         others += leaving[i];
     }
     if (k <= fresh || others <= fresh) return k;
-    uint32_t one_too_many = kth_largest(keys, active, fresh + 1, counts, &equal);
+    uint32_t one_too_many = kth_largest(keys, active, fresh + 1, &equal);
     for (long i = 0; i < active; i++) {
         uint32_t key = LARGEST - bits_of(scores[i]) + 1;
         if (key == one_too_many && leaving[i]) equal--;
@@ -80,11 +82,10 @@ static void merge(const int32_t *indices, const uint8_t *kept, long active, cons
 
 /* SFT-AG: see `exchange_by_gradient` of reallocate.py. Returns how many are grown.
 
-   kept [K], grown [k], grown_candidates [k], order [K] are written. keys: room for max(K, C); places: for C; counts: for
-   BINS words. */
+   kept [K], grown [k], grown_candidates [k], order [K] are written. keys: room for max(K, C); places: for C. */
 long exchange_by_gradient(const int32_t *indices, const float *scores, long active, const int32_t *candidates,
                           const float *mean, long count, long k, uint8_t *kept, int32_t *grown,
-                          int64_t *grown_candidates, int64_t *order, uint32_t *keys, int32_t *places, uint32_t *counts) {
+                          int64_t *grown_candidates, int64_t *order, uint32_t *keys, int32_t *places) {
     long fresh = 0, growing = 0, equal = 0, i = 0;
     memset(kept, 1, active);
     for (long c = 0; c < count; c++) {
@@ -93,12 +94,12 @@ long exchange_by_gradient(const int32_t *indices, const float *scores, long acti
         if (places[c] < 0) fresh++;
         else kept[i] = 0; /* until it is known what is kept: whether it is no candidate */
     }
-    k = droppable(scores, kept, active, fresh, k, keys, counts);
-    drop_smallest(scores, active, k, kept, keys, counts);
+    k = droppable(scores, kept, active, fresh, k, keys);
+    drop_smallest(scores, active, k, kept, keys);
     if (k > 0) {
         for (long c = 0; c < count; c++) /* none can be chosen that stays */
             keys[c] = places[c] >= 0 && kept[places[c]] ? 0 : (bits_of(mean[c]) & LARGEST) + 1;
-        uint32_t last = kth_largest(keys, count, k, counts, &equal);
+        uint32_t last = kth_largest(keys, count, k, &equal);
         for (long c = 0; c < count; c++) {
             if (keys[c] < last || (keys[c] == last && equal-- <= 0)) continue;
             if (places[c] >= 0) kept[places[c]] = 1;
@@ -114,7 +115,7 @@ INLINE long reached(float row, const float *columns, long most, uint32_t key) {
     long low = 0;
     while (low < most) {
         long middle = (low + most) / 2;
-        if (bits_of(row * columns[middle]) >= key) low = middle + 1;
+        if (product_key(row, columns[middle]) >= key) low = middle + 1;
         else most = middle;
     }
     return low;
@@ -124,13 +125,13 @@ INLINE long reached(float row, const float *columns, long most, uint32_t key) {
 static long reached_by_all(const float *rows, long height, const float *columns, long width, uint32_t key) {
     long total = 0, border = width;
     for (long r = 0; r < height && border > 0; r++) {
-        while (border > 0 && bits_of(rows[r] * columns[border - 1]) < key) border--;
+        while (border > 0 && product_key(rows[r], columns[border - 1]) < key) border--;
         total += border;
     }
     return total;
 }
 
-static long at_least(const uint32_t *keys, long n, uint32_t key) {
+static long count_at_least(const uint32_t *keys, long n, uint32_t key) {
     long total = 0;
     for (long i = 0; i < n; i++) total += keys[i] >= key;
     return total;
@@ -139,28 +140,28 @@ static long at_least(const uint32_t *keys, long n, uint32_t key) {
 /* SFT-MA: see `exchange_by_accumulators` of reallocate.py; k entries are dropped and k grown.
 
    row [height], col [width]; rows, columns: the same sorted from the largest, and where each column came from.
-   kept [K], grown [k], order [K] are written. keys: room for K; marks: for 2 ceil(width / 64); counts: for BINS. */
+   kept [K], grown [k], order [K] are written. keys: room for K; marks: for 2 ceil(width / 64). */
 void exchange_by_accumulators(const int32_t *indices, const float *scores, long active, const float *row,
                               const float *rows, long height, const float *col, const float *columns,
                               const int64_t *column_order, long width, long k, uint8_t *kept, int32_t *grown,
-                              int64_t *order, uint32_t *keys, uint64_t *marks, uint32_t *counts) {
-    drop_smallest(scores, active, k, kept, keys, counts);
+                              int64_t *order, uint32_t *keys, uint64_t *marks) {
+    drop_smallest(scores, active, k, kept, keys);
     if (k == 0) {
         merge(indices, kept, active, grown, 0, order);
         return;
     }
     for (long i = 0, r = 0; i < active; i++) {
         while (indices[i] >= (r + 1) * width) r++;
-        keys[i] = bits_of(row[r] * col[indices[i] - r * width]);
+        keys[i] = product_key(row[r], col[indices[i] - r * width]);
     }
-    uint32_t low = 0, high = bits_of(rows[0] * columns[0]) + 1; /* free(low) >= k > free(high) */
+    uint32_t low = 0, high = product_key(rows[0], columns[0]) + 1; /* free(low) >= k > free(high) */
     while (high - low > 1) {
         uint32_t middle = low + (high - low) / 2;
         long reach = reached_by_all(rows, height, columns, width, middle);
-        if (reach >= k && reach - at_least(keys, active, middle) >= k) low = middle;
+        if (reach >= k && reach - count_at_least(keys, active, middle) >= k) low = middle;
         else high = middle;
     }
-    long level = k - (reached_by_all(rows, height, columns, width, high) - at_least(keys, active, high));
+    long level = k - (reached_by_all(rows, height, columns, width, high) - count_at_least(keys, active, high));
     long words = (width + 63) / 64, growing = 0;
     uint64_t *above = marks, *equal = marks + words;
     for (long r = 0, i = 0; r < height; r++) {
@@ -177,7 +178,7 @@ void exchange_by_accumulators(const int32_t *indices, const float *scores, long 
             equal[c >> 6] &= ~(1ull << (c & 63));
         }
         for (long w = 0; w < words; w++)
-            for (uint64_t left = above[w] | equal[w]; left; left &= left - 1) {
+            for (uint64_t left = above[w] | equal[w]; left && growing < k; left &= left - 1) {
                 int bit = __builtin_ctzll(left);
                 if (!(above[w] >> bit & 1) && level-- <= 0) continue;
                 grown[growing++] = r * width + w * 64 + bit;

@@ -52,11 +52,11 @@ SIGNATURES = {
     "counting_words": (),
     "exchange_by_gradient": (
         *(POINTER, POINTER, LONG, POINTER, POINTER, LONG, LONG),
-        *(POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER),
+        *(POINTER, POINTER, POINTER, POINTER, POINTER, POINTER),
     ),
     "exchange_by_accumulators": (
         *(POINTER, POINTER, LONG, POINTER, POINTER, LONG, POINTER, POINTER, POINTER, LONG, LONG),
-        *(POINTER, POINTER, POINTER, POINTER, POINTER, POINTER),
+        *(POINTER, POINTER, POINTER, POINTER, POINTER),
     ),
     "top_k_magnitude": (POINTER, FLAG, LONG, LONG, POINTER, POINTER, POINTER, FLAG),
     "adamw_write": (

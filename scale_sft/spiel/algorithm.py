@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import reallocate
+from . import reallocate as in_torch
 from .delta import DeltaStore, SparseDelta, wrong_with_indices
 from .moments import Moments, float32_moments
 from .optimizer import SM3, AdamW
@@ -95,7 +95,7 @@ class SparseFineTuning:
         gradient_dtype: torch.dtype = torch.float32,
         products: Products | None = None,
         keep_room: bool = True,
-        exchanges: Exchanges = reallocate,
+        exchanges: Exchanges = in_torch,
     ):
         self.store, self.method, self.schedule, self.exchanges = store, method, schedule, exchanges
         self.drop_criterion, self.max_grad_norm = drop_criterion, max_grad_norm

@@ -25,6 +25,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from scale_sft.assemble import exchanges_of
 from scale_sft.base_weight import ResidentDeltas
 from scale_sft.config import ModelConfig
 from scale_sft.data import micro_batches
@@ -102,6 +103,7 @@ def build(trace: Trace, cluster: Cluster, folder: str, checkpointing: bool):
         eps=optimizer["eps"],
         weight_decay=settings["weight_decay"],
         select=cluster.select_candidates,
+        exchanges=exchanges_of(cluster.device, "cpu"),
     )
     attach_taps(targets, tuning.recorder.record_product, cluster.materialize)
     model = cluster.prepare(model)

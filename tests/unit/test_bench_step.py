@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import Counter
 from functools import cache
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from scale_sft.bench import breakdown, contestants, step
 from scale_sft.bench.contestants import CONTESTANTS, Sparse
 from scale_sft.bench.page import write_page
 from scale_sft.bench.rows import read_rows
+from scale_sft.bench.step_page import describe
 from scale_sft.bench.workload import RUN_STEPS, Base, Batches, Case, faster_attention
 from scale_sft.errors import UserError
 from scale_sft.kernels import native
@@ -320,6 +322,20 @@ def test_the_command_takes_lists_and_writes_the_page(case, tmp_path):
 )
 def test_the_faster_attention_depends_on_device_dtype_and_length(case, device, dtype, length, faster):
     assert faster_attention(case(dtype=dtype, length=length), torch.device(device)) == faster
+
+
+def test_rows_from_before_attention_could_be_chosen_are_shown(everybody):
+    settings = dict(read_rows(everybody, "step")[0]["settings"], attention="eager")
+    assert describe(settings).endswith(", eager attention")
+    del settings["attention"]
+    assert describe(settings).endswith("equivalent")
+
+
+def test_an_attention_that_cannot_be_had_is_said_so(case):
+    if find_spec("flash_attn") is not None:
+        pytest.skip("flash-attn is installed")
+    with pytest.raises(UserError, match="attention: flash_attention_2 cannot be had here"):
+        Base(Case(attention="flash_attention_2"), CPU).load()
 
 
 def test_all_contestants_have_the_attention_that_is_on_record(case):

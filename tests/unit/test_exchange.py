@@ -71,3 +71,19 @@ def test_wide_indices_are_left_to_torch(generator):
     assert_same(exchange.exchange_by_gradient(*asked), reallocate.exchange_by_gradient(*asked))
     asked = indices.long(), scores, torch.rand(20, generator=generator), torch.rand(20, generator=generator), 20
     assert_same(exchange.exchange_by_accumulators(*asked), reallocate.exchange_by_accumulators(*asked))
+
+
+def test_products_that_are_no_number_grow_last(generator):
+    row, col = torch.tensor([torch.inf, 0.0, 1.0]), torch.tensor([torch.inf, 0.0, 2.0])
+    indices = torch.tensor([0, 8], dtype=torch.int32)
+    found = exchange.exchange_by_accumulators(indices, torch.ones(2), row, col, 2)
+    assert found.grown.tolist() == [2, 6]  # inf * 2 and 1 * inf; inf * 0 and 0 * inf are not
+
+
+def test_more_than_all_is_left_to_torch(generator):
+    indices = some(5, 40, generator)
+    scores, mean = torch.rand(5, generator=generator), torch.rand(5, generator=generator)
+    asked = indices, scores, indices, mean, 6
+    assert_same(exchange.exchange_by_gradient(*asked), reallocate.exchange_by_gradient(*asked))
+    with pytest.raises(RuntimeError, match="out of range"):
+        exchange.exchange_by_accumulators(indices, scores, torch.rand(5), torch.rand(8), 6)
