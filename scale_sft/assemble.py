@@ -94,12 +94,12 @@ def _products_of(path: GradientPath | None, device: torch.device, kernels: str) 
     """How the entries of a weight's gradient are had; None: from the whole."""
     if path and path.has_kernels:
         return path.products
-    return SampledColumns() if native.asked_for(device, kernels) and not native.why_not() else None
+    return SampledColumns() if native.used(device, kernels) else None
 
 
 def exchanges_of(device: torch.device, kernels: str) -> Exchanges:
     """Who drops and grows entries."""
-    return exchange if native.asked_for(device, kernels) and not native.why_not() else reallocate
+    return exchange if native.used(device, kernels) else reallocate
 
 
 def build_tuning(

@@ -15,8 +15,8 @@ from .data import IGNORED
 from .spiel.entries import pieces
 
 CPU_LOGITS, GPU_LOGITS = 1 << 20, 1 << 23
-"""Logits that are in fp32 at once: 4 MiB stay in a processor's cache; on a GPU fewer would leave it waiting for work. One
-row for each thread there is in any case."""
+"""Logits that are in fp32 at once: 4 MiB stay in a processor's cache; on a GPU fewer would leave it waiting for work.
+There is one row for each thread in any case."""
 
 
 def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

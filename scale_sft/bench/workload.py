@@ -40,8 +40,8 @@ LLAMA = {
 LLAMA_NAME = "random Llama, 6 layers of width 512"
 
 LONGEST_EAGER = 256
-"""Tokens of a sequence. On a CPU in bf16 torch's fused attention takes 2.5 times as long as products of matrices do for 128
-tokens, twice as long for 256, and two thirds of it for 512; in fp32 it is never slower."""
+"""Tokens of a sequence. On a CPU in bf16 torch's fused attention takes 2.5 times as long as products of matrices do for
+128 tokens, twice as long for 256, and two thirds of it for 512; in fp32 it is never slower."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,32 +10,23 @@
 
 #include "common.h"
 
-enum { BINS = 1 << 16, LARGEST = 0x7fffffff };
+enum { LARGEST = 0x7fffffff };
 
 INLINE uint32_t bits_of(float value) { uint32_t bits; memcpy(&bits, &value, sizeof bits); return bits; }
 
 /* Of two accumulators; 0 where their product is no number (an infinite one times 0). */
 INLINE uint32_t product_key(float a, float b) { float product = a * b; return product >= 0 ? bits_of(product) : 0; }
 
-/* The bin of the k-th largest; *beyond becomes how many lie in larger ones. */
-static uint32_t bin_of(const uint32_t *counts, long k, long *beyond) {
-    *beyond = 0;
-    for (uint32_t bin = BINS - 1;; bin--) {
-        if (*beyond + counts[bin] >= k || bin == 0) return bin;
-        *beyond += counts[bin];
-    }
-}
-
 /* The k-th largest of n keys, 1 <= k <= n; *equal becomes how many of its equals belong to the k largest. */
 static uint32_t kth_largest(const uint32_t *keys, long n, long k, long *equal) {
     uint32_t counts[BINS] = {0};
     long above, beyond;
     for (long i = 0; i < n; i++) counts[keys[i] >> 16]++;
-    uint32_t upper = bin_of(counts, k, &above);
+    uint32_t upper = bin_of(counts, 1, BINS, k, &above);
     memset(counts, 0, sizeof counts);
     for (long i = 0; i < n; i++)
         if (keys[i] >> 16 == upper) counts[keys[i] & 0xffff]++;
-    uint32_t lower = bin_of(counts, k - above, &beyond);
+    uint32_t lower = bin_of(counts, 1, BINS, k - above, &beyond);
     *equal = k - above - beyond;
     return upper << 16 | lower;
 }

@@ -87,6 +87,11 @@ def asked_for(device: torch.device, kernels: str) -> bool:
     return device.type == "cpu" and kernels != "off"
 
 
+def used(device: torch.device, kernels: str) -> bool:
+    """Whether these kernels are asked for and can be had."""
+    return asked_for(device, kernels) and why_not() is None
+
+
 def why_not() -> str | None:
     """Why there are no kernels for this CPU; None: there are."""
     made = _made()

@@ -16,7 +16,7 @@
 
 #include "common.h"
 
-enum { UPPER_BINS = 1 << 15, BINS = 1 << 16, BLOCK = 32, SAMPLE = 1 << 13 };
+enum { UPPER_BINS = 1 << 15, BLOCK = 32, SAMPLE = 1 << 13 };
 
 /* 0 for what is no number, else the bits of the magnitude and 1. */
 INLINE uint32_t key_of(const void *values, long n, int halves) {
@@ -24,17 +24,6 @@ INLINE uint32_t key_of(const void *values, long n, int halves) {
     if (halves) bits = ((const uint16_t *)values)[n] & 0x7fff;
     else bits = ((const uint32_t *)values)[n] & 0x7fffffff;
     return bits > largest ? 0 : bits + 1;
-}
-
-/* The bin of the k-th largest of `bins`; *beyond becomes how many lie in larger ones. counts: [threads, BINS]. */
-static uint32_t bin_of(const uint32_t *counts, int threads, int bins, long k, long *beyond) {
-    *beyond = 0;
-    for (uint32_t bin = bins - 1;; bin--) {
-        long here = 0;
-        for (int thread = 0; thread < threads; thread++) here += counts[(size_t)thread * BINS + bin];
-        if (*beyond + here >= k || bin == 0) return bin;
-        *beyond += here;
-    }
 }
 
 /* Which of up to BLOCK entries from `start` on have at least a key: one bit each. */

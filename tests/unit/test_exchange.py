@@ -20,7 +20,8 @@ def some(count, n, generator):
     return torch.randperm(n, generator=generator)[:count].sort().values.int()
 
 
-def assert_same(found, expected):
+def assert_same(function, *asked):
+    found, expected = (getattr(where, function)(*asked) for where in (exchange, reallocate))
     assert torch.equal(found.kept, expected.kept) and torch.equal(found.grown, expected.grown)
     assert torch.equal(found.order, expected.order) and found.grown.dtype is expected.grown.dtype
     if expected.grown_candidates is None:
@@ -41,9 +42,9 @@ def test_small_weights_full_of_ties(seed, dtype):
     row, col = (torch.randint(4, (size,), generator=generator).float() / 3 for size in (rows, width))
     for k in {0, 1, len(indices) // 2, len(indices)}:
         asked = indices, scores, candidates, mean, k
-        assert_same(exchange.exchange_by_gradient(*asked), reallocate.exchange_by_gradient(*asked))
+        assert_same("exchange_by_gradient", *asked)
         asked = indices, scores, row, col, k
-        assert_same(exchange.exchange_by_accumulators(*asked), reallocate.exchange_by_accumulators(*asked))
+        assert_same("exchange_by_accumulators", *asked)
 
 
 @pytest.mark.parametrize("spread", [1.0, 30.0])  # products from about the same size to where they overflow and vanish
@@ -57,23 +58,23 @@ def test_weights_of_a_model(generator, spread):
     for k in (1, 900, 9000):
         few = slice(0, 12000, 5)  # candidates: not enough of them for all that could be dropped
         asked = indices, scores, candidates[few].contiguous(), mean[few].contiguous(), k
-        assert_same(exchange.exchange_by_gradient(*asked), reallocate.exchange_by_gradient(*asked))
+        assert_same("exchange_by_gradient", *asked)
         asked = indices, scores, candidates, mean, k
-        assert_same(exchange.exchange_by_gradient(*asked), reallocate.exchange_by_gradient(*asked))
+        assert_same("exchange_by_gradient", *asked)
         asked = indices, scores, row, col, k
-        assert_same(exchange.exchange_by_accumulators(*asked), reallocate.exchange_by_accumulators(*asked))
+        assert_same("exchange_by_accumulators", *asked)
 
 
 def test_wide_indices_are_left_to_torch(generator):
     indices = some(50, 400, generator)
     scores, mean = torch.rand(50, generator=generator), torch.rand(50, generator=generator)
     asked = indices.long(), scores, indices.long(), mean, 20
-    assert_same(exchange.exchange_by_gradient(*asked), reallocate.exchange_by_gradient(*asked))
+    assert_same("exchange_by_gradient", *asked)
     asked = indices.long(), scores, torch.rand(20, generator=generator), torch.rand(20, generator=generator), 20
-    assert_same(exchange.exchange_by_accumulators(*asked), reallocate.exchange_by_accumulators(*asked))
+    assert_same("exchange_by_accumulators", *asked)
 
 
-def test_products_that_are_no_number_grow_last(generator):
+def test_products_that_are_no_number_grow_last():
     row, col = torch.tensor([torch.inf, 0.0, 1.0]), torch.tensor([torch.inf, 0.0, 2.0])
     indices = torch.tensor([0, 8], dtype=torch.int32)
     found = exchange.exchange_by_accumulators(indices, torch.ones(2), row, col, 2)
@@ -84,6 +85,6 @@ def test_more_than_all_is_left_to_torch(generator):
     indices = some(5, 40, generator)
     scores, mean = torch.rand(5, generator=generator), torch.rand(5, generator=generator)
     asked = indices, scores, indices, mean, 6
-    assert_same(exchange.exchange_by_gradient(*asked), reallocate.exchange_by_gradient(*asked))
+    assert_same("exchange_by_gradient", *asked)
     with pytest.raises(RuntimeError, match="out of range"):
         exchange.exchange_by_accumulators(indices, scores, torch.rand(5), torch.rand(8), 6)
