@@ -102,7 +102,7 @@ def evaluate(
     scale-sft eval runs/a/adapter --eval_data test.jsonl --exact_match_examples 200 --answer_pattern gsm8k
     accelerate launch --config_file launch/zero3_8gpu.yaml -m scale_sft.cli eval ... --base_placement shard
     """
-    from .distributed import leave
+    from .distributed import end_process, leave
     from .evaluate_command import evaluate_model, model_section
 
     try:
@@ -118,3 +118,4 @@ def evaluate(
         leave(str(error))
     if result is not None:
         click.echo(result)
+    end_process()

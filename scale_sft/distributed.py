@@ -7,20 +7,22 @@ Shapes: W ranks; N entries of a weight, cut into W flat parts; C candidates.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
 import socket
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +74,7 @@ class World:
         return psutil.virtual_memory().total // self.local_size
 
 
-def leave(message: str, status: int = 1, patience_seconds: float = 15) -> None:
+def leave(message: str, status: int = 1, patience_seconds: float = 15) -> NoReturn:
     """End this process with one message: once, where every rank found the same.
 
     The launcher ends all ranks with the first that ends. So the others wait for rank 0 to speak; who is still there
@@ -86,12 +88,32 @@ def leave(message: str, status: int = 1, patience_seconds: float = 15) -> None:
     elif status == SAVED_STATUS and (requeue_file := os.environ.get("SCALE_SFT_REQUEUE_FILE")):
         Path(requeue_file).touch()
     print(message if status == SAVED_STATUS else f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(status)
+    end_process(status)
+
+
+def end_process(status: int = 0) -> NoReturn:
+    """End this process: the last call of a program that has joined a process group.
+
+    A thread of gloo may be about to let go of the last collective's tensors, also after the group is destroyed
+    (DeepSpeed keeps a reference to it). Where the interpreter is already being taken apart, that aborts a process which
+    has done all its work (pytorch issue 190489). So what comes before that is done here, and nothing after it.
+    """
+    if not Cluster.joined:
+        sys.exit(status)
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(status)
 
 
 @dataclass
 class Cluster:
     """The ranks of a run and what they do together. Made by `start`; `close` must be called at the end."""
+
+    joined: ClassVar[bool] = False
+    """This process has joined a process group, if only one of its own."""
 
     accelerator: Any
     sharded: bool
@@ -154,6 +176,7 @@ class Cluster:
             device=accelerator.device,
             interruption=interruption or Interruption(),
         )
+        cls.joined |= torch.distributed.is_initialized()
         if cluster.size > 1:
             store = torch.distributed.PrefixStore("heartbeat", _own_store())
             heartbeat = Heartbeat(store, cluster.rank, cluster.size, timeout_seconds)

@@ -258,10 +258,11 @@ def main(recipe: str | None, **options: str | None) -> None:
 
     Options come from the recipe; any given here win over it.
     """
-    from scale_sft.distributed import leave
+    from scale_sft.distributed import end_process, leave
 
     try:
         run_training(configuration.load(recipe, options))
+        end_process()
     except UserError as error:
         leave(str(error))
     except Interrupted as stop:

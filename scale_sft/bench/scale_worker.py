@@ -5,6 +5,7 @@ python scale_sft/bench/scale_worker.py CLOCKS --option value ... writes CLOCKS/<
 
 from __future__ import annotations
 
+import atexit
 import json
 import runpy
 import sys
@@ -85,10 +86,9 @@ def main() -> None:
     clocks = Path(sys.argv.pop(1))
     clock = Clock()
     watch(clock)
-    try:
-        runpy.run_module("scale_sft.train", run_name="__main__")
-    finally:
-        write_text(clocks / f"{World.from_environment().rank}.json", json.dumps(clock.seconds))
+    file = clocks / f"{World.from_environment().rank}.json"
+    atexit.register(lambda: write_text(file, json.dumps(clock.seconds)))  # training ends the process
+    runpy.run_module("scale_sft.train", run_name="__main__")
 
 
 if __name__ == "__main__":

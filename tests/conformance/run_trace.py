@@ -29,7 +29,7 @@ from scale_sft.assemble import exchanges_of
 from scale_sft.base_weight import ResidentDeltas
 from scale_sft.config import ModelConfig
 from scale_sft.data import micro_batches
-from scale_sft.distributed import Cluster
+from scale_sft.distributed import Cluster, end_process
 from scale_sft.errors import UserError
 from scale_sft.loss import token_loss_sum
 from scale_sft.model import attach_taps, find_targets, load_base, load_model_config
@@ -180,7 +180,7 @@ def main(trace_file: Path, tolerance: float, shard: bool, ds_config: str | None,
             )
     say(f"{trace_file.name}: {'reproduced' if good else 'NOT reproduced'} on {cluster.size} rank(s)")
     cluster.close()
-    sys.exit(0 if good else 1)
+    end_process(0 if good else 1)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from scale_sft import assemble, distributed, train
 from scale_sft.checkpoint import Checkpoints
 from scale_sft.config import load
-from scale_sft.distributed import Cluster, World, leave
+from scale_sft.distributed import Cluster, World, end_process, leave
 from scale_sft.errors import UserError
 from scale_sft.inputs import read_inputs
 from scale_sft.memory import PeakMemory, private_bytes
@@ -142,3 +142,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     scenes = (planted, differing, broken, proposing, memory)
     {scene.__name__: scene for scene in scenes}[sys.argv[1]](sys.argv[2])
+    end_process()

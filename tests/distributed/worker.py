@@ -15,7 +15,7 @@ import torch
 
 from scale_sft import train
 from scale_sft.config import load
-from scale_sft.distributed import Cluster
+from scale_sft.distributed import Cluster, end_process
 from scale_sft.inputs import read_inputs
 from scale_sft.run_folder import RunFolder
 
@@ -31,6 +31,7 @@ def main() -> None:
             train.run_on(cluster, each, RunFolder(each.config.run.output_dir))
     finally:
         cluster.close()
+    end_process()
 
 
 if __name__ == "__main__":

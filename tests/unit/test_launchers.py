@@ -1,6 +1,9 @@
 """The start-up check of the launcher, and how a process leaves: from the environment alone, no process group."""
 
 import os
+import subprocess
+import sys
+from textwrap import dedent
 
 import pytest
 
@@ -88,6 +91,32 @@ def test_the_file_that_asks_for_another_start_is_made_by_rank_0_when_it_has_save
         leave("saved", SAVED_STATUS, patience_seconds=0)
     assert end.value.code == SAVED_STATUS
     assert (tmp_path / "requeue").exists() is made
+
+
+@pytest.mark.parametrize("status", [0, 75])
+def test_a_thread_of_gloo_that_still_holds_a_tensor_aborts_no_process_that_is_done(status):
+    program = dedent(f"""
+        import atexit, sys, time
+        from torch import distributed, ones
+        from scale_sft.distributed import Cluster, end_process
+
+        class Slow:
+            def __del__(self):
+                time.sleep(1)
+
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        Cluster.joined, kept = True, distributed.group.WORLD
+        tensor = ones(4)
+        tensor.slow = Slow()  # gloo's thread, which has the last reference, is busy with it while the program ends
+        work = distributed.all_reduce(tensor, async_op=True)
+        del tensor, work
+        distributed.destroy_process_group()
+        atexit.register(lambda: print("at the end"))
+        print("done")
+        end_process({status})
+    """)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (status, "done\nat the end\n"), done.stderr
 
 
 def test_the_check_runs_before_anything_is_read(environment, tmp_path):
