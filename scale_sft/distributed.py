@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from .base_weight import WeightPart, fingerprint
 from .errors import UserError
-from .heartbeat import STALLED_STATUS, Heartbeat
+from .heartbeat import Heartbeat, end_stalled
 from .interruption import SAVED_STATUS, Interrupted, Interruption
 from .kernels.select import top_k_magnitude
 from .spiel.entries import pieces
@@ -192,9 +192,7 @@ class Cluster:
         """Leave the process group. After a collective has failed, say which rank is to blame, and end the process."""
         if error is not None and self.heartbeat and _connection_lost(error):
             with self.interruption.deferred():  # the launcher ends us too: say why before it does
-                verdict = self.heartbeat.verdict()
-                print(f"error: {verdict}; noticed by rank {self.rank}: {error}", file=sys.stderr, flush=True)
-                os._exit(STALLED_STATUS)
+                end_stalled(f"{self.heartbeat.verdict()}; noticed by rank {self.rank}: {error}")
         self._stop_heartbeat(f"{kind.__name__}: {error}" if error else "")
         alone = error is not None and not isinstance(error, Interrupted)
         if alone and self.size > 1 and self.device.type == "cuda":

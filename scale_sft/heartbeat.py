@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 STALLED_STATUS = 76
 """Exit status of a process that gave up waiting for another rank."""
@@ -61,7 +61,7 @@ class Heartbeat:
     ):
         self.store, self.rank, self.size, self.timeout_seconds = store, rank, size, timeout_seconds
         self.watched = False
-        self._give_up = give_up or _end_process
+        self._give_up = give_up or end_stalled
         self._marks, self._marked_at = 0, time.monotonic()
         self._number = 0
         self._last_words = ""
@@ -155,6 +155,7 @@ def _place_of(thread: int) -> tuple[str, bool]:
     return place, waiting
 
 
-def _end_process(verdict: str) -> None:
+def end_stalled(verdict: str) -> NoReturn:
+    """Say why, and end this process at once: its main thread may stand in a collective that nobody will complete."""
     print(f"error: {verdict}", file=sys.stderr, flush=True)
     os._exit(STALLED_STATUS)

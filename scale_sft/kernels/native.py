@@ -49,7 +49,6 @@ class Target(ctypes.Structure):
 SIGNATURES = {
     "words_per_column": (),
     "column_products": (POINTER, POINTER, LONG, LONG, LONG, FLAG, FLAG, POINTER, POINTER, FLAG, POINTER, POINTER, FLAG),
-    "counting_words": (),
     "exchange_by_gradient": (
         *(POINTER, POINTER, LONG, POINTER, POINTER, LONG, LONG),
         *(POINTER, POINTER, POINTER, POINTER, POINTER, POINTER),
@@ -58,6 +57,7 @@ SIGNATURES = {
         *(POINTER, POINTER, LONG, POINTER, POINTER, LONG, POINTER, POINTER, POINTER, LONG, LONG),
         *(POINTER, POINTER, POINTER, POINTER, POINTER),
     ),
+    "counting_words": (),
     "top_k_magnitude": (POINTER, FLAG, LONG, LONG, POINTER, POINTER, POINTER, FLAG),
     "adamw_write": (
         *(LONG, POINTER, FLAG, POINTER, FLAG, POINTER, FLAG, POINTER, POINTER, FLAG, POINTER, POINTER),

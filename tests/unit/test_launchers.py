@@ -1,4 +1,4 @@
-"""The start-up check of the launcher, and how a process leaves: from the environment alone, no process group."""
+"""The start-up check of the launcher, from the environment alone, and how a process ends."""
 
 import os
 import subprocess
