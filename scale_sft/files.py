@@ -10,7 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from scale_sft.errors import UserError
+
+PACKAGE = Path(__file__).parent
+ASSETS = PACKAGE / "assets"
+"""Data that ship with the package: the demo, model shapes, chat templates, benchmark tasks."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -16,10 +16,11 @@ if __package__ in (None, ""):  # run as a file: its folder must not hide librari
 
 import click
 
-from scale_sft import config as configuration
+from scale_sft.config.click_options import SuggestingCommand, with_config_options
+from scale_sft.config.loading import load
+from scale_sft.config.options import Config
+from scale_sft.distributed.signals import Interrupted, Interruption
 from scale_sft.errors import UserError
-from scale_sft.interruption import Interrupted, Interruption
-from scale_sft.options import SuggestingCommand, with_config_options
 
 
 def train(session, metrics, checkpoints) -> None:
@@ -31,7 +32,7 @@ def train(session, metrics, checkpoints) -> None:
         UserError: the loss or the gradient is no finite number; the last good state has been saved.
         Interrupted: a signal asks the run to stop; `session.step` steps are done.
     """
-    from scale_sft.best import best_step, hopeless
+    from scale_sft.training.best import best_step, hopeless
 
     tuning, cluster, order = session.tuning, session.cluster, session.inputs.order
     evaluate_if_due(session, metrics, checkpoints.run)
@@ -83,7 +84,7 @@ def forward_backward(session, batch: list[int]) -> tuple[float, dict[str, int]]:
     Each micro-batch contributes its share of that mean, so the cut into ranks and micro-batches does not matter.
     Returns the mean loss, and how many tokens the batch has (target, all, and padding that was computed with them).
     """
-    from scale_sft.loss import token_loss_sum
+    from scale_sft.model.loss import token_loss_sum
 
     inputs, cluster = session.inputs, session.cluster
     proposing = session.tuning.recorder.proposing
@@ -163,7 +164,7 @@ def refuse_dead_gradients(session) -> None:
 
 def evaluate_if_due(session, metrics, run) -> None:
     """Held-out loss before training, after it and every `eval_every_steps`; at both ends exact match too."""
-    from scale_sft.best import best_step, save_best
+    from scale_sft.training.best import best_step, save_best
 
     step, every = session.step, session.inputs.config.run.eval_every_steps
     ends = step in (0, session.inputs.steps)
@@ -189,18 +190,19 @@ def evaluate_if_due(session, metrics, run) -> None:
 
 def measurements(cluster) -> dict[str, int]:
     """Memory, and bytes that this rank put into collectives since it was last asked."""
-    from scale_sft.memory import take_peak_bytes
+    from scale_sft.model.memory import take_peak_bytes
 
     traffic = {f"comm_{purpose}_bytes": count for purpose, count in cluster.traffic_bytes.items()}
     cluster.traffic_bytes.clear()
     return {"memory_bytes": take_peak_bytes(cluster.device), **traffic}
 
 
-def run_training(config: configuration.Config) -> None:
+def run_training(config: Config) -> None:
     """A whole run: inputs, ranks, model, loop, files."""
-    from scale_sft.distributed import Cluster, refuse_lonely_launchers
-    from scale_sft.inputs import read_inputs
-    from scale_sft.run_folder import RunFolder
+    from scale_sft.distributed.cluster import Cluster
+    from scale_sft.distributed.world import refuse_lonely_launchers
+    from scale_sft.training.inputs import read_inputs
+    from scale_sft.training.run_folder import RunFolder
 
     refuse_lonely_launchers()
     run = RunFolder(config.run.output_dir)
@@ -222,9 +224,9 @@ def run_training(config: configuration.Config) -> None:
 
 def run_on(cluster, inputs, run) -> None:
     """A run over ranks that are there already."""
-    from scale_sft import outcome
-    from scale_sft.assemble import assemble
-    from scale_sft.checkpoint import Checkpoints
+    from scale_sft.training import lifecycle as outcome
+    from scale_sft.training.assemble import assemble
+    from scale_sft.training.checkpoints import Checkpoints
 
     cluster.on_main(run.lock)
     session = assemble(inputs, cluster)
@@ -258,10 +260,10 @@ def main(recipe: str | None, **options: str | None) -> None:
 
     Options come from the recipe; any given here win over it.
     """
-    from scale_sft.distributed import end_process, leave
+    from scale_sft.distributed.exit import end_process, leave
 
     try:
-        run_training(configuration.load(recipe, options))
+        run_training(load(recipe, options))
         end_process()
     except UserError as error:
         leave(str(error))

@@ -66,7 +66,7 @@ def on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def c_kernels() -> None:
     """The kernels for CPUs; skips the test where they cannot be had."""
-    from scale_sft.kernels import native
+    from scale_sft.kernels.cpu import compile as native
 
     if reason := native.why_not():
         pytest.skip(reason)
@@ -187,9 +187,9 @@ def train_run(run_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> C
     the run); raises UserError as the trainer does."""
 
     def run(**options: Any) -> Path:
-        from scale_sft import outcome
-        from scale_sft.config import load
+        from scale_sft.config.loading import load
         from scale_sft.train import run_training
+        from scale_sft.training import lifecycle as outcome
 
         monkeypatch.setattr(outcome, "write_report", lambda folder: folder / "report.html")
         config = load(None, {**run_options, **options})
@@ -205,10 +205,10 @@ def session(run_options: dict[str, Any]) -> Iterator[Callable[..., Any]]:
     clusters = []
 
     def assemble_one(**options: Any) -> Any:
-        from scale_sft import assemble
-        from scale_sft.config import load
-        from scale_sft.distributed import Cluster
-        from scale_sft.inputs import read_inputs
+        from scale_sft.config.loading import load
+        from scale_sft.distributed.cluster import Cluster
+        from scale_sft.training import assemble
+        from scale_sft.training.inputs import read_inputs
 
         inputs = read_inputs(load(None, {**run_options, **options}))
         clusters.append(Cluster.start(sharded=inputs.placement.sharded, dtype=inputs.dtype))

@@ -15,17 +15,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from scale_sft.assemble import build_tuning, fuses
-from scale_sft.base_weight import ResidentDeltas, WeightPart
-from scale_sft.config import Config
+from scale_sft.config.options import Config
 from scale_sft.errors import UserError
-from scale_sft.inputs import budget_of
-from scale_sft.kernels.choice import GradientPath
-from scale_sft.kernels.select import top_k_magnitude
-from scale_sft.loss import token_loss_sum
-from scale_sft.model import attach_taps, find_targets
-from scale_sft.quantized import PlainWeight, Quantization, packed_weights
-from scale_sft.transient import TransientDeltas, attach_transient_taps
+from scale_sft.kernels.autotune import GradientPath
+from scale_sft.kernels.cpu.topk import top_k_magnitude
+from scale_sft.model.loss import token_loss_sum
+from scale_sft.model.packed_weights import PlainWeight, packed_weights
+from scale_sft.model.quantization import Quantization
+from scale_sft.model.resident import ResidentDeltas, WeightPart
+from scale_sft.model.targets import attach_taps, find_targets
+from scale_sft.model.transient import TransientDeltas, attach_transient_taps
+from scale_sft.training.assemble import build_tuning, fuses
+from scale_sft.training.inputs import budget_of
 
 from .workload import RUN_STEPS, Base, Batches, Case
 
@@ -145,7 +146,7 @@ class Sparse:
         if not self.fused:
             self.tuning.update(LEARNING_RATE)
             return
-        from scale_sft.kernels.step import update_and_write
+        from scale_sft.model.fused_step import update_and_write
 
         update_and_write(self.tuning, self.resident, LEARNING_RATE)
 

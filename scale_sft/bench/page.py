@@ -13,15 +13,21 @@ from matplotlib import rc_context
 
 from scale_sft.errors import UserError
 from scale_sft.files import write_text
-from scale_sft.report import page_of, pairs, render, section, table
-from scale_sft.report_axes import STYLE
-from scale_sft.report_plots import Plot
+from scale_sft.reporting.html import page_of, pairs, render, section, table
+from scale_sft.reporting.plots import Plot
+from scale_sft.reporting.style import STYLE
 
 from .rows import Row, machine_name, read_rows
 
 PAGE = "bench.html"
-BENCHMARKS = ("step", "memory", "reallocate", "scale", "quality")
-"""Each is a module of this package with `part(rows) -> Part`, rows of all its runs in a folder, oldest first."""
+BENCHMARKS = {
+    "step": "step.page",
+    "memory": "memory.measure",
+    "reallocate": "reallocate",
+    "scale": "scale.page",
+    "quality": "quality.page",
+}
+"""By name, the module of this package with `part(rows) -> Part`, rows of all its runs in a folder, oldest first."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def write_page(folder: Path) -> Path:
             parts.append(_part_of(rows, name, Path(folder) / f"{name}.jsonl"))
     if not parts:
         raise UserError(
-            f"bench: no results in {folder}; expected {BENCHMARKS[0]}.jsonl or another of `scale-sft bench`"
+            f"bench: no results in {folder}; expected {next(iter(BENCHMARKS))}.jsonl or another of `scale-sft bench`"
         )
     head = "<h1>Sparse fine-tuning beside its peers</h1>"
     write_text(Path(folder) / PAGE, page_of("scale_sft: benchmarks", [head, *parts]))
@@ -105,7 +111,7 @@ def _part_of(rows: list[Row], benchmark: str, path: Path) -> str:
     Raises:
         UserError: a row has other settings or results than rows of this benchmark have.
     """
-    html = lambda some: _html(import_module(f"{__package__}.{benchmark}").part(some))
+    html = lambda some: _html(import_module(f"{__package__}.{BENCHMARKS[benchmark]}").part(some))
     try:
         return html(rows)
     except _FOREIGN:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from scale_sft.memory import PeakMemory
+from scale_sft.model.memory import PeakMemory
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scale_sft.assemble import exchanges_of
-from scale_sft.base_weight import ResidentDeltas, WeightPart
 from scale_sft.errors import UserError
-from scale_sft.kernels.select import top_k_magnitude
-from scale_sft.report_axes import CYCLE, GREY, WIDTH_INCHES, log_axis
-from scale_sft.report_plots import Plot
+from scale_sft.kernels.cpu.topk import top_k_magnitude
+from scale_sft.model.resident import ResidentDeltas, WeightPart
+from scale_sft.reporting.plots import Plot
+from scale_sft.reporting.style import CYCLE, GREY, WIDTH_INCHES, log_axis
 from scale_sft.spiel.algorithm import SparseFineTuning
-from scale_sft.spiel.delta import DeltaStore, seeded_generator
-from scale_sft.spiel.schedule import Phase, ReallocationSchedule
+from scale_sft.spiel.deltas import DeltaStore
+from scale_sft.spiel.schedules import Phase, ReallocationSchedule
+from scale_sft.spiel.seeding import seeded_generator
+from scale_sft.training.assemble import exchanges_of
 
 from .page import Part, part_of_groups
 from .peak import available_bytes, peak_of, seconds_of

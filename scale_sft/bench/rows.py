@@ -15,11 +15,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from scale_sft import __version__
 from scale_sft.errors import UserError
+from scale_sft.version import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes")
-_SOURCES = ("scale_sft", "ds_configs", "launch", ":(exclude)scale_sft/bench/results")
+_SOURCES = ("scale_sft", "ds_configs", "launch")
 
 
 class Results:

@@ -15,21 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scale_sft.config import load
-from scale_sft.data import Examples, collate
+from scale_sft.config.loading import load
+from scale_sft.data.examples import Examples
+from scale_sft.data.micro_batches import collate
 from scale_sft.errors import UserError
-from scale_sft.inputs import budget_of
-from scale_sft.model import (
-    base_location,
-    enable_checkpointing,
-    find_targets,
-    load_base,
-    load_model_config,
-    resolve_dtype,
-)
-from scale_sft.plan import empty_model
-from scale_sft.quantized import resolve_quantization
-from scale_sft.spiel.delta import seeded_generator
+from scale_sft.model.loading import base_location, enable_checkpointing, load_base, load_model_config, resolve_dtype
+from scale_sft.model.quantization import resolve_quantization
+from scale_sft.model.targets import find_targets
+from scale_sft.planning.footprint import empty_model
+from scale_sft.spiel.seeding import seeded_generator
+from scale_sft.training.inputs import budget_of
 
 RUN_STEPS = 2000  # of the run that a measured step of ours belongs to
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..spiel.entries import Entries
+from scale_sft.spiel.indices import Entries
 
 Wanted = Sequence[tuple[Entries, Tensor]]
 """[(entries, out [K] fp32 or bf16), ...]: where the gradient is wanted, and what it is added to."""

@@ -1,6 +1,17 @@
 """SpIEL: sparse fine-tuning by update, drop and grow (arXiv 2401.16405), on torch alone.
 
-Read it with the paper beside it: `schedule` (Eq. 9), `linear` (Eq. 5 and 7), `sampling` (Eq. 8), `optimizer`
-(Adam with one age per delta, SM3), `reallocate` (drop and grow of Algorithms 1 and 2), `topk`, and `delta`, which holds
-the state that all of them act upon. Nothing here knows of files, ranks, configurations or models.
+    algorithm   Algorithms 1 and 2 without their model
+    deltas      the sparse delta of one weight, and the store of all (section 3.1)
+    indices     which entries are active, in 2 bytes each
+    budgets     how many entries each weight gets
+    seeding     seeded generators; random initial indices
+    taps        a linear layer whose backward offers its weight gradient (Eq. 5, 7)
+    recorder    what backward passes record; candidates (Eq. 8)
+    optimizers  AdamW with one bias correction per cohort; SM3
+    moments     how AdamW's moments are kept
+    schedules   when and how many (Eq. 9); learning rates
+    drop_grow   drop and grow: tensors in, tensors out
+    topk        deterministic top-k; top-k of an outer product never formed
+
+Nothing here knows files, ranks, configurations or models.
 """

@@ -13,13 +13,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import reallocate as in_torch
-from .delta import DeltaStore, SparseDelta, wrong_with_indices
+from . import drop_grow as in_torch
+from .deltas import DeltaStore, SparseDelta
+from .drop_grow import Exchange, apply_exchange, drop_scores
+from .indices import wrong_with_indices
 from .moments import Moments, float32_moments
-from .optimizer import SM3, AdamW
-from .reallocate import Exchange, apply_exchange, drop_scores
-from .sampling import CANDIDATE_STATE, GradientRecorder, Products, Select
-from .schedule import Phase, ReallocationSchedule
+from .optimizers import SM3, AdamW
+from .recorder import CANDIDATE_STATE, GradientRecorder, Products, Select
+from .schedules import Phase, ReallocationSchedule
 from .topk import top_k_magnitude
 
 

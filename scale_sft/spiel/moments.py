@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .delta import DeltaStore
+from .deltas import DeltaStore
 
 
 class Moment(Protocol):

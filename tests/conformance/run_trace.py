@@ -25,17 +25,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from scale_sft.assemble import exchanges_of
-from scale_sft.base_weight import ResidentDeltas
-from scale_sft.config import ModelConfig
-from scale_sft.data import micro_batches
-from scale_sft.distributed import Cluster, end_process
+from scale_sft.config.options import ModelConfig
+from scale_sft.data.micro_batches import micro_batches
+from scale_sft.distributed.cluster import Cluster
+from scale_sft.distributed.exit import end_process
 from scale_sft.errors import UserError
-from scale_sft.loss import token_loss_sum
-from scale_sft.model import attach_taps, find_targets, load_base, load_model_config
+from scale_sft.model.loading import load_base, load_model_config
+from scale_sft.model.loss import token_loss_sum
+from scale_sft.model.resident import ResidentDeltas
+from scale_sft.model.targets import attach_taps, find_targets
 from scale_sft.spiel.algorithm import SparseFineTuning
-from scale_sft.spiel.delta import DeltaStore
-from scale_sft.spiel.schedule import ReallocationSchedule
+from scale_sft.spiel.deltas import DeltaStore
+from scale_sft.spiel.schedules import ReallocationSchedule
+from scale_sft.training.assemble import exchanges_of
 
 
 @dataclass(frozen=True)

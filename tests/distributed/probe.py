@@ -15,17 +15,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from scale_sft import assemble, distributed, train
-from scale_sft.checkpoint import Checkpoints
-from scale_sft.config import load
-from scale_sft.distributed import Cluster, World, end_process, leave
+from scale_sft import train
+from scale_sft.config.loading import load
+from scale_sft.distributed import cluster as distributed
+from scale_sft.distributed.cluster import Cluster
+from scale_sft.distributed.exit import end_process, leave
+from scale_sft.distributed.world import World
 from scale_sft.errors import UserError
-from scale_sft.inputs import read_inputs
-from scale_sft.memory import PeakMemory, private_bytes
-from scale_sft.metrics import NullMetrics
-from scale_sft.run_folder import RunFolder
-from scale_sft.spiel.sampling import GradientRecorder
+from scale_sft.model.memory import PeakMemory, private_bytes
+from scale_sft.reporting.metrics import NullMetrics
+from scale_sft.spiel.recorder import GradientRecorder
 from scale_sft.spiel.topk import top_k_magnitude
+from scale_sft.training import assemble
+from scale_sft.training.checkpoints import Checkpoints
+from scale_sft.training.inputs import read_inputs
+from scale_sft.training.run_folder import RunFolder
 
 
 def options(folder: str, **more) -> dict:

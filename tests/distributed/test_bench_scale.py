@@ -2,9 +2,9 @@
 
 import pytest
 
-from scale_sft.bench import scale
-from scale_sft.model import load_model_config
-from scale_sft.planner import Planner
+from scale_sft.bench.scale import measure as scale
+from scale_sft.model.loading import load_model_config
+from scale_sft.planning.planner import Planner
 
 pytestmark = pytest.mark.distributed
 

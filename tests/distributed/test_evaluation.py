@@ -24,7 +24,16 @@ def evaluate(packed_run, hf_home, tmp_path_factory):
 
     def run(ranks: int, sharded: bool, size: int) -> dict:
         output = tmp_path_factory.mktemp("eval") / "result.json"
-        arguments = ["-m", "scale_sft.cli", "eval", packed_run / "adapter", "--eval_data", "demo", "--output", output]
+        arguments = [
+            "-m",
+            "scale_sft.cli.main",
+            "eval",
+            packed_run / "adapter",
+            "--eval_data",
+            "demo",
+            "--output",
+            output,
+        ]
         arguments += ["--max_eval_examples", 40, "--eval_batch_size", size, "--max_length", 128]
         arguments += ["--exact_match_examples", 9, "--max_new_tokens", 6, "--generation_samples", 9]
         arguments += ["--base_placement", "shard", "--ds_config", STRICT] if sharded else []

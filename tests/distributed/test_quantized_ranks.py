@@ -19,9 +19,10 @@ ANSWERS = {"exact_match_examples": 2, "max_new_tokens": 2}
 
 def dequantize(kind, folder):
     """The demo base with dequantised linear layers."""
-    from scale_sft.config import ModelConfig
-    from scale_sft.model import base_location, load_base, load_model_config
-    from scale_sft.quantized import packed_weights, resolve_quantization
+    from scale_sft.config.options import ModelConfig
+    from scale_sft.model.loading import base_location, load_base, load_model_config
+    from scale_sft.model.packed_weights import packed_weights
+    from scale_sft.model.quantization import resolve_quantization
 
     config = ModelConfig(base="demo", dtype="float32", quantization=kind)
     model_config = load_model_config(config)

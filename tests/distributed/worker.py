@@ -14,10 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from scale_sft import train
-from scale_sft.config import load
-from scale_sft.distributed import Cluster, end_process
-from scale_sft.inputs import read_inputs
-from scale_sft.run_folder import RunFolder
+from scale_sft.config.loading import load
+from scale_sft.distributed.cluster import Cluster
+from scale_sft.distributed.exit import end_process
+from scale_sft.training.inputs import read_inputs
+from scale_sft.training.run_folder import RunFolder
 
 
 def main() -> None:

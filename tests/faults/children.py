@@ -91,7 +91,8 @@ def _run(arguments: list[str], log: Path, kill: Kill | None, plant: tuple, envir
     os.environ.update(environment)
     import torch
 
-    from scale_sft import outcome, train
+    from scale_sft import train
+    from scale_sft.training import lifecycle as outcome
 
     torch.set_num_threads(1)
     outcome.write_report = lambda folder: folder / "report.html"  # takes longer than the run
@@ -121,9 +122,11 @@ def _die(*_: Any, **__: Any) -> None:
 
 
 def _plant_kill(kill: Kill) -> None:
-    from scale_sft import checkpoint, checkpoint_files, train
-    from scale_sft.metrics import Metrics
-    from scale_sft.session import Session
+    from scale_sft import train
+    from scale_sft.reporting.metrics import Metrics
+    from scale_sft.training import checkpoint_files
+    from scale_sft.training import checkpoints as checkpoint
+    from scale_sft.training.session import Session
 
     if kill.place == "forward":  # gradients are there, candidates may have been proposed
         original = train.forward_backward

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from scale_sft.metrics_file import read_metrics
+from scale_sft.reporting.metrics_file import read_metrics
 
 FIGURES = ("step", "loss", "grad_norm", "learning_rate", "tokens", "target_tokens", "steps")
 

@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 
-from scale_sft.checkpoint_files import find_checkpoints, verify
-from scale_sft.metrics_file import read_metrics
+from scale_sft.reporting.metrics_file import read_metrics
+from scale_sft.training.checkpoint_files import find_checkpoints, verify
 
 from .children import finish, start
 

@@ -10,17 +10,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from scale_sft import assemble, checkpoint_files, train
-from scale_sft.base_weight import WeightPart, fingerprint
-from scale_sft.checkpoint import Checkpoints
-from scale_sft.config import load
-from scale_sft.data_cache import load_examples
-from scale_sft.distributed import Cluster
+from scale_sft import train
+from scale_sft.adapters.apply import apply_adapter, undo_adapter
+from scale_sft.adapters.format import load_adapter
+from scale_sft.config.loading import load
+from scale_sft.data.cache import load_examples
+from scale_sft.distributed.cluster import Cluster
 from scale_sft.errors import UserError
-from scale_sft.export import apply_adapter, load_adapter, undo_adapter
-from scale_sft.inputs import read_inputs
-from scale_sft.metrics import NullMetrics
-from scale_sft.run_folder import RunFolder
+from scale_sft.model.fingerprints import fingerprint
+from scale_sft.model.resident import WeightPart
+from scale_sft.reporting.metrics import NullMetrics
+from scale_sft.training import assemble, checkpoint_files
+from scale_sft.training.checkpoints import Checkpoints
+from scale_sft.training.inputs import read_inputs
+from scale_sft.training.run_folder import RunFolder
 
 MUTANTS = 120
 """Of adapters, of checkpoints and of data files, each."""

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scale_sft.heartbeat import STALLED_STATUS
-from scale_sft.interruption import SAVED_STATUS
+from scale_sft.distributed.heartbeat import STALLED_STATUS
+from scale_sft.distributed.signals import SAVED_STATUS
 from tests.distributed.conftest import ROOT, STRICT, command, environment
 
 from .children import Kill, finish, start, start_ranks

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scale_sft.spiel.entries import Entries
+from scale_sft.spiel.indices import Entries
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from scale_sft.base_weight import ResidentDeltas, WeightPart
-from scale_sft.kernels.choice import PLAIN, GradientPath
-from scale_sft.kernels.picked import picked_entries
-from scale_sft.kernels.sampled import sampled_dots
-from scale_sft.kernels.step import update_and_write, why_not
-from scale_sft.kernels.tiles import Tile, product_entries
-from scale_sft.quantized import PlainWeight
+from scale_sft.kernels.autotune import PLAIN, GradientPath
+from scale_sft.kernels.gpu.picked import picked_entries
+from scale_sft.kernels.gpu.sampled import sampled_dots
+from scale_sft.kernels.gpu.tiled import Tile, product_entries
+from scale_sft.model.fused_step import update_and_write, why_not
+from scale_sft.model.packed_weights import PlainWeight
+from scale_sft.model.resident import ResidentDeltas, WeightPart
+from scale_sft.model.transient import TransientDeltas
 from scale_sft.spiel.algorithm import SparseFineTuning
-from scale_sft.spiel.delta import DeltaStore
+from scale_sft.spiel.deltas import DeltaStore
 from scale_sft.spiel.moments import mixed_moments
-from scale_sft.spiel.sampling import dense_products
-from scale_sft.spiel.schedule import ReallocationSchedule
-from scale_sft.transient import TransientDeltas
+from scale_sft.spiel.recorder import dense_products
+from scale_sft.spiel.schedules import ReallocationSchedule
 
 pytestmark = marks
 SHAPES = {"a": (7, 12), "b": (20, 9), "c": (5, 3)}
@@ -34,7 +34,8 @@ TOKENS = 30
 @pytest.fixture(autouse=INTERPRETED)
 def triton_and_not_c(monkeypatch) -> None:
     """In the interpreter deltas are on a CPU."""
-    from scale_sft.kernels import updates, updates_cpu
+    from scale_sft.kernels.cpu import updates as updates_cpu
+    from scale_sft.kernels.gpu import updates
 
     for name in ("adamw_write", "sm3_write"):
         monkeypatch.setattr(updates_cpu, name, getattr(updates, name))

@@ -7,10 +7,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from scale_sft.base_weight import effective_values
-from scale_sft.kernels.updates import BLOCK, Written, adamw_write, sm3_write
-from scale_sft.spiel.entries import Entries
-from scale_sft.spiel.optimizer import adamw_update, sm3_update
+from scale_sft.kernels.gpu.updates import BLOCK, Written, adamw_write, sm3_write
+from scale_sft.model.resident import effective_values
+from scale_sft.spiel.indices import Entries
+from scale_sft.spiel.optimizers import adamw_update, sm3_update
 
 pytestmark = marks
 SETTINGS = [((0.9, 0.999), 1e-8, 0.1), ((0.0, 0.95), 1e-6, 0.0)]

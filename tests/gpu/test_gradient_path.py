@@ -8,9 +8,9 @@ import torch
 from kernel_tools import INTERPRETED, no_waiting
 from torch import Tensor
 
-from scale_sft.kernels.choice import GradientPath, _EventTimer, _spread_evenly
-from scale_sft.spiel.entries import Entries
-from scale_sft.spiel.sampling import dense_products
+from scale_sft.kernels.autotune import GradientPath, _EventTimer, _spread_evenly
+from scale_sft.spiel.indices import Entries
+from scale_sft.spiel.recorder import dense_products
 
 pytestmark = [
     pytest.mark.gpu,
@@ -82,9 +82,9 @@ def test_every_path_is_exact_gives_the_same_bits_again_and_waits_for_nothing(pat
 
 def test_fused_adamw_is_faster_than_the_plain_update_and_write() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    from scale_sft.base_weight import effective_values, write_entries
-    from scale_sft.kernels.updates import Written, adamw_write
-    from scale_sft.spiel.optimizer import adamw_update
+    from scale_sft.kernels.gpu.updates import Written, adamw_write
+    from scale_sft.model.resident import effective_values, write_entries
+    from scale_sft.spiel.optimizers import adamw_update
 
     rows, width, count = 4096, 11008, 4096 * 11008 // 50
     entries = _spread_evenly(rows, width, count, torch.Generator("cuda").manual_seed(0))

@@ -11,11 +11,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from scale_sft.kernels.picked import picked_entries
-from scale_sft.kernels.sampled import sampled_dots
-from scale_sft.kernels.tiles import TILES, Tile, product_entries
-from scale_sft.spiel.entries import Entries
-from scale_sft.spiel.sampling import dense_products
+from scale_sft.kernels.gpu.picked import picked_entries
+from scale_sft.kernels.gpu.sampled import sampled_dots
+from scale_sft.kernels.gpu.tiled import TILES, Tile, product_entries
+from scale_sft.spiel.indices import Entries
+from scale_sft.spiel.recorder import dense_products
 
 pytestmark = marks
 SMALL = Tile(16, 32, 16, 4, 2)  # several tiles even of tiny weights
@@ -108,7 +108,7 @@ def test_columns_of_wide_weights_are_found(width: int) -> None:
 
 
 def test_pieces_of_the_tokens_add_up(monkeypatch) -> None:
-    from scale_sft.kernels import sampled
+    from scale_sft.kernels.gpu import sampled
 
     monkeypatch.setattr(sampled, "PIECE_BYTES", 1)
     left, right, entries = drawn(1, 300, 6), drawn(2, 300, 9), some_entries((6, 9), 20)

@@ -13,8 +13,8 @@ from kernel_tools import DEVICE, INTERPRETED, marks
 from rich.console import Console
 
 import scale_sft
-from scale_sft.bench import step
 from scale_sft.bench.contestants import CONTESTANTS
+from scale_sft.bench.step import race as step
 from scale_sft.bench.workload import Base, Batches, Case
 
 pytestmark = [*marks, pytest.mark.timeout(600)]
@@ -29,7 +29,7 @@ LARGEST_TAX_OF_FOUR_BITS = 1.10
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
     """The folder of a Llama as wide as one of 7 billion parameters, with fewer layers and without weights."""
-    config = json.loads((Path(scale_sft.__file__).parent / "shapes" / "7b" / "config.json").read_text())
+    config = json.loads((Path(scale_sft.__file__).parent / "assets" / "shapes" / "7b" / "config.json").read_text())
     config |= TINY if INTERPRETED else {"num_hidden_layers": LAYERS}
     folder = tmp_path_factory.mktemp("base")
     (folder / "config.json").write_text(json.dumps(config))

@@ -8,11 +8,11 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
-import scale_sft.demo
-from scale_sft.demo import make_data, pretrain
-from scale_sft.demo.tasks import DEMO_INSTRUCTION, PRETRAINING_TASKS, demo_rows, pretraining_documents
+from scale_sft.files import ASSETS
+from tools.demo import make_data, pretrain
+from tools.demo.tasks import DEMO_INSTRUCTION, PRETRAINING_TASKS, demo_rows, pretraining_documents
 
-DEMO = Path(scale_sft.demo.__file__).parent
+DEMO = ASSETS / "demo"
 BASE = DEMO / "base"
 
 

@@ -1,0 +1,12 @@
+"""The result of a run: save, apply, swap, merge, export.
+
+format              the adapter folder
+apply               into a model's weights and out again
+live                adapters on a resident model, swapped while it serves
+arithmetic          add, scale, negate, intersect, prune, overlap
+inspection          what an adapter holds (inspection_page shows it)
+merge               base + adapter, and back (merge_packed: a quantised base)
+safetensors_writer  safetensors, one tensor at a time
+export, peft        stock PEFT and transformers formats (verify checks them)
+model_card          README.md of an adapter
+"""

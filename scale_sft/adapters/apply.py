@@ -1,0 +1,79 @@
+"""Put an adapter into a model's weights and take it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from scale_sft.errors import UserError
+from scale_sft.model.fingerprints import combine_fingerprints, fingerprint
+from scale_sft.model.resident import WeightPart, effective_values, read_entries, write_entries
+
+from .format import Adapter
+
+
+def apply_adapter(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """Write an adapter's effective values into a model's weights, in place, after checking everything.
+
+    Returns:
+        The base values that were there, by weight name: [K]; `undo_adapter` puts them back.
+    Raises:
+        UserError: a weight is missing or of another shape or dtype, or the base is not the adapter's.
+    """
+    weights = require_fit(dict(model.named_parameters()), adapter)
+    require_base({name: fingerprint(WeightPart.whole(weights[name])) for name in adapter.shapes}, adapter)
+    kept = {}
+    for name, indices in adapter.indices.items():
+        entries = weights[name].data.view(-1)
+        indices = indices.to(entries.device)
+        kept[name] = read_entries(entries, indices)
+        write_entries(entries, indices, effective_values(kept[name], adapter.deltas[name].to(entries.device)))
+    return kept
+
+
+def require_fit(weights: Mapping[str, nn.Parameter], adapter: Adapter) -> dict[str, nn.Parameter]:
+    """The weights that an adapter belongs to, by name, out of all weights of a model.
+
+    Raises:
+        UserError: one is missing, or of another shape or dtype; or the adapter belongs to a quantised base.
+    """
+    if adapter.is_quantized:
+        raise UserError(
+            f"adapter: it was trained on a base in {adapter.info['quantization']} and cannot be written into packed "
+            "weights; merge it (`scale-sft merge`) and load the merged model"
+        )
+    found = {}
+    for name, shape in adapter.shapes.items():
+        if name not in weights:
+            raise UserError(f"adapter: the model has no weight '{name}'; is it the adapter's base?")
+        weight = weights[name]
+        has = tuple(getattr(weight, "ds_shape", weight.shape))
+        if has != shape or weight.dtype != adapter.dtype:
+            raise UserError(
+                f"adapter: weight '{name}' is {has} {weight.dtype} in the model, {shape} {adapter.dtype} in the adapter"
+            )
+        if weight.is_meta:
+            raise UserError(f"adapter: weight '{name}' is not in memory (offloaded); load the model without offloading")
+        found[name] = weight
+    return found
+
+
+def undo_adapter(model: nn.Module, adapter: Adapter, kept: Mapping[str, Tensor]) -> None:
+    """Give the weights the base values back that `apply_adapter` returned."""
+    weights = dict(model.named_parameters())
+    for name, values in kept.items():
+        entries = weights[name].data.view(-1)
+        write_entries(entries, adapter.indices[name].to(entries.device), values)
+
+
+def require_base(prints: Mapping[str, tuple[int, int]], adapter: Adapter, what: str = "") -> None:
+    """Raises UserError if the fingerprints of the target weights are not those that the adapter was trained on.
+
+    Args:
+        what: is wrong then, in words; without it, that this is not the adapter's base.
+    """
+    found, expected = combine_fingerprints(prints, adapter.shapes), adapter.info["base_hash"]
+    if found != expected:
+        what = what or f"adapter: this base is not the one it was trained on ('{adapter.info['base']}')"
+        raise UserError(f"{what}: the hash of the target weights is {found[:16]}..., expected {expected[:16]}...")

@@ -1,0 +1,136 @@
+"""`scale-sft export`: an adapter in a form that stock peft or transformers load, proven to give the same logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from scale_sft.errors import UserError
+from scale_sft.files import new_folder
+from scale_sft.model.fingerprints import combine_fingerprints, fingerprint
+from scale_sft.model.loading import base_location
+from scale_sft.model.resident import WeightPart, read_entries
+
+from .format import Adapter, open_adapter
+from .merge import BaseFiles, locate_base, merge
+from .model_card import write_card
+from .peft import Exported, write_shira, write_supertuning
+
+FORMATS = ("shira", "supertuning", "merged")
+
+
+def export(
+    adapter_folder: str | Path, to: str, output: str | Path, *, base: str | None = None, licence: str | None = None
+) -> Exported:
+    """Write an adapter as SHiRA, as Super-Tuning, or merged; with a model card.
+
+    Args:
+        base: folder or hub id of the base, if not the one that the adapter names.
+    Raises:
+        UserError: wrong base, unreadable adapter, an output folder that is not empty, or a format that cannot hold it.
+    """
+    adapter_folder, output = Path(adapter_folder), Path(output)
+    if to == "merged":
+        merge(adapter_folder, output, base)
+        with open_adapter(adapter_folder) as adapter:
+            written = Exported(sum(map(adapter.indices.active, adapter.shapes)), 0)
+        write_card(adapter_folder, output, form=to, licence=licence)
+        return written
+    with open_adapter(adapter_folder) as adapter, new_folder(output, "export") as work:
+        refuse_quantised(adapter, f"--to {to}")
+        source = locate_base(adapter, base)
+        require_linear(adapter, source, to)
+        named = base_location(base or adapter.info["base"])
+        named = str(Path(named).resolve()) if Path(named).is_dir() else named
+        with BaseFiles(source) as files:
+            values = BaseValues(files, adapter)
+            values.require_same_base()
+            if to == "shira":
+                written = write_shira(adapter, work, named)
+            else:
+                written = write_supertuning(adapter, work, named, values)
+        write_card(adapter_folder, work, form=to, licence=licence)
+    return written
+
+
+class BaseValues(Mapping):
+    """[K] by weight name: the base at the active entries, read from its files at each access."""
+
+    def __init__(self, files: BaseFiles, adapter: Adapter):
+        self._files, self._adapter = files, adapter
+        self._stored = {name: stored for stored, name in files.names_of(adapter).items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return read_entries(self._entries(name), self._adapter.indices[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def _entries(self, name: str) -> Tensor:
+        return self._files.entries(self._stored[name], self._adapter.dtype)
+
+    def require_same_base(self) -> None:
+        """Raises UserError if these are not the weights that the adapter was trained on."""
+        prints = {}
+        for name in self._stored:
+            entries = self._entries(name)
+            prints[name] = fingerprint(WeightPart(lambda entries=entries: entries, 0, entries.numel()))
+        found, expected = combine_fingerprints(prints, self._adapter.shapes), self._adapter.info["base_hash"]
+        if found != expected:
+            raise UserError(
+                f"export: '{self._files.folder}' is not the base that the adapter was trained on: the hash of the "
+                f"target weights is {found[:16]}..., expected {expected[:16]}..."
+            )
+
+
+def refuse_quantised(adapter: Adapter, what: str) -> None:
+    """Raises UserError if the adapter was trained on a quantised base: only a merged model repeats its rounding."""
+    if adapter.info.get("quantization", "none") != "none":
+        raise UserError(
+            f"export: the adapter was trained on a base in {adapter.info['quantization']}, whose rounding {what} would "
+            "not repeat; use --to merged, which writes the dequantised model"
+        )
+
+
+def require_linear(adapter: Adapter, source: Path, to: str) -> None:
+    """Raises UserError if a weight belongs to no `nn.Linear`: peft knows these formats for nothing else."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    layers = dict(model.named_modules())
+    for name in adapter.shapes:
+        layer = layers.get(name.removesuffix(".weight"))
+        if layer is None:
+            raise UserError(f"export: the base '{source}' has no layer for '{name}'")
+        if not isinstance(layer, nn.Linear):
+            raise UserError(
+                f"export: '{name}' belongs to a {type(layer).__name__} layer; peft's {to} is for nn.Linear only. "
+                "Use --to merged"
+            )
+
+
+def push_to_hub(folder: str | Path, repository: str, *, private: bool = False) -> str:
+    """Upload a folder to a model repository of the Hugging Face hub (made where there is none); returns its address.
+
+    Raises:
+        UserError: the hub refuses (no login, no right, no network).
+    """
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    try:
+        address = hub.create_repo(repository, private=private, exist_ok=True)
+        hub.upload_folder(
+            repo_id=repository, folder_path=str(folder), commit_message="Sparse fine-tuning with scale_sft"
+        )
+    except Exception as error:  # hub errors are many; all mean that it was not uploaded
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"push-to-hub: '{repository}': {first}; log in with `hf auth login`") from None
+    return str(address)

@@ -1,0 +1,164 @@
+"""What an adapter holds: counts, magnitudes, where its entries lie, and where it comes from.
+
+Shapes: K active entries of an [O, I] weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scale_sft.reporting.weight_names import kind_of, layer_of
+
+from .format import open_adapter
+
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.99, 1.0)
+_SAMPLE_ENTRIES = 1 << 16
+_TOP_FRACTION = 0.01
+
+
+@dataclass(frozen=True)
+class WeightFacts:
+    """One weight, or several together."""
+
+    weights: int
+    active: int
+    numel: int
+    square: float  # sum of squared deltas
+    largest: float  # largest |delta|
+    zeros: int
+    top_rows: float  # fraction of the entries that lies in the fullest 1 % of the rows (at least one row)
+    top_columns: float
+
+    @property
+    def density(self) -> float:
+        return self.active / self.numel
+
+    @property
+    def norm(self) -> float:
+        return self.square**0.5
+
+    def as_row(self) -> dict[str, float | int]:
+        return {**vars(self), "density": self.density, "norm": self.norm}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All that `scale-sft inspect` shows."""
+
+    folder: str
+    info: dict[str, Any]  # provenance: adapter_config.json without what belongs to single weights
+    total: WeightFacts
+    by_layer: dict[str, WeightFacts]
+    by_kind: dict[str, WeightFacts]
+    by_weight: dict[str, WeightFacts]
+    quantiles: dict[str, float]  # of |delta|, over all weights
+    sample: Tensor  # |delta| of up to 65,536 entries per weight, for a histogram
+    moved: list[dict[str, Any]]  # the entries moved most
+
+    def as_document(self) -> dict[str, Any]:
+        tables = {name: getattr(self, name) for name in ("by_layer", "by_kind", "by_weight")}
+        return {
+            "adapter": self.folder,
+            "provenance": self.info,
+            "total": self.total.as_row(),
+            "quantiles_of_magnitude": self.quantiles,
+            "most_moved": self.moved,
+            **{name: {key: facts.as_row() for key, facts in table.items()} for name, table in tables.items()},
+        }
+
+
+def inspect(folder: str | Path, *, top: int = 10) -> Inspection:
+    """Read an adapter weight by weight and sum it up.
+
+    Args:
+        top: how many of the most moved entries to name.
+    Raises:
+        UserError: the adapter is damaged.
+    """
+    by_weight, samples, moved = {}, [], []
+    with open_adapter(folder) as adapter:
+        info = {key: value for key, value in adapter.info.items() if key != "base_fingerprints"}
+        for name, shape in adapter.shapes.items():
+            indices, deltas = adapter.indices[name], adapter.deltas[name].float()
+            by_weight[name] = _facts(indices, deltas, shape)
+            stride = max(1, deltas.numel() // _SAMPLE_ENTRIES)
+            samples.append(deltas[::stride].abs())
+            best = deltas.abs().topk(min(top, deltas.numel())).indices
+            for index, value in zip(indices[best].tolist(), deltas[best].tolist(), strict=True):
+                moved.append({"weight": name, "row": index // shape[1], "column": index % shape[1], "delta": value})
+    sample = torch.cat(samples) if samples else torch.empty(0)
+    kinds = kind_of(by_weight)
+    return Inspection(
+        folder=str(folder),
+        info=info,
+        total=_together(by_weight.values()),
+        by_layer=_grouped(by_weight, {name: _layer_name(name) for name in by_weight}),
+        by_kind=_grouped(by_weight, kinds),
+        by_weight=by_weight,
+        quantiles={f"{q:g}": float(value) for q, value in zip(QUANTILES, _quantiles(sample), strict=True)},
+        sample=sample,
+        moved=sorted(moved, key=lambda entry: -abs(entry["delta"]))[:top],
+    )
+
+
+def _facts(indices: Tensor, deltas: Tensor, shape: tuple[int, int]) -> WeightFacts:
+    rows, columns = shape
+    return WeightFacts(
+        weights=1,
+        active=indices.numel(),
+        numel=rows * columns,
+        square=float(deltas.double().square().sum()),
+        largest=float(deltas.abs().max()) if deltas.numel() else 0.0,
+        zeros=int((deltas == 0).sum()),
+        top_rows=_concentration(indices // columns, rows),
+        top_columns=_concentration(indices % columns, columns),
+    )
+
+
+def _concentration(places: Tensor, count: int) -> float:
+    """Fraction of `places` [K] in [0, count) that falls on the fullest 1 % of them; evenly spread it is about 0.01."""
+    if not places.numel():
+        return 0.0
+    fullest = torch.bincount(places, minlength=count).topk(max(1, int(_TOP_FRACTION * count))).values
+    return float(fullest.sum()) / places.numel()
+
+
+def _quantiles(sample: Tensor) -> list[float]:
+    if not sample.numel():
+        return [0.0] * len(QUANTILES)
+    ordered = sample.sort().values
+    return [float(ordered[round(q * (ordered.numel() - 1))]) for q in QUANTILES]
+
+
+def _together(facts: Iterable[WeightFacts]) -> WeightFacts:
+    found = list(facts)
+    active = sum(one.active for one in found)
+    mean = lambda key: sum(getattr(one, key) * one.active for one in found) / max(1, active)
+    return WeightFacts(
+        weights=len(found),
+        active=active,
+        numel=sum(one.numel for one in found),
+        square=sum(one.square for one in found),
+        largest=max((one.largest for one in found), default=0.0),
+        zeros=sum(one.zeros for one in found),
+        top_rows=mean("top_rows"),
+        top_columns=mean("top_columns"),
+    )
+
+
+def _layer_name(name: str) -> str:
+    layer = layer_of(name)
+    return "outside" if layer is None else str(layer)
+
+
+def _grouped(by_weight: dict[str, WeightFacts], group: dict[str, str]) -> dict[str, WeightFacts]:
+    members: dict[str, list[WeightFacts]] = {}
+    for name, facts in by_weight.items():
+        members.setdefault(group[name], []).append(facts)
+    return {key: _together(found) for key, found in members.items()}

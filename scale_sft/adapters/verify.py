@@ -1,0 +1,89 @@
+"""Verify an exported adapter against the model it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scale_sft.errors import UserError
+
+from .apply import apply_adapter
+from .export import refuse_quantised
+from .format import open_adapter
+from .merge import locate_base
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Logits of the exported model against those of the trained one."""
+
+    logits: int  # how many were compared
+    identical: bool
+    largest_difference: float
+
+
+@torch.inference_mode()
+def verify(
+    adapter_folder: str | Path, to: str, output: str | Path, *, base: str | None = None, device: str = "cpu"
+) -> Verification:
+    """Load an export in stock peft or transformers and compare logits with the base under the adapter itself.
+
+    The inputs are random token ids (seeded): a batch of several sequences, and a single token.
+
+    Raises:
+        UserError: peft is missing or too old; the base or adapter is wrong.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with open_adapter(adapter_folder) as adapter:
+        refuse_quantised(adapter, "--verify")
+        source = locate_base(adapter, base)
+
+        def load(folder: str | Path) -> nn.Module:
+            return _aligned(AutoModelForCausalLM.from_pretrained(folder, dtype=adapter.dtype).eval().to(device))
+
+        model = load(source)
+        probes = probe_inputs(model.config, device)
+        apply_adapter(model, adapter)
+        wanted = [model(input_ids=ids, use_cache=False).logits for ids in probes]
+        del model
+        model = load(output) if to == "merged" else _in_peft(load(source), output)
+    found = [model(input_ids=ids, use_cache=False).logits for ids in probes]
+    pairs = list(zip(wanted, found, strict=True))
+    return Verification(
+        logits=sum(a.numel() for a in wanted),
+        identical=all(a.dtype is b.dtype and torch.equal(a, b) for a, b in pairs),
+        largest_difference=max(float((a.float() - b.float()).abs().max()) for a, b in pairs),
+    )
+
+
+def _aligned(model: nn.Module) -> nn.Module:
+    """Every weight in memory of its own: weights mapped from a file lie anywhere, and for small products CPU kernels
+    sum in an order that depends on where the weight lies."""
+    for weight in model.parameters():
+        weight.data = weight.data.clone()
+    return model
+
+
+def _in_peft(model: nn.Module, adapter: str | Path) -> nn.Module:
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise UserError("verify: needs peft >= 0.21: pip install 'peft>=0.21'") from None
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).eval()
+    except (ValueError, KeyError, TypeError) as error:  # an older peft does not know the format
+        raise UserError(f"verify: this peft does not load {adapter}: {error}; expected peft >= 0.21") from None
+
+
+def probe_inputs(config: Any, device: str) -> list[Tensor]:
+    """Random token ids, the same every time: [3, L] and [1, 1] int64."""
+    generator = torch.Generator().manual_seed(0)
+    config = config.get_text_config()
+    length = min(32, getattr(config, "max_position_embeddings", None) or 32)
+    shapes = [(3, length), (1, 1)]
+    return [torch.randint(config.vocab_size, shape, generator=generator).to(device) for shape in shapes]

@@ -1,0 +1,117 @@
+"""Who takes part in `bench quality`: this trainer's methods, variants of them, and what one would use instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from scale_sft.config.loading import unknown
+from scale_sft.config.options import OPTIONS
+from scale_sft.errors import UserError
+
+_NEVER = 10**9  # steps: an interval longer than any run
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way of fine-tuning, and the learning rates to try with it."""
+
+    name: str
+    kind: str  # base, ours, peft-lora, peft-ia3 or full
+    learning_rates: tuple[float, ...]
+    options: Mapping[str, str] = field(default_factory=dict)  # of the configuration, for kind `ours`
+
+    @property
+    def trains(self) -> bool:
+        return self.kind != "base"
+
+
+BASE = Contestant("base", "base", ())
+"""The model as it comes: what there is to gain."""
+
+METHODS = {
+    contestant.name: contestant
+    for contestant in (
+        Contestant("ours-ag", "ours", (3e-3, 1e-2, 3e-2, 1e-1), {"method": "ag"}),
+        Contestant("ours-ma", "ours", (1e-2, 3e-2, 1e-1, 3e-1), {"method": "ma"}),
+        Contestant("ours-static", "ours", (3e-3, 1e-2, 3e-2, 1e-1), {"method": "static"}),
+        # The random initial indices for good: the first reallocation would come after the end of the run.
+        Contestant(
+            "random-mask",
+            "ours",
+            (3e-3, 1e-2, 3e-2, 1e-1),
+            {"method": "ag", "update_interval_steps": str(_NEVER), "estimation_steps": str(_NEVER)},
+        ),
+        Contestant("peft-lora", "peft-lora", (3e-3, 1e-2, 3e-2, 1e-1)),
+        Contestant("peft-ia3", "peft-ia3", (1e-2, 3e-2, 1e-1, 3e-1)),
+        Contestant("full", "full", (3e-4, 1e-3, 3e-3, 1e-2)),
+    )
+}
+"""Default contestants with their default grids: a sparse delta wants far higher rates than a dense weight."""
+
+_SET_BY_THE_BENCH = ("learning_rate", "seed", "steps", "epochs", "density", "tunable_weights", "output_dir", "resume")
+"""Options that a variant cannot have: they are the grid, or the same for all."""
+
+
+def choose(methods: Sequence[str], variants: Sequence[str], grids: Sequence[str]) -> list[Contestant]:
+    """The contestants of a run, in the order in which they were named.
+
+    Args:
+        methods: names of METHODS; none: all of them.
+        variants: `NAME=METHOD,option=value,...` each.
+        grids: `NAME=rate,rate,...` each.
+    Raises:
+        UserError: an unknown name or option, a name that is taken, or a rate that is none.
+    """
+    for name in methods:
+        if name not in METHODS:
+            raise UserError(f"--methods: {unknown(f'method {name!r}', name, METHODS)}")
+    found = {name: METHODS[name] for name in methods or METHODS}
+    for text in variants:
+        variant = _variant(text)
+        if variant.name in METHODS or variant.name in found or variant.name == BASE.name:
+            raise UserError(f"--variant: the name '{variant.name}' is taken; choose another")
+        found[variant.name] = variant
+    for text in grids:
+        name, _, rates = text.partition("=")
+        if name not in found:
+            raise UserError(f"--learning-rates: {unknown(f'method {name!r}', name, found)}")
+        found[name] = replace(found[name], learning_rates=_rates(name, rates))
+    return list(found.values())
+
+
+def _variant(text: str) -> Contestant:
+    """`NAME=METHOD,option=value,...`: a method of ours with other options."""
+    name, _, rest = text.partition("=")
+    method, *settings = rest.split(",")
+    if not name or not settings:
+        raise UserError(
+            f"--variant: got '{text}', expected NAME=METHOD,option=value such as slim=ours-ag,candidate_ratio=0.5"
+        )
+    if method not in METHODS:
+        raise UserError(f"--variant {name}: {unknown(f'method {method!r}', method, METHODS)}")
+    if METHODS[method].kind != "ours":
+        raise UserError(f"--variant {name}: {method} is not one of ours; its options are no options of this trainer")
+    options = dict(METHODS[method].options)
+    for setting in settings:
+        option, equals, value = setting.partition("=")
+        if option not in OPTIONS:
+            raise UserError(f"--variant {name}: {unknown(f'option {option!r}', option, OPTIONS)}")
+        if not equals or option in _SET_BY_THE_BENCH:
+            raise UserError(
+                f"--variant {name}: got '{setting}', expected option=value, none of {', '.join(_SET_BY_THE_BENCH)}"
+            )
+        options[option] = value
+    return Contestant(name, "ours", METHODS[method].learning_rates, options)
+
+
+def _rates(name: str, text: str) -> tuple[float, ...]:
+    try:
+        rates = sorted({float(rate) for rate in text.split(",")})
+        if not all(0 < rate < float("inf") for rate in rates):
+            raise ValueError
+    except ValueError:
+        raise UserError(
+            f"--learning-rates {name}: got '{text}', expected numbers above 0 with commas, as in 1e-3,3e-3"
+        ) from None
+    return tuple(rates)

@@ -1,0 +1,120 @@
+"""What one would use instead of sparse deltas, trained by a plain loop on the batches, loss and schedule of ours."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from scale_sft.distributed.cluster import Cluster
+from scale_sft.errors import UserError
+from scale_sft.model.loading import load_base
+from scale_sft.model.loss import token_loss_sum
+from scale_sft.model.targets import Target, find_targets
+from scale_sft.spiel.schedules import LearningRateSchedule
+from scale_sft.spiel.seeding import seeded_generator
+from scale_sft.training.inputs import Inputs
+
+
+def require_peft() -> None:
+    """Raises UserError where PEFT is not installed."""
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "bench: peft-* need peft: pip install 'scale_sft[bench]', or choose --methods without"
+        ) from None
+
+
+def build(kind: str, inputs: Inputs, cluster: Cluster) -> tuple[nn.Module, list[nn.Parameter]]:
+    """The base with what `kind` (peft-lora, peft-ia3, full) trains of it; all else is frozen.
+
+    Raises:
+        UserError: PEFT is missing, or the base is quantised and cannot be trained densely.
+    """
+    config = inputs.config
+    model = load_base(config.model, inputs.model_config, cluster.device, inputs.quantization)
+    targets = find_targets(model, config.sparse.target_modules)
+    if kind == "full":
+        if inputs.quantization:
+            raise UserError(f"full: a base in {config.model.quantization} cannot be trained densely")
+        for target in targets:
+            target.module.weight.requires_grad_(True)
+    else:
+        model = _with_peft(kind, model, targets, config.sparse.rank_equivalent, config.run.seed)
+    return model, [weight for weight in model.parameters() if weight.requires_grad]
+
+
+def _with_peft(kind: str, model: nn.Module, targets: list[Target], rank: int, seed: int) -> nn.Module:
+    """LoRA of the rank on the same linear layers (alpha twice the rank, no dropout); IA3 where PEFT puts it."""
+    require_peft()
+    from peft import IA3Config, LoraConfig, get_peft_model
+
+    if kind == "peft-lora":
+        layers = [target.name.removesuffix(".weight") for target in targets]
+        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, task_type="CAUSAL_LM")
+    else:
+        adapter = IA3Config(task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT still asks transformers by an older name
+        torch.manual_seed(seeded_generator(seed, "adapter").initial_seed())
+        return get_peft_model(model, adapter)
+
+
+def train_peer(
+    model: nn.Module,
+    weights: list[nn.Parameter],
+    inputs: Inputs,
+    cluster: Cluster,
+    record: Callable[[int, float], None],
+) -> None:
+    """`inputs.steps` steps of `torch.optim.AdamW` on `weights`; `record` is told each step's loss.
+
+    The same global batches, token-weighted loss and learning-rate schedule as in `train.py`; weights that are not
+    fp32 have fp32 copies that are updated and rounded back.
+
+    Raises:
+        UserError: loss or gradient is no finite number.
+    """
+    options = inputs.config.optimizer
+    schedule = LearningRateSchedule(
+        peak=options.learning_rate,
+        total_steps=inputs.steps,
+        warmup_fraction=options.warmup_fraction,
+        decay=options.lr_schedule,
+    )
+    masters = [weight if weight.dtype is torch.float32 else weight.detach().float() for weight in weights]
+    optimizer = torch.optim.AdamW(
+        masters, lr=options.learning_rate, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
+    )
+    for step in range(1, inputs.steps + 1):
+        batch = inputs.order.batch(step)
+        target_tokens, total = inputs.train.target_tokens(batch), 0.0
+        for micro_batch in inputs.micro_batches(batch, cluster):
+            loss = token_loss_sum(model, micro_batch) / target_tokens
+            loss.backward()
+            total += loss.detach()
+        loss = float(total)
+        norm = float(nn.utils.clip_grad_norm_(weights, options.max_grad_norm or math.inf))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            rate = f"{schedule.at(step):.3g}"
+            raise UserError(f"step {step}: the loss is {loss} and the gradient norm {norm} at learning rate {rate}")
+        optimizer.param_groups[0]["lr"] = schedule.at(step)
+        _update(optimizer, weights, masters)
+        record(step, loss)
+
+
+@torch.no_grad()
+def _update(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], masters: list[Tensor]) -> None:
+    """One step on the masters with the gradients of the weights, which are then gone."""
+    for weight, master in zip(weights, masters, strict=True):
+        if master is not weight:
+            master.grad = weight.grad.float()
+    optimizer.step()
+    for weight, master in zip(weights, masters, strict=True):
+        if master is not weight:
+            weight.copy_(master)
+        weight.grad = None

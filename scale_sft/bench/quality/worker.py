@@ -1,0 +1,210 @@
+"""One run of `bench quality`: train, then evaluate. The one module beside the entry points that imports `train`."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from scale_sft.errors import UserError
+
+from .contestants import Contestant
+
+CURVE_POINTS = 40
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: who, at which rate, with which seed, and all that is the same for everyone."""
+
+    contestant: Contestant
+    learning_rate: float | None  # None: nothing is trained
+    seed: int
+    recipe: str | None
+    options: Mapping[str, Any]  # of the configuration
+    validation_examples: int
+
+    def config(self) -> Any:
+        """The run's configuration.
+
+        Raises:
+            ConfigError: a variant has options that no run can have.
+        """
+        from scale_sft.config.loading import load
+
+        rate = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
+        own = {
+            "seed": self.seed,
+            "save_every_steps": "none",
+            "early_stopping_steps": "none",
+            "skip_nonfinite_steps": 0,
+            "base_placement": "replicate",
+        }
+        return load(self.recipe, {**self.options, **own, **rate, **self.contestant.options})
+
+
+@dataclass
+class Progress:
+    """What a training loop tells: its loss, as means over windows of steps, and its memory."""
+
+    steps: int
+    curve: list[list[float]] = field(default_factory=list)  # [last step of a window, mean loss there]
+    peak_bytes: int = 0
+    _window: list[float] = field(default_factory=list)
+
+    def step(self, step: int, loss: float, memory_bytes: int = 0, **_: Any) -> None:
+        self._window.append(loss)
+        self.peak_bytes = max(self.peak_bytes, memory_bytes)
+        if step % max(1, self.steps // CURVE_POINTS) == 0 or step == self.steps:
+            self.curve.append([step, sum(self._window) / len(self._window)])
+            self._window.clear()
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Train and evaluate: what was found, as JSON. A run that diverges is a finding too: {"failed": why}.
+
+    Losses are means over target tokens in nats; `validation_loss` is that of examples kept out of the training data,
+    `held_out_loss` and `exact_match` (a fraction) are those of `eval_data`. `seconds` is the loop alone;
+    `peak_bytes` is the most memory the run had above the base's weights.
+    """
+    from scale_sft.distributed.cluster import Cluster
+    from scale_sft.training.inputs import read_inputs
+
+    _give_memory_back()
+    inputs, validation = split(read_inputs(job.config()), job.validation_examples)
+    with Cluster.start(sharded=False, dtype=inputs.dtype) as cluster:
+        try:
+            model, result = _trained(job.contestant, replace(inputs, eval=None), cluster)
+            result |= evaluated(model, inputs, validation, cluster)
+        except UserError as error:
+            return {"failed": str(error).split(";")[0]}
+    losses = result["validation_loss"], result["held_out_loss"]
+    return result if all(map(math.isfinite, losses)) else {"failed": f"the losses after training are {losses}"}
+
+
+def split(inputs: Any, count: int) -> tuple[Any, Any]:
+    """The inputs without `count` training examples, and these: the same ones for every contestant, rate and seed.
+
+    Raises:
+        UserError: there are too few examples, or nothing is held out.
+    """
+    import torch
+
+    from scale_sft.spiel.seeding import seeded_generator
+
+    total = len(inputs.train)
+    if inputs.eval is None:
+        raise UserError("eval_data: bench quality reports on held-out examples; name some")
+    if not 0 < count < total:
+        raise UserError(f"--validation-examples: got {count}, but the training data are {total} examples")
+    order = torch.randperm(total, generator=seeded_generator(0, "validation split")).tolist()
+    train = inputs.train.subset(sorted(order[count:]))
+    left = replace(inputs, train=train, order=replace(inputs.order, examples=len(train)))
+    return left, inputs.train.subset(sorted(order[:count]))
+
+
+def _trained(contestant: Contestant, inputs: Any, cluster: Any) -> tuple[Any, dict[str, Any]]:
+    """The trained model, and what its training was like."""
+    from scale_sft.model.memory import PeakMemory, memory_bytes, take_peak_bytes
+
+    take_peak_bytes(cluster.device)
+    progress, before = Progress(inputs.steps), memory_bytes(cluster.device)
+    with PeakMemory(cluster.device) as peak:
+        model, trainable, seconds = _WAYS[contestant.kind](contestant.kind, inputs, cluster, progress)
+    if seconds is None:
+        return model, {"trainable": 0}
+    tokens = sum(inputs.train.all_tokens(inputs.order.batch(step)) for step in range(1, inputs.steps + 1))
+    # a GPU's peak starts anew with each step of ours, which tells it; on a CPU it tells no more than is sampled
+    added = max(peak.added, progress.peak_bytes - before)
+    return model, {
+        "trainable": trainable,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_bytes": max(0, added - _base_bytes(model)),
+        "curve": progress.curve,
+    }
+
+
+def _train_ours(kind: str, inputs: Any, cluster: Any, progress: Progress) -> tuple[Any, int, float]:
+    """Through `train.train` and all that it goes through in a run; its files go to a temporary folder."""
+    from scale_sft import train
+    from scale_sft.reporting.metrics import NullMetrics
+    from scale_sft.training.assemble import assemble
+    from scale_sft.training.checkpoints import Checkpoints
+    from scale_sft.training.run_folder import RunFolder
+
+    class Metrics(NullMetrics):
+        def step(self, step: int, **values: Any) -> None:
+            progress.step(step, **values)
+
+    session = assemble(inputs, cluster)
+    session.measure_kernels()  # at the start of a run, and no part of its steps
+    with TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        train.train(session, Metrics(), Checkpoints(session, RunFolder(Path(folder) / "run")))
+        return session.model, session.tuning.store.active, time.perf_counter() - began
+
+
+def _train_peer(kind: str, inputs: Any, cluster: Any, progress: Progress) -> tuple[Any, int, float]:
+    from .peers import build, train_peer
+
+    model, weights = build(kind, inputs, cluster)
+    began = time.perf_counter()
+    train_peer(model, weights, inputs, cluster, progress.step)
+    return model, sum(weight.numel() for weight in weights), time.perf_counter() - began
+
+
+def _train_nothing(kind: str, inputs: Any, cluster: Any, progress: Progress) -> tuple[Any, int, None]:
+    from scale_sft.model.loading import load_base
+
+    model = load_base(inputs.config.model, inputs.model_config, cluster.device, inputs.quantization)
+    return model, 0, None
+
+
+_WAYS = {
+    "base": _train_nothing, "ours": _train_ours, "peft-lora": _train_peer, "peft-ia3": _train_peer, "full": _train_peer,
+}  # fmt: skip
+
+
+def evaluated(model: Any, inputs: Any, validation: Any, cluster: Any) -> dict[str, float]:
+    """Losses on both held-out parts, and exact match on the second where the configuration asks for it."""
+    from scale_sft.evaluation.answers import exact_match, greedy_answers
+    from scale_sft.evaluation.held_out import held_out_loss
+
+    config, pad = inputs.config, inputs.tokenizer.pad_token_id
+    size, count = config.run.eval_batch_size, config.data.exact_match_examples
+    loss = lambda examples: held_out_loss(model, examples, cluster, size, pad).loss
+    result = {"validation_loss": loss(validation), "held_out_loss": loss(inputs.eval)}
+    if count:
+        answers = greedy_answers(
+            model,
+            inputs.tokenizer,
+            inputs.eval,
+            cluster,
+            count=count,
+            batch_size=size,
+            max_new_tokens=config.data.max_new_tokens,
+        )
+        result["exact_match"] = exact_match(answers, config.data.answer_pattern)
+    return result
+
+
+def _base_bytes(model: Any) -> int:
+    """Of the frozen weights, and of those that are trained in place; not of an adapter's."""
+    weights = ((name, weight) for name, weight in model.named_parameters())
+    return sum(weight.nbytes for name, weight in weights if "lora_" not in name and "ia3_" not in name)
+
+
+def _give_memory_back() -> None:
+    """Return what earlier runs in this process have freed, so that its next peak is its own."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # another C library: peaks may come out smaller
+        pass

@@ -1,0 +1,292 @@
+"""`scale-sft bench step`: one optimizer step of each contestant, taken in turns, round after round.
+
+In a round each contestant makes one step, in an order drawn anew; what is compared is always two steps of one round. So
+a machine that is busy with other work slows both sides of a ratio, and the median over rounds forgets the worst of it.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from logging import ERROR, getLogger
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from scale_sft.bench.contestants import CONTESTANTS, Contestant, impossible
+from scale_sft.bench.rows import Results
+from scale_sft.bench.workload import Base, Batches, Case
+from scale_sft.config.loading import unknown
+from scale_sft.errors import UserError
+
+from .breakdown import breakdown, synchronize
+from .page import PEERS, breakdown_table, describe, part, table_of
+
+__all__ = ["part", "run"]
+
+BREAKDOWN_STEPS = 5  # plain steps of the breakdown; their median counts
+_ROOM = 0.7  # of the free memory may be taken by contestants that stay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How long it is measured, and how."""
+
+    rounds: int = 6
+    warm_up_steps: int = 1
+    breakdown: bool = True
+    together: bool | None = None  # all contestants stay in memory; None: where they fit
+
+
+def run(
+    cases: Sequence[Case], names: Sequence[str] | None, effort: Effort, output: Path, console: Console
+) -> list[dict[str, Any]]:
+    """Measure the contestants `names` (None: all that a case permits) in each case; returns the rows added to `output`.
+
+    Raises:
+        UserError: a contestant is unknown, impossible in every case, or needs what is not installed; a base does not
+            load.
+        KeyboardInterrupt: after the rows of all finished rounds have been added.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    line_ups = [_line_up(case, names) for case in cases]
+    _refuse_empty(cases, names, line_ups)
+    bases = [Base(case, device) for case in cases]  # all that is wrong with a case, before anything is measured
+    results, rows = Results(output, "step"), []
+    for base, chosen in zip(bases, line_ups, strict=True):
+        left_out = {name: why for name in names or CONTESTANTS if (why := impossible(name, base.case))}
+        console.print(f"{describe(base.case.settings())}: {len(chosen)} contestants, rounds: {effort.rounds}")
+        for name, why in left_out.items():
+            console.print(f"  without {name}: {why}")
+        race = Race(base, chosen, effort)
+        try:
+            race.run(console)
+        except KeyboardInterrupt:
+            rows += _add(race, results, console)
+            raise
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"bench: out of memory in {describe(base.case.settings())}: {str(error).splitlines()[0]} Take "
+                "--one-by-one, fewer --contestants, or a smaller --micro-batch or --length"
+            ) from None
+        rows += _add(race, results, console)
+    return rows
+
+
+def _line_up(case: Case, names: Sequence[str] | None) -> list[str]:
+    """Who takes part in a case, in the order of `CONTESTANTS`."""
+    for name in names or ():
+        if name not in CONTESTANTS:
+            raise UserError(f"contestants: {unknown(f'contestant {name!r}', name, CONTESTANTS)}")
+    return [name for name in CONTESTANTS if (not names or name in names) and impossible(name, case) is None]
+
+
+def _refuse_empty(cases: Sequence[Case], names: Sequence[str] | None, line_ups: list[list[str]]) -> None:
+    for name in names or ():
+        if not any(name in chosen for chosen in line_ups):
+            raise UserError(f"contestants: {name} takes part in no case: {impossible(name, cases[0])}; leave it out")
+    for case, chosen in zip(cases, line_ups, strict=True):
+        if not chosen:
+            raise UserError(f"contestants: nobody is left for {describe(case.settings())}; name others")
+
+
+class Times(NamedTuple):
+    """Of one step, in seconds."""
+
+    wall: float
+    cpu: float  # processor time of all threads of this process
+
+
+class Race:
+    """All rounds of one case: who takes part, and how long each of their steps took.
+
+    Args:
+        base: what all start from.
+        names: keys of `CONTESTANTS`.
+    """
+
+    def __init__(self, base: Base, names: Sequence[str], effort: Effort):
+        self.base, self.names, self.effort = base, list(names), effort
+        self.batches = Batches(base.case, base.model_config.vocab_size, base.device)
+        self.together = fits_together(base, names) if effort.together is None else effort.together
+        self.trainable: dict[str, int] = {}
+        self.breakdowns: dict[str, dict[str, Any]] = {}
+        self.rounds: list[dict[str, Times]] = []  # those that all have finished
+        self._ready: dict[str, Contestant] = {}
+
+    def run(self, console: Console) -> None:
+        """All rounds, then the breakdown of our own steps."""
+        progress = Progress(console=console, transient=True, disable=not console.is_interactive)
+        with progress, _undisturbed():
+            task = progress.add_task("warming up", total=self.effort.rounds)
+            self.prepare()
+            for number in range(self.effort.rounds):
+                began = time.perf_counter()
+                progress.update(task, description=f"round {number + 1} of {self.effort.rounds}")
+                self.round(number)
+                progress.advance(task)
+                if not console.is_interactive:
+                    took = time.perf_counter() - began
+                    console.print(f"  round {number + 1} of {self.effort.rounds}: {took:.1f} s")
+            self._ready = {}
+            if self.effort.breakdown:
+                for name in (name for name in self.names if name.startswith("ours-")):
+                    progress.update(task, description=f"breakdown of {name}")
+                    method = name.removeprefix("ours-")
+                    self.breakdowns[name] = breakdown(self.base, method, self.batches, BREAKDOWN_STEPS)
+
+    def prepare(self) -> None:
+        """Make and warm up all contestants, where all of them stay in memory."""
+        if self.together:
+            self._ready = {name: self._prepare(name) for name in self.names}
+
+    def _prepare(self, name: str) -> Contestant:
+        contestant = CONTESTANTS[name](self.base)
+        self.trainable[name] = contestant.trainable
+        contestant.warm_up(self.batches)
+        for number in range(self.effort.warm_up_steps):
+            contestant.step(self.batches, number)
+        return contestant
+
+    def round(self, number: int) -> None:
+        """One timed step of each; the round counts only if all have finished it."""
+        order = list(self.names)
+        random.Random(f"{self.base.case.seed} {number}").shuffle(order)
+        found = {}
+        for name in order:
+            contestant = self._ready.get(name) or self._prepare(name)
+            found[name] = _timed(contestant, self.batches, number, self.base.device)
+            del contestant
+            if not self.together:
+                gc.collect()
+        self.rounds.append(found)
+
+    def result(self, name: str) -> dict[str, Any]:
+        """What was found of one contestant, for its row."""
+        seconds = [found[name].wall for found in self.rounds]
+        result = {
+            "trainable": self.trainable[name],
+            "median_seconds": statistics.median(seconds),
+            "quartiles_seconds": quartiles(seconds),
+            "tokens_per_second": self.base.case.length * self.base.case.micro_batch / statistics.median(seconds),
+            "relative": {peer: self.relative(name, peer) for peer in PEERS if peer in self.names},
+            "seconds": seconds,
+            "cpu_seconds": [found[name].cpu for found in self.rounds],
+        }
+        return result | ({"breakdown": self.breakdowns[name]} if name in self.breakdowns else {})
+
+    def relative(self, name: str, peer: str) -> dict[str, Any]:
+        """Time of a contestant's step over that of a peer's in the same round: median and quartiles."""
+        ratios = [found[name].wall / found[peer].wall for found in self.rounds]
+        return {"median": statistics.median(ratios), "quartiles": quartiles(ratios)}
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """First and third quartile; of a single value that value."""
+    if len(values) == 1:
+        return [values[0], values[0]]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return [first, third]
+
+
+def _timed(contestant: Contestant, batches: Batches, number: int, device: torch.device) -> Times:
+    synchronize(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    contestant.step(batches, number)
+    synchronize(device)
+    return Times(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No garbage collection inside a timed step, and none of what libraries say of each other's deprecations."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="peft|transformers")
+            getLogger("bitsandbytes.backends.cpu.ops").setLevel(ERROR)  # it recommends a kernel that is not used here
+            yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def fits_together(base: Base, names: Sequence[str]) -> bool:
+    """Whether all contestants can stay in memory for all rounds: then none has to be made anew in each.
+
+    Counts the weights of each, what dense fine-tuning adds, and 32 bytes for each trained entry of the others.
+    """
+    if base.device.type == "cuda":
+        free = torch.cuda.mem_get_info(base.device)[0]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    dense = sum(o * i for o, i in base.shapes.values()) * base.dtype.itemsize
+    added = {"frozen": 0, "full": dense, "full-adamw": 3 * dense}
+    entries = base.lora_rank * sum(o + i for o, i in base.shapes.values())
+    return sum(base.bytes + added.get(name, 32 * entries) for name in names) < _ROOM * free
+
+
+def _add(race: Race, results: Results, console: Console) -> list[dict[str, Any]]:
+    """Rows of the finished rounds, if there are any, and their table on the console."""
+    if not race.rounds:
+        return []
+    shared = race.base.case.settings() | {
+        "device": race.base.device.type,
+        "threads": torch.get_num_threads(),
+        "rounds": len(race.rounds),
+        "together": race.together,
+    }
+    rows = [results.add({**shared, "contestant": name}, **race.result(name)) for name in race.names]
+    show(rows, console)
+    return rows
+
+
+def show(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print the rows of one case as a table, and the breakdown of our own steps as another."""
+    columns, lines = table_of(rows)
+    console.print(_rich(columns, lines))
+    own = [row for row in rows if "breakdown" in row["result"]]
+    if own:
+        console.print(_rich(*breakdown_table(own)))
+
+
+def _rich(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    table = Table(*columns, show_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def cases_of(
+    *,
+    base: str | None,
+    dtypes: Sequence[str],
+    quantizations: Sequence[str],
+    lengths: Sequence[int],
+    micro_batches: Sequence[int],
+    **shared: Any,
+) -> list[Case]:
+    """Every combination of what was asked for."""
+    return [
+        Case(base=base, dtype=dtype, quantization=quantization, length=length, micro_batch=micro_batch, **shared)
+        for dtype in dtypes
+        for quantization in quantizations
+        for length in lengths
+        for micro_batch in micro_batches
+    ]

@@ -1,0 +1,35 @@
+"""The commands that measure: `scale-sft bench ...`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from . import bench_cost as cli_bench_cost
+from . import bench_quality as cli_bench_quality
+from . import bench_step as cli_bench_step
+
+
+@click.group()
+def bench() -> None:
+    """Measure this trainer beside its peers: same model, data, dtype, batch and machine, in one run.
+
+    Contestants take turns, so that a machine that is busy with other work slows all of them. Each command appends JSON
+    rows (machine, versions, commit, command) to a file and writes one HTML page with tables and plots.
+    """
+
+
+@bench.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def page(folder: Path) -> None:
+    """Write bench.html for the rows in FOLDER."""
+    from scale_sft.bench.page import write_page
+
+    click.echo(f"page: {write_page(folder)}")
+
+
+for _command in (*cli_bench_step.COMMANDS, *cli_bench_cost.COMMANDS, *cli_bench_quality.COMMANDS):
+    bench.add_command(_command)
+
+COMMANDS = (bench,)

@@ -1,0 +1,137 @@
+"""The commands that measure what state, reallocations and ranks cost: `scale-sft bench memory | reallocate | scale`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from scale_sft.config.click_options import flattened
+
+from .bench_options import OUTPUT, cases_from, several, with_cases
+
+
+class Count(click.ParamType):
+    """A whole number, which may be written as 1e6."""
+
+    name = "count"
+
+    def __init__(self, low: int, high: int):
+        self.low, self.high = low, high
+
+    def convert(self, value, param, ctx) -> int:
+        try:
+            number = float(value)
+        except ValueError:
+            number = float("nan")
+        if not self.low <= number <= self.high or number != int(number):
+            self.fail(f"'{value}' is no whole number from {self.low:,} to {self.high:,}", param, ctx)
+        return int(number)
+
+
+@click.command()
+@with_cases
+@several(
+    "--contestants", "names", click.STRING, "ours-ag,ours-ma,ours-static,peft-lora,full-adamw", "Those of bench step"
+)
+@click.option(
+    "--limit/--no-limit",
+    default=True,
+    show_default=True,
+    help="Find the smallest memory limit, in whole GiB, under which 30 steps pass; needs a GPU.",
+)
+@OUTPUT
+def memory(names: tuple, limit: bool, output: Path, **asked) -> None:
+    """Peak of a training step above the frozen base, and bytes per trained parameter by part.
+
+    Each contestant runs in a process of its own.
+
+    \b
+    scale-sft bench memory
+    scale-sft bench memory --dtype bfloat16 --quantization none,nf4 --contestants ours-ag,peft-lora
+    """
+    import torch
+
+    from scale_sft.bench.memory import measure as module
+    from scale_sft.bench.show import report
+
+    cases = cases_from(**asked)
+    chosen = module.known(flattened(names))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if limit and device.type == "cpu":
+        click.echo(f"smallest limit under which {module.LIMIT_STEPS} steps pass: left out, {module.NO_GPU}", err=True)
+    found = module.run(chosen, cases, device=device, limit_steps=module.LIMIT_STEPS if limit else None)
+    report(output, "memory", found, count=len(chosen) * len(cases), columns=module.COLUMNS, cells=module.cells)
+
+
+@click.command()
+@several("--weights", "weights", Count(4, 10**11), "1e5,1e6,1e7,1e8", "Entries N of the weight")
+@several("--density", "densities", click.FloatRange(0, 1, min_open=True), "0.001,0.01,0.05", "Active fraction K / N")
+@several("--method", "methods", click.Choice(["ag", "ma"]), "ag,ma", "Of reallocation")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of weight and gradient.",
+)
+@click.option(
+    "--replaced",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Fraction of K up for replacement: 1 at the first reallocation of a run, then 0.2 and less.",
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Reallocations per median.")
+@OUTPUT
+def reallocate(weights: tuple, densities: tuple, methods: tuple, repeats: int, output: Path, **others) -> None:
+    """Time and peak memory of one reallocation of one weight, AG proposals included.
+
+    \b
+    scale-sft bench reallocate
+    scale-sft bench reallocate --weights 1e9 --density 0.002 --repeats 1
+    """
+    import torch
+
+    from scale_sft.bench import reallocate as module
+    from scale_sft.bench.show import report
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = module.cases(flattened(weights), flattened(densities), flattened(methods), device, **others)
+    found = module.run(chosen, repeats=repeats, device=device)
+    report(output, "reallocate", found, count=len(chosen), columns=module.COLUMNS, cells=module.cells)
+
+
+@click.command()
+@several("--ranks", "ranks", click.IntRange(1, 1024), "1,2,4", "Numbers of ranks on this machine")
+@click.option("--sharded/--replicated", default=False, show_default="replicated", help="Where the base lies (ZeRO-3).")
+@click.option("--weak/--strong", default=True, show_default="weak", help="Same batch for each rank, or of all ranks.")
+@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Sequences of that batch.")
+@click.option("--base", default="demo", show_default=True, help="Model folder or hub id, or the embedded base.")
+@click.option("--data", default="demo", show_default=True, help="Training data, as train_data of a run.")
+@click.option("--max-length", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens of a sequence.")
+@click.option("--method", type=click.Choice(["ag", "ma"]), default="ag", show_default=True, help="Of the runs.")
+@click.option(
+    "--density", type=click.FloatRange(0, 1, min_open=True), default=0.02, show_default=True, help="Of the runs."
+)
+@OUTPUT
+def scale(ranks: tuple, weak: bool, output: Path, **options) -> None:
+    """Time, memory and traffic of a step on several ranks, and a model of larger worlds beside them.
+
+    Each number of ranks is a run of its own, started by `accelerate launch` as a user would; it counts for itself.
+
+    \b
+    scale-sft bench scale --ranks 1,2
+    scale-sft bench scale --ranks 2 --sharded --strong --batch 8
+    """
+    from scale_sft.bench.scale import measure as module
+    from scale_sft.bench.show import report
+
+    counts = sorted(flattened(ranks))
+    worlds = module.Worlds(strong=not weak, **options)
+    module.check(worlds, counts)
+    count = len(counts) + len(module.predicted(worlds, counts))
+    report(output, "scale", module.run(worlds, counts), count=count, columns=module.COLUMNS, cells=module.cells)
+
+
+COMMANDS = (memory, reallocate, scale)

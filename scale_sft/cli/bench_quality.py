@@ -1,0 +1,114 @@
+"""The command that measures what each method learns: `scale-sft bench quality`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from scale_sft.config.click_options import with_options_of
+from scale_sft.errors import UserError
+
+from .bench_options import OUTPUT
+
+
+@click.command()
+@click.option("--methods", metavar="A,B,...", help="Contestants; default: all.")
+@click.option(
+    "--variant",
+    "variants",
+    metavar="NAME=METHOD,KEY=VALUE,...",
+    multiple=True,
+    help="One more contestant: a method of ours with other options of train.py, such as ag-8bit=ours-ag,moments=int8. "
+    "Can be repeated.",
+)
+@click.option(
+    "--learning-rates",
+    "grids",
+    metavar="METHOD=A,B,...",
+    multiple=True,
+    help="Another grid for one contestant. Can be repeated.",
+)
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Runs at the best rate.")
+@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of a run; default: 150, or the recipe's.")
+@click.option(
+    "--rank",
+    "rank_equivalent",
+    type=click.IntRange(min=1),
+    help="Of LoRA; sparse deltas get as many weights. Default: 2 (the share of the demo's weights that 64 is of 7B's), "
+    "or the recipe's rank_equivalent.",
+)
+@click.option(
+    "--global-batch-size", type=click.IntRange(min=1), help="Sequences per step; default: 16, or the recipe's."
+)
+@click.option("--micro-batch-size", type=click.IntRange(min=1), help="Sequences per forward pass; default: all.")
+@click.option(
+    "--validation-examples",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Training examples that are kept out to choose the learning rates.",
+)
+@click.option("--jobs", type=click.IntRange(min=1), help="Runs at a time; default: the cores, at most 4; 1 on a GPU.")
+@OUTPUT
+@with_options_of("model", "data")
+def quality(
+    methods: str | None,
+    variants: tuple[str, ...],
+    grids: tuple[str, ...],
+    seeds: int,
+    validation_examples: int,
+    jobs: int | None,
+    output: Path,
+    recipe: str | None,
+    **options: str | int | None,
+) -> None:
+    """Compare what each method learns: held-out loss and exact match at its best learning rate.
+
+    Contestants: ours-ag, ours-ma, ours-static; random-mask, entries drawn once; peft-lora on the same layers, all of
+    equal trained weights; peft-ia3; and full, the same layers densely. All see the same batches, the same loss and the
+    same schedule of the learning rate. Each tries a grid of rates with one seed; the best, by the loss on
+    --validation-examples that are kept out of the training data, is run with the other seeds. What is reported comes
+    from the eval data, which chose nothing. A rate at the edge of its grid is pointed out.
+
+    Without options: the small model and the task that ship, in float32, about 10 minutes on two cores.
+
+    \b
+    scale-sft bench quality
+    scale-sft bench quality --base models/small --train_data train.jsonl --eval_data test.jsonl --rank 16 --steps 500
+    scale-sft bench quality --methods ours-ag,peft-lora --variant ag-8bit=ours-ag,moments=int8
+
+    Every finished run is a row in OUTPUT/quality.jsonl, and is not done again: started once more after Ctrl-C, the
+    command goes on. Runs share the cores, so seconds compare with each other only.
+    """
+    from scale_sft.bench.page import write_page
+    from scale_sft.bench.quality import measure as benchmark
+    from scale_sft.bench.quality.contestants import choose
+
+    settings = benchmark.Settings(
+        contestants=choose(methods.split(",") if methods else [], variants, grids),
+        recipe=recipe,
+        options=options,
+        seeds=seeds,
+        validation_examples=validation_examples,
+    )
+    try:
+        rows = benchmark.measure(settings, output, processes=jobs or benchmark.default_processes(), say=click.echo)
+    except KeyboardInterrupt:
+        raise UserError(f"interrupted; the runs that were finished are in {output}: start again to go on") from None
+    table, remarks = benchmark.report(rows)
+    _print(table)
+    for remark in remarks:
+        click.echo(remark)
+    click.echo(f"page: {write_page(output)}")
+
+
+def _print(lines: list[list[str]]) -> None:
+    """A table: its first line are the columns; the first column to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *others in lines:
+        numbers = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        click.echo("  ".join([first.ljust(widths[0]), *numbers]))
+
+
+COMMANDS = (quality,)

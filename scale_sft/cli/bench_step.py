@@ -1,0 +1,89 @@
+"""`scale-sft bench step`: one optimizer step of each contestant in turn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from scale_sft.config.click_options import Several, flattened
+
+from .bench_options import OUTPUT, cases_from, with_cases
+
+
+@click.command()
+@with_cases
+@click.option(
+    "--contestants",
+    "names",
+    type=Several(click.STRING),
+    multiple=True,
+    help="Some of ours-ag, ours-ma, ours-static, peft-lora, peft-lora-bf16, peft-ia3, peft-shira, full, "
+    "full-adamw, frozen; several with commas.  [default: all]",
+)
+@click.option(
+    "--kernels",
+    type=click.Choice(["off", "cpu", "auto"]),
+    default="cpu",
+    show_default=True,
+    help="Of ours, as in a run: cpu takes those in C on a CPU, auto also the fastest of a GPU, off neither.",
+)
+@click.option(
+    "--attention",
+    type=click.Choice(["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]),
+    default="auto",
+    show_default=True,
+    help="Of all contestants, as in a run; auto: eager on a CPU in bfloat16 up to 256 tokens, where it is faster than "
+    "sdpa, and sdpa elsewhere.",
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=6, show_default=True, help="Steps of each contestant.")
+@click.option(
+    "--warm-up",
+    "warm_up_steps",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    help="Steps of each contestant that do not count.",
+)
+@click.option(
+    "--breakdown/--no-breakdown", default=True, show_default=True, help="Time the pieces of our steps as well."
+)
+@click.option(
+    "--together/--one-by-one",
+    default=None,
+    help="All contestants stay in memory, or each is made anew in each round.  [default: together where they fit]",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Of torch on a CPU.  [default: torch's]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights, data and order.")
+@OUTPUT
+def step(
+    names: tuple, rounds: int, warm_up_steps: int, breakdown: bool, together: bool | None, threads: int | None,
+    output: Path, **asked,
+) -> None:  # fmt: skip
+    """Time one optimizer step: ours, PEFT's adapters, dense fine-tuning, and the floor of any adapter.
+
+    \b
+    scale-sft bench step
+    scale-sft bench step --dtype bfloat16 --length 512 --contestants ours-ag,peft-lora,full
+    """
+    import torch
+    from rich.console import Console
+
+    from scale_sft.bench.page import write_page
+    from scale_sft.bench.rows import read_rows
+    from scale_sft.bench.step.race import Effort, run
+
+    cases = cases_from(**asked)
+    if threads:
+        torch.set_num_threads(threads)
+    effort = Effort(rounds=rounds, warm_up_steps=warm_up_steps, breakdown=breakdown, together=together)
+    try:
+        run(cases, flattened(names) or None, effort, output, Console(width=110, highlight=False))
+    except KeyboardInterrupt:
+        if read_rows(output, "step"):
+            click.echo(f"rows of the finished rounds are in {write_page(output)}")
+        raise
+    click.echo(f"page: {write_page(output)}")
+
+
+COMMANDS = (step,)

@@ -1,0 +1,37 @@
+"""`scale-sft checkpoint`: what a run has saved."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def checkpoint() -> None:
+    """Checkpoints of a run: what is there, and whether it is whole."""
+
+
+@checkpoint.command("ls")
+@click.argument("folder", type=click.Path(path_type=Path))
+def checkpoint_ls(folder: Path) -> None:
+    """List the checkpoints in FOLDER (a run, its checkpoints/ or one of them); sizes are checked, checksums are not."""
+    from scale_sft.training.checkpoint_listing import checkpoints_in, table
+
+    click.echo(table(checkpoints_in(folder), "complete (sizes)"))
+
+
+@checkpoint.command("verify")
+@click.argument("folder", type=click.Path(path_type=Path))
+def checkpoint_verify(folder: Path) -> None:
+    """Read the checkpoints in FOLDER completely and compare checksums; status 1 if one is damaged."""
+    from scale_sft.training.checkpoint_listing import checkpoints_in, table, verified
+
+    found = [verified(one) for one in checkpoints_in(folder)]
+    click.echo(table(found, "complete (checksums)"))
+    if any(one.problem for one in found):
+        sys.exit(1)
+
+
+COMMANDS = (checkpoint,)

@@ -1,0 +1,117 @@
+"""`scale-sft preprocess`, `data show` and `eval`: thin layers over the data and evaluation modules."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from scale_sft.config.click_options import SuggestingCommand, with_options_of
+from scale_sft.config.loading import load_sections
+from scale_sft.errors import UserError
+
+
+@click.command(cls=SuggestingCommand)
+@click.option("--refresh", is_flag=True, help="Tokenise anew even if it has been done.")
+@with_options_of("model", "data")
+def preprocess(recipe: str | None, refresh: bool, **options: str | None) -> None:
+    """Tokenise the data of a recipe once; runs with the same data, tokenizer and options use the result."""
+    for split, examples, seconds in _load(load_sections(recipe, options), refresh=refresh):
+        total = examples.all_tokens(range(len(examples)))
+        click.echo(
+            f"{split}_data: {examples.source}: {len(examples):,} examples, {total:,} tokens, "
+            f"{examples.target_tokens(range(len(examples))):,} of them count; {examples.truncated:,} cut, "
+            f"{examples.dropped:,} dropped; {seconds:.1f} s"
+        )
+
+
+@click.group()
+def data() -> None:
+    """Look at the data of a recipe."""
+
+
+@data.command("show", cls=SuggestingCommand)
+@click.option("--count", default=3, show_default=True, help="How many examples to show.")
+@click.option("--first", default=0, show_default=True, help="Number of the first one, from 0.")
+@with_options_of("model", "data")
+def show(recipe: str | None, count: int, first: int, **options: str | None) -> None:
+    """A few examples as the model sees them, the tokens that count marked; a histogram of lengths; what was cut."""
+    from scale_sft.data.chat import use_template
+    from scale_sft.data.preview import show_examples
+    from scale_sft.model.loading import load_tokenizer
+
+    sections = load_sections(recipe, options)
+    tokenizer = use_template(load_tokenizer(sections["model"]), sections["data"].chat_template)
+    for split, examples, _ in _load(sections):
+        show_examples(examples, tokenizer, title=f"{split}_data", first=first, count=count)
+
+
+def _load(sections: dict[str, Any], *, refresh: bool = False):
+    """(split, examples, seconds) of the training and the held-out data, tokenised if they are not."""
+    from scale_sft.data.cache import load_examples
+    from scale_sft.data.chat import use_template
+    from scale_sft.model.loading import load_model_config, load_tokenizer, max_length
+
+    config = sections["data"]
+    tokenizer = use_template(load_tokenizer(sections["model"]), config.chat_template)
+    config = replace(config, max_length=max_length(config.max_length, load_model_config(sections["model"])))
+    wanted = [
+        ("train", config.train_data, config.max_train_examples),
+        ("eval", config.eval_data, config.max_eval_examples),
+    ]
+    for split, source, limit in wanted:
+        if source:
+            began = time.perf_counter()
+            examples = load_examples(source, split, tokenizer, config, limit, progress=True, refresh=refresh)
+            yield split, examples, time.perf_counter() - began
+
+
+@click.command("eval", cls=SuggestingCommand)
+@click.argument("adapter", required=False, type=click.Path(path_type=Path))
+@click.option("--tasks", help="Tasks of lm-evaluation-harness, with commas, or 'paper' for those of the paper.")
+@click.option("--limit", type=int, help="Use only so many examples of each task.")
+@click.option(
+    "--eval_batch_size", "--eval-batch-size", default=16, show_default=True, help="Sequences per forward pass."
+)
+@click.option("--output", type=click.Path(path_type=Path), help="Write the results as JSON into this file too.")
+@with_options_of("model", "data")
+def evaluate(
+    adapter: Path | None,
+    tasks: str | None,
+    limit: int | None,
+    eval_batch_size: int,
+    output: Path | None,
+    recipe: str | None,
+    **options: str | None,
+) -> None:
+    """Held-out loss and perplexity of a base, base + ADAPTER, or merged model, as JSON; with
+    --exact_match_examples also greedy answers; with --tasks benchmarks.
+
+    \b
+    scale-sft eval --base runs/a/merged --eval_data test.jsonl
+    scale-sft eval runs/a/adapter --eval_data test.jsonl --exact_match_examples 200 --answer_pattern gsm8k
+    accelerate launch --config_file launch/zero3_8gpu.yaml -m scale_sft.cli eval ... --base_placement shard
+    """
+    from scale_sft.distributed.exit import end_process, leave
+    from scale_sft.evaluation.evaluate_model import evaluate_model, model_section
+
+    try:
+        sections = load_sections(recipe, options)
+        if not tasks and not sections["data"].eval_data:
+            raise UserError("eval: nothing to evaluate: give --eval_data FILE, or --tasks mmlu,gsm8k")
+        base_given = options.get("base") is not None or recipe is not None
+        model = model_section(sections["model"], adapter, base_given=base_given)
+        result = evaluate_model(
+            model, sections["data"], adapter, tasks=tasks, limit=limit, batch_size=eval_batch_size, output=output
+        )
+    except UserError as error:
+        leave(str(error))
+    if result is not None:
+        click.echo(result)
+    end_process()
+
+
+COMMANDS = (preprocess, data, evaluate)

@@ -1,0 +1,109 @@
+"""The command that says what a run needs before it is started."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import click
+
+from scale_sft.config.click_options import SuggestingCommand, with_field_options
+from scale_sft.errors import UserError
+from scale_sft.files import ASSETS
+
+_SHAPES = ASSETS / "shapes"
+
+
+@click.command(cls=SuggestingCommand)
+@click.argument("recipe", required=False)
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Devices, one rank on each.")
+@click.option("--gpu-memory", type=float, help="Memory of one device in GB; without it nothing is judged.")
+@click.option("--shape", help="Plan for the shape 7b, 13b, 70b or 405b (Llama) in place of the recipe's base.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, in bytes.")
+@with_field_options
+def plan(recipe: str | None, gpus: int, gpu_memory: float | None, shape: str | None, as_json: bool, **options) -> None:
+    """Say what RECIPE (a shipped name or a file) needs per device, whether it fits, and what would make it fit.
+
+    Needs the base's config.json, never its weights.
+
+    \b
+    scale-sft plan llama2_7b_ag --shape 7b --gpus 8 --gpu-memory 80
+    scale-sft plan --shape 70b --density 0.01 --global_batch_size 64 --gpus 64 --gpu-memory 80
+    """
+    from scale_sft.config.loading import load
+    from scale_sft.config.recipes import path_of
+    from scale_sft.model.loading import load_model_config
+    from scale_sft.planning.planner import Planner
+    from scale_sft.planning.suggestions import smallest_change
+
+    if shape is not None:
+        options["base"] = str(_shape_folder(shape))
+    config = load(path_of(recipe) if recipe else None, options)
+    planner = Planner(load_model_config(config.model))
+    found = planner.plan(config, gpus=gpus, gpu_memory_gb=gpu_memory)
+    change = None if found.fits else smallest_change(planner, config, gpus=gpus, gpu_memory_gb=gpu_memory)
+    if as_json:
+        click.echo(json.dumps(_document(found, change), indent=2))
+    else:
+        _print(found, change, gpus, gpu_memory)
+
+
+def _shape_folder(shape: str) -> Path:
+    from scale_sft.config.loading import unknown
+
+    if not (_SHAPES / shape.lower()).is_dir():
+        raise UserError(unknown(f"shape '{shape}'", shape, sorted(path.name for path in _SHAPES.iterdir())))
+    return _SHAPES / shape.lower()
+
+
+def _document(found, change) -> dict:
+    document = dataclasses.asdict(found)
+    document |= {"step_peak": found.step_peak, "peak": found.peak, "fits": found.fits if found.room else None}
+    if change:
+        document["smallest_change"] = {"options": change[0], "peak": change[1].peak}
+    return document
+
+
+def _print(found, change, gpus: int, gpu_memory: float | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from scale_sft.planning.planner import GIB
+
+    console = Console(width=110, highlight=False)
+    size = lambda count: f"{count / GIB:,.2f} GiB"
+    console.print(
+        f"{found.entries / 1e9:.2f} billion weights, {found.active / 1e6:,.1f} million of them trained; base "
+        f"{found.placement} on {gpus} GPU{'s' * (gpus > 1)}"
+    )
+    table = Table("memory per GPU at the peak of a step", "", show_edge=False)
+    table.columns[1].justify = "right"
+    for name, count in found.rows.items():
+        if count:
+            table.add_row(name, size(count))
+    table.add_section()
+    table.add_row("peak of a step", size(found.step_peak))
+    table.add_row("peak while the base is loaded", size(found.load_peak))
+    table.add_row("main memory per rank while loading", size(found.host_peak))
+    console.print(table)
+    if found.traffic:
+        traffic = Table("sent by each GPU per optimizer step", "", show_edge=False)
+        traffic.columns[1].justify = "right"
+        for name, count in found.traffic.items():
+            traffic.add_row(name, size(count))
+        console.print(traffic)
+    if found.room is None:
+        return
+    told = f"of {size(found.room)} usable on a GPU of {gpu_memory:g} GB"
+    if found.fits:
+        console.print(f"fits: {size(found.peak)} {told}, {size(found.room - found.peak)} to spare")
+        return
+    console.print(f"does not fit: {size(found.peak)} {told}, {size(found.peak - found.room)} too much")
+    if change is None:
+        console.print("no single change of batch, checkpointing, placement, length or density makes it fit")
+    else:
+        console.print(f"smallest change that fits: {change[0]} ({size(change[1].peak)})")
+
+
+COMMANDS = (plan,)

@@ -1,0 +1,86 @@
+"""Commands about recipes and the configuration's schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from scale_sft.errors import UserError
+
+
+@click.group()
+def recipes() -> None:
+    """Recipes that ship with the package: list, show, copy, check."""
+
+
+@recipes.command("ls")
+def list_recipes() -> None:
+    """List the shipped recipes."""
+    from scale_sft.config import recipes as shipped
+
+    found = shipped.names()
+    width = max(map(len, found), default=0)
+    for name in found:
+        click.echo(f"{name:<{width}}  {shipped.summary(shipped.path_of(name))}")
+
+
+@recipes.command()
+@click.argument("recipe")
+def show(recipe: str) -> None:
+    """Print RECIPE, a shipped name or a file."""
+    from scale_sft.config import recipes as shipped
+
+    click.echo(shipped.path_of(recipe).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes.command("cp")
+@click.argument("recipe")
+@click.argument("target", type=click.Path(path_type=Path))
+def copy(recipe: str, target: Path) -> None:
+    """Copy RECIPE to the file or folder TARGET, to be changed there."""
+    from scale_sft.config import recipes as shipped
+
+    click.echo(f"copied to {shipped.copy(recipe, target)}")
+
+
+@recipes.command()
+@click.argument("files", metavar="RECIPE...", nargs=-1, required=True)
+def validate(files: tuple[str, ...]) -> None:
+    """Check each RECIPE (a shipped name or a file) as the trainer would."""
+    from scale_sft.config import recipes as shipped
+
+    wrong = []
+    for recipe in files:
+        try:
+            shipped.validate(recipe)
+            click.echo(f"{recipe}: valid")
+        except UserError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise UserError("\n".join(wrong))
+
+
+@click.command()
+@click.option("--output", type=click.Path(path_type=Path), help="Write it to this file instead of printing it.")
+def schema(output: Path | None) -> None:
+    """Print the JSON Schema of recipes, for editors: it completes keys, explains options and marks mistakes.
+
+    \b
+    scale-sft schema --output recipe.schema.json
+    # first line of a recipe, for editors with a YAML language server:
+    # yaml-language-server: $schema=recipe.schema.json
+    """
+    from scale_sft.config.schema import schema as make
+    from scale_sft.files import write_json
+
+    if output is None:
+        click.echo(json.dumps(make(), indent=2, ensure_ascii=False))
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, make())
+    click.echo(f"schema: {output}")
+
+
+COMMANDS = (recipes, schema)

@@ -1,0 +1,9 @@
+"""Every option, once.
+
+options        the dataclasses: default, help, check
+loading        recipe + command line -> Config
+rules          rules over several options
+click_options  command-line options made from the dataclasses
+schema         JSON Schema of recipes
+recipes        the recipes that ship
+"""

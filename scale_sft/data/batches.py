@@ -1,0 +1,85 @@
+"""From examples to batches: an order that depends on nothing but seed and step, cut into ranks and micro-batches.
+
+Shapes: B sequences of a micro-batch, L their padded length in tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scale_sft.spiel.seeding import seeded_generator
+
+from .examples import Examples
+from .micro_batches import collate, longest_first, micro_batches
+from .packing import collate_packed, packed_micro_batches
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """Which examples make up each global batch: epochs, each shuffled by (seed, epoch), one after the other.
+
+    A batch may run over the end of an epoch; only the last batch of a run of whole epochs can be smaller.
+    """
+
+    examples: int
+    global_batch_size: int
+    seed: int
+    total_examples: int | None = None  # where the run stops, in examples seen; None: never
+
+    def steps(self) -> int:
+        """Optimizer steps until `total_examples` have been seen."""
+        return math.ceil(self.total_examples / self.global_batch_size)
+
+    def batch(self, step: int) -> list[int]:
+        """Examples of global batch `step` (counted from 1)."""
+        first = (step - 1) * self.global_batch_size
+        last = first + self.global_batch_size
+        if self.total_examples is not None:
+            last = min(last, self.total_examples)
+        return [int(self._epoch(place // self.examples)[place % self.examples]) for place in range(first, last)]
+
+    def _epoch(self, epoch: int) -> Tensor:
+        if self._cache.get("epoch") != epoch:
+            order = torch.randperm(self.examples, generator=seeded_generator(self.seed, "data order", str(epoch)))
+            self._cache.update(epoch=epoch, order=order)
+        return self._cache["order"]
+
+    def __post_init__(self):
+        object.__setattr__(self, "_cache", {})
+
+
+def batches_of_rank(
+    examples: Examples,
+    batch: Sequence[int],
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int | None,
+    first: int | None,
+    keep_order: bool,
+    row_tokens: int | None,
+    flat: bool,
+    pad_id: int,
+    device: torch.device,
+) -> Iterator[dict[str, Tensor]]:
+    """The micro-batches of one rank in a global batch, ready for the model.
+
+    Args:
+        first: sequences, over all ranks, of the first micro-step; None: as many as in any other.
+        keep_order: leave the sequences in the order of the batch; otherwise those of similar length meet in a
+            micro-batch. Only the order inside the global batch changes, which the loss does not depend on.
+        row_tokens: pack into rows of so many tokens; None: one sequence per row.
+    """
+    share = {"rank": rank, "world_size": world_size, "micro_batch_size": micro_batch_size, "first": first}
+    if row_tokens:
+        for rows in packed_micro_batches(examples, batch, row_tokens=row_tokens, **share):
+            yield collate_packed(examples, rows, pad_id, device, flat=flat)
+        return
+    order = batch if keep_order or first else longest_first(examples, batch)
+    for members in micro_batches(order, **share):
+        yield collate(examples, members, pad_id, device)

@@ -1,0 +1,96 @@
+"""Tokenised examples that stay on disk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from scale_sft.model.loss import IGNORED
+
+
+class Examples:
+    """Tokenised examples over a `datasets.Dataset` that stays on disk; only their lengths are in memory.
+
+    Args:
+        rows: columns input_ids, spans (start, stop, start, stop ... of the tokens that count), length (before it was
+            cut to max_length) and targets (how many tokens count; rows with 0 are left out).
+        source: where they come from, for messages.
+    """
+
+    def __init__(self, rows: Any, source: str):
+        self.source = source
+        self._data = rows
+        numbers = rows.with_format("numpy")
+        targets, whole = (np.asarray(numbers[name][:], dtype=np.int64) for name in ("targets", "length"))
+        self._kept = np.flatnonzero(targets)
+        self._rows = numbers.with_format("numpy", columns=["input_ids", "spans"])
+        self._targets = targets[self._kept]
+        self.lengths = _list_lengths(rows, "input_ids")[self._kept]
+        """Tokens of each example, [N] int64."""
+        self.dropped = int((targets == 0).sum())
+        """Rows of which no target token was left within max_length."""
+        self.truncated = int((self.lengths < whole[self._kept]).sum())
+        """Examples that were cut to max_length."""
+
+    @classmethod
+    def from_lists(cls, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], source: str) -> Examples:
+        """Examples from token ids and, parallel to them, labels (IGNORED where a token does not count)."""
+        import datasets
+
+        spans = [_spans(row) for row in labels]
+        targets = [sum(label != IGNORED for label in row[1:]) for row in labels]
+        columns = {"input_ids": [list(row) for row in input_ids], "spans": spans, "targets": targets}
+        return cls(datasets.Dataset.from_dict({**columns, "length": [len(row) for row in input_ids]}), source)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def tokens(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Input ids and labels (IGNORED where a token does not count) of one example: two [length] integers."""
+        row = self._rows[int(self._kept[n])]
+        ids = np.asarray(row["input_ids"])
+        labels = np.full(len(ids), IGNORED, dtype=np.int64)
+        for start, stop in np.asarray(row["spans"], dtype=np.int64).reshape(-1, 2):
+            labels[start:stop] = ids[start:stop]
+        return ids, labels
+
+    def subset(self, members: Sequence[int]) -> Examples:
+        """Some of these examples, in the order given."""
+        return Examples(self._data.select(self._kept[np.asarray(members, dtype=np.int64)]), self.source)
+
+    def digest(self) -> str:
+        """SHA-256 over all tokens and spans: 64 hex digits."""
+        sha = hashlib.sha256()
+        for name in ("input_ids", "spans"):
+            for lists in _columns(self._data, name):
+                sha.update(lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64))
+                sha.update(lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64))
+        return sha.hexdigest()
+
+    def target_tokens(self, members: Sequence[int]) -> int:
+        """How many tokens of these examples count; the first of a sequence is never predicted."""
+        return int(self._targets[np.asarray(members, dtype=np.int64)].sum())
+
+    def all_tokens(self, members: Sequence[int]) -> int:
+        """How many tokens these examples have."""
+        return int(self.lengths[np.asarray(members, dtype=np.int64)].sum())
+
+
+def _columns(rows: Any, name: str) -> Iterator[Any]:
+    """A column of lists as Arrow arrays, a piece at a time."""
+    return (batch[name].combine_chunks() for batch in rows.with_format("arrow").iter(batch_size=100_000))
+
+
+def _list_lengths(rows: Any, name: str) -> np.ndarray:
+    """Length of the list in each row, without reading the lists: [rows] int64."""
+    pieces = (lists.value_lengths().to_numpy(zero_copy_only=False) for lists in _columns(rows, name))
+    return np.concatenate([np.zeros(0, dtype=np.int64), *pieces]).astype(np.int64)
+
+
+def _spans(labels: Sequence[int]) -> list[int]:
+    """Where labels are not IGNORED: start, stop, start, stop ..."""
+    counts = np.concatenate([[0], np.asarray(labels) != IGNORED, [0]]).astype(np.int8)
+    return np.flatnonzero(np.diff(counts)).tolist()

@@ -1,0 +1,252 @@
+"""Which way to the recorded entries of a weight gradient is the fastest here: measured at the start, then looked up.
+
+Without a GPU or Triton nothing is measured; what a CPU does is in `columns`.
+Shapes: T tokens; R rows, C columns of a weight; K entries.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scale_sft.spiel.deltas import DeltaStore
+from scale_sft.spiel.indices import Entries
+from scale_sft.spiel.recorder import dense_products
+
+from .operands import Wanted
+
+Path = Callable[[Tensor, Tensor, Wanted], None]
+"""(left [T, R], right [T, C], what is wanted): adds entries of left^T right to each `out`."""
+
+Timer = Callable[[Callable[[], None]], float]
+"""Runs a piece of work once on the device and says how many seconds that took."""
+
+PLAIN = "plain"
+SAMPLED = "sampled"
+PICKED = "picked"
+REPEATS = 9
+HOPELESS = 1.5  # times as slow as the plain path in the first trial: not tried again
+WORTHWHILE = 0.97  # of the plain path's time: anything nearer may be noise, and the plain path stays
+LARGEST_ERROR = 0.01  # of the norm; rounding dW to bf16 makes 0.002
+FLUSH_BYTES = 256 << 20  # more than any second-level cache
+
+
+class Case(NamedTuple):
+    """Calls that are taken to be alike: same shape and dtype, tokens and entries within a factor of 2."""
+
+    rows: int
+    width: int
+    dtype: str
+    tokens_bits: int  # of T - 1
+    share_bits: int  # of R * C / K, K summed over all that is wanted
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was found for one case."""
+
+    chosen: str
+    seconds: dict[str, float]  # median, by path; the first trial's of paths that were hopeless
+    refused: dict[str, str]  # by path: why it cannot be used here
+
+
+class GradientPath:
+    """Computes recorded entries by the path that was the fastest when its case was measured, or else the plain one.
+
+    Paths differ in the order of fp32 sums, and the plain one rounds dW to the factors' dtype before it gathers. A run
+    that has to go on bit for bit must therefore keep its choices: `state` and `load_state`. Ranks may choose
+    differently: what they sum over ranks stays the same on all of them.
+
+    Args:
+        device: where the factors lie. Without a GPU or Triton there is only the plain path, the whole product.
+        paths: paths by name, `plain` among them; None: all that can be had on the device.
+        timer: see `Timer`; None: by CUDA events, with caches flushed.
+    """
+
+    def __init__(self, device: torch.device | str, paths: Mapping[str, Path] | None = None, timer: Timer | None = None):
+        self.device = torch.device(device)
+        self.paths = dict(paths or paths_of(self.device))
+        self._timer = timer
+        self.measured: dict[Case, Measurement] = {}
+        self._chosen: dict[Case, str] = {}
+
+    def products(self, left: Tensor, right: Tensor, wanted: Wanted) -> bool:
+        """out[k] += (left^T right)[row(k), column(k)] for all that is wanted: a `Products`, always True.
+
+        Nothing waits for the device.
+
+        Args:
+            left: [T, R], right: [T, C]; fp32, bf16 or fp16, both the same.
+            wanted: see `Wanted`.
+        """
+        wanted_entries = sum(entries.count for entries, _ in wanted)
+        case = _case(left.shape[1], right.shape[1], left.shape[0], wanted_entries, left.dtype)
+        self.paths[self.choice(case)](left, right, wanted)
+        return True
+
+    def choice(self, case: Case) -> str:
+        """The name of the path for a case: as measured, or as for the nearest number of tokens, or plain.
+
+        K just beyond a power of 2 is as good as the K that was measured.
+        """
+        if case in self._chosen:
+            return self._chosen[case]
+
+        def distance(other: Case) -> tuple[int, int]:
+            return abs(other.share_bits - case.share_bits), abs(other.tokens_bits - case.tokens_bits)
+
+        alike = [other for other in self._chosen if other[:3] == case[:3] and distance(other)[0] <= 1]
+        return self._chosen[min(alike, key=distance)] if alike else PLAIN
+
+    def measure(
+        self, rows: int, width: int, tokens: int, entries: Sequence[int], dtype: torch.dtype, seed: int = 0
+    ) -> Measurement:
+        """Try all paths on factors [T, R] and [T, C] and so many `entries` wanted at once, and keep the fastest.
+
+        Only the first of several alike cases is tried. A path that fails here, or disagrees with the plain one, is
+        refused; the measurement says why. This waits for the device; call it before the first step.
+
+        Args:
+            seed: of the factors and of where the entries lie; they are drawn on the device.
+        """
+        if not self.has_kernels:
+            return Measurement(PLAIN, {}, {})
+        case = _case(rows, width, tokens, sum(entries), dtype)
+        if case in self.measured:
+            return self.measured[case]
+        generator = torch.Generator(self.device).manual_seed(seed)
+        left, right = (
+            torch.randn(tokens, n, generator=generator, device=self.device, dtype=dtype) for n in (rows, width)
+        )
+        spread = [_spread_evenly(rows, width, k, generator) for k in entries]
+        wanted = [(some, torch.zeros(some.count, device=self.device)) for some in spread]
+        refused = self._wrong_paths(left, right, wanted)
+        timer = self._timer or _EventTimer(self.device)
+        works = {name: partial(path, left, right, wanted) for name, path in self.paths.items() if name not in refused}
+        seconds = {name: timer(work) for name, work in works.items()}
+        trials = {name: [] for name in works if seconds[name] <= HOPELESS * seconds[PLAIN]}
+        for _ in range(REPEATS):
+            for name, times in trials.items():
+                times.append(timer(works[name]))
+        seconds |= {name: statistics.median(times) for name, times in trials.items()}
+        fastest = min(seconds, key=seconds.get)
+        chosen = fastest if seconds[fastest] < WORTHWHILE * seconds[PLAIN] else PLAIN
+        self.measured[case] = Measurement(chosen, seconds, refused)
+        self._chosen[case] = chosen
+        return self.measured[case]
+
+    def measure_store(self, store: DeltaStore, candidates: Mapping[str, int], tokens: int, dtype: torch.dtype) -> None:
+        """Measure what backward passes of `tokens` tokens will ask for: active entries, and with them candidates.
+
+        Args:
+            candidates: C of each weight; empty where none are estimated.
+            dtype: of the factors.
+        """
+        for delta in store:
+            self.measure(*delta.shape, tokens, [delta.active], dtype)
+            if candidates:
+                self.measure(*delta.shape, tokens, [delta.active, candidates[delta.name]], dtype)
+
+    def _wrong_paths(self, left: Tensor, right: Tensor, wanted: Wanted) -> dict[str, str]:
+        """By name of a path: why it cannot be used. Each path is warm afterwards."""
+        expected, refused = self._result_of(PLAIN, left, right, wanted), {}
+        for name in [name for name in self.paths if name != PLAIN]:
+            try:
+                found = self._result_of(name, left, right, wanted)
+            except Exception as error:  # whatever a compiler or driver may raise: the plain path remains
+                refused[name] = f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
+                continue
+            error = float((found - expected).norm() / expected.norm())
+            if not error <= LARGEST_ERROR:
+                refused[name] = f"differs from the dense product by {error:.2g} of its norm"
+        return refused
+
+    def _result_of(self, name: str, left: Tensor, right: Tensor, wanted: Wanted) -> Tensor:
+        for _, out in wanted:
+            out.zero_()
+        self.paths[name](left, right, wanted)
+        return torch.cat([out for _, out in wanted])
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether there is anything but the plain path."""
+        return self.paths.keys() != {PLAIN}
+
+    def summary(self) -> str:
+        """What was chosen in how many cases, for a line of text."""
+        if not self.has_kernels:
+            return "without kernels (they need a GPU and Triton)"
+        counts = Counter(self._chosen.values())
+        return ", ".join(f"{name} in {count} of {len(self._chosen)} cases" for name, count in counts.most_common())
+
+    def state(self) -> dict[str, str]:
+        """The choices, as a JSON object can keep them."""
+        return {" ".join(map(str, case)): chosen for case, chosen in self._chosen.items()}
+
+    def load_state(self, state: Mapping[str, str]) -> None:
+        """Take over what `state` gave, for all paths that exist here; cases that are measured later keep to it too."""
+        for words, chosen in state.items():
+            rows, width, dtype, tokens_bits, share_bits = words.split()
+            case = Case(int(rows), int(width), dtype, int(tokens_bits), int(share_bits))
+            if chosen in self.paths:
+                self._chosen[case] = chosen
+                self.measured[case] = Measurement(chosen, {}, {})
+
+
+def paths_of(device: torch.device) -> dict[str, Path]:
+    """All paths that can be had on a device, by name; `plain` always."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return {PLAIN: dense_products}
+    from scale_sft.kernels.gpu.picked import picked_entries
+    from scale_sft.kernels.gpu.sampled import sampled_dots
+    from scale_sft.kernels.gpu.tiled import FP32_TILE, TILES, product_entries
+
+    paths: dict[str, Path] = {PLAIN: dense_products, PICKED: picked_entries, SAMPLED: sampled_dots}
+    for tile in (*TILES, FP32_TILE):
+        name = f"product_{tile.block_r}x{tile.block_c}x{tile.block_t}"
+        paths[name] = lambda left, right, wanted, tile=tile: product_entries(left, right, wanted, tile)
+    return paths
+
+
+def _case(rows: int, width: int, tokens: int, entries: int, dtype: torch.dtype) -> Case:
+    share_bits = (rows * width // max(1, entries)).bit_length()
+    return Case(rows, width, str(dtype).removeprefix("torch."), max(0, tokens - 1).bit_length(), share_bits)
+
+
+def _spread_evenly(rows: int, width: int, count: int, generator: torch.Generator) -> Entries:
+    """`count` entries, as many in each row as in any other, at even distances from a random column on; where
+    `generator` is."""
+    device = generator.device
+    starts = torch.arange(rows + 1, device=device) * count // rows
+    counts = starts.diff()
+    row = torch.repeat_interleave(torch.arange(rows, device=device), counts)
+    shifts = torch.rand(rows, generator=generator, dtype=torch.float64, device=device)
+    place = torch.arange(count, device=device) - starts[row] + shifts[row]
+    column = (place * width / counts[row]).long().clamp_(max=width - 1)
+    return Entries(row * width + column, (rows, width))
+
+
+class _EventTimer:
+    """Seconds of a piece of work on a GPU, between two events on its stream, with nothing of it cached before."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def __call__(self, work: Callable[[], None]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(self.device):
+            self.flush.zero_()
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end) / 1000

@@ -1,0 +1,98 @@
+"""Which way of keeping AdamW's moments an option means; the one in 8 bits, by the blocks of bitsandbytes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from scale_sft.spiel.deltas import DeltaStore
+from scale_sft.spiel.moments import Moment, Moments, float32_moments, mixed_moments
+
+BLOCK = 256
+
+
+class BlockwiseMoment:
+    """A moment in 1 byte per delta and one fp32 scale per 256 of them; no block crosses weights.
+
+    The codes are the dynamic map of bitsandbytes (Dettmers et al. 2022), found here by bisection: its own quantiser for
+    CPUs takes zero to some 1e-5 of the block's largest value, and an entry without a gradient would begin to move. Of
+    the second moment the root is kept: updates divide by it, and it spans half as many decades; one that is not zero
+    does not become zero.
+
+    Args:
+        deltas: whose moment it is.
+        second: whether it is the second moment, which has no negative values.
+    """
+
+    def __init__(self, deltas: DeltaStore, *, second: bool):
+        from bitsandbytes.functional import create_dynamic_map
+
+        self._second = second
+        self._map = create_dynamic_map(signed=not second).to(deltas.device)
+        self._bounds = (self._map[1:] + self._map[:-1]) / 2
+        if second:
+            self._bounds[0] = 0
+        zero = int(self._map.abs().argmin())
+        self._codes, self._scales = {}, {}
+        for delta in deltas:
+            blocks = -(-delta.active // BLOCK)
+            self._codes[delta.name] = torch.full((delta.active,), zero, dtype=torch.uint8, device=deltas.device)
+            self._scales[delta.name] = torch.zeros(blocks, device=deltas.device)
+
+    def load(self, name: str, part: slice) -> Tensor:
+        codes = self._codes[name][part]
+        values = self._map.index_select(0, codes.int())
+        blocks = _in_blocks(values).mul_(self._scales[name][_blocks(part)].unsqueeze(1))
+        values = blocks.view(-1)[: codes.numel()]
+        return values.square_() if self._second else values
+
+    def store(self, name: str, part: slice, values: Tensor) -> None:
+        blocks = _in_blocks(values.sqrt() if self._second else values)
+        scales = blocks.abs().amax(1)
+        ratios = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
+        codes = torch.bucketize(ratios.view(-1)[: values.numel()], self._bounds, out_int32=True)
+        self._codes[name][part] = codes.to(torch.uint8)
+        self._scales[name][_blocks(part)] = scales
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        return {"_codes": self._codes[name], "_scales": self._scales[name]}
+
+
+def _blocks(part: slice) -> slice:
+    return slice(part.start // BLOCK, -(-part.stop // BLOCK))
+
+
+def _in_blocks(values: Tensor) -> Tensor:
+    """[n] -> [blocks, 256], zeros at the end; a copy only where the last block is not full."""
+    missing = -values.numel() % BLOCK
+    return (functional.pad(values, (0, missing)) if missing else values).view(-1, BLOCK)
+
+
+def int8_moments(deltas: DeltaStore) -> tuple[Moment, Moment]:
+    """2 bytes per delta, and 8 per 256 of them."""
+    return BlockwiseMoment(deltas, second=False), BlockwiseMoment(deltas, second=True)
+
+
+_WAYS: dict[str, tuple[Moments, float]] = {
+    "float32": (float32_moments, 8),
+    "mixed": (mixed_moments, 6),
+    "int8": (int8_moments, 2 + 8 / BLOCK),
+}
+
+
+def resolve_moments(wanted: str, compute_dtype: torch.dtype) -> str:
+    """`auto`: float32 where gradients are computed in it, otherwise mixed: no digit that they have is lost."""
+    if wanted != "auto":
+        return wanted
+    return "float32" if compute_dtype is torch.float32 else "mixed"
+
+
+def moments_of(name: str) -> Moments:
+    """What makes the moments of a resolved name."""
+    return _WAYS[name][0]
+
+
+def bytes_of_moments(name: str) -> float:
+    """Bytes per delta of both moments."""
+    return _WAYS[name][1]

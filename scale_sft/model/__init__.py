@@ -1,0 +1,13 @@
+"""The frozen base, and the deltas that live in it.
+
+loading         find and load the base and its tokenizer
+targets         which layers are trained
+quantization    a base in 4 or 8 bits
+packed_weights  its packed weights, dequantised on demand
+resident        deltas written into the weights
+transient       deltas added to a dequantised weight for one product
+fingerprints    hashes of the base
+fused_step      update and write in one pass
+loss            cross entropy of the target tokens
+memory          memory of this process
+"""

@@ -1,0 +1,72 @@
+"""One optimizer step on all deltas, written into the weights on the way: each weight's state is read and written once.
+
+The same as `SparseFineTuning.update` followed by the carrier's `write`, up to the last bit of products that torch
+fuses with sums (see `updates`). Transient deltas are in no weight: their state is updated in one pass, and nothing is
+written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scale_sft.kernels.cpu import compile as native
+from scale_sft.kernels.operands import Written
+from scale_sft.spiel.algorithm import SparseFineTuning
+from scale_sft.spiel.moments import DenseMoment
+from scale_sft.spiel.optimizers import SM3, AdamW, correction_table
+
+from .resident import ResidentDeltas
+from .transient import TransientDeltas
+
+
+def why_not(tuning: SparseFineTuning, carrier: ResidentDeltas | TransientDeltas) -> str | None:
+    """Why a step of these cannot be fused, or None if it can."""
+    if tuning.store.device.type == "cpu" and (reason := native.why_not()):
+        return reason
+    parts = carrier.parts.values() if isinstance(carrier, ResidentDeltas) else ()
+    if any(part.entries().device != tuning.store.device for part in parts):
+        return "the weights are elsewhere than their deltas"
+    optimizer = tuning.optimizer
+    moments = (optimizer.exp_avg, optimizer.exp_avg_sq) if isinstance(optimizer, AdamW) else ()
+    if tuning.store.device.type == "cpu" and any(part.entries().dtype is torch.float16 for part in parts):
+        return "the weights are float16, which the kernels for CPUs do not know"
+    if not all(isinstance(moment, DenseMoment) for moment in moments):
+        return "the moments are kept in codes"
+    return None
+
+
+def update_and_write(tuning: SparseFineTuning, carrier: ResidentDeltas | TransientDeltas, learning_rate: float) -> None:
+    """One optimizer step on all deltas, one more term of the candidates' estimates, and all effective values of weights
+    that hold them.
+
+    Gradients are those of the recorder, summed over ranks and clipped. Nothing waits for the device.
+    """
+    tuning.recorder.end_step()
+    carrier.settle()
+    resident = carrier if isinstance(carrier, ResidentDeltas) else None
+    if tuning.store.device.type == "cpu":
+        from scale_sft.kernels.cpu.updates import adamw_write, sm3_write
+    else:
+        from scale_sft.kernels.gpu.updates import adamw_write, sm3_write
+    optimizer, store = tuning.optimizer, tuning.store
+    if isinstance(optimizer, AdamW):
+        optimizer.gradients_seen = [n + 1 for n in optimizer.gradients_seen]
+        tables = correction_table(optimizer.gradients_seen, learning_rate, optimizer.betas, store.device)
+    decay = 1 - learning_rate * optimizer.weight_decay
+    for delta, gradients in zip(store, _of_each(tuning), strict=True):
+        common = {"decay": decay, "eps": optimizer.eps, "entries": delta.entries}
+        common["written"] = Written(*resident.held(delta.name)) if resident else None
+        state = optimizer.state_of(delta.name)
+        if isinstance(optimizer, SM3):
+            sm3_write(delta.deltas, gradients, state["row"], state["col"], learning_rate=learning_rate, **common)
+            continue
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        adamw_write(delta.deltas, gradients, *moments, delta.cohort, *tables, betas=optimizer.betas, **common)
+    if resident:
+        resident.written()
+        resident.current = True
+
+
+def _of_each(tuning: SparseFineTuning) -> tuple[Tensor, ...]:
+    return tuning.recorder.gradients.split([delta.active for delta in tuning.store])

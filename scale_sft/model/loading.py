@@ -1,0 +1,145 @@
+"""The frozen base: find it, load it, choose its target weights, and route their layers through taps.
+
+Any Hugging Face causal language model whose layers are `nn.Linear`, GPT-2's `Conv1D` (transposed weight), or either of
+them quantised by bitsandbytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from scale_sft.config.options import DEMO, ModelConfig
+from scale_sft.errors import UserError
+from scale_sft.files import ASSETS
+
+from .packed_weights import cast_the_rest
+from .quantization import Quantization
+
+
+def base_location(base: str) -> str:
+    """The folder or hub id behind a `base` option."""
+    return str(ASSETS / "demo" / "base") if base == DEMO else base
+
+
+def load_model_config(config: ModelConfig) -> Any:
+    """The transformers configuration of the base, without its weights; dropout switched off.
+
+    Differs from what transformers would do in training mode: a frozen base under sparse deltas is trained without
+    dropout (the paper uses none for SFT), so that a step depends on nothing but its batch.
+
+    Raises:
+        UserError: there is no such model, or it is not a causal language model.
+    """
+    from transformers import AutoConfig
+
+    location = base_location(config.base)
+    if Path(location).is_dir() and not (Path(location) / "config.json").exists():
+        raise UserError(f"base: folder '{location}' holds no config.json; expected a transformers model folder")
+    try:
+        found = AutoConfig.from_pretrained(
+            location, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"base: '{config.base}' is neither a model folder here nor a model that the hub gave: {reason}"
+        ) from None
+    for key, value in found.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(found, key, 0.0)
+    found.use_cache = False
+    return found
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer of the base, with a padding token (the end token where it has none of its own)."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            base_location(config.base), revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"base: '{config.base}' has no tokenizer that loads: {str(error).splitlines()[0]}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def resolve_dtype(config: ModelConfig, model_config: Any) -> torch.dtype:
+    """The dtype of base and computation: as asked for, or as the model is stored (float16 becomes bfloat16).
+
+    Of a quantised base on a GPU: bfloat16 where the GPU computes in it, otherwise float32.
+    """
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    quantized = config.quantization != "none" or getattr(model_config, "quantization_config", None) is not None
+    if quantized and torch.cuda.is_available():
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float32
+    stored = getattr(model_config, "dtype", None) or torch.float32
+    stored = getattr(torch, stored) if isinstance(stored, str) else stored
+    return torch.bfloat16 if stored is torch.float16 else stored
+
+
+def load_base(
+    config: ModelConfig, model_config: Any, device: torch.device | None, quantization: Quantization | None = None
+) -> nn.Module:
+    """The pretrained model, frozen, in training mode (checkpointing needs it; there is no dropout).
+
+    Args:
+        device: where to put it; None leaves it where loading put it (shards under ZeRO-3). A quantised base needs one:
+            it is quantised there, and lies there whole until it is cut into shards.
+        quantization: how the base is kept, if not in its dtype.
+    Raises:
+        UserError: the weights do not load as a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+    dtype = resolve_dtype(config, model_config)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base_location(config.base),
+            config=model_config,
+            revision=config.revision,
+            dtype=dtype,
+            attn_implementation=config.attention,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            **(quantization.loading(device) if quantization else {}),
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"base: '{config.base}' does not load: {str(error).splitlines()[0]}") from None
+    model.requires_grad_(False)
+    if config.gradient_checkpointing:
+        enable_checkpointing(model)
+    model.train()
+    if quantization:
+        if quantization.on_disk:
+            cast_the_rest(model, dtype)
+        return model
+    return model if device is None else model.to(device)
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Recompute each block in the backward pass (non-reentrant: the reentrant way loses gradients silently)."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})  # the second name is that of earlier versions
+
+
+DEFAULT_MAX_LENGTH = 2048
+
+
+def max_length(wanted: int | None, model_config: Any) -> int:
+    """The longest example in tokens: as asked for, or 2,048 (section 4.3) where the base has as many positions."""
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if wanted and positions and wanted > positions:
+        raise UserError(f"max_length: got {wanted}, but the base has positions for {positions} tokens only")
+    return wanted or min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)

@@ -1,0 +1,143 @@
+"""Weights that bitsandbytes keeps in 4 or 8 bits: unpack them, read their state, fingerprint them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from scale_sft.errors import UserError
+
+from .fingerprints import fingerprint
+from .resident import WeightPart
+
+FOUR_BIT_LAYERS = ("Linear4bit", "LinearNF4", "LinearFP4")
+EIGHT_BIT_LAYERS = ("Linear8bitLt",)
+BLOCK_ENTRIES = 64  # of one scale, in 4 bits
+SCALES_PER_BLOCK = 256  # that double quantisation quantises together
+CHUNK_ENTRIES = 1 << 22
+INT8_PIECES = 16  # at least so many: the fp32 temporary is an eighth of the bf16 weight, or less
+_MASK64 = (1 << 64) - 1
+
+
+def is_quantized_layer(module: nn.Module) -> bool:
+    """Whether a layer is one of bitsandbytes' that `PackedWeight` can dequantise."""
+    return type(module).__name__ in FOUR_BIT_LAYERS + EIGHT_BIT_LAYERS
+
+
+class PackedWeight:
+    """The quantised weight [O, I] of one layer, before or after its packed parameter was cut into shards.
+
+    Args:
+        name: of the weight, for messages.
+        module: a bitsandbytes layer, just loaded.
+        dtype: of the values that dequantising gives.
+        device: where the computation runs; the scales move there.
+    Raises:
+        UserError: the layer has no scales, so it cannot be dequantised.
+    """
+
+    transposed = False  # also of GPT-2's Conv1D, whose weight is turned round when it is quantised
+
+    def __init__(self, name: str, module: nn.Module, dtype: torch.dtype, device: torch.device):
+        self.module, self.dtype = module, dtype
+        self.shape = (module.out_features, module.in_features)
+        self.four_bit = type(module).__name__ in FOUR_BIT_LAYERS
+        weight = module.weight
+        state = getattr(weight, "quant_state" if self.four_bit else "SCB", None)
+        if state is None:
+            raise UserError(
+                f"quantization: the {type(module).__name__} layer of '{name}' holds no scales, so it cannot be "
+                "dequantised; expected a layer that bitsandbytes has quantised"
+            )
+        if self.four_bit:
+            # On processors with AVX512-bf16 the layer would repack its weight in place in the first evaluation, under
+            # ZeRO-3 into the gathered copy only, which corrupts it.
+            module.support_avx512bf16_for_cpu = False
+            state.to(device)
+            state.dtype = dtype  # dequantise straight into the compute dtype: one copy, one rounding
+            self.state, self.scales = state, None
+        else:
+            self.state, self.scales = None, state.to(device=device, dtype=torch.float32)
+            weight.CB = weight.SCB = None  # a second reference would keep the whole weight beside its shard
+
+    def dequantize(self, packed: Tensor) -> Tensor:
+        """[P] packed bytes of the whole weight -> a new tensor [O, I] in the compute dtype."""
+        if not self.four_bit:
+            return self._dequantize_int8(packed.view(self.shape))
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(packed, self.state)
+
+    def _dequantize_int8(self, packed: Tensor) -> Tensor:
+        """In pieces, so that the fp32 product of entry and scale never exists for the whole weight."""
+        weight = torch.empty(self.shape, dtype=self.dtype, device=packed.device)
+        rows = max(1, min(CHUNK_ENTRIES // self.shape[1], self.shape[0] // INT8_PIECES))
+        for first in range(0, self.shape[0], rows):
+            part = slice(first, first + rows)
+            weight[part] = (packed[part] * self.scales[part, None]).mul_(1 / 127)
+        return weight
+
+    def _state_tensors(self) -> list[Tensor]:
+        if not self.four_bit:
+            return [self.scales]
+        if not self.state.nested:
+            return [self.state.absmax]
+        return [self.state.absmax, self.state.state2.absmax, self.state.offset.reshape(1)]
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of the scales."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._state_tensors())
+
+    def with_state(self, packed_print: tuple[int, int]) -> tuple[int, int]:
+        """Fingerprint of the weight from that of its packed bytes: the scales, which every rank holds, join it."""
+        prints = [packed_print]
+        for number, tensor in enumerate(self._state_tensors(), start=1):
+            start = number << 48  # far from the places of the packed entries
+            flat = tensor.detach().contiguous().view(-1)
+            prints.append(fingerprint(WeightPart(lambda flat=flat: flat, start, start + flat.numel())))
+        return sum(a for a, _ in prints) & _MASK64, sum(b for _, b in prints) & _MASK64
+
+
+class PlainWeight:
+    """A target of a quantised base whose own weight was left unquantised: to dequantise it is to copy it."""
+
+    state_bytes = 0
+
+    def __init__(self, module: nn.Module, transposed: bool):
+        self.module, self.transposed = module, transposed
+
+    def dequantize(self, stored: Tensor) -> Tensor:
+        """A new tensor like the weight."""
+        return stored.clone()
+
+    def with_state(self, own_print: tuple[int, int]) -> tuple[int, int]:
+        """Nothing joins the weight's own fingerprint."""
+        return own_print
+
+
+def packed_weights(model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, PackedWeight]:
+    """All quantised weights of a freshly loaded model, by name; call it before the model is sharded.
+
+    Raises:
+        UserError: there is none, or one that cannot be dequantised.
+    """
+    found = {
+        f"{path}.weight": PackedWeight(f"{path}.weight", module, dtype, device)
+        for path, module in model.named_modules()
+        if is_quantized_layer(module)
+    }
+    if not found:
+        raise UserError("quantization: this model has no layers that bitsandbytes can quantise")
+    return found
+
+
+def cast_the_rest(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring the unquantised parameters of a base that is quantised on disk into the compute dtype, in place.
+
+    transformers leaves them in the dtype that they are stored in. Buffers stay as they are.
+    """
+    packed = {id(module.weight) for module in model.modules() if is_quantized_layer(module)}
+    for parameter in model.parameters():
+        if id(parameter) not in packed and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,128 @@
+"""Find the layers to train and route them through taps.
+
+Supported: `nn.Linear`, GPT-2's `Conv1D` (transposed weight), and either of them quantised by bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from torch import nn
+
+from scale_sft.errors import UserError
+from scale_sft.spiel.taps import Materialize, Record, WeightTap, attach
+
+from .packed_weights import is_quantized_layer
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer whose weight gets a sparse delta."""
+
+    name: str  # of the weight, as in the state dict: "model.layers.0.mlp.up_proj.weight"
+    module: nn.Module
+    shape: tuple[int, int]  # of the weight: (out, in); (in, out) for Conv1D; dequantised where it is quantised
+    transposed: bool
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+def find_targets(model: nn.Module, wanted: tuple[str, ...] | str | None) -> list[Target]:
+    """The layers to train, in the model's order.
+
+    Args:
+        wanted: None for all linear layers inside the transformer blocks; names (a module path or its end); or one
+            regular expression that matches whole module paths.
+    Raises:
+        UserError: a name matches nothing, a layer is of an unsupported kind, or its weight is shared (tied).
+    """
+    layers = {path: module for path, module in model.named_modules() if _is_matrix_layer(module)}
+    if wanted is None:
+        inside = {path: module for path, module in layers.items() if re.search(r"\.\d+\.", path)}
+        # a kind of nn.Linear that cannot carry a delta is told below, not passed over
+        chosen = {
+            path: module for path, module in inside.items() if _supported(module) or isinstance(module, nn.Linear)
+        }
+    else:
+        chosen = _choose(layers, wanted)
+    if not chosen:
+        raise UserError(f"target_modules: this model has no linear layers in its blocks; layers: {_listing(layers)}")
+    unsupported = [path for path, module in chosen.items() if not _supported(module)]
+    if unsupported:
+        kinds = ", ".join(sorted({type(chosen[path]).__name__ for path in unsupported}))
+        raise UserError(
+            f"target_modules: '{unsupported[0]}' is a {kinds} layer; only nn.Linear and Conv1D, as they are or in 4 or "
+            "8 bits of bitsandbytes, can carry a delta"
+        )
+    owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    for path, module in chosen.items():
+        if owners[id(module.weight)] > 1:
+            raise UserError(
+                f"target_modules: the weight of '{path}' is tied to another layer (usually the embeddings), which "
+                "would change with it; leave it out"
+            )
+    return [
+        Target(
+            name=f"{path}.weight",
+            module=module,
+            shape=_shape(module),
+            transposed=_is_conv1d(module),
+        )
+        for path, module in chosen.items()
+    ]
+
+
+def attach_taps(targets: list[Target], record: Record, materialize: Materialize = nullcontext) -> None:
+    """Route the targets' layers through taps that offer each weight gradient to `record`."""
+    for target in targets:
+        tap = WeightTap(target.module, target.name, record, transposed=target.transposed, materialize=materialize)
+        attach(tap)
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """Of the weight: whole where it is sharded, dequantised where it is packed."""
+    if is_quantized_layer(module):
+        return (module.out_features, module.in_features)
+    return tuple(getattr(module.weight, "ds_shape", module.weight.shape))
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+def _is_matrix_layer(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or isinstance(module, nn.Embedding):
+        return False
+    return len(getattr(weight, "ds_shape", weight.shape)) == 2
+
+
+def _supported(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or _is_conv1d(module) or is_quantized_layer(module)
+
+
+def _choose(layers: dict[str, nn.Module], wanted: tuple[str, ...] | str) -> dict[str, nn.Module]:
+    names = (wanted,) if isinstance(wanted, str) else wanted
+    chosen: set[str] = set()
+    for name in names:
+        matches = {path for path in layers if path == name or path.endswith("." + name)}
+        if not matches and isinstance(wanted, str):
+            try:
+                matches = {path for path in layers if re.fullmatch(wanted, path)}
+            except re.error as error:
+                raise UserError(f"target_modules: '{wanted}' is no regular expression: {error}") from None
+        if not matches:
+            raise UserError(f"target_modules: '{name}' matches no layer; this model has {_listing(layers)}")
+        chosen |= matches
+    return {path: module for path, module in layers.items() if path in chosen}
+
+
+def _listing(layers: dict[str, nn.Module]) -> str:
+    """The kinds of layers there are: 'q_proj (8x), ...'."""
+    counts = Counter(path.rsplit(".", 1)[-1] for path in layers)
+    return ", ".join(f"{leaf} ({count}x)" for leaf, count in counts.items()) or "none"

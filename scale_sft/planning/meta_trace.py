@@ -1,0 +1,213 @@
+"""Memory of one forward and backward pass, found by running it on the meta device: shapes, lifetimes, no numbers.
+
+Every storage that the pass makes is counted from the moment it is made until autograd lets go of it, so the count holds
+for any architecture, with the taps of this package in place. What a kernel uses inside itself is not seen.
+Shapes: B sequences, L tokens, V vocabulary, N entries of a weight, K active entries, C candidates.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from scale_sft.errors import UserError
+from scale_sft.model.loading import enable_checkpointing
+from scale_sft.model.loss import cross_entropies, rows_at_once
+from scale_sft.model.targets import attach_taps, find_targets
+from scale_sft.spiel.topk import CHUNK_ENTRIES
+
+_ATTENTION = "scale_sft_plan"
+_TRACED_LAYERS = (3, 5)
+"""Deep models are traced with so many blocks, and what one block adds is extrapolated: it is the same for each."""
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes beside the base and the deltas' state, at their peaks within one micro-step."""
+
+    activations: int  # kept from forward to backward, without the logits
+    logits: int
+    peak: int  # of everything that the pass allocates, the above included
+
+    @property
+    def working(self) -> int:
+        """What the peak holds beside activations and logits: gradients, a weight's dW, the loss's own copies."""
+        return max(0, self.peak - self.activations - self.logits)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages made inside the `with` block that are still alive, and their peak.
+
+    Args:
+        model: its weights and buffers, and views of them, do not count.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.live = self.peak = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._known:
+            return
+        self._known.add(storage._cdata)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, storage._cdata, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def step_memory(
+    model_config: Any,
+    dtype: torch.dtype,
+    *,
+    sequences: int,
+    tokens: int,
+    target_modules: Any = None,
+    active: Mapping[str, int] | None = None,
+    proposes: bool = True,
+    checkpointing: bool = False,
+    attention: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> StepMemory:
+    """Memory of one micro-step of `sequences` sequences of `tokens` tokens, all of which count in the loss.
+
+    Args:
+        active: K by weight name; also taken as the number of candidates where `proposes`.
+        attention: eager keeps the [L, L] attention matrices, all others do not.
+    Raises:
+        UserError: the architecture does something on the meta device that needs numbers (some mixtures of experts).
+    """
+    trace = lambda config: _trace(
+        config,
+        dtype,
+        sequences,
+        tokens,
+        target_modules,
+        active or {},
+        proposes,
+        checkpointing,
+        attention,
+        trust_remote_code,
+    )
+    text = model_config.get_text_config()
+    layers = text.num_hidden_layers
+    try:
+        if layers <= max(_TRACED_LAYERS) or target_modules is not None:
+            return trace(model_config)
+        few, more = (trace(_with_layers(model_config, count)) for count in _TRACED_LAYERS)
+    except (NotImplementedError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"plan: this architecture cannot be traced without its weights: {first}") from None
+    factor = (layers - _TRACED_LAYERS[0]) / (_TRACED_LAYERS[1] - _TRACED_LAYERS[0])
+    grown = {key: int(value + factor * (vars(more)[key] - value)) for key, value in vars(few).items()}
+    return StepMemory(**grown)
+
+
+def _with_layers(model_config: Any, count: int) -> Any:
+    config = copy.deepcopy(model_config)
+    text = config.get_text_config()
+    text.num_hidden_layers = count
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:count]
+    return config
+
+
+def _trace(
+    model_config,
+    dtype,
+    sequences,
+    tokens,
+    target_modules,
+    active,
+    proposes,
+    checkpointing,
+    attention,
+    trust_remote_code,
+) -> StepMemory:
+    from transformers import AutoModelForCausalLM
+
+    _register_attention()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            model_config,
+            attn_implementation="eager" if attention == "eager" else _ATTENTION,
+            trust_remote_code=trust_remote_code,
+        )
+    model = model.to(dtype).requires_grad_(False).train()
+    if checkpointing:
+        enable_checkpointing(model)
+    targets = find_targets(model, target_modules)
+    attach_taps(targets, lambda name, left, right: _record(left.t() @ right, active.get(name, 1), proposes))
+    ids = torch.zeros(sequences, tokens, dtype=torch.int64, device="meta")
+    with LiveBytes(model) as count, torch.device("meta"):
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        logits_bytes = logits.numel() * logits.element_size()
+        activations = count.live - logits_bytes
+        targets = min(sequences * (tokens - 1), 2 * rows_at_once(logits))  # then the peak grows no more
+        loss = cross_entropies(
+            logits.flatten(0, 1), torch.arange(targets), torch.zeros(targets, dtype=torch.int64)
+        ).sum()
+        del logits
+        loss.backward()
+    return StepMemory(activations, logits_bytes, count.peak)
+
+
+def _record(gradient: Tensor, active: int, proposes: bool) -> None:
+    """What the recorder makes of one weight's gradient: the active entries, and the search for candidates."""
+    flat = gradient.reshape(-1)
+    unpacked = torch.empty(2 * active, dtype=torch.int32, device="meta")  # flat indices, while they are made from rows
+    del unpacked
+    if proposes:
+        chunk = min(flat.numel(), CHUNK_ENTRIES)
+        entries = min(chunk, 2 * active)
+        scratch = torch.empty(chunk * (flat.element_size() + 1) + entries * 32, dtype=torch.uint8, device="meta")
+        del scratch
+
+
+def _register_attention() -> None:
+    """An attention that keeps what fused kernels keep: query, key, value, output and one number per row."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(_ATTENTION, _attention)
+    AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs) -> tuple:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.shape[0] > 1:  # batches have padding, and fused kernels take a mask for whole heads only
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    return _Fused.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        row = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+        ctx.save_for_backward(query, key, value, output, row)
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)

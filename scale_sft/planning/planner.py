@@ -1,0 +1,224 @@
+"""What a run will need on each device, before it is started and without its weights: `scale-sft plan`.
+
+All sizes in bytes per rank. The base is built on the meta device, one micro-step is traced there (planner_trace), the
+rest is arithmetic over shapes.
+Shapes: W ranks, N entries of a weight, K active entries, C candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from scale_sft.config.options import Config
+from scale_sft.distributed.cluster import PROPOSAL_ENTRIES
+from scale_sft.distributed.sharding import read_ds_config
+from scale_sft.errors import UserError
+from scale_sft.model.fingerprints import CHUNK_ENTRIES
+from scale_sft.model.loading import max_length, resolve_dtype
+from scale_sft.model.quantization import Quantization, resolve_quantization
+from scale_sft.spiel.budgets import budget
+from scale_sft.spiel.indices import PIECE_ENTRIES
+
+from .footprint import GIB, Facts, candidate_bytes, facts_of, state_bytes, stored_base
+from .meta_trace import StepMemory, step_memory
+
+DEVICE_RESERVE_BYTES = 1 * GIB
+"""Of a GPU: its context, libraries' workspaces and communication buffers."""
+FRAGMENTATION_FRACTION = 0.05
+"""Of a GPU's memory: what the allocator cannot use."""
+_FINGERPRINT_BYTES = 44  # temporaries per entry of a chunk while the base's fingerprint is taken
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory of one rank at its peaks, the traffic of one step, and whether it fits."""
+
+    entries: int  # of all weights
+    active: int
+    placement: str  # replicate or shard
+    rows: dict[str, int]  # what lies in memory at the peak of a step; they add up to `step_peak`
+    load_peak: int
+    host_peak: int  # main memory of the node per rank while a base for a GPU is loaded
+    traffic: dict[str, int]  # bytes per optimizer step that a rank sends, by what for
+    room: int | None  # None: no limit given
+
+    @property
+    def step_peak(self) -> int:
+        return sum(self.rows.values())
+
+    @property
+    def peak(self) -> int:
+        return max(self.step_peak, self.load_peak)
+
+    @property
+    def fits(self) -> bool:
+        return self.room is None or self.peak <= self.room
+
+
+class Planner:
+    """Plans of one base under varied options; facts and traces are kept.
+
+    Args:
+        model_config: of transformers; what `load_model_config` gives.
+    """
+
+    def __init__(self, model_config: Any):
+        self.model_config = model_config
+        self._facts: dict[Any, Facts] = {}
+        self._steps: dict[Any, StepMemory] = {}
+
+    def plan(self, config: Config, *, gpus: int = 1, gpu_memory_gb: float | None = None) -> Plan:
+        """The plan of a run on `gpus` devices of `gpu_memory_gb` (as vendors count: 2**30 bytes).
+
+        Raises:
+            UserError: the batch does not divide, targets match nothing, or the architecture cannot be traced.
+        """
+        if config.run.global_batch_size % gpus:
+            raise UserError(f"plan: global_batch_size {config.run.global_batch_size} does not divide over {gpus} ranks")
+        room = None
+        if gpu_memory_gb is not None:
+            room = int(gpu_memory_gb * GIB * (1 - FRAGMENTATION_FRACTION)) - DEVICE_RESERVE_BYTES
+        asked = config.model.base_placement
+        if asked == "shard" or (asked == "auto" and gpus > 1):
+            whole = self._plan(config, gpus, False, room)
+            if asked == "shard" or not whole.fits:
+                return self._plan(config, gpus, True, room)
+            return whole
+        return self._plan(config, gpus, False, room)
+
+    def facts(self, config: Config) -> Facts:
+        key = config.sparse.target_modules
+        if key not in self._facts:
+            self._facts[key] = facts_of(config, self.model_config)
+        return self._facts[key]
+
+    def _plan(self, config: Config, gpus: int, sharded: bool, room: int | None) -> Plan:
+        facts, sparse = self.facts(config), config.sparse
+        dtype = resolve_dtype(config.model, self.model_config)
+        size, quantization = dtype.itemsize, resolve_quantization(config.model, self.model_config)
+        counts = budget(
+            facts.shapes,
+            density=sparse.density,
+            tunable_weights=sparse.tunable_weights,
+            rank_equivalent=sparse.rank_equivalent,
+        )
+        active, largest_k = sum(counts.values()), max(counts.values())
+        candidates = 0 if sparse.method == "ma" else int(sparse.candidate_ratio * active)
+        largest_target = max(o * i for o, i in facts.shapes.values())
+
+        stored, scales = stored_base(facts, size, quantization), _scales(facts, quantization)
+        step = self._step(config, counts, gpus, dtype)
+        gathered = _gathered(config, facts, size, stored) if sharded else 0
+        proposal = 8 * min(largest_target, PROPOSAL_ENTRIES) if gpus > 1 and candidates else 0
+        dequantised = 2 * largest_target * size if quantization else 0
+        held = 0 if quantization else 1 / gpus if sharded else 1
+        state = state_bytes(config, facts.shapes, counts, dtype, held)
+        after = _after_step_bytes(active, largest_k)
+        rows = {
+            "base": _on_each(stored, facts, quantization, gpus) if sharded else stored,
+            "base, gathered": gathered,
+            **state,
+            "candidates": candidate_bytes(config, active),
+            "activations": step.activations,
+            "logits": step.logits,
+            "largest weight gradient": largest_target * size,
+            "other working memory": max(step.working - largest_target * size, 0) + dequantised + proposal,
+        }
+        idle = sum(rows[name] for name in ("activations", "logits", "largest weight gradient", "other working memory"))
+        rows["other working memory"] += max(0, after - idle)
+        return Plan(
+            entries=facts.entries,
+            active=active,
+            placement="shard" if sharded else "replicate",
+            rows=rows,
+            load_peak=rows["base"]
+            + max(
+                facts.largest * size * (2 if sharded else 1),
+                sum(state.values()) + _FINGERPRINT_BYTES * min(largest_target, CHUNK_ENTRIES),
+            ),
+            host_peak=facts.largest * size * 2 if sharded and not quantization else stored,
+            traffic=_traffic(config, facts, counts, gpus, stored - scales if sharded else 0),
+            room=room,
+        )
+
+    def _step(self, config: Config, counts: dict[str, int], gpus: int, dtype: torch.dtype) -> StepMemory:
+        model, sequences = config.model, config.run.micro_batch_size or config.run.global_batch_size // gpus
+        tokens = max_length(config.data.max_length, self.model_config)
+        key = (sequences, tokens, config.sparse, model.gradient_checkpointing, model.attention, dtype)
+        if key not in self._steps:
+            self._steps[key] = step_memory(
+                self.model_config,
+                dtype,
+                sequences=sequences,
+                tokens=tokens,
+                target_modules=config.sparse.target_modules,
+                active=counts,
+                proposes=config.sparse.method != "ma",
+                checkpointing=model.gradient_checkpointing,
+                attention=model.attention,
+                trust_remote_code=model.trust_remote_code,
+            )
+        return self._steps[key]
+
+
+def _scales(facts: Facts, quantization: Quantization | None) -> int:
+    """Scales of a packed base, in bytes; they are whole on every rank."""
+    return int(facts.packed * quantization.state_bytes_per_entry) if quantization else 0
+
+
+def _on_each(stored: int, facts: Facts, quantization: Quantization | None, gpus: int) -> int:
+    """One rank's part of a sharded base; scales of packed weights are not cut."""
+    scales = _scales(facts, quantization)
+    return (stored - scales) // gpus + scales
+
+
+def _gathered(config: Config, facts: Facts, size: int, stored: int) -> int:
+    """What ZeRO-3 keeps whole beside the shards: as much as its settings let it, and what it prefetches."""
+    zero = read_ds_config(config.model.ds_config)["zero_optimization"]
+    number = lambda key, default: zero[key] if isinstance(zero.get(key), (int, float)) else default
+    entries = number("stage3_max_live_parameters", 10**9) + number("stage3_prefetch_bucket_size", 5 * 10**7)
+    return int(min(stored, max(entries, facts.largest) * size))
+
+
+def _after_step_bytes(active: int, largest_k: int) -> int:
+    """Temporaries of the update (pieces of at most PIECE_ENTRIES) and of the largest weight's drop and grow."""
+    return max(28 * min(active, PIECE_ENTRIES), 60 * largest_k)
+
+
+def proposal_bytes(config: Config, facts: Facts, counts: Mapping[str, int], gpus: int) -> tuple[int, int]:
+    """What a rank gives into the reduce-scatter and into the all-gather of one proposal of candidates.
+
+    Each rank gets the sum of one part of a gradient, and offers the top of it: no more than the part has entries.
+
+    Args:
+        counts: K of each target weight.
+    """
+    scattered = sum(o * i for o, i in facts.shapes.values())
+    parts = {name: -(-o * i // gpus) for name, (o, i) in facts.shapes.items()}
+    offered = sum(min(int(config.sparse.candidate_ratio * count), parts[name]) for name, count in counts.items())
+    return 4 * scattered, 12 * offered
+
+
+def _traffic(config: Config, facts: Facts, counts: Mapping[str, int], gpus: int, gathered_bytes: int) -> dict[str, int]:
+    """Bytes that a rank sends per optimizer step, on average over the run, by ring algorithms."""
+    if gpus == 1:
+        return {}
+    ring, sparse, active = (gpus - 1) / gpus, config.sparse, sum(counts.values())
+    candidates = 0 if sparse.method == "ma" else int(sparse.candidate_ratio * active)
+    phase = min(1.0, sparse.estimation_steps / sparse.update_interval_steps)
+    each = getattr(torch, config.optimizer.gradient_dtype).itemsize
+    found = {"gradients of deltas": int(2 * ring * each * active)}
+    if candidates:
+        found["gradients of candidates"] = int(2 * ring * each * candidates * phase)
+        scattered, gathered = proposal_bytes(config, facts, counts, gpus)
+        found["proposal of candidates"] = int((ring * scattered + (gpus - 1) * gathered) / sparse.update_interval_steps)
+    if gathered_bytes:
+        micro = config.run.micro_batch_size or config.run.global_batch_size // gpus
+        steps = math.ceil(config.run.global_batch_size / (gpus * micro))
+        found["gathering of the base"] = int(2 * steps * ring * gathered_bytes)
+    return found

@@ -1,0 +1,11 @@
+"""What a run records and shows: metrics, console, report.
+
+metrics        one record per step, reallocation and evaluation
+metrics_file   metrics.jsonl
+console        progress and tables in the terminal
+records        read a run back from its files
+weight_names   group weights by layer and kind
+plots, style   the pictures
+html           parts of a page
+run_report     report.html
+"""

@@ -1,0 +1,60 @@
+"""`metrics.jsonl`: one JSON object per line, readable after any crash, never holding a step twice."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from scale_sft.files import write_text
+
+METRICS_FILE = "metrics.jsonl"
+PREVIOUS_FILE = "metrics.previous.jsonl"
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """All records of a `metrics.jsonl`. The torn last line that a killed process leaves is ignored."""
+    lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip(b"\0 \r\t")]
+    records = []
+    for number, line in lines:
+        try:
+            record, reason = json.loads(line), "not an object"
+        except ValueError as error:  # also JSONDecodeError and UnicodeDecodeError
+            record, reason = None, str(error)
+        if isinstance(record, dict):
+            records.append(record)
+        elif number != lines[-1][0]:
+            raise ValueError(
+                f"{path}, line {number}: expected one JSON object per line, got {line[:60]!r} ({reason}). "
+                "Only the last line of a killed run may be incomplete: remove or repair this line."
+            )
+    return records
+
+
+def discard_after(path: Path, first_step: int) -> None:
+    """Remove what a run that went further than `first_step` has written, and a torn last line."""
+    if not path.exists():
+        return
+    if first_step == 0:
+        os.replace(path, path.with_name(PREVIOUS_FILE))
+        return
+    kept = [record for record in read_metrics(path) if record["step"] <= first_step and record["event"] != "end"]
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+
+
+def jsonable(value: Any) -> Any:
+    """Plain JSON types: NaN and infinities become null, tensor and numpy scalars become numbers."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):  # a tensor or a numpy array or scalar
+        return jsonable(value.tolist())
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    return str(value)

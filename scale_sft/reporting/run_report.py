@@ -1,0 +1,104 @@
+"""Pictures of a run: `report.html`, one file that needs nothing else, and the same pictures as PNG beside it."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from scale_sft.files import write_bytes
+
+from .html import details, page_of, pairs, render, section, table
+from .plots import PLOTS
+from .records import Run, load_run, overview
+from .weight_names import KindOfWeight, by_kind
+
+REPORT_FILE = "report.html"
+
+
+def write_report(output_dir: Path) -> Path:
+    """Read the records of a finished, running or dead run and write `report.html` and its PNGs; the path of the former.
+
+    A picture without data is left out, and one of an earlier report is removed.
+    """
+    output_dir = Path(output_dir)
+    run = load_run(output_dir)
+    sections, missing = [], {}
+    for plot in PLOTS:
+        figure = plot.figure(run)
+        picture = output_dir / f"{plot.name}.png"
+        if isinstance(figure, str):
+            picture.unlink(missing_ok=True)
+            missing[plot.title] = figure
+            continue
+        png, svg = render(figure, plot)
+        write_bytes(picture, png)
+        sections.append(section(plot, svg))
+    page = _page(run, sections, missing)
+    write_bytes(output_dir / REPORT_FILE, page.encode("utf-8"))
+    return output_dir / REPORT_FILE
+
+
+def _page(run: Run, sections: Sequence[str], missing: Mapping[str, str]) -> str:
+    left_out = "".join(f"<li>{escape(title)}: {escape(reason)}.</li>" for title, reason in missing.items())
+    parts = [
+        f"<h1>{escape(run.name)}</h1>",
+        f'<p class="quiet">Sparse fine-tuning with scale_sft. Report of {time.strftime("%Y-%m-%d %H:%M:%S %Z")}.</p>',
+        pairs(overview(run)),
+        *sections,
+        _kinds(by_kind(run)),
+        f"<section><h2>Left out</h2><ul>{left_out}</ul></section>" if left_out else "",
+        _description(run),
+        details("Every weight", _weights(run)) if run.per_weight else "",
+        details("Configuration", f"<pre>{escape(run.config_text)}</pre>") if run.config_text else "",
+    ]
+    return page_of(f"{run.name}: sparse fine-tuning", parts)
+
+
+def _description(run: Run) -> str:
+    if run.description is None:
+        return ""
+    rows, kinds = run.description.get("rows") or {}, run.description.get("table") or []
+    columns = list(dict.fromkeys(name for row in kinds for name in row))
+    content = pairs(rows)
+    if columns:
+        content += table(columns, ([row.get(name, "") for name in columns] for row in kinds))
+    return details(run.description.get("title") or "What was trained", content)
+
+
+def _kinds(kinds: Mapping[str, KindOfWeight]) -> str:
+    if not kinds:
+        return ""
+    columns = ["module", "weights", "entries", "active", "density", "L2 norm of deltas", "largest |delta|"]
+    rows = (
+        [
+            name,
+            f"{kind.weights:,}",
+            f"{kind.numel:,}",
+            f"{kind.active:,}",
+            f"{kind.active / kind.numel:.3%}" if kind.numel else "",
+            _figures(kind.square_delta**0.5),
+            _figures(kind.max_abs_delta),
+        ]
+        for name, kind in kinds.items()
+    )
+    return f"<section><h2>Deltas by kind of module</h2>{table(columns, rows)}</section>"
+
+
+def _weights(run: Run) -> str:
+    columns = ["weight", "entries", "active", "L2 norm of deltas", "largest |delta|"]
+    rows = (
+        [
+            name,
+            f"{int(values.get('numel') or 0):,}",
+            f"{int(values.get('active') or 0):,}",
+            _figures(values.get("l2_delta")),
+            _figures(values.get("max_abs_delta")),
+        ]
+        for name, values in run.per_weight.items()
+    )
+    return table(columns, rows)
+
+
+def _figures(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.4g}"

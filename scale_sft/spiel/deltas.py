@@ -1,0 +1,159 @@
+"""The sparse delta of one weight, and the store of all of them (section 3.1: eta and phi).
+
+Shapes: O rows, I columns of a weight; N = O * I entries, flattened row-major; K active entries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .indices import Entries
+from .seeding import random_indices
+
+INITIAL_COHORT = 0
+
+
+@dataclass
+class SparseDelta:
+    """The active entries of one weight.
+
+    `deltas` and `cohort` run parallel to the entries, which are sorted and unique; `deltas` is a view of the store's
+    flat buffer. An entry's cohort is the number of the reallocation that grew it (0: chosen at random at the start);
+    ages and bias corrections are kept once per cohort and not once per entry.
+    """
+
+    name: str
+    shape: tuple[int, int]  # (O, I)
+    entries: Entries
+    deltas: Tensor  # [K] fp32 or bf16
+    cohort: Tensor  # [K] uint8 or int16
+    reference: Tensor | None = (
+        None  # [K] as deltas: deltas at the last reallocation, kept only for drop_criterion `change`
+    )
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def active(self) -> int:
+        return self.entries.count
+
+    @property
+    def indices(self) -> Tensor:
+        """[K] flat indices, sorted, int32 (int64 where O * I does not fit): made from `entries` at each call."""
+        return self.entries.flat()
+
+    @indices.setter
+    def indices(self, indices: Tensor) -> None:
+        self.entries = Entries(indices, self.shape)
+
+    @property
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """What is kept, by what for."""
+        kept = {"indices": self.entries.tensors, "deltas": [self.deltas], "ages": [self.cohort]}
+        return kept if self.reference is None else {**kept, "reference": [self.reference]}
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a checkpoint keeps, by name; views, not copies, but for the indices."""
+        state = {"indices": self.indices, "deltas": self.deltas, "cohort": self.cohort}
+        return state if self.reference is None else {**state, "reference": self.reference}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` gave; dtypes and shapes are those of this delta."""
+        self.indices = state["indices"].to(self.deltas.device, copy=True)  # the caller's may be kept as they are
+        self.deltas.copy_(state["deltas"])
+        self.cohort = state["cohort"].to(self.cohort.device, copy=True)
+        if self.reference is not None:
+            self.reference.copy_(state["reference"])
+
+
+class DeltaStore:
+    """All sparse deltas of a model, in a fixed order of names, over one flat buffer of deltas.
+
+    Args:
+        shapes: (O, I) of each target weight by name.
+        active: K of each weight; 1 <= K <= O * I. Need not be uniform.
+        seed: of the random initial indices; each weight has a generator of its own, seeded by (seed, purpose, name).
+        device: where the state lives.
+        cohorts: how many reallocations the run can have at most (decides the width of the cohort tensor).
+        keep_reference: keep the deltas of the last reallocation (drop criterion `change`).
+        dtype: of the deltas, float32 or bfloat16 (section 3.4); gradients and optimizer state are fp32 in any case.
+        indices: initial indices by name instead of random ones: [K], any integer type, sorted, unique.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        active: Mapping[str, int],
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        cohorts: int = 255,
+        keep_reference: bool = False,
+        dtype: torch.dtype = torch.float32,
+        indices: Mapping[str, Tensor] | None = None,
+    ):
+        self.flat = torch.zeros(sum(active.values()), dtype=dtype, device=device)
+        cohort_dtype = torch.uint8 if cohorts <= 255 else torch.int16
+        self._deltas: dict[str, SparseDelta] = {}
+        start = 0
+        for name, shape in shapes.items():
+            chosen = indices[name] if indices else random_indices(shape, active[name], seed, name)
+            view = self.flat[start : start + active[name]]
+            self._deltas[name] = SparseDelta(
+                name=name,
+                shape=shape,
+                entries=Entries(chosen.to(device), shape),
+                deltas=view,
+                cohort=torch.full(view.shape, INITIAL_COHORT, dtype=cohort_dtype, device=device),
+                reference=torch.zeros_like(view) if keep_reference else None,
+            )
+            start += active[name]
+
+    def __getitem__(self, name: str) -> SparseDelta:
+        return self._deltas[name]
+
+    def __iter__(self) -> Iterator[SparseDelta]:
+        return iter(self._deltas.values())
+
+    def __len__(self) -> int:
+        return len(self._deltas)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._deltas)
+
+    @property
+    def active(self) -> int:
+        """Active entries of all weights: K summed."""
+        return self.flat.numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self.flat.device
+
+    def cohort_counts(self, cohorts: int) -> list[int]:
+        """How many active entries belong to each of the cohorts 0 .. cohorts - 1."""
+        counts = torch.zeros(cohorts, dtype=torch.int64, device=self.device)
+        for delta in self:
+            counts += torch.bincount(delta.cohort.int(), minlength=cohorts)
+        return counts.tolist()
+
+    def digest(self, name: str, *more: Tensor) -> str:
+        """SHA-256 of one weight's state and `more` (that of its optimizer): 64 hex digits."""
+        return digest(*self[name].state().values(), *more)
+
+
+def digest(*tensors: Tensor) -> str:
+    """SHA-256 over the bytes, dtypes and shapes of tensors: 64 hex digits."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy())
+    return sha.hexdigest()

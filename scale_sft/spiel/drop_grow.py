@@ -1,0 +1,129 @@
+"""Drop and grow for one weight: tensors in, tensors out (sections 3.2 and 3.3, Algorithms 1 and 2).
+
+Shapes: K active entries, C candidates, k up for replacement, g newly grown; O rows, I columns.
+Score (what to drop, what to grow), mechanics (`Exchange`) and schedule (how many) are three separate things: another
+criterion is one more short function that returns an `Exchange`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .deltas import SparseDelta
+from .topk import bottom_k_sorted, top_k_of_product, top_k_sorted
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Which active entries of a weight stay and which indices join them.
+
+    `merge` carries any tensor that runs parallel to the indices over the exchange.
+    """
+
+    kept: Tensor  # [K] bool
+    grown: Tensor  # [g] flat indices, sorted, none of them active before
+    order: Tensor  # [K - dropped + g]: cat(indices, grown)[order] are the new indices, sorted
+    grown_candidates: Tensor | None = None  # [g] positions of `grown` among the candidates (AG)
+
+    @property
+    def replaced(self) -> int:
+        """How many entries became active that were not before."""
+        return self.grown.numel()
+
+    def merge(self, old: Tensor, new: Tensor) -> Tensor:
+        """old: [K], values of the entries before; new: [g], of the grown ones. Returns them in the new order."""
+        return torch.cat((old, new.to(old.dtype))).index_select(0, self.order)
+
+
+def drop_scores(delta: SparseDelta, criterion: str) -> Tensor:
+    """[K]: the smallest are dropped first.
+
+    `magnitude`: |delta|, the paper's text and the authors' code. `change`: |delta - delta at the last reallocation|,
+    the paper's Algorithm 1 (line 10).
+    """
+    if criterion == "change":
+        return (delta.deltas.float() - delta.reference.float()).abs()
+    return delta.deltas.abs()
+
+
+def exchange_by_gradient(indices: Tensor, scores: Tensor, candidates: Tensor, mean: Tensor, k: int) -> Exchange:
+    """SFT-AG (section 3.2): drop the `k` of smallest score, grow the k candidates of largest |mean gradient|.
+
+    Candidates that would remain active are skipped; an entry both dropped and grown stays as it is. If fewer than k
+    can grow, only as many are dropped, the smallest first. Ties go to the smaller index on both sides.
+
+    Args:
+        indices: [K] sorted. scores: [K]. candidates: [C] sorted. mean: [C] fp32, estimate of Eq. 8.
+    """
+    candidates = candidates.to(indices.dtype)
+    place = torch.searchsorted(indices, candidates).clamp_(max=indices.numel() - 1)
+    is_active = indices[place] == candidates  # then `place` is where
+    k = _growable(scores, place[is_active], candidates.numel(), k)
+    kept = torch.ones(indices.shape, dtype=torch.bool, device=indices.device)
+    kept[bottom_k_sorted(scores, k)] = False
+    eligible = (~(is_active & kept[place])).nonzero().squeeze(1)
+    chosen = eligible[top_k_sorted(mean[eligible].abs(), k)]
+    stays = is_active[chosen]
+    kept[place[chosen[stays]]] = True
+    chosen = chosen[~stays]
+    return _exchange(indices, kept, candidates[chosen], chosen)
+
+
+def _growable(scores: Tensor, active_candidates: Tensor, candidates: int, k: int) -> int:
+    """The largest m <= k for which m entries can grow when the m smallest are dropped.
+
+    What can grow then: candidates that are not active, and candidates among the m dropped (those simply stay). So m is
+    reached as long as the dropped entries that are no candidates do not outnumber the candidates that are not active.
+
+    Args:
+        scores: [K]. active_candidates: positions of those active entries that are candidates.
+    """
+    fresh = candidates - active_candidates.numel()
+    if k <= fresh:
+        return k
+    leaving = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
+    leaving[active_candidates] = False
+    in_drop_order = torch.sort(scores, stable=True).indices[:k]
+    return int((leaving[in_drop_order].cumsum(0) <= fresh).sum())
+
+
+def exchange_by_accumulators(indices: Tensor, scores: Tensor, row: Tensor, col: Tensor, k: int) -> Exchange:
+    """SFT-MA (section 3.3): drop the `k` of smallest score, grow the k inactive entries of largest row[i] * col[j].
+
+    Args:
+        indices: [K] sorted. scores: [K]. row: [O], col: [I] fp32, SM3 accumulators.
+    """
+    k = min(k, row.numel() * col.numel() - indices.numel())
+    kept = torch.ones(indices.shape, dtype=torch.bool, device=indices.device)
+    kept[bottom_k_sorted(scores, k)] = False
+    return _exchange(indices, kept, top_k_of_product(row, col, k, excluded=indices), None)
+
+
+def _exchange(indices: Tensor, kept: Tensor, grown: Tensor, grown_candidates: Tensor | None) -> Exchange:
+    """Merges the sorted indices that stay with the sorted ones that are grown."""
+    grown = grown.to(indices.dtype)
+    staying = kept.nonzero().squeeze(1)
+    new = torch.arange(grown.numel(), device=grown.device)
+    among = new + torch.searchsorted(indices[staying], grown)  # where the grown ones come to lie
+    is_old = torch.ones(staying.numel() + grown.numel(), dtype=torch.bool, device=indices.device)
+    is_old[among] = False
+    order = torch.empty(is_old.shape, dtype=torch.int64, device=indices.device)
+    order[is_old], order[among] = staying, new + indices.numel()
+    return Exchange(kept=kept, grown=grown, order=order, grown_candidates=grown_candidates)
+
+
+def apply_exchange(delta: SparseDelta, exchange: Exchange, cohort: int) -> None:
+    """Carry one weight over an exchange, in place: grown deltas start at 0 and belong to `cohort`.
+
+    The number of active entries does not change; the optimizer's state follows in its own `follow`.
+    """
+    grown = exchange.grown
+    zeros = torch.zeros(grown.shape, dtype=delta.deltas.dtype, device=grown.device)
+    delta.indices = exchange.merge(delta.indices, grown)
+    delta.deltas.copy_(exchange.merge(delta.deltas, zeros))
+    delta.cohort = exchange.merge(delta.cohort, torch.full_like(zeros, cohort, dtype=delta.cohort.dtype))
+    if delta.reference is not None:
+        delta.reference.copy_(delta.deltas)

@@ -1,0 +1,255 @@
+"""Updates of the deltas: AdamW with one bias correction per cohort (section 3.2), and SM3 (section 3.3).
+
+Shapes: K active entries; O rows, I columns of a weight. The update functions are pure: they touch only their
+arguments. The classes hold the state and follow drop and grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .deltas import DeltaStore, SparseDelta
+from .drop_grow import Exchange
+from .indices import Entries, pieces
+from .moments import Moments, float32_moments
+from .recorder import Candidates
+
+
+def adamw_update(
+    deltas: Tensor,
+    gradients: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    cohort: Tensor,
+    gradients_seen: Sequence[int],
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    table: Tensor | None = None,
+) -> None:
+    """One AdamW step on [K] entries in place, each with the bias correction of its own age (section 3.2).
+
+    The order of operations and the place of eps are those of `torch.optim.AdamW` (decoupled decay first); with one
+    cohort the result equals it bit for bit.
+
+    Args:
+        deltas, gradients, exp_avg, exp_avg_sq: [K] fp32.
+        cohort: [K] integers: which entry of `gradients_seen` holds for each delta.
+        gradients_seen: by cohort, how many gradients its moments have seen, this one included.
+        table: `correction_table` of these, made once for all calls of a step; None: made here if it is needed.
+    """
+    beta1, beta2 = betas
+    deltas.mul_(1 - learning_rate * weight_decay)
+    exp_avg.lerp_(gradients, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
+    if len(gradients_seen) == 1:
+        step_sizes, denominators = corrections(gradients_seen, learning_rate, betas)
+        denominator = (exp_avg_sq.sqrt() / denominators[0]).add_(eps)
+        deltas.addcdiv_(exp_avg, denominator, value=step_sizes[0])
+        return
+    place = cohort.int()
+    if table is None:
+        table = correction_table(gradients_seen, learning_rate, betas, deltas.device)
+    denominator = exp_avg_sq.sqrt().div_(table[1].index_select(0, place)).add_(eps)
+    deltas.add_(table[0].index_select(0, place).mul_(exp_avg).div_(denominator))
+
+
+def corrections(
+    gradients_seen: Sequence[int], learning_rate: float, betas: tuple[float, float]
+) -> tuple[list[float], list[float]]:
+    """(step sizes, denominators) by cohort: -learning_rate / (1 - beta1^n), sqrt(1 - beta2^n); 0 and 1 where n = 0."""
+    beta1, beta2 = betas
+    step_sizes = [-learning_rate / (1 - beta1**n) if n else 0.0 for n in gradients_seen]
+    return step_sizes, [(1 - beta2**n) ** 0.5 if n else 1.0 for n in gradients_seen]
+
+
+def correction_table(
+    gradients_seen: Sequence[int], learning_rate: float, betas: tuple[float, float], device: torch.device
+) -> Tensor:
+    """`corrections` as a tensor [2, cohorts] fp32 on the device, for which nothing waits."""
+    pinned = device.type == "cuda"  # from other memory the copy may wait for the work that is under way
+    table = torch.tensor(corrections(gradients_seen, learning_rate, betas), dtype=torch.float32, pin_memory=pinned)
+    return table.to(device, non_blocking=True)
+
+
+def sm3_update(
+    deltas: Tensor,
+    gradients: Tensor,
+    entries: Entries,
+    row: Tensor,
+    col: Tensor,
+    *,
+    learning_rate: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One SM3-II step (Anil et al. 2019) restricted to the [K] active entries of an [O, I] weight, in place.
+
+    nu = min(row[i], col[j]) + g^2; row[i] = max over the row's active nu, col likewise;
+    delta -= learning_rate * g / sqrt(nu + eps), decoupled decay first.
+
+    Args:
+        deltas: [K] fp32. gradients: [K] fp32 or bf16. entries: where they lie. row: [O] fp32. col: [I] fp32.
+    """
+    new_row, new_col = row.clone(), col.clone()
+    for part, i, j in entries.coordinates():
+        gradient = gradients[part].float()
+        nu = torch.minimum(row.index_select(0, i), col.index_select(0, j)).addcmul_(gradient, gradient)
+        new_row.scatter_reduce_(0, i, nu, "amax")
+        new_col.scatter_reduce_(0, j, nu, "amax")
+        deltas[part].mul_(1 - learning_rate * weight_decay).addcdiv_(
+            gradient, nu.add_(eps).sqrt_(), value=-learning_rate
+        )
+    row.copy_(new_row)
+    col.copy_(new_col)
+
+
+@contextmanager
+def in_fp32(deltas: Tensor) -> Iterator[Tensor]:
+    """Deltas to update in place: themselves where they are fp32; of bf16 ones a copy, rounded once, at the end."""
+    if deltas.dtype is torch.float32:
+        yield deltas
+        return
+    work = deltas.float()
+    yield work
+    deltas.copy_(work)
+
+
+class Optimizer(Protocol):
+    """What the main loop and the checkpoint ask of an optimizer."""
+
+    def step(self, gradients: Tensor, learning_rate: float) -> None: ...
+
+    def follow(self, delta: SparseDelta, exchange: Exchange, candidates: Candidates | None) -> None: ...
+
+    def begin_cohort(self) -> None: ...
+
+    def state_of(self, name: str) -> dict[str, Tensor]: ...
+
+    def counters(self) -> dict[str, list[int]]: ...
+
+    def load_counters(self, counters: Mapping[str, list[int]]) -> None: ...
+
+
+class AdamW:
+    """AdamW for `ag` and `static`: two moments per delta and one age per cohort.
+
+    Args:
+        store: the deltas.
+        estimation_steps: G: how many gradients the moments of a grown delta have seen when it is grown.
+        moments: how the two moments are kept.
+    """
+
+    def __init__(
+        self,
+        store: DeltaStore,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        estimation_steps: int = 5,
+        moments: Moments = float32_moments,
+    ):
+        self.store, self.betas, self.eps, self.weight_decay = store, betas, eps, weight_decay
+        self.estimation_steps = estimation_steps
+        self.exp_avg, self.exp_avg_sq = moments(store)
+        self.gradients_seen = [0]  # by cohort
+
+    def step(self, gradients: Tensor, learning_rate: float) -> None:
+        """Update all deltas with `gradients` [sum of K] fp32 or bf16, the gradient of the global batch."""
+        self.gradients_seen = [n + 1 for n in self.gradients_seen]
+        table = correction_table(self.gradients_seen, learning_rate, self.betas, self.store.device)
+        sizes = [delta.active for delta in self.store]
+        for delta, gradient in zip(self.store, gradients.split(sizes), strict=True):
+            for part in pieces(delta.active):  # temporaries stay small, and in a processor's cache
+                exp_avg, exp_avg_sq = self.exp_avg.load(delta.name, part), self.exp_avg_sq.load(delta.name, part)
+                with in_fp32(delta.deltas[part]) as deltas:
+                    adamw_update(
+                        deltas,
+                        gradient[part].float(),
+                        exp_avg,
+                        exp_avg_sq,
+                        delta.cohort[part],
+                        self.gradients_seen,
+                        learning_rate=learning_rate,
+                        betas=self.betas,
+                        eps=self.eps,
+                        weight_decay=self.weight_decay,
+                        table=table,
+                    )
+                self.exp_avg.store(delta.name, part, exp_avg)
+                self.exp_avg_sq.store(delta.name, part, exp_avg_sq)
+
+    def begin_cohort(self) -> None:
+        """Open the cohort of the deltas that the coming drop and grow will grow; they have seen G gradients."""
+        self.gradients_seen.append(self.estimation_steps)
+
+    def follow(self, delta: SparseDelta, exchange: Exchange, candidates: Candidates | None) -> None:
+        """Move the moments with the entries; grown ones are seeded from their estimates (section 3.2)."""
+        picked, everything = exchange.grown_candidates, slice(0, delta.active)
+        estimates = (candidates.mean, candidates.mean_square)
+        for moment, beta, estimate in zip((self.exp_avg, self.exp_avg_sq), self.betas, estimates, strict=True):
+            seed = estimate[picked] * (1 - beta**self.estimation_steps)
+            moment.store(delta.name, everything, exchange.merge(moment.load(delta.name, everything), seed))
+
+    def state_of(self, name: str) -> dict[str, Tensor]:
+        """The state tensors of one weight, by name; views, not copies."""
+        kept = {"exp_avg": self.exp_avg.state(name), "exp_avg_sq": self.exp_avg_sq.state(name)}
+        return {moment + suffix: tensor for moment, state in kept.items() for suffix, tensor in state.items()}
+
+    def counters(self) -> dict[str, list[int]]:
+        """What is no tensor: by cohort, how many gradients its moments have seen."""
+        return {"gradients_seen": list(self.gradients_seen)}
+
+    def load_counters(self, counters: Mapping[str, list[int]]) -> None:
+        self.gradients_seen = list(counters["gradients_seen"])
+
+
+class SM3:
+    """SM3 for `ma`: one accumulator per row and per column of each weight; they survive drop and grow."""
+
+    def __init__(self, store: DeltaStore, *, eps: float = 1e-8, weight_decay: float = 0.0):
+        self.store, self.eps, self.weight_decay = store, eps, weight_decay
+        device = store.device
+        self.row = {delta.name: torch.zeros(delta.shape[0], device=device) for delta in store}
+        self.col = {delta.name: torch.zeros(delta.shape[1], device=device) for delta in store}
+
+    def step(self, gradients: Tensor, learning_rate: float) -> None:
+        """Update all deltas with `gradients` [sum of K] fp32 or bf16, the gradient of the global batch."""
+        sizes = [delta.active for delta in self.store]
+        for delta, gradient in zip(self.store, gradients.split(sizes), strict=True):
+            with in_fp32(delta.deltas) as deltas:
+                sm3_update(
+                    deltas,
+                    gradient,
+                    delta.entries,
+                    self.row[delta.name],
+                    self.col[delta.name],
+                    learning_rate=learning_rate,
+                    eps=self.eps,
+                    weight_decay=self.weight_decay,
+                )
+
+    def begin_cohort(self) -> None:
+        """SM3 has no ages."""
+
+    def follow(self, delta: SparseDelta, exchange: Exchange, candidates: Candidates | None) -> None:
+        """The accumulators belong to rows and columns, not to entries: nothing moves."""
+
+    def state_of(self, name: str) -> dict[str, Tensor]:
+        """The state tensors of one weight, by name; views, not copies."""
+        return {"row": self.row[name], "col": self.col[name]}
+
+    def counters(self) -> dict[str, list[int]]:
+        """SM3 counts nothing."""
+        return {}
+
+    def load_counters(self, counters: Mapping[str, list[int]]) -> None:
+        """SM3 counts nothing."""

@@ -1,0 +1,300 @@
+"""Save and resume a run: all that the next step needs, bit for bit, and nothing of the base.
+
+The state is the same on every rank, so the main rank writes it and shares what it reads: neither the number of ranks
+nor the placement of the base enters, and a run may go on with others. Data order and initial indices depend on nothing
+but seed and step; no global random state is used. File format: `checkpoint_files`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from scale_sft.config.options import MAY_CHANGE
+from scale_sft.errors import UserError
+from scale_sft.evaluation.held_out import Evaluation
+
+from .checkpoint_files import (
+    STATE,
+    Checkpoint,
+    Damaged,
+    SaveFailed,
+    TensorFiles,
+    find_checkpoints,
+    prune,
+    read_json,
+    sweep,
+    verify,
+    write_checkpoint,
+)
+from .run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from .session import Session
+
+_STATE_KEYS = {
+    "step",
+    "identity",
+    "options",
+    "counters",
+    "evaluations",
+    "skipped_steps",
+    "ranks",
+    "proposal_sequences",
+    "gradient_paths",
+}
+
+
+class Checkpoints:
+    """Saves and resumes one run; made and called on all ranks alike."""
+
+    def __init__(self, session: Session, run: RunFolder):
+        self.session, self.run = session, run
+        self._saved_step: int | None = None
+        self._files: TensorFiles | None = None  # of the checkpoint to go on from; on the main rank
+
+    # --- resume -------------------------------------------------------------------------------------------------
+
+    def resume(self) -> list[str]:
+        """Bring the session to the state after the step it goes on from; returns what is to be told about it.
+
+        Raises:
+            UserError: there were checkpoints but none is complete, or the checkpoint is of another run.
+        """
+        session = self.session
+        notes, state, layout = session.cluster.on_main(self._read)
+        if state is None:
+            return notes
+        session.resident.settle()
+        for delta in session.tuning.store:
+            session.resident.release(delta)
+        session.tuning.load_state(state["step"], self._shared(layout), state["counters"])
+        self._files = None
+        for delta in session.tuning.store:
+            session.resident.adopt(delta)
+        session.resident.write()
+        session.step = self._saved_step = state["step"]
+        session.skipped_steps = state["skipped_steps"]
+        if session.gradient_path:
+            session.gradient_path.load_state(state["gradient_paths"])
+        session.evaluations = {entry.pop("step"): Evaluation(**entry) for entry in state["evaluations"]}
+        session.cluster.check_identical(session.tuning.digests, f"the state that was loaded for step {session.step}")
+        return notes
+
+    def _read(self) -> tuple[list[str], dict[str, Any] | None, dict[str, dict[str, tuple]]]:
+        """On the main rank: choose a checkpoint, and check all of it before anything is touched."""
+        sweep(self.run.checkpoints)
+        checkpoint, notes = choose_checkpoint(self.run, self.session.inputs.config.run.resume)
+        if checkpoint is None:
+            return notes, None, {}
+        files = TensorFiles(checkpoint)
+        state = _checked_state(checkpoint)
+        differences = differing(state["identity"], self._identity())
+        if differences:
+            raise UserError(
+                f"resume: {checkpoint.path} is of another run; it differs in:\n  " + "\n  ".join(differences) + "\nUse "
+                f"the same, or another output_dir. What may change: {', '.join(sorted(MAY_CHANGE))}"
+            )
+        layout = self._checked_layout(checkpoint, files, state)
+        self._files = files
+        notes.append(f"resumed from {checkpoint.path}: {state['step']} of {self.session.inputs.steps} steps are done")
+        now = _proposal_sequences(self.session)
+        if state["ranks"] != self.session.cluster.size:
+            notes.append(f"it was saved by {state['ranks']} ranks, goes on with {self.session.cluster.size}")
+        if state["proposal_sequences"] != now:
+            notes.append(
+                f"candidates are proposed by {now} sequences, before by {state['proposal_sequences']}; "
+                f"--proposal_batch_size {state['proposal_sequences']} from the start would have kept that"
+            )
+        return notes, state, layout
+
+    def _checked_layout(
+        self, checkpoint: Checkpoint, files: TensorFiles, state: Mapping
+    ) -> dict[str, dict[str, tuple]]:
+        """(shape, dtype) of every tensor by weight and kind; all tensors are what the method can go on from."""
+        tuning = self.session.tuning
+        if set(files.kinds) != set(tuning.store.names):
+            raise Damaged(f"{checkpoint.path}: its tensors are not those of the weights that it names")
+        own = tuning.counters()
+        cohorts = len(state["counters"].get("cohort_steps", []))
+        due = [0] + [step for step in tuning.schedule.reallocations() if step <= state["step"]]
+        if set(state["counters"]) != set(own) or any(len(counts) != cohorts for counts in state["counters"].values()):
+            raise Damaged(f"{checkpoint.path / STATE}: its counters are {sorted(state['counters'])}")
+        if cohorts == 0 or not set(state["counters"]["cohort_steps"]) <= set(due):
+            raise Damaged(f"{checkpoint.path / STATE}: its reallocations are not those of the schedule")
+        layout = {}
+        for name in tuning.store.names:
+            tensors = files.read(name)
+            wrong = tuning.wrong_with_state(name, tensors, state["step"], cohorts)
+            if wrong:
+                raise Damaged(f"{checkpoint.path}: weight '{name}': {wrong}")
+            layout[name] = {kind: (tuple(tensor.shape), tensor.dtype) for kind, tensor in tensors.items()}
+        return layout
+
+    def _shared(self, layout: Mapping[str, Mapping[str, tuple]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """(name, tensors) of each weight on every rank, one weight at a time."""
+        for name, kinds in layout.items():
+            yield name, self.session.cluster.share(kinds, self._files.read(name) if self._files else {})
+
+    # --- save ---------------------------------------------------------------------------------------------------
+
+    def save_if_due(self, metrics: Any) -> None:
+        """Save after every `save_every_steps` steps and after the last."""
+        step, every = self.session.step, self.session.inputs.config.run.save_every_steps
+        if every and (step % every == 0 or step == self.session.inputs.steps):
+            failure = self.save(metrics)
+            if failure and self.session.inputs.config.run.on_save_failure == "stop":
+                raise UserError(failure)
+
+    def save(self, metrics: Any) -> str | None:
+        """Save the state after the session's step, unless that is done; returns why it could not be written, or None.
+
+        Raises:
+            UserError: the ranks' states differ, or hold what is no finite number.
+        """
+        session, step = self.session, self.session.step
+        if self._saved_step == step:
+            return None
+        if not session.tuning.is_finite():
+            raise UserError(f"step {step}: the deltas have overflowed and are not saved: lower learning_rate")
+        began = time.perf_counter()
+        session.cluster.check_identical(session.tuning.digests, f"the state after step {step}")
+        size, failure = session.cluster.on_main(self._write)
+        if failure:
+            metrics.note(f"warning: step {step}: {failure}")
+            return failure
+        self._saved_step = step
+        metrics.checkpoint(step, bytes=size, active=session.tuning.store.active, seconds=time.perf_counter() - began)
+        return None
+
+    def _write(self) -> tuple[int, str | None]:
+        """On the main rank: write, then remove what is too old. Returns the size in bytes, or what went wrong."""
+        session = self.session
+        tuning, config = session.tuning, session.inputs.config
+        state = {
+            "step": session.step,
+            "identity": self._identity(),
+            "options": dataclasses.asdict(config),
+            "counters": tuning.counters(),
+            "evaluations": [{"step": step, **dataclasses.asdict(e)} for step, e in session.evaluations.items()],
+            "skipped_steps": session.skipped_steps,
+            "ranks": session.cluster.size,
+            "proposal_sequences": _proposal_sequences(session),
+            "gradient_paths": session.gradient_path.state() if session.gradient_path else {},
+        }
+        weights = ((name, tuning.state_of(name)) for name in tuning.store.names)
+        try:
+            saved = write_checkpoint(self.run.checkpoints, session.step, weights, state, tuning.store.active)
+            prune(self.run.checkpoints, config.run.keep_last)
+        except (SaveFailed, OSError) as error:
+            return 0, str(error)
+        return saved.bytes, None
+
+    def _identity(self) -> dict[str, Any]:
+        """What a run must have in common with a checkpoint to go on from it, as plain JSON."""
+        session = self.session
+        inputs, store = session.inputs, session.tuning.store
+        sections = dataclasses.asdict(inputs.config).values()
+        identity = {name: value for section in sections for name, value in section.items() if name not in MAY_CHANGE}
+        identity |= {
+            "hash of the target weights": session.base_hash,
+            "train_data (digest of its tokens)": inputs.train.digest(),
+            "eval_data (digest of its tokens)": inputs.eval.digest() if inputs.eval else None,
+            "total steps": inputs.steps,
+            "target weights": {delta.name: [*delta.shape, delta.active] for delta in store},
+        }
+        return json.loads(json.dumps(identity))
+
+
+def choose_checkpoint(run: RunFolder, resume: str) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, verified, and what is to be told; None: the run starts afresh.
+
+    Raises:
+        UserError: there are checkpoints, but none is complete; or `resume` names a folder without any.
+    """
+    if resume == "never":
+        return None, []
+    folder = run.checkpoints
+    if resume != "auto":
+        folder = Path(resume)
+        if folder.name.startswith("step_"):
+            return verify(folder), []
+        folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    notes = []
+    for found in find_checkpoints(folder):
+        try:
+            return verify(found.path), notes
+        except Damaged as problem:
+            notes.append(f"passed over a damaged checkpoint: {problem}")
+    if notes:
+        raise UserError(f"resume: {folder} holds no complete checkpoint:\n  " + "\n  ".join(notes) + f"\n{_AFRESH}")
+    if resume != "auto":
+        raise UserError(f"resume: {folder} holds no checkpoint; expected a folder step_... or the folder of a run")
+    if run.has_record("checkpoint"):
+        raise UserError(f"resume: the run in {run.path} has saved checkpoints, but {folder} holds none. {_AFRESH}")
+    return None, ["no checkpoint: starts afresh"] if run.is_used() else []
+
+
+_AFRESH = "Put one back, or start afresh in another output_dir."
+
+
+def differing(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line per thing in which two identities differ."""
+    lines = []
+    for key in sorted({*stored, *now}):
+        old, new = stored.get(key), now.get(key)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            name = next(name for name in {**old, **new} if old.get(name) != new.get(name))
+            old, new = (f"'{name}' {side.get(name, 'absent')} of {len(side)}" for side in (old, new))
+            key += " [rows, columns, active entries]"
+        lines.append(f"{key}: {old} in the checkpoint, {new} now")
+    return lines
+
+
+def _checked_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The JSON state of a verified checkpoint, every field of its kind.
+
+    Raises:
+        Damaged: it is not what this version writes.
+    """
+    file = checkpoint.path / STATE
+    state = read_json(file)
+    if set(state) != _STATE_KEYS:
+        raise Damaged(f"{file}: unexpected or missing: {', '.join(sorted(set(state) ^ _STATE_KEYS))}")
+    fields = {field.name for field in dataclasses.fields(Evaluation)} | {"step"}
+    whole = lambda value: type(value) is int and value >= 0
+    try:
+        right = (
+            state["step"] == checkpoint.step
+            and isinstance(state["identity"], dict)
+            and all(isinstance(counts, list) and all(map(whole, counts)) for counts in state["counters"].values())
+            and all(set(entry) == fields and whole(entry["step"]) for entry in state["evaluations"])
+            and all(isinstance(entry["loss"], float) for entry in state["evaluations"])
+            and all(map(whole, state["skipped_steps"]))
+            and whole(state["ranks"])
+            and all(re.fullmatch(r"\d+ \d+ \w+ \d+ \d+", case) for case in state["gradient_paths"])
+            and all(isinstance(path, str) for path in state["gradient_paths"].values())
+        )
+    except (TypeError, AttributeError) as error:
+        raise Damaged(f"{file} is damaged: {error}") from None
+    if not right:
+        raise Damaged(f"{file} is damaged: a field is not of its kind")
+    return state
+
+
+def _proposal_sequences(session: Session) -> int:
+    """How many sequences of the global batch propose candidates."""
+    config = session.inputs.config
+    micro = config.run.micro_batch_size
+    everything = config.run.global_batch_size
+    first = min(everything, session.cluster.size * micro) if micro else everything
+    return config.sparse.proposal_batch_size or first

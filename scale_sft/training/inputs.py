@@ -1,0 +1,165 @@
+"""What is read and checked before any process group or weight: cheap checks come before expensive loads."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scale_sft.config.loading import to_yaml
+from scale_sft.config.options import Config
+from scale_sft.data.batches import BatchOrder, batches_of_rank
+from scale_sft.data.cache import load_examples
+from scale_sft.data.chat import use_template
+from scale_sft.data.examples import Examples
+from scale_sft.distributed.cluster import Cluster
+from scale_sft.distributed.world import World
+from scale_sft.errors import UserError
+from scale_sft.model.loading import load_model_config, load_tokenizer, max_length, resolve_dtype
+from scale_sft.model.quantization import Quantization, refuse_corrupting_storage, resolve_quantization
+from scale_sft.model.targets import find_targets
+from scale_sft.planning.footprint import empty_model
+from scale_sft.planning.placement import Placement, choose_placement
+from scale_sft.spiel.budgets import budget
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known before any process group or weight: tokenizer, examples, model configuration, lengths."""
+
+    config: Config
+    tokenizer: Any
+    model_config: Any
+    dtype: torch.dtype
+    quantization: Quantization | None
+    train: Examples
+    eval: Examples | None
+    order: BatchOrder
+    steps: int
+    placement: Placement
+    row_tokens: int | None  # length of packed rows; None: one sequence per row
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the configuration and of the tokenised data: ranks that differ in them must not train together."""
+        settings = hashlib.sha256(to_yaml(self.config).encode()).hexdigest()
+        placement = hashlib.sha256(self.placement.name.encode()).hexdigest()
+        digests = {"the configuration": settings, "base_placement": placement, "train_data": self.train.digest()}
+        return digests | ({"eval_data": self.eval.digest()} if self.eval else {})
+
+    def micro_batches(
+        self, batch: Sequence[int], cluster: Cluster, *, proposing: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
+        """A rank's micro-batches of a global batch; `proposing` where the first of them proposes candidates."""
+        return batches_of_rank(
+            self.train,
+            batch,
+            rank=cluster.rank,
+            world_size=cluster.size,
+            micro_batch_size=self.config.run.micro_batch_size,
+            first=self.config.sparse.proposal_batch_size if proposing else None,
+            keep_order=proposing,
+            row_tokens=self.row_tokens,
+            flat=flat_rows(self.config),
+            pad_id=self.tokenizer.pad_token_id,
+            device=cluster.device,
+        )
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Read and check everything but the weights.
+
+    Raises:
+        UserError: see `load_model_config`, `find_targets`, `budget_of`, `load_examples`; or the batch does not divide
+            over the ranks.
+    """
+    model_config = load_model_config(config.model)
+    quantization = resolve_quantization(config.model, model_config)
+    data, run = config.data, config.run
+    tokenizer = use_template(load_tokenizer(config.model), data.chat_template)
+    world = World.from_environment()
+    _check_batch(config, world.size)
+    _check_targets(config, model_config, world.size)
+    data = replace(data, max_length=max_length(data.max_length, model_config))
+    dtype = resolve_dtype(config.model, model_config)
+    placement = choose_placement(config, model_config, dtype, world, quantization)
+    if quantization and placement.sharded:
+        refuse_corrupting_storage(quantization, dtype)
+    train = load_examples(data.train_data, "train", tokenizer, data, data.max_train_examples)
+    held_out = data.eval_data and load_examples(data.eval_data, "eval", tokenizer, data, data.max_eval_examples)
+    total = None if run.steps else math.ceil((run.epochs or 1) * len(train))
+    order = BatchOrder(len(train), run.global_batch_size, run.seed, total)
+    return Inputs(
+        config=config,
+        tokenizer=tokenizer,
+        model_config=model_config,
+        dtype=dtype,
+        quantization=quantization,
+        train=train,
+        eval=held_out or None,
+        order=order,
+        steps=run.steps or order.steps(),
+        placement=placement,
+        row_tokens=data.max_length if data.packing else None,
+    )
+
+
+def _check_targets(config: Config, model_config: Any, ranks: int) -> None:
+    """Raises UserError for targets or a budget that the base cannot have, before any weight is loaded."""
+    targets = find_targets(empty_model(config, model_config), config.sparse.target_modules)
+    budget_of(config, {target.name: target.shape for target in targets})
+    if ranks > 1:
+        refuse_experts([target.name for target in targets])
+
+
+def refuse_experts(names: Sequence[str]) -> None:
+    """Raises UserError for layers that some ranks' tokens may pass and others' not: ranks would wait for each other, or
+    exchange the gradients of different experts."""
+    expert = next((name for name in names if re.search(r"\.experts\.\d+\.", name)), None)
+    if expert:
+        raise UserError(
+            f"target_modules: '{expert}' is one of several experts, which not every rank's tokens reach in every step; "
+            "leave the experts out (target_modules), or train in one process"
+        )
+
+
+def flat_rows(config: Config) -> bool:
+    """Whether packed rows go into a single one: flash attention cuts sequences only there."""
+    return config.model.attention.startswith("flash")
+
+
+def _check_batch(config: Config, ranks: int) -> None:
+    size, micro = config.run.global_batch_size, config.run.micro_batch_size
+    unit = ranks * (micro or 1)
+    if size % unit:
+        nearest = max(unit, round(size / unit) * unit)
+        cut = f"{ranks} ranks" + (f" of micro-batches of {micro}" if micro else "")
+        raise UserError(f"global_batch_size: {size} does not divide over {cut}; nearest that does: {nearest}")
+    proposal = config.sparse.proposal_batch_size
+    if proposal and micro and proposal > unit:
+        raise UserError(
+            f"proposal_batch_size: got {proposal}, but one micro-step of all ranks holds {unit} sequences; candidates "
+            "are proposed by one micro-step. Lower it, or raise micro_batch_size"
+        )
+
+
+def budget_of(config: Config, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """K of each weight; a total beyond what the targets hold, or below one entry for each, is an error."""
+    sparse = config.sparse
+    everything, total = sum(o * i for o, i in shapes.values()), sparse.tunable_weights
+    if total and not len(shapes) <= total <= everything:
+        raise UserError(
+            f"tunable_weights: got {total:,}, expected {len(shapes):,} to {everything:,}: the targets are {len(shapes):,} "
+            f"weights of {everything:,} entries, and each gets at least one"
+        )
+    return budget(
+        shapes,
+        density=sparse.density,
+        tunable_weights=sparse.tunable_weights,
+        rank_equivalent=sparse.rank_equivalent,
+    )

@@ -1,0 +1,147 @@
+"""What a run tells and leaves: its description at the start; adapter, report, merged model and summary at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scale_sft.adapters.merge import merge
+from scale_sft.adapters.model_card import write_card
+from scale_sft.data.examples import Examples
+from scale_sft.reporting.metrics import Metrics, NullMetrics
+from scale_sft.reporting.run_report import write_report
+
+from .best import best_step
+from .inputs import Inputs
+from .run_folder import RunFolder
+from .session import Session
+
+
+def open_metrics(session: Session, run: RunFolder) -> Metrics | NullMetrics:
+    """The record keeper: a real one on the main rank, elsewhere one that does nothing."""
+    if not session.cluster.is_main:
+        return NullMetrics()
+    import dataclasses
+
+    config = session.inputs.config
+    settings = {key: value for section in dataclasses.asdict(config).values() for key, value in section.items()}
+    return Metrics(
+        run.path,
+        total_steps=session.inputs.steps,
+        first_step=session.step,
+        log_every_steps=config.run.log_every_steps,
+        track=session.cluster.tracking("tracker", settings),
+    )
+
+
+def describe(session: Session, metrics: Metrics | NullMetrics) -> None:
+    """Say what will be trained, on what, with how much memory."""
+    inputs, config, store = session.inputs, session.inputs.config, session.tuning.store
+    entries = sum(target.numel for target in session.targets)
+    load_peaks = session.cluster.gather_objects(session.load_peak_bytes)
+    for line in session.cluster.introduce(inputs.placement.name):
+        metrics.note(line)
+    state_bytes = sum(session.tuning.state_bytes().values()) + session.resident.bytes
+    held_out = f", {len(inputs.eval):,} held out" if inputs.eval else ""
+    rows = {
+        "base": f"{config.model.base} ({str(inputs.dtype).removeprefix('torch.')}{_kept(inputs)})",
+        "placement": f"{inputs.placement.name} ({inputs.placement.reason})",
+        "loading": f"{max(load_peaks) / 2**20:,.0f} MiB at most on a rank",
+        "method": config.sparse.method,
+        "active entries": f"{store.active:,} of {entries:,} in {len(store)} weights ({store.active / entries:.2%})",
+        "delta state": f"{state_bytes / 2**20:.1f} MiB ({state_bytes / store.active:.1f} bytes per active entry)",
+        "data": f"{len(inputs.train):,} examples from {inputs.train.source}{held_out}{_cut(inputs.train)}",
+        "steps": f"{inputs.steps} of {config.run.global_batch_size} sequences, reallocation at "
+        f"{len(session.tuning.schedule.reallocations())} of them",
+    }
+    metrics.describe("sparse fine-tuning", rows, _kinds(session))
+
+
+def _kept(inputs: Inputs) -> str:
+    """How a quantised base is kept, and what was not done to it."""
+    if inputs.quantization is None:
+        return ""
+    return f"; linear layers in {inputs.quantization}, nothing raised to float32"
+
+
+def _cut(examples: Examples) -> str:
+    """How many training examples max_length has cut or dropped."""
+    if not examples.truncated + examples.dropped:
+        return ""
+    return f"; {examples.truncated:,} cut to max_length, {examples.dropped:,} dropped (no target token left)"
+
+
+def _kinds(session: Session) -> list[dict[str, str]]:
+    """One row per kind of layer and shape."""
+    kinds: dict[tuple[str, tuple[int, int]], list[str]] = {}
+    for target in session.targets:
+        kinds.setdefault((target.name.split(".")[-2], target.shape), []).append(target.name)
+    rows = []
+    for (leaf, shape), names in kinds.items():
+        active = sum(session.tuning.store[name].active for name in names)
+        size = len(names) * shape[0] * shape[1]
+        rows.append(
+            {
+                "layer": leaf,
+                "count": str(len(names)),
+                "shape": f"{shape[0]} x {shape[1]}",
+                "active": f"{active:,}",
+                "density": f"{active / size:.2%}",
+            }
+        )
+    return rows
+
+
+def finish(session: Session, metrics: Metrics | NullMetrics, run: RunFolder) -> None:
+    """Save the adapter, the report and, if asked for, the merged model; sum up."""
+    cluster, config = session.cluster, session.inputs.config
+    cluster.check_identical(session.tuning.digests, "the deltas at the end")
+    session.check_packed_base()
+    cluster.on_main(lambda: run.save_adapter(session.adapter()))
+    metrics.summary(**_totals(session))
+    written: dict[str, Path] = {"adapter": run.adapter}
+
+    def write_the_rest() -> None:
+        if config.run.save_merged:
+            written["merged model"] = merge(run.adapter, run.merged)
+        write_card(run.adapter)
+        written["report"] = write_report(run.path)
+
+    with cluster.loading_whole():  # merging loads a quantised base once more
+        cluster.on_main(write_the_rest)
+    rows: dict[str, Any] = {}
+    before, after = session.evaluations.get(0), session.evaluations.get(session.step)
+    if before and after:
+        rows["held-out loss"] = f"{before.loss:.4f} before, {after.loss:.4f} after"
+        if after.exact_match is not None:
+            rows["exact match"] = f"{before.exact_match:.1%} before, {after.exact_match:.1%} after"
+        best = best_step(session.evaluations)
+        if best != session.step:
+            kept = f": {run.best}" if run.best.exists() else ""
+            rows["best held-out loss"] = f"{session.evaluations[best].loss:.4f} after step {best}{kept}"
+    rows |= {name: str(path) for name, path in written.items()}
+    metrics.describe("done", rows)
+
+
+def _totals(session: Session) -> dict[str, Any]:
+    """Per weight: counts by cohort and size of the deltas, for the report."""
+    store, cohorts = session.tuning.store, len(session.tuning.cohort_steps)
+    per_weight = {
+        delta.name: {
+            "active": delta.active,
+            "numel": delta.numel,
+            "cohort_counts": torch.bincount(delta.cohort.int(), minlength=cohorts).tolist(),
+            "l2_delta": float(torch.linalg.vector_norm(delta.deltas)),
+            "max_abs_delta": float(delta.deltas.abs().max()),
+        }
+        for delta in store
+    }
+    return {
+        "load_peak_bytes": session.load_peak_bytes,
+        "active": store.active,
+        "cohort_steps": session.tuning.cohort_steps,
+        "cohort_counts": store.cohort_counts(cohorts),
+        "per_weight": per_weight,
+    }

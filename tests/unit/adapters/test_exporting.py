@@ -1,0 +1,133 @@
+"""Exports give the trained model's logits in stock peft and transformers, bit for bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from adapter_factory import make_adapter
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from scale_sft.adapters.export import export
+from scale_sft.adapters.peft import exact_addends
+from scale_sft.adapters.verify import verify
+from scale_sft.cli.main import main
+from scale_sft.errors import UserError
+
+
+def command(*arguments) -> str:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ["llama", "opt", "qwen2"])
+@pytest.mark.parametrize("to", ["shira", "supertuning", "merged"])
+def test_exported_logits_equal_the_trained_models(tiny_model, tmp_path, architecture, dtype, to) -> None:
+    adapter = make_adapter(tiny_model(architecture, dtype), tmp_path / "adapter", dtype=dtype)
+    output = command("export", adapter, "--to", to, "--output", tmp_path / "out", "--verify")
+    assert "bit for bit" in output
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merged_logits_of_transposed_weights_equal_the_trained_models(tiny_model, tmp_path, dtype) -> None:
+    adapter = make_adapter(tiny_model("gpt2", dtype), tmp_path / "adapter", dtype=dtype)
+    assert "bit for bit" in command("export", adapter, "--to", "merged", "--output", tmp_path / "out", "--verify")
+
+
+@pytest.mark.parametrize("to", ["shira", "supertuning"])
+def test_some_layers_of_a_model_export_alone(tiny_model, tmp_path, to) -> None:
+    chosen = r"model\.layers\.1\..*(q|k|down)_proj"
+    adapter = make_adapter(tiny_model("llama"), tmp_path / "adapter", targets=chosen, rank_equivalent=3)
+    written = export(adapter, to, tmp_path / "out")
+    assert (written.padding == 0) == (to == "shira"), "rank_equivalent needs no padding in SHiRA"
+    assert verify(adapter, to, tmp_path / "out").identical
+
+
+def test_a_wrong_value_is_found_by_verify(tiny_model, tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    adapter = make_adapter(tiny_model("llama"), tmp_path / "adapter")
+    export(adapter, "shira", tmp_path / "out")
+    path = tmp_path / "out" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first = next(name for name in tensors if name.endswith("shira_weight"))
+    tensors[first][tensors[first].abs().argmax()] *= 1.01
+    save_file(tensors, path)
+    assert not verify(adapter, "shira", tmp_path / "out").identical
+
+
+def test_peft_formats_refuse_transposed_weights(tiny_model, tmp_path) -> None:
+    adapter = make_adapter(tiny_model("gpt2"), tmp_path / "adapter")
+    with pytest.raises(UserError, match="Conv1D.*--to merged"):
+        export(adapter, "shira", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_onto_another_base_is_refused(tiny_model, tmp_path) -> None:
+    adapter = make_adapter(tiny_model("llama"), tmp_path / "adapter")
+    for to in ("shira", "supertuning", "merged"):
+        with pytest.raises(UserError, match="not the base"):
+            export(adapter, to, tmp_path / "out", base=str(_changed(tiny_model("llama"), tmp_path)))
+        assert not (tmp_path / "out").exists()
+
+
+def _changed(base: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    other = tmp_path / "other"
+    if not other.exists():
+        shutil.copytree(base, other)
+        tensors = load_file(other / "model.safetensors")
+        tensors["model.layers.1.mlp.down_proj.weight"][0, 0] += 1
+        save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    return other
+
+
+def test_addends_reach_the_effective_value_in_the_dtype_of_the_base() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(20000, generator=generator).bfloat16()
+    deltas = torch.randn(20000, generator=generator)
+    addends, twice = exact_addends(base, deltas)
+    wanted = (base.float() + deltas).bfloat16()
+    assert torch.equal(addends.bfloat16().float(), addends), "an addend survives the cast to bf16"
+    once = base + addends.bfloat16()
+    assert torch.equal(once[~twice], wanted[~twice])
+    assert not once[twice].any(), "the first of two additions leaves zero"
+    assert 0 < twice.float().mean() < 0.2
+
+
+def test_the_card_names_base_method_and_licence(tiny_model, tmp_path) -> None:
+    adapter = make_adapter(tiny_model("llama"), tmp_path / "adapter")
+    export(adapter, "shira", tmp_path / "out", licence="apache-2.0")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: peft\n")
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_hash"][:16] in card
+    assert "PeftModel.from_pretrained" in card and "| method | ag |" in card
+
+
+def test_an_export_is_uploaded_whole(tiny_model, tmp_path, monkeypatch) -> None:
+    import huggingface_hub
+
+    calls = []
+
+    class Hub:
+        def create_repo(self, repository, private, exist_ok):
+            calls.append(("create", repository, private))
+            return f"https://hub/{repository}"
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    adapter = make_adapter(tiny_model("llama"), tmp_path / "adapter")
+    output = command(
+        "export", adapter, "--to", "shira", "--output", tmp_path / "out", "--push-to-hub", "me/x", "--private"
+    )
+    files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert calls == [("create", "me/x", True), ("upload", "me/x", files)]
+    assert "uploaded: https://hub/me/x" in output

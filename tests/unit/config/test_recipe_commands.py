@@ -1,0 +1,84 @@
+"""Recipes that ship are valid; the schema knows every option and refuses what the trainer refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from scale_sft.cli.main import main
+from scale_sft.config import recipes
+from scale_sft.config.loading import load
+from scale_sft.config.options import OPTIONS, SECTIONS
+from scale_sft.config.schema import schema
+
+GOOD = "# A first recipe.\n# For the demo.\nsparse:\n  density: 0.02\nrun:\n  steps: 3\n"
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch) -> Path:
+    """Two shipped recipes."""
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    (folder / "first.yaml").write_text(GOOD)
+    (folder / "second.yaml").write_text("sparse:\n  density: 0.5\n")
+    monkeypatch.setattr(recipes, "FOLDER", folder)
+    return folder
+
+
+def command(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_recipes_that_ship_are_valid() -> None:
+    for name in recipes.names():
+        recipes.validate(name)
+        assert recipes.summary(recipes.path_of(name)), f"{name} does not say what it is for"
+
+
+def test_recipes_are_listed_with_what_they_are_for(shipped) -> None:
+    assert command("recipes", "ls").output.splitlines()[0] == "first   A first recipe."
+
+
+def test_a_recipe_is_shown_copied_and_checked(shipped, tmp_path) -> None:
+    assert command("recipes", "show", "first").output == GOOD
+    assert command("recipes", "cp", "first", tmp_path / "mine.yaml").exit_code == 0
+    assert (tmp_path / "mine.yaml").read_text() == GOOD
+    assert "there already" in command("recipes", "cp", "first", tmp_path / "mine.yaml").output
+    assert command("recipes", "validate", "first", tmp_path / "mine.yaml").exit_code == 0
+
+
+def test_a_wrong_recipe_is_refused_with_all_its_mistakes(shipped, tmp_path) -> None:
+    (tmp_path / "bad.yaml").write_text("sparse:\n  densty: 0.1\nrun:\n  steps: 0\n")
+    result = command("recipes", "validate", "first", tmp_path / "bad.yaml")
+    assert result.exit_code == 1 and "first: valid" in result.output
+    assert "did you mean 'density'" in result.output and "steps: got 0" in result.output
+    assert "did you mean 'second'" in command("recipes", "show", "secnd").output
+
+
+def test_the_schema_has_every_option_with_its_help_and_default() -> None:
+    found = json.loads(command("schema").output)
+    properties = {name: section["properties"] for name, section in found["properties"].items()}
+    assert {option: section for section, options in properties.items() for option in options} == OPTIONS
+    assert properties["optimizer"]["betas"]["default"] == [0.9, 0.999]
+    assert properties["sparse"]["method"]["enum"] == ["ag", "ma", "static"]
+    assert all(option["description"] for options in properties.values() for option in options.values())
+    assert set(found["properties"]) == set(SECTIONS)
+
+
+def test_the_schema_takes_resolved_configurations_and_refuses_unknown_keys(tmp_path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    import yaml
+
+    from scale_sft.config.loading import to_yaml
+
+    resolved = yaml.safe_load(to_yaml(load(None, {"density": 0.1, "target_modules": "q_proj,v_proj"})))
+    jsonschema.validate(resolved, schema())
+    for wrong in ({"sparse": {"densty": 1}}, {"sparse": {"density": "much"}}, {"sparse": {"method": "agg"}}, {"x": {}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, schema())
+
+
+def test_the_schema_is_written_to_a_file(tmp_path) -> None:
+    assert command("schema", "--output", tmp_path / "deep" / "s.json").exit_code == 0
+    assert json.loads((tmp_path / "deep" / "s.json").read_text()) == schema()

@@ -1,0 +1,48 @@
+"""The folder of a run has one owner at a time, for as long as that process lives."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from scale_sft.errors import UserError
+from scale_sft.training.run_folder import RunFolder
+
+HOLD = """
+import sys
+from scale_sft.training.run_folder import RunFolder
+
+mine = RunFolder(sys.argv[1])
+mine.lock()
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the folder, until it is told to end."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "locked\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+
+
+def test_a_second_run_in_the_folder_is_refused_and_told_of_the_first(holder, tmp_path, train_run):
+    with pytest.raises(UserError, match=rf"is in use by process {holder.pid} on "):
+        RunFolder(tmp_path).lock()
+    with pytest.raises(UserError, match="is in use by process"):
+        train_run(output_dir=str(tmp_path))
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_the_folder_is_free_once_its_owner_is_dead(holder, tmp_path):
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    RunFolder(tmp_path).lock()
