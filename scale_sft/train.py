@@ -252,7 +252,7 @@ def run_on(cluster, inputs, run) -> None:
 @click.command(cls=SuggestingCommand, context_settings={"max_content_width": 110})
 @with_config_options
 def main(recipe: str | None, **options: str | None) -> None:
-    """Fine-tune a causal language model sparsely: a frozen base, a few per cent of its weights moved.
+    r"""Fine-tune a causal language model sparsely: a frozen base, a few per cent of its weights moved.
 
     \b
     accelerate launch scale_sft/train.py --config scale_sft/recipes/demo.yaml

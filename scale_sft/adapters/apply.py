@@ -18,6 +18,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
 
     Returns:
         The base values that were there, by weight name: [K]; `undo_adapter` puts them back.
+
     Raises:
         UserError: a weight is missing or of another shape or dtype, or the base is not the adapter's.
     """

@@ -29,6 +29,7 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> 
 
     Args:
         weights: one factor per adapter; default: all 1.
+
     Raises:
         UserError: the adapters are of different bases, or the number of weights is another.
     """

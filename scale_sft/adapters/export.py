@@ -29,6 +29,7 @@ def export(
 
     Args:
         base: folder or hub id of the base, if not the one that the adapter names.
+
     Raises:
         UserError: wrong base, unreadable adapter, an output folder that is not empty, or a format that cannot hold it.
     """

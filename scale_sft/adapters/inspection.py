@@ -78,6 +78,7 @@ def inspect(folder: str | Path, *, top: int = 10) -> Inspection:
 
     Args:
         top: how many of the most moved entries to name.
+
     Raises:
         UserError: the adapter is damaged.
     """

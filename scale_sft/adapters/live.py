@@ -47,6 +47,7 @@ def load_adapter(model: nn.Module, adapter: str | Path | Adapter) -> LiveAdapter
         model: a causal language model of transformers (of a pipeline: `pipe.model`), its weights whole and in the
             dtype that the adapter was trained in.
         adapter: the adapter/ folder of a run, or an adapter read before.
+
     Raises:
         UserError: the adapter is damaged, or the model is not its base; no weight has been touched.
     """

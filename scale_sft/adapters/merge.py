@@ -37,6 +37,7 @@ def merge(adapter_folder: str | Path, output: str | Path, base: str | None = Non
 
     Args:
         base: folder or hub id of the base, if not the one that the adapter names.
+
     Raises:
         UserError: wrong base, unreadable adapter, or an output folder that is not empty. Nothing is left behind.
     """
@@ -163,6 +164,7 @@ class BaseFiles:
         Args:
             change: (adapter's name, entries [N]) -> fingerprint of the base; called for the adapter's weights, may
                 change the entries in place.
+
         Returns:
             The fingerprints by weight name.
         """

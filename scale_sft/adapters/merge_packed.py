@@ -40,6 +40,7 @@ def merge_quantized(
 
     Returns:
         The base values of the active entries, by weight name: [K] in `dtype`.
+
     Raises:
         UserError: wrong base, unreadable adapter, or an output folder that is not empty.
     """

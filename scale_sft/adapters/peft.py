@@ -75,6 +75,7 @@ def write_supertuning(adapter: Adapter, output: Path, base: str, base_values: Ma
 
     Args:
         base_values: [K] by weight name, the base at the active entries; may read them at each access.
+
     Raises:
         UserError: a weight is too large for int32 indices, or too dense.
     """

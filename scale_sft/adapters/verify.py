@@ -63,7 +63,8 @@ def verify(
 
 def _aligned(model: nn.Module) -> nn.Module:
     """Every weight in memory of its own: weights mapped from a file lie anywhere, and for small products CPU kernels
-    sum in an order that depends on where the weight lies."""
+    sum in an order that depends on where the weight lies.
+    """
     for weight in model.parameters():
         weight.data = weight.data.clone()
     return model

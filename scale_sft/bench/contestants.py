@@ -81,7 +81,7 @@ class OneRank:
         """Nothing has to be added to the gradients of the only rank."""
 
     def select_candidates(self, gradient: Tensor, count: int) -> Tensor:
-        """gradient [N] -> [count] sorted int64: the entries of largest magnitude."""
+        """Gradient [N] -> [count] sorted int64: the entries of largest magnitude."""
         return top_k_magnitude(gradient, count)
 
 

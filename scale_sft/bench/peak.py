@@ -81,7 +81,8 @@ def available_bytes(device: torch.device) -> int:
 
 def _count_closely(closely: bool) -> None:
     """Give freed memory back to the system; `closely`: from now on every block of 64 KiB or more when it is freed, and
-    take memory in small pages only. Linux with glibc; elsewhere nothing happens."""
+    take memory in small pages only. Linux with glibc; elsewhere nothing happens.
+    """
     if not sys.platform.startswith("linux"):
         return
     with suppress(OSError, AttributeError):

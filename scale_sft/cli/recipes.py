@@ -65,7 +65,7 @@ def validate(files: tuple[str, ...]) -> None:
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), help="Write it to this file instead of printing it.")
 def schema(output: Path | None) -> None:
-    """Print the JSON Schema of recipes, for editors: it completes keys, explains options and marks mistakes.
+    r"""Print the JSON Schema of recipes, for editors: it completes keys, explains options and marks mistakes.
 
     \b
     scale-sft schema --output recipe.schema.json

@@ -23,6 +23,7 @@ def load(recipe: str | Path | None, overrides: Mapping[str, Any]) -> Config:
     Args:
         recipe: path of a YAML file, or None for the defaults.
         overrides: option name -> value, a string (as typed) or already of the right type; None is ignored.
+
     Raises:
         ConfigError: everything that is wrong with it, in one message.
     """

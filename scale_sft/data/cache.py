@@ -46,6 +46,7 @@ def load_examples(
         split: 'train' or 'eval': which of the shipped examples 'demo' means, and the default split of hub data.
         limit: use only so many rows.
         refresh: tokenise anew even if the cache has them.
+
     Raises:
         UserError: data that is missing, broken (with file and line) or leaves no token to learn from.
     """

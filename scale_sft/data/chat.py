@@ -85,6 +85,7 @@ def render(
     Args:
         marks: take the spans from the template's generation marks, or by comparing prefixes; default: from the marks
             where there are any.
+
     Raises:
         UserError: there is no template, it refuses a conversation, or it rewrites earlier turns and has no marks.
     """

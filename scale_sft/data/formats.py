@@ -171,7 +171,8 @@ class Encoder:
 
     def _tokenise(self, texts: list[str], places: bool = False) -> tuple[list[list[int]], list[Any] | None]:
         """Ids of texts without special tokens; with `places`, encodings that know where each token stands, if this
-        tokenizer has them. Straight to the Rust tokenizer: the dictionaries that transformers makes cost a third."""
+        tokenizer has them. Straight to the Rust tokenizer: the dictionaries that transformers makes cost a third.
+        """
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"], None

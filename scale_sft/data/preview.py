@@ -55,7 +55,7 @@ def histogram(lengths: np.ndarray) -> str:
     """Counts of lengths [N] in bins of equal width, as bars."""
     counts, edges = np.histogram(lengths, bins=min(BINS, int(np.ptp(lengths)) + 1))
     lines = []
-    for count, low, high in zip(counts, edges, edges[1:]):
+    for count, low, high in zip(counts, edges, edges[1:], strict=False):
         bar = "█" * round(BAR_WIDTH * count / counts.max())
         lines.append(f"{low:8.0f} to {high:6.0f} {count:9,} {bar}")
     return "\n".join(lines)

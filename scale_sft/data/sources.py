@@ -165,6 +165,7 @@ def open_sources(sources: Sequence[Source], split: str, limit: int | None, strea
     Args:
         limit: how many rows to use; None for all.
         streaming: read only the first `limit` rows, whatever the size of the data (needs a limit).
+
     Raises:
         UserError: what is missing, empty or unreadable, with file and line where there is one.
     """

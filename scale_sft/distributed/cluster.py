@@ -187,7 +187,8 @@ class Cluster:
 
     def _cut(self, model: nn.Module) -> None:
         """Cut a model that was loaded whole into shards, weight by weight: the engine would first move all of it
-        to the device, where it need not fit."""
+        to the device, where it need not fit.
+        """
         import deepspeed
 
         deepspeed.zero.Init(module=model, config_dict_or_path=self.accelerator.state.deepspeed_plugin.dschf.config)
@@ -224,7 +225,8 @@ class Cluster:
 
     def written(self) -> None:
         """Wait until what was written into shards is there: DeepSpeed gathers them on a CUDA stream of its own, which
-        does not wait for this one."""
+        does not wait for this one.
+        """
         if self.engine is not None and self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
@@ -436,7 +438,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _extended(tensor: Tensor, length: int, value: float) -> Tensor:
-    """tensor [n], n <= length, with `value` behind it: [length]."""
+    """Tensor [n], n <= length, with `value` behind it: [length]."""
     return torch.cat((tensor, tensor.new_full((length - tensor.numel(),), value)))
 
 

@@ -84,7 +84,9 @@ def greedy_answers(
             for members in micro_batches(group, cluster.rank, cluster.size, batch_size):
                 present = [n for n in members if n is not None]
                 texts = _generate(model, tokenizer, examples, present or [0], cluster, max_new_tokens, stops)
-                for n, text in zip(present, texts):  # a rank without a share generates too: others may wait for it
+                for n, text in zip(
+                    present, texts, strict=False
+                ):  # a rank without a share generates too: others may wait for it
                     prompt, reference = (
                         tokenizer.decode(part, skip_special_tokens=True) for part in _split(examples, n)
                     )
@@ -138,7 +140,8 @@ def _generate(
 
 def _stop_tokens(model: nn.Module, tokenizer: Any, examples: Examples, members: Sequence[int]) -> list[int] | None:
     """What ends an answer: the model's and the tokenizer's end tokens, and the special tokens that end references (the
-    end of a turn, which a base model does not know as an end)."""
+    end of a turn, which a base model does not know as an end).
+    """
     config = model.generation_config.eos_token_id
     stops = set(config if isinstance(config, list) else [config]) | {tokenizer.eos_token_id}
     stops |= {_split(examples, n)[1][-1] for n in members} & set(tokenizer.all_special_ids)

@@ -49,6 +49,7 @@ def evaluate_model(
     Args:
         tasks: of lm-evaluation-harness; see `evaluate_tasks`.
         limit: examples of each task; None for all.
+
     Raises:
         UserError: whatever is wrong with model, adapter, data or tasks.
     """

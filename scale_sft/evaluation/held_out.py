@@ -54,7 +54,8 @@ def _evaluating(model: nn.Module):
 
 def _split(examples: Examples, n: int) -> tuple[list[int], list[int]]:
     """The prompt and the answer of an example: what comes before its first target token, and those that count from
-    there on without a gap (the next turn's question is no answer)."""
+    there on without a gap (the next turn's question is no answer).
+    """
     ids, labels = examples.tokens(n)
     counts = [label != IGNORED for label in labels]
     first = next(place for place in range(1, len(ids)) if counts[place])

@@ -60,8 +60,10 @@ def merge_into_few_bits(adapter_folder: str | Path, output: str | Path, kind: st
 
     Args:
         kind: nf4, fp4 or int8.
+
     Returns:
         What was written and what was lost, for people.
+
     Raises:
         UserError: see `merge_quantized`; or the adapter's base was not quantised.
     """

@@ -223,7 +223,8 @@ def _case(rows: int, width: int, tokens: int, entries: int, dtype: torch.dtype) 
 
 def _spread_evenly(rows: int, width: int, count: int, generator: torch.Generator) -> Entries:
     """`count` entries, as many in each row as in any other, at even distances from a random column on; where
-    `generator` is."""
+    `generator` is.
+    """
     device = generator.device
     starts = torch.arange(rows + 1, device=device) * count // rows
     counts = starts.diff()

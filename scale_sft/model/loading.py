@@ -95,6 +95,7 @@ def load_base(
         device: where to put it; None leaves it where loading put it (shards under ZeRO-3). A quantised base needs one:
             it is quantised there, and lies there whole until it is cut into shards.
         quantization: how the base is kept, if not in its dtype.
+
     Raises:
         UserError: the weights do not load as a causal language model.
     """

@@ -32,6 +32,7 @@ class PackedWeight:
         module: a bitsandbytes layer, just loaded.
         dtype: of the values that dequantising gives.
         device: where the computation runs; the scales move there.
+
     Raises:
         UserError: the layer has no scales, so it cannot be dequantised.
     """

@@ -27,7 +27,7 @@ def effective_values(base: Tensor, deltas: Tensor) -> Tensor:
 
 
 def read_entries(entries: Tensor, indices: Tensor) -> Tensor:
-    """entries [N], indices [K] int32 or int64 -> their values [K]."""
+    """Entries [N], indices [K] int32 or int64 -> their values [K]."""
     return entries.index_select(0, indices)
 
 
@@ -120,7 +120,8 @@ class ResidentDeltas:
 
     def held(self, name: str) -> tuple[Tensor, Tensor, int, int]:
         """What this process holds of one weight: its part, 1-D, in place; base values [E] of the active entries there;
-        the flat index of the part's first entry; how many active entries lie before it. After `settle`."""
+        the flat index of the part's first entry; how many active entries lie before it. After `settle`.
+        """
         part = self.parts[name]
         return part.entries(), self._base[name], part.start, self._where[name].start
 

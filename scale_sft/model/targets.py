@@ -38,6 +38,7 @@ def find_targets(model: nn.Module, wanted: tuple[str, ...] | str | None) -> list
     Args:
         wanted: None for all linear layers inside the transformer blocks; names (a module path or its end); or one
             regular expression that matches whole module paths.
+
     Raises:
         UserError: a name matches nothing, a layer is of an unsupported kind, or its weight is shared (tied).
     """

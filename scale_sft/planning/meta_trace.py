@@ -94,6 +94,7 @@ def step_memory(
     Args:
         active: K by weight name; also taken as the number of candidates where `proposes`.
         attention: eager keeps the [L, L] attention matrices, all others do not.
+
     Raises:
         UserError: the architecture does something on the meta device that needs numbers (some mixtures of experts).
     """

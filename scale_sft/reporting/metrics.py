@@ -193,7 +193,8 @@ class Metrics(AbstractContextManager):
 
     def summary(self, **fields: Any) -> None:
         """The end of the run. The report reads `per_weight`: {name: {active, numel, cohort_counts, l2_delta,
-        max_abs_delta}}, and shows every plain number."""
+        max_abs_delta}}, and shows every plain number.
+        """
         self._flush_window()
         self._write("end", self._last_step, **fields)
         steps = self._last_step - self._first_step

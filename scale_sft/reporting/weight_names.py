@@ -35,7 +35,8 @@ class KindOfWeight:
 
 def by_layer_and_kind(run: Run) -> dict[tuple[int | None, str], KindOfWeight]:
     """`per_weight` of the end record by (layer, kind of module): `model.layers.3.self_attn.q_proj.weight` is
-    (3, `q_proj`); the layer is None for a weight outside the numbered blocks. Experts of a layer are added up."""
+    (3, `q_proj`); the layer is None for a weight outside the numbered blocks. Experts of a layer are added up.
+    """
     split = {name: _split_name(name) for name in run.per_weight}
     short = _short_names({kind for _, kind in split.values()})
     table: dict[tuple[int | None, str], KindOfWeight] = {}

@@ -114,7 +114,8 @@ class GradientRecorder:
 
     def begin_step(self, phase: Phase) -> None:
         """Forget the last step's gradients; open an estimation phase where `phase` proposes, or where the steps before
-        it in the phase were discarded."""
+        it in the phase were discarded.
+        """
         self.phase = phase
         self.proposing = phase is Phase.PROPOSE or (phase is Phase.ESTIMATE and not self.candidates)
         if self.proposing:

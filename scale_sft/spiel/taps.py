@@ -65,7 +65,7 @@ class WeightTap:
         return functional.linear(x, weight.t() if self.transposed else weight, self.module.bias)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
-        """dX = dY W: [..., O] -> [..., I]."""
+        """DX = dY W: [..., O] -> [..., I]."""
         if self.effective_weight is not None:
             weight = self.effective_weight()
             return dy @ (weight.t() if self.transposed else weight)

@@ -25,8 +25,10 @@ def top_k_magnitude(values: Tensor, k: int) -> Tensor:
     Args:
         values: [N] floating point, any device.
         k: 0 <= k <= N.
+
     Returns:
         [k] int64, ascending.
+
     Raises:
         ValueError: k is out of range.
     """
@@ -48,6 +50,7 @@ def top_k_sorted(scores: Tensor, k: int) -> Tensor:
     Args:
         scores: [N] real numbers, any sign, no NaN.
         k: 0 <= k <= N.
+
     Returns:
         [k] int64, ascending.
     """
@@ -140,6 +143,7 @@ def top_k_of_product(row: Tensor, col: Tensor, k: int, excluded: Tensor) -> Tens
         col: [I] fp32, non-negative.
         k: 0 <= k <= O * I - E.
         excluded: [E] flat indices i * I + j, sorted ascending, unique.
+
     Returns:
         [k] int64, ascending; ties of the (rounded) product go to the smaller flat index. O(O log I + k + E) memory.
     """

@@ -77,6 +77,7 @@ def write_checkpoint(
         weights: (name, tensors by kind) of each weight; consumed one at a time.
         state: JSON content beside the tensors.
         shard_bytes: a file is closed once it holds as much.
+
     Raises:
         SaveFailed: the disk is full or not writable; nothing of this checkpoint stays behind.
     """

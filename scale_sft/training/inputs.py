@@ -119,7 +119,8 @@ def _check_targets(config: Config, model_config: Any, ranks: int) -> None:
 
 def refuse_experts(names: Sequence[str]) -> None:
     """Raises UserError for layers that some ranks' tokens may pass and others' not: ranks would wait for each other, or
-    exchange the gradients of different experts."""
+    exchange the gradients of different experts.
+    """
     expert = next((name for name in names if re.search(r"\.experts\.\d+\.", name)), None)
     if expert:
         raise UserError(

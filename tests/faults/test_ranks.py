@@ -72,7 +72,7 @@ def test_zero3_ranks_that_are_killed_end_bit_identical_and_name_the_dead(options
 
 
 @pytest.mark.parametrize(
-    "ranks, placement", [(1, REPLICATED), (4, REPLICATED), (4, SHARDED)], ids=["1", "4", "4sharded"]
+    ("ranks", "placement"), [(1, REPLICATED), (4, REPLICATED), (4, SHARDED)], ids=["1", "4", "4sharded"]
 )
 def test_a_checkpoint_of_two_sharded_ranks_goes_on_with_others(ranks, placement, options, uninterrupted, tmp_path):
     before = uninterrupted(2, SHARDED)

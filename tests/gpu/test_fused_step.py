@@ -136,7 +136,8 @@ def test_a_fused_step_of_transient_deltas_is_an_update_and_touches_no_weight(met
 
 @pytest.mark.parametrize("products", [dense_products, picked_entries, sampled_dots, small_tiles])
 @pytest.mark.parametrize(
-    "method, transient, fused", [("ag", False, True), ("ma", False, True), ("ma", True, True), ("ag", True, False)]
+    ("method", "transient", "fused"),
+    [("ag", False, True), ("ma", False, True), ("ma", True, True), ("ag", True, False)],
 )
 def test_between_backward_and_drop_nothing_waits_for_the_device(products, method, transient, fused) -> None:
     timer = lambda work: float(work.func is dense_products)  # whatever there is beside the plain path is faster

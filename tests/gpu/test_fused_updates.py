@@ -41,7 +41,7 @@ def written_into(entries: Entries, dtype: torch.dtype, deltas: Tensor) -> Tensor
     return weight
 
 
-@pytest.mark.parametrize("betas, eps, decay", SETTINGS)
+@pytest.mark.parametrize(("betas", "eps", "decay"), SETTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 150, 390])
 def test_adamw_in_one_pass_is_the_plain_update_and_writes_the_weight(betas, eps, decay, dtype, count) -> None:
@@ -128,7 +128,7 @@ def test_state_of_bf16_is_rounded_once_and_the_weight_gets_the_stored_delta(upda
 
 
 @pytest.mark.parametrize("update", ["adamw", "sm3"])
-@pytest.mark.parametrize("start, stop", [(0, 390), (100, 200), (0, 7), (383, 390), (200, 200)])
+@pytest.mark.parametrize(("start", "stop"), [(0, 390), (100, 200), (0, 7), (383, 390), (200, 200)])
 def test_a_part_of_a_sharded_weight_is_written_and_all_entries_are_updated(update: str, start: int, stop: int) -> None:
     entries, results = some_entries(WEIGHT, 120), []
     flat = entries.flat()

@@ -50,7 +50,7 @@ def seconds_of(*works: Callable[[], None]) -> list[float]:
     return [statistics.median(times[5:]) for times in trials]
 
 
-@pytest.mark.parametrize("rows, width, counts", CASES)
+@pytest.mark.parametrize(("rows", "width", "counts"), CASES)
 def test_no_path_is_refused_and_the_chosen_one_is_never_slower_than_the_plain_one(path, rows, width, counts) -> None:
     measurement = path.measure(rows, width, TOKENS, counts, torch.bfloat16)
     print(rows, width, counts, measurement)
@@ -60,7 +60,7 @@ def test_no_path_is_refused_and_the_chosen_one_is_never_slower_than_the_plain_on
     assert chosen <= 1.05 * plain, measurement
 
 
-@pytest.mark.parametrize("rows, width, counts", CASES)
+@pytest.mark.parametrize(("rows", "width", "counts"), CASES)
 def test_every_path_is_exact_gives_the_same_bits_again_and_waits_for_nothing(path, rows, width, counts) -> None:
     left, right, wanted = a_case(rows, width, counts)
     product = (left.double().t() @ right.double()).view(-1)

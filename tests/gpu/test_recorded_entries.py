@@ -49,7 +49,7 @@ PATHS = [sampled_dots, small_tiles, picked_entries]
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("tokens, rows, width, count", SHAPES)
+@pytest.mark.parametrize(("tokens", "rows", "width", "count"), SHAPES)
 def test_recorded_entries_are_those_of_the_dense_gradient(path, tokens, rows, width, count) -> None:
     left, right, entries = drawn(1, tokens, rows), drawn(2, tokens, width), some_entries((rows, width), count)
     out = gradient_by(path, left, right, entries)

@@ -35,6 +35,7 @@ def run(
 
     Args:
         limit_steps: steps that must pass in the search for the smallest limit (paper, section 4.3); None: no search.
+
     Raises:
         UserError: a contestant cannot run here.
     """

@@ -60,6 +60,7 @@ def choose(methods: Sequence[str], variants: Sequence[str], grids: Sequence[str]
         methods: names of METHODS; none: all of them.
         variants: `NAME=METHOD,option=value,...` each.
         grids: `NAME=rate,rate,...` each.
+
     Raises:
         UserError: an unknown name or option, a name that is taken, or a rate that is none.
     """

@@ -69,6 +69,7 @@ def measure(settings: Settings, folder: Path, *, processes: int, say: Callable[[
     Args:
         processes: that run at the same time, sharing the cores; 1: in this process.
         say: told of every finished run.
+
     Raises:
         UserError: base, data, options or PEFT are not as they must be; nothing has run then.
     """

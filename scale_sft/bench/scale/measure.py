@@ -188,7 +188,8 @@ def of_cycle(records: Sequence[Mapping[str, Any]], config: Config) -> dict[str, 
 
 def modelled(planner: Planner, worlds: Worlds, ranks: int) -> dict[str, Any]:
     """`sent_bytes`: what a rank sends per step, by purpose, with ring algorithms; `modelled_payload_bytes`: what it
-    gives into collectives; `modelled_memory_bytes`: its memory at the peak of a step. By `scale-sft plan`."""
+    gives into collectives; `modelled_memory_bytes`: its memory at the peak of a step. By `scale-sft plan`.
+    """
     config = worlds.config(ranks)
     plan = planner.plan(config, gpus=ranks)
     return {

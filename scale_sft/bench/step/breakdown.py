@@ -144,6 +144,7 @@ def breakdown(base: Base, method: str, batches: Batches, steps: int) -> dict[str
 
     Args:
         steps: plain steps; the median of each piece counts.
+
     Returns:
         `pieces` by name and their `seconds` together; `reallocation`: seconds of one interval, `propose` (the step that
         proposes, with what it forms and gathers more than plain ones: the whole product, for one), `estimate` (likewise

@@ -166,7 +166,7 @@ def _breakdown(groups: Mapping[tuple[int, str], Sequence[Row]]) -> Figure:
     """One stacked bar for each of our contestants in each case: shares of a step."""
     rows = [row for group in groups.values() for row in group]
     pieces = [*dict.fromkeys(piece for row in rows for piece in row["result"]["breakdown"]["pieces"]), "reallocation"]
-    shades = CYCLE + [GREY, "#5b6b7d", "#c2a5e8", "#7fc7a5"]
+    shades = [*CYCLE, GREY, "#5b6b7d", "#c2a5e8", "#7fc7a5"]
     figure, axes = _panels([len(group) for group in groups.values()])
     for ax, ((_, case), group) in zip(axes, groups.items(), strict=True):
         for place, row in enumerate(group):

@@ -18,6 +18,7 @@ def top_k_magnitude(values: Tensor, k: int) -> Tensor:
     Args:
         values: [N] floating point, any device; no number (NaN) counts as smaller than any.
         k: 0 <= k <= N.
+
     Raises:
         ValueError: k is out of range.
     """

@@ -17,7 +17,7 @@ BLOCK = 128  # entries of a row taken at once
 
 @triton.jit
 def pick_kernel(gradient, row_starts, columns, out, width, BLOCK: tl.constexpr):
-    """out += the recorded entries of one row of gradient [R, C]."""
+    """Out += the recorded entries of one row of gradient [R, C]."""
     row = tl.program_id(0)
     last = tl.load(row_starts + row + 1)
     gradient_row = gradient + row.to(tl.int64) * width
@@ -38,6 +38,7 @@ def picked_entries(left: Tensor, right: Tensor, wanted: Wanted) -> None:
     Args:
         left: [T, R], right: [T, C]; fp32, bf16 or fp16, both the same.
         wanted: see `Wanted`; on the device of the factors.
+
     Raises:
         ValueError: shapes or dtypes do not belong together.
     """

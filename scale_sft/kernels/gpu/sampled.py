@@ -62,6 +62,7 @@ def sampled_dots(left: Tensor, right: Tensor, wanted: Wanted) -> None:
     Args:
         left: [T, R], right: [T, C]; fp32, bf16 or fp16, both the same.
         wanted: see `Wanted`; on the device of the factors.
+
     Raises:
         ValueError: shapes or dtypes do not belong together.
     """

@@ -48,7 +48,7 @@ def add_recorded(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out += what is recorded of this tile, PICKS entries of each row at a time."""
+    """Out += what is recorded of this tile, PICKS entries of each row at a time."""
     local_row = tl.arange(0, BLOCK_R)
     row = first_row + local_row
     low = tl.load(row_starts + row, mask=row < rows, other=0)
@@ -144,6 +144,7 @@ def product_entries(left: Tensor, right: Tensor, wanted: Wanted, tile: Tile | No
         left: [T, R], right: [T, C]; fp32, bf16 or fp16, both the same.
         wanted: see `Wanted`; on the device of the factors.
         tile: how to cut the work; None: the first of `TILES`, or `FP32_TILE`.
+
     Raises:
         ValueError: shapes or dtypes do not belong together.
     """

@@ -204,7 +204,7 @@ def test_the_page_shows_the_newest_settings_and_the_newest_row_of_each_run(tmp_p
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         (["--methods", "our-ag"], "did you mean 'ours-ag'?"),
         (["--learning-rates", "ours-gg=1"], "did you mean 'ours-"),

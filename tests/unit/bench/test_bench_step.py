@@ -105,7 +105,7 @@ def test_the_breakdown_has_all_pieces_and_they_add_up(everybody):
     assert not hasattr(WeightTap.input_gradient, "__wrapped__") and not hasattr(contestants.forward, "__wrapped__")
 
 
-@pytest.mark.parametrize("d_w, gather, more", [(5.0, 1.5, 3.0 + 0.5), (5.0, 0.5, 3.0), (1.0, 1.5, 0.5)])
+@pytest.mark.parametrize(("d_w", "gather", "more"), [(5.0, 1.5, 3.0 + 0.5), (5.0, 0.5, 3.0), (1.0, 1.5, 0.5)])
 def test_products_that_only_an_estimation_phase_forms_are_a_cost_of_reallocation(case, monkeypatch, d_w, gather, more):
     def scripted(watch, trainer, step, batches, number):
         phase = trainer.tuning.schedule.phase(step)
@@ -176,7 +176,7 @@ class RecordedBatches:
         return self.batch
 
 
-@pytest.mark.parametrize("method, dtype", [("ag", "float32"), ("ag", "bfloat16"), ("ma", "float32")])
+@pytest.mark.parametrize(("method", "dtype"), [("ag", "float32"), ("ag", "bfloat16"), ("ma", "float32")])
 def test_our_step_is_that_of_the_trainer_bit_for_bit(session, case, tiny_model, method, dtype):
     from scale_sft.train import forward_backward
 
@@ -267,7 +267,7 @@ def test_an_interrupt_leaves_the_rows_of_finished_rounds(run, case, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    "settings, names, message",
+    ("settings", "names", "message"),
     [
         ({}, ["peft-lara"], "unknown contestant 'peft-lara'; did you mean 'peft-lora'"),
         ({"length": 129}, None, "length: got 129, but the base has positions for 128 tokens only"),
@@ -314,7 +314,7 @@ def test_the_command_takes_lists_and_writes_the_page(case, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "device, dtype, length, faster",
+    ("device", "dtype", "length", "faster"),
     [
         ("cpu", "bfloat16", 256, "eager"),
         ("cpu", "bfloat16", 257, "sdpa"),

@@ -6,7 +6,7 @@ from scale_sft.version import __version__
 
 
 @pytest.mark.parametrize(
-    "arguments, expected",
+    ("arguments", "expected"),
     [
         (["mergee", "x"], "did you mean 'merge'?"),
         (["merge", "x", "--outptu", "y"], "--output"),

@@ -64,7 +64,7 @@ def test_every_option_has_one_name_a_meaning_and_a_default_that_passes_its_own_c
 
 
 @pytest.mark.parametrize(
-    "given, nearest", [("densty", "density"), ("learning_rat", "learning_rate"), ("outputdir", "output_dir")]
+    ("given", "nearest"), [("densty", "density"), ("learning_rat", "learning_rate"), ("outputdir", "output_dir")]
 )
 def test_an_unknown_option_names_the_nearest(given: str, nearest: str) -> None:
     assert f"did you mean '{nearest}'?" in mistakes({given: "1", "density": "0.1"})
@@ -95,7 +95,7 @@ def test_a_density_that_is_no_number_is_refused(density: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options, got",
+    ("options", "got"),
     [
         ({}, "got none"),
         ({"density": 0.1, "tunable_weights": 100}, "got density 0.1 and tunable_weights 100"),
@@ -108,7 +108,7 @@ def test_exactly_one_budget_must_be_given(options: dict, got: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options, expected",
+    ("options", "expected"),
     [
         ({"method": "agg"}, "did you mean 'ag'?"),
         ({"steps": "ten"}, "steps: got 'ten', expected a whole number"),
@@ -138,7 +138,7 @@ def test_all_mistakes_are_told_together() -> None:
 
 
 @pytest.mark.parametrize(
-    "text, expected",
+    ("text", "expected"),
     [("- 1\n- 2\n", "expected sections"), ("a: [1\n", "not readable as YAML"), ("sparse: 3\n", "expected options")],
 )
 def test_a_recipe_that_is_no_recipe_is_one_error(recipe, text: str, expected: str) -> None:

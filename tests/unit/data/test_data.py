@@ -62,7 +62,7 @@ def test_target_tokens_leave_out_the_first_of_a_sequence() -> None:
 
 
 @pytest.mark.parametrize(
-    "text, expected",
+    ("text", "expected"),
     [
         ("", "is empty"),
         ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", compl', "line 2: not JSON"),

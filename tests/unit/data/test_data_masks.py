@@ -127,7 +127,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_unless_it_has_marks(t
     marked = "{% if turn['role'] == 'assistant' %}{% generation %}" + body + "{% endgeneration %}{% else %}" + body
     made.chat_template = "{% for turn in messages %}" + marked + "{% endif %}{% endfor %}"
     ids, counted = seen_and_counted(load_examples(source, "train", made, config(tmp_path), None))
-    assert made.decode([token for token, counts in zip(ids, counted) if counts]) == "...</s>No\nmore</s>"
+    assert made.decode([token for token, counts in zip(ids, counted, strict=False) if counts]) == "...</s>No\nmore</s>"
 
 
 def config(tmp_path: Path, **options) -> DataConfig:
@@ -145,7 +145,7 @@ def test_loss_on_says_which_turns_of_a_prompt_of_messages_count(loss_on, counted
         ids, counts = seen_and_counted(
             load_examples(source, "train", tokenizer, config(tmp_path, loss_on=loss_on), None)
         )
-        chosen = tokenizer.decode([token for token, counts_ in zip(ids, counts) if counts_])
+        chosen = tokenizer.decode([token for token, counts_ in zip(ids, counts, strict=False) if counts_])
         assert chosen == (counted or tokenizer.decode(ids))
 
 
@@ -164,7 +164,7 @@ def test_formats_are_recognised_from_their_columns(row, whole, counted, tokenize
     source += "?prompt=question&completion=answer" if "question" in row else ""
     ids, counts = seen_and_counted(load_examples(source, "train", tokenizer, config(tmp_path), None))
     assert tokenizer.decode(ids) == whole
-    assert tokenizer.decode([token for token, counts_ in zip(ids, counts) if counts_]) == counted
+    assert tokenizer.decode([token for token, counts_ in zip(ids, counts, strict=False) if counts_]) == counted
 
 
 def test_alpaca_rows_are_text_where_there_is_no_chat_template(tokenizer, tmp_path):

@@ -49,7 +49,7 @@ def exact(left: torch.Tensor, right: torch.Tensor, entries: Entries) -> torch.Te
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "tokens, rows, width, count",
+    ("tokens", "rows", "width", "count"),
     [(1, 3, 5, 1), (37, 9, 40, 11), (300, 64, 48, 3072), (513, 33, 100, 700), (5, 400, 2, 7), (3, 2, 70_000, 900)],
 )
 def test_entries_are_those_of_the_exact_product(tokens, rows, width, count, dtype, sampled, threads):
@@ -167,7 +167,7 @@ def compiler(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script, said",
+    ("script", "said"),
     [
         (None, "no C compiler '.*' .set CC to one"),
         ("echo 'error: unknown argument: -march=native' >&2; exit 1", "failed: error: unknown argument"),
@@ -193,7 +193,7 @@ def test_without_a_compiler_that_works_a_run_is_plain_torch_and_says_why(
 
 
 @pytest.mark.parametrize(
-    "cc, folder, said",
+    ("cc", "folder", "said"),
     [
         ('gcc "', None, "No closing quotation"),
         ("{tmp}/mute", None, "failed: no reason given"),

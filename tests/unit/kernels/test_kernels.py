@@ -265,7 +265,7 @@ def test_dot_products_and_updates_spill_nothing_and_updates_round_as_ieee_754_as
 @pytest.mark.slow
 @pytest.mark.parametrize("compiling", [H100], indirect=True)
 @pytest.mark.parametrize(
-    "tokens, rows, width, count, dtype",
+    ("tokens", "rows", "width", "count", "dtype"),
     [(100, 1, 128, 50, torch.bfloat16), (1, 64, 1, 30, torch.float16), (33, 17, 70000, 1, torch.float32)],
 )
 def test_sizes_of_one_and_wide_weights_compile_too(compiling, tokens, rows, width, count, dtype) -> None:

@@ -65,7 +65,7 @@ def test_a_mixed_step_is_the_fp32_step_whose_first_moment_is_rounded_once():
     assert torch.equal(own.state_of(name)["exp_avg_sq"], exp_avg_sq)
 
 
-@pytest.mark.parametrize("way, tolerance", [("mixed", 0.01), ("int8", 0.1)])
+@pytest.mark.parametrize(("way", "tolerance"), [("mixed", 0.01), ("int8", 0.1)])
 def test_deltas_stay_close_to_those_of_fp32_moments(way, tolerance):
     exact, own = trained("float32", 200).store.flat, trained(way, 200).store.flat
     assert 0 < float((own - exact).norm() / exact.norm()) < tolerance

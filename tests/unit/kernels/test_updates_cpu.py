@@ -80,7 +80,7 @@ def threads(request, set_threads):
     set_threads(request.param)
 
 
-@pytest.mark.parametrize("betas, eps, decay", SETTINGS)
+@pytest.mark.parametrize(("betas", "eps", "decay"), SETTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["adamw", "sm3"])
 @pytest.mark.parametrize("count", [1, 150, 1500, 3330])
@@ -135,7 +135,7 @@ def test_state_of_bf16_is_rounded_once_and_the_weight_gets_the_stored_delta(kind
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sm3"])
-@pytest.mark.parametrize("start, stop", [(0, 3330), (900, 1800), (0, 7), (3321, 3330), (1000, 1000)])
+@pytest.mark.parametrize(("start", "stop"), [(0, 3330), (900, 1800), (0, 7), (3321, 3330), (1000, 1000)])
 def test_a_part_of_a_sharded_weight_is_written_and_all_entries_are_updated(kind, start, stop):
     entries = some(SHAPE, 1200)
     flat = entries.flat()
@@ -146,7 +146,11 @@ def test_a_part_of_a_sharded_weight_is_written_and_all_entries_are_updated(kind,
     for written in (None, Written(whole, base), Written(part, base[first:last].clone(), start, first)):
         states.append(State(kind, entries))
         states[-1].in_c(written)
-    assert all(torch.equal(one, other) for state in states[1:] for one, other in zip(states[0].moved, state.moved))
+    assert all(
+        torch.equal(one, other)
+        for state in states[1:]
+        for one, other in zip(states[0].moved, state.moved, strict=False)
+    )
     assert torch.equal(part, whole.view(-1)[start:stop])
 
 

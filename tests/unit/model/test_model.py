@@ -47,7 +47,7 @@ def test_shapes_are_those_of_the_stored_weights(load, architecture: str) -> None
 
 
 @pytest.mark.parametrize(
-    "wanted, count",
+    ("wanted", "count"),
     [
         (("q_proj",), 2),
         (("q_proj", "v_proj"), 4),

@@ -89,7 +89,7 @@ def assert_same_run(mine: Path, other: Path, tolerance: float = 1e-6):
         assert same, name
 
 
-@pytest.mark.parametrize("kind,method", [("nf4", "ag"), ("int8", "ma"), ("fp4", "static")])
+@pytest.mark.parametrize(("kind", "method"), [("nf4", "ag"), ("int8", "ma"), ("fp4", "static")])
 def test_a_run_equals_the_run_on_the_base_dequantised_beforehand(
     train_run, tiny_model, tmp_path, pairs_file, kind, method
 ):

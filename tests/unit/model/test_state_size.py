@@ -22,7 +22,7 @@ def wide_base(tmp_path_factory, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "method, options, most",
+    ("method", "options", "most"),
     [
         ("ag", {}, 20),
         ("static", {}, 20),

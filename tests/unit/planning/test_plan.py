@@ -21,7 +21,7 @@ def placement(run_options, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "free_bytes, ranks, name", [(1 << 40, 1, "replicate"), (1 << 40, 4, "replicate"), (1000, 4, "shard")]
+    ("free_bytes", "ranks", "name"), [(1 << 40, 1, "replicate"), (1 << 40, 4, "replicate"), (1000, 4, "shard")]
 )
 def test_a_base_is_replicated_where_it_fits_and_sharded_where_it_does_not(placement, free_bytes, ranks, name) -> None:
     chosen = placement(free_bytes, ranks)

@@ -17,10 +17,10 @@ from scale_sft.planning.meta_trace import step_memory
 from scale_sft.planning.planner import GIB, Planner
 from scale_sft.planning.suggestions import smallest_change
 
-LLAMA = dict(
-    vocab_size=4096, hidden_size=512, intermediate_size=1376, num_hidden_layers=6, num_attention_heads=8,
-    num_key_value_heads=4, max_position_embeddings=512, bos_token_id=256, eos_token_id=257, pad_token_id=258,
-)  # fmt: skip
+LLAMA = {
+    "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "max_position_embeddings": 512, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
+}  # fmt: skip
 
 
 def command(*arguments):
@@ -37,7 +37,7 @@ def test_a_deep_model_is_traced_as_its_first_blocks_say() -> None:
     deep = LlamaConfig(**{**LLAMA, "num_hidden_layers": 9})
     from scale_sft.planning import meta_trace as planner_trace
 
-    options = dict(sequences=2, tokens=64)
+    options = {"sequences": 2, "tokens": 64}
     found = step_memory(deep, torch.float32, **options)
     whole = planner_trace._trace(deep, torch.float32, 2, 64, None, {}, True, False, "sdpa", False)
     assert vars(found) == pytest.approx(vars(whole), rel=0.01)
@@ -104,20 +104,20 @@ def test_wrong_requests_are_told() -> None:
 
 # fmt: off
 MEASURED = {
-    "llama": dict(model="llama", dtype="float32", density=0.02, global_batch_size=2),
-    "llama in bf16": dict(model="llama", dtype="bfloat16", density=0.02, global_batch_size=2),
-    "checkpointing": dict(
-        model="llama", dtype="float32", density=0.02, global_batch_size=4, gradient_checkpointing=True
-    ),
-    "SM3, two micro-steps": dict(
-        model="llama", dtype="float32", method="ma", density=0.05, global_batch_size=4, micro_batch_size=2
-    ),
-    "many deltas": dict(
-        model="llama", dtype="float32", density=0.2, global_batch_size=1, steps=2, estimation_steps=2,
-        update_interval_steps=2,
-    ),  # candidates are all there from the second step of their phase on
-    "transposed weights": dict(model="gpt2", dtype="float32", density=0.02, global_batch_size=2),
-    "eager attention": dict(model="llama", dtype="float32", rank_equivalent=8, global_batch_size=1, attention="eager"),
+    "llama": {"model": "llama", "dtype": "float32", "density": 0.02, "global_batch_size": 2},
+    "llama in bf16": {"model": "llama", "dtype": "bfloat16", "density": 0.02, "global_batch_size": 2},
+    "checkpointing": {
+        "model": "llama", "dtype": "float32", "density": 0.02, "global_batch_size": 4, "gradient_checkpointing": True
+    },
+    "SM3, two micro-steps": {
+        "model": "llama", "dtype": "float32", "method": "ma", "density": 0.05, "global_batch_size": 4, "micro_batch_size": 2
+    },
+    "many deltas": {
+        "model": "llama", "dtype": "float32", "density": 0.2, "global_batch_size": 1, "steps": 2, "estimation_steps": 2,
+        "update_interval_steps": 2,
+    },  # candidates are all there from the second step of their phase on
+    "transposed weights": {"model": "gpt2", "dtype": "float32", "density": 0.02, "global_batch_size": 2},
+    "eager attention": {"model": "llama", "dtype": "float32", "rank_equivalent": 8, "global_batch_size": 1, "attention": "eager"},
 }
 # fmt: on
 

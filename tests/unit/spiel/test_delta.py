@@ -13,13 +13,13 @@ ROOT = Path(__file__).parents[3]
 SHAPES = {"a": (8, 16), "b": (5, 7), "c": (64, 32)}
 
 
-@pytest.mark.parametrize("shape, k", [((8, 16), 1), ((8, 16), 40), ((8, 16), 128), ((300, 300), 100), ((3, 1), 2)])
+@pytest.mark.parametrize(("shape", "k"), [((8, 16), 1), ((8, 16), 40), ((8, 16), 128), ((300, 300), 100), ((3, 1), 2)])
 def test_random_indices_are_sorted_unique_and_inside(shape: tuple[int, int], k: int) -> None:
     for seed in range(5):
         indices = random_indices(shape, k, seed, "w")
         assert indices.shape == (k,)
         assert bool((indices[1:] > indices[:-1]).all())
-        assert 0 <= int(indices[0]) and int(indices[-1]) < shape[0] * shape[1]
+        assert int(indices[0]) >= 0 and int(indices[-1]) < shape[0] * shape[1]
 
 
 def test_random_indices_cover_a_weight_evenly() -> None:

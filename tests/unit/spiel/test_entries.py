@@ -25,7 +25,9 @@ def test_entries_give_back_the_indices_they_were_made_from(shape, density, piece
     indices = random_indices(shape, count, 0, "w")
     entries = Entries(indices, shape)
     assert torch.equal(entries.flat().long(), indices) and entries.flat().dtype is torch.int32
-    found = [torch.cat(parts) for parts in zip(*((row, column) for _, row, column in entries.coordinates()))]
+    found = [
+        torch.cat(parts) for parts in zip(*((row, column) for _, row, column in entries.coordinates()), strict=False)
+    ]
     assert torch.equal(found[0], indices // shape[1]) and torch.equal(found[1], indices % shape[1])
     starts, columns = entries.csr()
     rows = torch.repeat_interleave(torch.arange(shape[0]), starts.diff().long())

@@ -22,7 +22,7 @@ def gradients(seed: int, count: int, n: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "learning_rate, betas, eps, weight_decay",
+    ("learning_rate", "betas", "eps", "weight_decay"),
     [(1e-3, (0.9, 0.999), 1e-8, 0.0), (1e-2, (0.9, 0.95), 1e-6, 0.1), (0.5, (0.0, 0.99), 1e-8, 0.3)],
 )
 def test_with_equal_ages_adamw_is_that_of_torch_bit_for_bit(learning_rate, betas, eps, weight_decay) -> None:
@@ -151,7 +151,7 @@ def dense_sm3(weight: Tensor, gradient: Tensor, row: Tensor, col: Tensor, lr: fl
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-@pytest.mark.parametrize("shape, active", [((9, 11), 20), ((9, 11), 99), ((1, 30), 7), ((30, 1), 30)])
+@pytest.mark.parametrize(("shape", "active"), [((9, 11), 20), ((9, 11), 99), ((1, 30), 7), ((30, 1), 30)])
 def test_sm3_is_dense_sm3_restricted_to_the_active_entries(shape, active: int, decay: float) -> None:
     store = DeltaStore({"w": shape}, {"w": active})
     own, delta = SM3(store, eps=1e-8, weight_decay=decay), store["w"]

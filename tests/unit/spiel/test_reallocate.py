@@ -159,7 +159,7 @@ def test_the_number_of_active_entries_never_changes_and_indices_stay_sorted(meth
         for delta in tuning.store:
             assert delta.active == active[delta.name] == delta.deltas.numel() == delta.cohort.numel()
             assert bool((delta.indices[1:] > delta.indices[:-1]).all())
-            assert 0 <= int(delta.indices[0]) and int(delta.indices[-1]) < delta.numel
+            assert int(delta.indices[0]) >= 0 and int(delta.indices[-1]) < delta.numel
             new = torch.tensor([index not in before[delta.name] for index in delta.indices.tolist()])
             assert bool((delta.deltas[new] == 0).all())
             assert torch.equal(new, delta.cohort == turnover.number)

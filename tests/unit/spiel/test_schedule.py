@@ -12,17 +12,17 @@ def schedule(total: int, interval: int, estimation: int, **more) -> Reallocation
     return ReallocationSchedule(total_steps=total, update_interval_steps=interval, estimation_steps=estimation, **more)
 
 
-@pytest.mark.parametrize("total, interval, estimation", LENGTHS)
+@pytest.mark.parametrize(("total", "interval", "estimation"), LENGTHS)
 def test_reallocation_happens_at_g_and_every_s_steps_after(total: int, interval: int, estimation: int) -> None:
     assert schedule(total, interval, estimation).reallocations() == list(range(estimation, total + 1, interval))
 
 
-@pytest.mark.parametrize("total, interval, estimation", LENGTHS)
+@pytest.mark.parametrize(("total", "interval", "estimation"), LENGTHS)
 def test_the_g_steps_that_end_at_a_reallocation_estimate_and_the_first_proposes(total, interval, estimation) -> None:
     plan = schedule(total, interval, estimation)
-    expected = {step: Phase.OFF for step in range(1, total + 1)}
+    expected = dict.fromkeys(range(1, total + 1), Phase.OFF)
     for end in plan.reallocations():
-        expected |= {step: Phase.ESTIMATE for step in range(end - estimation + 1, end + 1)}
+        expected |= dict.fromkeys(range(end - estimation + 1, end + 1), Phase.ESTIMATE)
         expected[end - estimation + 1] = Phase.PROPOSE
     assert {step: plan.phase(step) for step in expected} == expected
 
@@ -67,7 +67,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_linearly() -> None:
     assert falls == pytest.approx([1 / 90] * len(falls))
 
 
-@pytest.mark.parametrize("decay, last", [("constant", 2.0), ("cosine", 0.0), ("linear", 0.0)])
+@pytest.mark.parametrize(("decay", "last"), [("constant", 2.0), ("cosine", 0.0), ("linear", 0.0)])
 def test_each_decay_keeps_within_the_peak(decay: str, last: float) -> None:
     rate = LearningRateSchedule(peak=2.0, total_steps=1000, warmup_fraction=0.0, decay=decay)
     rates = [rate.at(step) for step in range(1, 1001)]

@@ -147,7 +147,7 @@ def break_the_loss(monkeypatch, at_call: int, value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("method, step", [("ag", 1), ("ag", 3), ("ag", 4), ("ma", 2)])
+@pytest.mark.parametrize(("method", "step"), [("ag", 1), ("ag", 3), ("ag", 4), ("ma", 2)])
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_deltas(
     train_run, monkeypatch, tmp_path, value: float, method: str, step: int
 ) -> None:
@@ -320,7 +320,7 @@ def test_the_command_trains_from_any_folder(run_cli, run_options) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "train_data, eval_data, method, rate",
+    ("train_data", "eval_data", "method", "rate"),
     [
         ("t0_train.jsonl", "t0_eval.jsonl", "ag", 1e-2),
         ("gsm8k_train_messages.jsonl", "gsm8k_test_messages.jsonl", "ma", 5e-2),
