@@ -20,9 +20,9 @@ from .world import World
 def leave(message: str, status: int = 1, patience_seconds: float = 15) -> NoReturn:
     """End this process with a message, printed only once where every rank hit the same error.
 
-    The launcher ends all ranks when the first one ends, so the others wait for rank 0 to speak. A rank still alive after
-    `patience_seconds` hit a different error; it prints that error with its rank and host. With `SAVED_STATUS` the file
-    $SCALE_SFT_REQUEUE_FILE is created: `accelerate launch` turns every status but 0 into 1.
+    The launcher ends all ranks when the first one ends, so the others wait for rank 0 to speak. A rank still alive
+    after `patience_seconds` hit a different error; it prints that error with its rank and host. With `SAVED_STATUS` the
+    file $SCALE_SFT_REQUEUE_FILE is created: `accelerate launch` turns every status but 0 into 1.
     """
     world = World.from_environment()
     if world.rank:
