@@ -26,7 +26,7 @@ from rich.table import Table
 from scale_sft.bench.contestants import CONTESTANTS, Contestant, impossible
 from scale_sft.bench.rows import Results
 from scale_sft.bench.workload import Base, Batches, Case
-from scale_sft.config.loading import unknown
+from scale_sft.config.spelling import unknown
 from scale_sft.errors import UserError
 
 from .breakdown import breakdown, synchronize
