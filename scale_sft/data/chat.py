@@ -10,10 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scale_sft.errors import UserError
+from scale_sft.errors import UserError, first_line
 from scale_sft.files import ASSETS
-
-from .sources import first_line
 
 SHIPPED_TEMPLATES = ASSETS / "templates"
 ROLES = ("system", "developer", "user", "assistant", "tool")
