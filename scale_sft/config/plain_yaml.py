@@ -6,7 +6,7 @@ YAML 1.1 would make a boolean of `off`, 83 of `0123`, 750 of `12:30`, and keep t
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -16,11 +16,6 @@ _NULL, _MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
 class _Loader(yaml.SafeLoader):
     """Reads maps, lists, null and text; refuses a key that is given twice."""
 
-    yaml_implicit_resolvers: ClassVar = {
-        **{first: [(_NULL, re.compile(r"(?:~|null|Null|NULL|)$"))] for first in ("~", "n", "N", "")},
-        "<": [(_MERGE, re.compile(r"<<$"))],
-    }
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
         for key, _ in node.value:
@@ -29,6 +24,13 @@ class _Loader(yaml.SafeLoader):
                 first = lines[key.value]
                 raise yaml.YAMLError(f"line {line}: '{key.value}' is given again, first in line {first}; keep one")
         return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    **{first: [(_NULL, re.compile(r"(?:~|null|Null|NULL|)$"))] for first in ("~", "n", "N", "")},
+    "<": [(_MERGE, re.compile(r"<<$"))],
+}
+"""By the first character of a scalar: null and merge keys are all that is recognised."""
 
 
 def read_yaml(text: str) -> Any:

@@ -47,8 +47,12 @@ class Metrics(AbstractContextManager):
         log_every_steps: int = 10,
         track: Callable[[dict[str, float | str], int], None] | None = None,
         console: Console | None = None,
+        held_out: Sequence[float] = (),
     ) -> None:
-        """`first_step`: optimizer steps done before this process (0 for a new run, the checkpoint's step on resume).
+        """Open the record of a run.
+
+        `first_step`: optimizer steps done before this process (0 for a new run, the checkpoint's step on resume);
+        `held_out`: the held-out losses measured before it, in order.
 
         Records that a dead run wrote after `first_step` are removed, so that the file never holds a step twice. The
         records of an earlier run into the same folder, when this one starts anew, move to `metrics.previous.jsonl`.
@@ -65,7 +69,7 @@ class Metrics(AbstractContextManager):
         self._total_steps, self._first_step, self._log_every_steps = total_steps, first_step, log_every_steps
         self._last_step = first_step
         self._last_logged_loss = math.nan
-        self._held_out: list[float] = []
+        self._held_out = list(held_out)
         self._window = _Window()
         self._pace = _Pace()
         self._started = time.perf_counter()
