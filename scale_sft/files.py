@@ -17,7 +17,7 @@ ASSETS = PACKAGE / "assets"
 """Data that ship with the package: the demo, model shapes, chat templates, benchmark tasks."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write(temporary path)` produce the file, then give it its name. Nothing is left behind on failure."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -33,14 +33,17 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file (UTF-8), whole or not at all."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
+    """Write a binary file, whole or not at all."""
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object as JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
