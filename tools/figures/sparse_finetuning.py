@@ -98,7 +98,7 @@ def strip(ax: Axes, left: float, deltas: dict[int, float], marks: dict[int, str]
         fill = PAPER if mark else shade(delta)
         cells(ax, [(x, DELTAS)], facecolor=fill, **({"edgecolor": mark, "linewidth": 1.4} if mark else {}))
         ax.text(x + 0.5, INDICES + 0.47, f"{index}", ha="center", va="center", fontsize=8.2, color=mark or INK)
-        number = f"{10 * delta:.0f}".replace("-", "−")
+        number = f"{10 * delta:.0f}".replace("-", "\N{MINUS SIGN}")
         pale = not mark and abs(delta) > 0.55
         ax.text(x + 0.5, DELTAS + 0.47, number, ha="center", va="center", fontsize=8.2,
                 color=mark or (PAPER if pale else INK))  # fmt: skip
@@ -139,7 +139,7 @@ def draw() -> Figure:
     heading(ax, third, "Drop", "the smallest deltas leave", DROPPED)
     base(ax, third, 0.1)
     active(ax, third, SURVIVING)
-    marked(ax, third, DROP, "×", DROPPED)
+    marked(ax, third, DROP, "\N{MULTIPLICATION SIGN}", DROPPED)
     strip(ax, third, UPDATED, dict.fromkeys(DROP, DROPPED))
 
     heading(ax, fourth, "Grow", "where gradients are largest", GROWN)
