@@ -9,4 +9,5 @@ heartbeat   which rank has stopped making progress
 tracking    experiment trackers
 signals     signals that ask a run to stop
 exit        end a process that joined a group
+launcher    accelerate launch, quietly
 """

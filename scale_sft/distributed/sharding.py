@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError
-from scale_sft.files import PACKAGE
+from scale_sft.files import LAUNCH_FILES
 from scale_sft.model.resident import WeightPart
 
 Fingerprints: TypeAlias = dict[str, tuple[int, int]]
+
+DEFAULT_DS_CONFIG = Path(__file__).with_name("zero3.json")
+"""The same settings as ds_configs/zero3.json, where a wheel has them too."""
 
 
 class Replicated:
@@ -194,16 +197,16 @@ def deepspeed_plugin(ds_config: str | None, dtype: torch.dtype) -> Any:
 
 
 def read_ds_config(path: str | None) -> dict[str, Any]:
-    """A DeepSpeed configuration: the given file, looked up from here and beside the package, or the shipped ZeRO-3.
+    """Read a DeepSpeed configuration: the given file, also by the path of a shipped one, or the default ZeRO-3.
 
     Raises:
         UserError: it is missing, no JSON, not stage 3, or keeps a second copy of the shards (hpZ, NVMe).
     """
-    root = PACKAGE.parent
-    wanted = Path(path) if path else root / "ds_configs" / "zero3.json"
-    found = next((place for place in (wanted, root / wanted) if place.is_file()), None)
+    wanted = Path(path).expanduser() if path else DEFAULT_DS_CONFIG
+    found = next((place for place in (wanted, LAUNCH_FILES / wanted) if place.is_file()), None)
     if found is None:
-        raise UserError(f"ds_config: no such file: {wanted}")
+        shipped = ", ".join(f"ds_configs/{file.name}" for file in sorted((LAUNCH_FILES / "ds_configs").glob("*.json")))
+        raise UserError(f"ds_config: no such file: {wanted}; shipped ones: {shipped}")
     try:
         settings = json.loads(found.read_text(encoding="utf-8"))
         zero = settings["zero_optimization"]

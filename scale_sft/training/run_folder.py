@@ -10,7 +10,7 @@ import socket
 from pathlib import Path
 from typing import IO, Any
 
-from scale_sft.adapters.format import Adapter, save_adapter
+from scale_sft.adapters.format import Adapter
 from scale_sft.config.loading import load, to_yaml
 from scale_sft.config.options import FREE, MAY_CHANGE, Config
 from scale_sft.errors import UserError, first_line
@@ -160,4 +160,4 @@ class RunFolder:
 
     def save_adapter(self, adapter: Adapter) -> None:
         """Write the result of the run."""
-        save_adapter(adapter, self.adapter)
+        adapter.save(self.adapter)
