@@ -1,4 +1,4 @@
-"""What is read and checked before any process group or weight: cheap checks come before expensive loads."""
+"""Everything that is read and checked before any process group or weight: cheap checks before expensive loads."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from scale_sft.spiel.budgets import budget
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known before any process group or weight: tokenizer, examples, model configuration, lengths."""
+    """The known facts before any process group or weight: tokenizer, examples, model configuration, lengths."""
 
     config: Config
     tokenizer: Any
@@ -47,7 +47,7 @@ class Inputs:
     steps: int
     placement: Placement
     row_tokens: int | None  # length of packed rows; None: one sequence per row
-    notes: tuple[str, ...] = ()  # what was done otherwise than usual
+    notes: tuple[str, ...] = ()  # for the user: what is done differently from what was asked
 
     def digests(self) -> dict[str, str]:
         """Digest the configuration and the tokenised data (SHA-256): ranks that differ must not train together."""
@@ -119,7 +119,7 @@ def read_inputs(config: Config) -> Inputs:
 
 
 def _with_writable_cache(data: DataConfig, run: Path) -> tuple[DataConfig, tuple[str, ...]]:
-    """Keep tokenised data in the run's folder where the usual cache cannot be written; returns what to say about it."""
+    """Keep tokenised data in the run's folder if the usual cache cannot be written; returns notes for the user."""
     usual = cache_folder(data)
     if data.cache_dir:
         return data, ()

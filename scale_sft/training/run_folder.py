@@ -74,7 +74,8 @@ class RunFolder:
             raise UserError(f"output_dir: {self.path} is a file. Fix: choose a folder")
         existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-            raise UserError(f"output_dir: {self.path} cannot be written: no permission in {existing}")
+            why = f"no permission in {existing}" if existing.is_dir() else f"{existing} is a file"
+            raise UserError(f"output_dir: {self.path} cannot be written: {why}. Fix: choose another folder")
         present = next((name for name in OWN_FILES if (self.path / name).exists()), None)
         if present is None:
             return

@@ -70,7 +70,7 @@ def test_a_rank_holds_half_of_the_base_and_never_much_more(tmp_path, hf_home):
     )  # fmt: skip
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base", max_shard_size="60MB")
-    AutoTokenizer.from_pretrained(ROOT / "scale_sft" / "demo" / "base").save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(ROOT / "scale_sft" / "assets" / "demo" / "base").save_pretrained(tmp_path / "base")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2, "the base must come in several files"
     done = probe("memory", tmp_path, hf_home, sharded=True, more_environment={"MALLOC_MMAP_THRESHOLD_": "65536"})
     assert done.returncode == 0, done.stderr[-4000:]

@@ -116,7 +116,7 @@ def test_a_checkpoint_is_small_and_holds_nothing_of_the_base(train_run, saving, 
 def test_a_run_that_never_saved_starts_afresh_and_says_so(stop_at, train_run, crashing_run, saving, capsys):
     crashing_run(stop_at, **saving)
     run = train_run(**saving)
-    assert "no checkpoint: starts afresh" in capsys.readouterr().out
+    assert "no checkpoint: starting from step 0" in capsys.readouterr().out
     assert steps_of(run) == [1, 2, 3, 4, 5, 6]
 
 
