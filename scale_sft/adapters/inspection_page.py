@@ -84,7 +84,7 @@ def magnitudes(found: Inspection) -> Figure:
     ax = figure.subplots()
     values = found.sample[found.sample > 0].numpy()
     if len(values):
-        ax.hist(values, bins=np.geomspace(values.min(), values.max() * 1.0001, 60), color=BLUE)
+        ax.hist(values, bins=np.geomspace(values.min(), values.max() * 1.0001, 60).tolist(), color=BLUE)
         ax.set_xscale("log")
     ax.set_xlabel("|delta|")
     ax.set_ylabel("entries (sampled)")
@@ -103,7 +103,7 @@ def densities(found: Inspection) -> Figure:
         grids["size"][place] = one.norm / max(1, one.active) ** 0.5
     figure = Figure(figsize=(WIDTH_INCHES, 1.4 + 0.56 * len(names)), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
-    labels = ["-" if layer is None else layer for layer in layers]
+    labels = ["-" if layer is None else str(layer) for layer in layers]
     heat_map(above, grids["density"], labels, names, "density", " %")
     heat_map(below, grids["size"], labels, names, "root mean square of the deltas", "")
     below.set_xlabel("layer")

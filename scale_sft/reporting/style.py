@@ -5,6 +5,7 @@ the report replaces by the colours of the reader's theme.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def figure_over_steps(run: Run | None, height: float, rows: int = 1) -> tuple[Fi
     return figure, axes
 
 
-def heat_map(ax: Axes, grid: np.ndarray, layers: list[int], kinds: list[str], title: str, unit: str) -> None:
+def heat_map(ax: Axes, grid: np.ndarray, layers: Sequence[int | str], kinds: list[str], title: str, unit: str) -> None:
     low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
     if is_uniform(grid):
         low, high = 0.0, high * 1.25 or 1.0

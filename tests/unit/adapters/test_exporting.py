@@ -7,6 +7,7 @@ import pytest
 import torch
 from adapter_factory import make_adapter
 from click.testing import CliRunner
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from scale_sft.adapters.export import export
@@ -105,9 +106,10 @@ def test_the_card_names_base_method_and_licence(tiny_model, tmp_path) -> None:
     adapter = make_adapter(tiny_model("llama"), tmp_path / "adapter")
     export(adapter, "shira", tmp_path / "out", licence="apache-2.0")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: peft\n")
+    head = ModelCard(card).data
+    assert (head.license, head.library_name, head.pipeline_tag) == ("apache-2.0", "peft", "text-generation")
     assert json.loads((adapter / "adapter_config.json").read_text())["base_hash"][:16] in card
-    assert "PeftModel.from_pretrained" in card and "| method | ag |" in card
+    assert 'PeftModel.from_pretrained(model, "out")' in card and "| method | ag |" in card
 
 
 def test_an_export_is_uploaded_whole(tiny_model, tmp_path, monkeypatch) -> None:
