@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from scale_sft.adapters.format import Adapter
 from scale_sft.adapters.merge import INDEX_FILE, BaseFiles
 from scale_sft.adapters.merge_packed import is_transposed, merge_quantized, unquantized_shapes
 from scale_sft.adapters.model_card import write_card
+from scale_sft.adapters.safetensors_writer import TensorReader, TensorWriter
 from scale_sft.config.loading import load
 from scale_sft.config.options import ModelConfig
 from scale_sft.data.cache import load_examples
@@ -26,9 +28,9 @@ from scale_sft.data.chat import use_template
 from scale_sft.data.examples import Examples
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.errors import UserError
-from scale_sft.files import new_folder, write_text
+from scale_sft.files import new_folder, write_atomically, write_text
 from scale_sft.model.loading import load_base, load_model_config, load_tokenizer, max_length
-from scale_sft.model.packed_weights import PackedWeight, is_quantized_layer, packed_weights
+from scale_sft.model.packed_weights import PackedWeight, packed_weights
 from scale_sft.model.quantization import resolve_quantization
 from scale_sft.model.transient import TransientDeltas, attach_transient_taps
 from scale_sft.spiel.deltas import DeltaStore
@@ -83,7 +85,8 @@ def merge_into_few_bits(adapter_folder: str | Path, output: str | Path, kind: st
         if adapter.info.get("chat_template"):
             write_text(merged / "chat_template.jinja", adapter.info["chat_template"])
         model = _load(merged, kind)
-        model.save_pretrained(work, state_dict=_with_stored_bytes(model, merged))  # scales are still in the layers
+        model.save_pretrained(work)  # before the scales are taken out of the layers
+        _keep_stored_bytes(work, merged)
         for path in merged.iterdir():
             if path.suffix in SMALL_FILES and path.name != INDEX_FILE and not (work / path.name).exists():
                 shutil.copyfile(path, work / path.name)
@@ -97,17 +100,27 @@ def merge_into_few_bits(adapter_folder: str | Path, output: str | Path, kind: st
     return f"merged model in {kind}: {output}\n{Loss(kind, *figures, losses)}"
 
 
-def _with_stored_bytes(model: nn.Module, merged: Path) -> dict[str, Tensor]:
-    """The state of a quantised model, in which what is not quantised has the bytes of `merged`: loading rounds it."""
-    packed = {f"{path}.weight" for path, module in model.named_modules() if is_quantized_layer(module)}
-    state = model.state_dict()
-    stored_at: dict[int, Tensor] = {}  # by address of the loaded tensor: tied ones stay one
+def _keep_stored_bytes(work: Path, merged: Path) -> None:
+    """Give tensors that were not quantised the bytes that they have in `merged`: loading has rounded some."""
     with BaseFiles(merged) as files:
-        for name, value in state.items():
-            stored = None if name in packed else files.find(name)
-            if stored is not None and files.dtype(stored) is not value.dtype:
-                stored_at[value.data_ptr()] = files.tensor(stored)
-    return {name: stored_at.get(value.data_ptr(), value) for name, value in state.items()}
+        for path in work.glob("*.safetensors"):
+            with TensorReader(path) as saved:
+                stored = {name: files.find(name) for name in saved.names if saved.dtype(name).is_floating_point}
+                rounded = {
+                    name: found
+                    for name, found in stored.items()
+                    if found is not None and files.dtype(found) is not saved.dtype(name)
+                }
+                if rounded:
+                    write_atomically(path, partial(_replace_tensors, saved, files, rounded))
+
+
+def _replace_tensors(saved: TensorReader, files: BaseFiles, names: Mapping[str, str], target: Path) -> None:
+    dtype_of = lambda name: files.dtype(names[name]) if name in names else saved.dtype(name)
+    specs = {name: (dtype_of(name), saved.shape(name)) for name in saved.names}
+    with TensorWriter(target, specs, saved.metadata) as writer:
+        for name in specs:
+            writer.write(name, files.tensor(names[name]) if name in names else saved.tensor(name))
 
 
 def _load(folder: Path, kind: str = "none") -> Any:
