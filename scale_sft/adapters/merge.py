@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scale_sft.data.turn_ends import write_taught_end
 from scale_sft.errors import UserError
 from scale_sft.files import new_folder, write_json, write_text
 from scale_sft.model.fingerprints import fingerprint
@@ -65,6 +66,7 @@ def merge(adapter_folder: str | Path, output: str | Path, base: str | None = Non
                 prints = files.rewrite(work, names, adapter, put_in)
             require_base(prints, adapter, f"merge: '{files.folder}' is not the base that the adapter was trained on")
             files.copy_small_files(work, adapter.info["dtype"])
+            write_taught_end(work, adapter.info)
             if adapter.info.get("chat_template"):
                 write_text(work / "chat_template.jinja", adapter.info["chat_template"])
     return Path(output)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scale_sft.config.options import ModelConfig
+from scale_sft.data.turn_ends import write_taught_end
 from scale_sft.errors import UserError
 from scale_sft.files import new_folder, write_atomically, write_json, write_text
 from scale_sft.model.fingerprints import combine_fingerprints, fingerprint
@@ -66,6 +67,7 @@ def merge_quantized(
 
         _write_weights(work, reference, value_of, model, dtype)
         _write_small_files(work, config, dtype)
+        write_taught_end(work, adapter.info)
         if adapter.info.get("chat_template"):
             write_text(work / "chat_template.jinja", adapter.info["chat_template"])
     return kept
