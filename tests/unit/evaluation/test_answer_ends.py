@@ -10,7 +10,7 @@ import torch
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, GenerationConfig
 
-from scale_sft.adapters.format import load_adapter
+from scale_sft.adapters.format import Adapter
 from scale_sft.adapters.merge import merge
 from scale_sft.config.options import DataConfig, ModelConfig
 from scale_sft.data.cache import load_examples
@@ -163,7 +163,7 @@ def test_the_end_that_the_data_teach_stands_in_the_merged_generation_config(
 ):
     assert EOT not in AutoTokenizer.from_pretrained(chat_base).all_special_ids
     run = train_run(base=str(chat_base), train_data=str(messages_file), max_length=128)
-    assert load_adapter(run / "adapter").info["end_token_id"] == EOT
+    assert Adapter.load(run / "adapter").info["end_token_id"] == EOT
     merge(run / "adapter", tmp_path / "merged")
     merged = GenerationConfig.from_pretrained(tmp_path / "merged")
     assert merged.eos_token_id == [257, EOT] and merged.pad_token_id == 258
