@@ -15,6 +15,9 @@ from scale_sft.errors import UserError
 PACKAGE = Path(__file__).parent
 ASSETS = PACKAGE / "assets"
 """Data that ship with the package: the demo, model shapes, chat templates, benchmark tasks."""
+_CARRIED = ASSETS / "launch_files"
+LAUNCH_FILES = _CARRIED if _CARRIED.is_dir() else PACKAGE.parent
+"""The folder of launch/ and ds_configs/: inside an installed wheel, otherwise the clone."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
