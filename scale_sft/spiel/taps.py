@@ -11,6 +11,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ class _TappedLinear(torch.autograd.Function):
     """The layer's forward under autograd. Only the input is kept: never the weight, nor anything of its size."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, anchor: Tensor, tap: WeightTap) -> Tensor:
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, tap: WeightTap) -> Tensor:  # type: ignore[override]
         # `anchor` requires a gradient and gets none: it makes backward run where x needs no gradient (first layer).
         ctx.tap = tap
         if tap.record is not None:
@@ -90,7 +91,7 @@ class _TappedLinear(torch.autograd.Function):
         return tap.output(x)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
         saved = ctx.saved_tensors  # first: with checkpointing the block is recomputed here
         tap = ctx.tap
         dx = tap.input_gradient(dy) if ctx.needs_input_grad[0] else None
@@ -101,9 +102,16 @@ class _TappedLinear(torch.autograd.Function):
 
 def attach(tap: WeightTap) -> None:
     """Route the module's forward through the tap; on the instance, so that other libraries' hooks stay in place."""
-    tap.module.forward = types.MethodType(lambda _, x: tap.forward(x), tap.module)
+
+    def forward(module: nn.Module, x: Tensor) -> Tensor:
+        return tap.forward(x)
+
+    forward.before = tap.module.__dict__.get("forward")  # type: ignore[attr-defined]
+    tap.module.forward = types.MethodType(forward, tap.module)
 
 
 def detach(module: nn.Module) -> None:
-    """Undo `attach`: the module has its class's forward again."""
-    module.__dict__.pop("forward", None)
+    """Undo `attach`: the module has the forward that it had before."""
+    before = getattr(module.__dict__.pop("forward", None), "before", None)
+    if before is not None:
+        module.forward = before

@@ -186,15 +186,15 @@ def test_our_step_is_that_of_the_trainer_bit_for_bit(session, case, tiny_model, 
     real = session(method=method, dtype=dtype, **defaults)
     for number in (1, 5, 6):  # proposes; reallocates; updates only
         batch = real.inputs.order.batch(number)
-        real.tuning.begin_step(number)
+        real.optimizer.begin(number)
         recorded = RecordedBatches(real, batch, proposing=real.tuning.recorder.proposing)
         loss = trainer.step_at(number, recorded, 0)
         expected, _ = forward_backward(real, batch)
-        real.tuning.clip()
-        real.update(contestants.LEARNING_RATE)
-        if real.tuning.schedule.reallocates_at(number):
-            real.tuning.reallocate(number, real.resident)
-        real.resident.write()
+        real.optimizer.clip()
+        real.optimizer.param_groups[0]["lr"] = contestants.LEARNING_RATE
+        real.optimizer.update()
+        real.optimizer.reallocate()
+        real.optimizer.end()
         assert loss == expected
     assert trainer.tuning.digests() == real.tuning.digests()
     own = dict(trainer.model.named_parameters())
