@@ -96,7 +96,7 @@ def test_the_breakdown_has_all_pieces_and_they_add_up(everybody):
     assert set(found) == {"ours-ag", "ours-ma", "ours-static"}
     for name, one in found.items():
         pieces = one["pieces"]
-        assert set(pieces) == set(breakdown.PIECES) - {"dequantise"}
+        assert set(pieces) | {"write"} == set(breakdown.PIECES) - {"dequantise"}  # fused steps write nothing apart
         assert all(seconds > 0 for seconds in pieces.values())
         assert sum(pieces.values()) == pytest.approx(one["seconds"])
         cost = one["reallocation"]
