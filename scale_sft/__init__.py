@@ -1,35 +1,40 @@
 """scale_sft: sparse fine-tuning of large language models, on one GPU or many nodes, with the same result.
 
-    >>> sparse = scale_sft.attach(model, density=0.01, total_steps=1000)
-    >>> optimizer = sparse.optimizer(lr=1e-2)
+attach           give a loaded transformers model sparse deltas to train: a `SparseModel`
+SparseModel      a frozen model with sparse deltas: save them, leave them out for a moment, detach
+SparseOptimizer  its `torch.optim.Optimizer`, which updates, drops and grows
+Adapter          the result of a run: load, inspect, save
+load_adapter     apply an adapter to a model in memory, swap it while the model serves, undo it
+merge            write base + adapter as a plain transformers folder
+UserError        what all of them raise for input that cannot work
 
-Public names are imported when they are first used; `import scale_sft` alone loads nothing heavy.
+Names are imported when they are first used: `import scale_sft` alone loads no torch.
 """
+
+from importlib import import_module
+from typing import Any
 
 from scale_sft.version import __version__ as __version__
 
 _PUBLIC = {
+    "Adapter": "scale_sft.adapters.format",
     "SparseModel": "scale_sft.model.sparse_model",
     "SparseOptimizer": "scale_sft.model.sparse_optimizer",
     "UserError": "scale_sft.errors",
     "attach": "scale_sft.api",
     "load_adapter": "scale_sft.adapters.live",
+    "merge": "scale_sft.adapters.merge",
 }
 """Module of each public name."""
 
 __all__ = ["__version__", *_PUBLIC]
 
 
-def __getattr__(name: str) -> object:
-    """Import a public name when it is first used."""
+def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    value = getattr(import_module(_PUBLIC[name]), name)
-    globals()[name] = value
-    return value
+    return getattr(import_module(_PUBLIC[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+    return sorted(__all__)

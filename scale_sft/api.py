@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from scale_sft.adapters.format import save_adapter
 from scale_sft.adapters.trained import trained_adapter
 from scale_sft.config.loading import load_sections, unknown
 from scale_sft.config.options import ModelConfig, OptimizerConfig, SparseConfig
@@ -190,6 +189,6 @@ def _writer(base: str) -> Save:
 
     def save(sparse: SparseModel, folder: Path) -> None:
         adapter = trained_adapter(sparse, base, None)
-        sparse.group.on_main(lambda: save_adapter(adapter, folder))
+        sparse.group.on_main(lambda: adapter.save(folder))
 
     return save

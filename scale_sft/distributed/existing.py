@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 
 from .cluster import Cluster
+from .sharding import Replicated
 
 
 def existing_ranks(device: torch.device) -> Cluster | None:
@@ -20,5 +19,4 @@ def existing_ranks(device: torch.device) -> Cluster | None:
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if size == 1:
         return None
-    accelerator = SimpleNamespace(process_index=rank, num_processes=size, is_main_process=rank == 0)
-    return Cluster(accelerator=accelerator, sharded=False, device=device)
+    return Cluster(rank=rank, size=size, device=device, accelerator=None, sharding=Replicated(device))

@@ -43,7 +43,7 @@ def _state_of(name: str, module: Any) -> Any:
         state = getattr(weight, "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             raise UserError(
-                f"quantization: bitsandbytes has repacked '{name}' in an evaluation on this processor, expected weights "
+                f"quantization: bitsandbytes has repacked {name!r} in an evaluation here, expected weights "
                 "as they were loaded. Fix: attach the model before its first forward pass"
             )
     else:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from scale_sft.adapters.format import Adapter
 from scale_sft.adapters.trained import trained_adapter
+from scale_sft.data.turn_ends import INFO_KEY, taught_end
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.evaluation.answers import Answer, exact_match, greedy_answers
 from scale_sft.evaluation.held_out import Evaluation, held_out_loss
@@ -132,4 +133,7 @@ class Session:
         adapter = trained_adapter(self.sparse, config.model.base, config.model.revision, self.loaded_on)
         if config.data.chat_template:  # the base does not have it: the merged model needs it
             adapter.info["chat_template"] = self.inputs.tokenizer.chat_template
+        end = taught_end(self.inputs.train, self.inputs.tokenizer)
+        if end is not None:
+            adapter.info[INFO_KEY] = end
         return adapter

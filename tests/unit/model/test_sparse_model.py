@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import scale_sft
-from scale_sft.adapters.format import load_adapter
+from scale_sft.adapters.format import Adapter
 from scale_sft.adapters.merge import merge
 from scale_sft.errors import UserError
 from scale_sft.model.sparse_model import PARAMETER
@@ -244,7 +244,7 @@ def test_an_adapter_is_the_command_lines(load, tiny_model, tmp_path) -> None:
     sparse = scale_sft.attach(model, **SCHEDULE)
     train(model, sparse.optimizer(lr=1e-2), 1, 3)
     assert sparse.save(tmp_path / "adapter") == tmp_path / "adapter"
-    assert load_adapter(tmp_path / "adapter").info["base"] == str(tiny_model())
+    assert Adapter.load(tmp_path / "adapter").info["base"] == str(tiny_model())
     merged = AutoModelForCausalLM.from_pretrained(merge(tmp_path / "adapter", tmp_path / "merged"))
     assert same(weights(merged), weights(model))
     live = load()
