@@ -137,7 +137,7 @@ def _full(base: Base, *, updates: bool) -> Dense:
 
 
 def _frozen(base: Base) -> Dense:
-    model = base.load()
+    model: Any = base.load()
     model.enable_input_require_grads()  # the output of the embeddings, as the first thing that any adapter changes
     return Dense(model, updates=False)
 

@@ -131,7 +131,8 @@ class Bench:
     def record(self, phase: Phase) -> None:
         """What the recorder does with the dense gradient of one backward pass."""
         self.tuning.recorder.begin_step(phase)
-        self.tuning.recorder.record(NAME, self.gradient)
+        if self.gradient is not None:
+            self.tuning.recorder.record(NAME, self.gradient)
 
     def estimate(self) -> None:
         """One more term of the candidates' running estimates."""

@@ -121,7 +121,8 @@ class Base:
         if self.random and self.quantization:
             if self._written is None:  # bitsandbytes quantises what is loaded from files
                 self._written = tempfile.TemporaryDirectory(prefix="scale-sft-bench-")
-                self._make().save_pretrained(self._written.name)
+                made: Any = self._make()
+                made.save_pretrained(self._written.name)
             config = dataclasses.replace(config, base=self._written.name)
         elif self.random:
             model = self._make().requires_grad_(False).train()

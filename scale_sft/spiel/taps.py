@@ -39,7 +39,7 @@ class WeightTap:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Any,
         name: str,
         record: Record | None,
         *,
@@ -74,7 +74,7 @@ class WeightTap:
             return dy @ (weight.t() if self.transposed else weight)
 
     def factors(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-        """(left [T, R], right [T, C]) of dW = left^T right in the layout of the weight, from x [..., I], dy [..., O]."""
+        """Factors (left [T, R], right [T, C]) of dW = left^T right as the weight lies, from x [..., I], dy [..., O]."""
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         return (x, dy) if self.transposed else (dy, x)
 
@@ -83,7 +83,7 @@ class _TappedLinear(torch.autograd.Function):
     """The layer's forward under autograd. Only the input is kept: never the weight, nor anything of its size."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, tap: WeightTap) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, tap: WeightTap) -> Tensor:
         # `anchor` requires a gradient and gets none: it makes backward run where x needs no gradient (first layer).
         ctx.tap = tap
         if tap.record is not None:
@@ -91,7 +91,7 @@ class _TappedLinear(torch.autograd.Function):
         return tap.output(x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
         saved = ctx.saved_tensors  # first: with checkpointing the block is recomputed here
         tap = ctx.tap
         dx = tap.input_gradient(dy) if ctx.needs_input_grad[0] else None

@@ -73,6 +73,8 @@ class Session:
     def evaluate(self, *, answers: bool = False) -> Evaluation:
         """Held-out loss and, with `answers`, exact match of generated answers; there must be held-out data."""
         inputs, config = self.inputs, self.inputs.config
+        if inputs.eval is None:
+            raise ValueError("evaluate: there is no held-out data")
         size, pad = config.run.eval_batch_size, inputs.tokenizer.pad_token_id
         result = held_out_loss(self.model, inputs.eval, self.cluster, size, pad)
         matching = config.data.exact_match_examples if answers else 0

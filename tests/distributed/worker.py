@@ -60,7 +60,7 @@ def plain_loop(method: str, folder: str) -> None:
     if size > 1:
         torch.distributed.init_process_group("gloo")
     base = Path(scale_sft.__file__).parent / "assets" / "demo" / "base"
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     sparse = scale_sft.attach(
         model,
         method=method,
@@ -72,7 +72,7 @@ def plain_loop(method: str, folder: str) -> None:
     )
     optimizer = sparse.optimizer(lr=1e-2)
     for number in range(1, 9):
-        rows = torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(number)).chunk(size)[rank]
+        rows = torch.randint(0, model.config.vocab_size, (4, 24), generator=torch.Generator().manual_seed(number)).chunk(size)[rank]
         model(input_ids=rows, labels=rows).loss.backward()
         optimizer.step()
     sparse.save(Path(folder) / f"adapter{size}")

@@ -93,7 +93,7 @@ class Stopwatch:
         synchronize(self.device)
         now = time.perf_counter()
         if self._running:
-            self.seconds[self._running[-1]] += now - self._since
+            self.seconds.update({self._running[-1]: now - self._since})
         self._since = now
 
 
