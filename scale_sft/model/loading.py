@@ -114,7 +114,7 @@ def load_base(
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
-            **(quantization.loading(device) if quantization else {}),
+            **(quantization.loading(device or torch.device("cpu")) if quantization else {}),
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base: '{config.base}' does not load: {first_line(error)}") from None
@@ -129,7 +129,7 @@ def load_base(
     return model if device is None else model.to(device)
 
 
-def enable_checkpointing(model: nn.Module) -> None:
+def enable_checkpointing(model: Any) -> None:
     """Recompute each block in the backward pass (non-reentrant: the reentrant way loses gradients silently)."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})  # the second name is that of earlier versions

@@ -72,18 +72,12 @@ class Checkpoints:
         notes, state, layout = session.cluster.on_main(self._read)
         if state is None:
             return notes
-        session.resident.settle()
-        for delta in session.tuning.store:
-            session.resident.release(delta)
-        session.tuning.load_state(state["step"], self._shared(layout), state["counters"])
+        session.sparse.load_state(state["step"], self._shared(layout), state["counters"])
         self._files = None
-        for delta in session.tuning.store:
-            session.resident.adopt(delta)
-        session.resident.write()
-        session.step = self._saved_step = state["step"]
+        session.optimizer.steps = self._saved_step = state["step"]
         session.skipped_steps = state["skipped_steps"]
-        if session.gradient_path:
-            session.gradient_path.load_state(state["gradient_paths"])
+        if session.sparse.gradient_path:
+            session.sparse.gradient_path.load_state(state["gradient_paths"])
         session.evaluations = {entry.pop("step"): Evaluation(**entry) for entry in state["evaluations"]}
         session.cluster.check_identical(session.tuning.digests, f"the state that was loaded for step {session.step}")
         return notes
@@ -194,7 +188,7 @@ class Checkpoints:
             "skipped_steps": session.skipped_steps,
             "ranks": session.cluster.size,
             "proposal_sequences": _proposal_sequences(session),
-            "gradient_paths": session.gradient_path.state() if session.gradient_path else {},
+            "gradient_paths": session.sparse.gradient_path.state() if session.sparse.gradient_path else {},
         }
         weights = ((name, tuning.state_of(name)) for name in tuning.store.names)
         try:

@@ -26,10 +26,9 @@ from scale_sft.distributed.world import World
 from scale_sft.errors import UserError
 from scale_sft.model.loading import load_model_config, load_tokenizer, max_length, resolve_dtype
 from scale_sft.model.quantization import Quantization, refuse_corrupting_storage, resolve_quantization
-from scale_sft.model.targets import find_targets
+from scale_sft.model.targets import budget_of, find_targets
 from scale_sft.planning.footprint import empty_model
 from scale_sft.planning.placement import Placement, choose_placement
-from scale_sft.spiel.budgets import budget
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def _with_writable_cache(data: DataConfig, run: Path) -> tuple[DataConfig, tuple
 def _check_targets(config: Config, model_config: Any, ranks: int) -> None:
     """Refuse targets or a budget that the base cannot have, before any weight is loaded."""
     targets = find_targets(empty_model(config, model_config), config.sparse.target_modules)
-    budget_of(config, {target.name: target.shape for target in targets})
+    budget_of(config.sparse, {target.name: target.shape for target in targets})
     if ranks > 1:
         refuse_experts([target.name for target in targets])
 
@@ -175,24 +174,3 @@ def _check_batch(config: Config, ranks: int) -> None:
             f"proposal_batch_size: got {proposal}, but one micro-step of all ranks holds {unit} sequences; candidates "
             "are proposed by one micro-step. Lower it, or raise micro_batch_size"
         )
-
-
-def budget_of(config: Config, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
-    """Compute K, the number of active entries, of each weight.
-
-    Raises:
-        UserError: a total beyond what the targets hold, or below one entry for each.
-    """
-    sparse = config.sparse
-    everything, total = sum(o * i for o, i in shapes.values()), sparse.tunable_weights
-    if total and not len(shapes) <= total <= everything:
-        raise UserError(
-            f"tunable_weights: got {total:,}, expected {len(shapes):,} to {everything:,}: the targets are "
-            f"{len(shapes):,} weights of {everything:,} entries, and each gets at least one"
-        )
-    return budget(
-        shapes,
-        density=sparse.density,
-        tunable_weights=sparse.tunable_weights,
-        rank_equivalent=sparse.rank_equivalent,
-    )
