@@ -15,8 +15,9 @@ from scale_sft.model.loading import base_location
 from scale_sft.model.resident import WeightPart, read_entries
 
 from .apply import require_base
+from .base_files import BaseFiles, locate_base
 from .format import Adapter, absolute_base, opened
-from .merge import BaseFiles, locate_base, merge
+from .merge import merge
 from .model_card import write_card
 from .peft import Exported, write_shira, write_supertuning
 

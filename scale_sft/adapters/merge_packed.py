@@ -26,8 +26,8 @@ from scale_sft.model.resident import WeightPart
 from scale_sft.model.targets import find_targets
 from scale_sft.model.transient import add_delta_
 
+from .base_files import INDEX_FILE, BaseFiles, locate_base
 from .format import Adapter, absolute_base
-from .merge import INDEX_FILE, BaseFiles, locate_base
 
 SHARD_BYTES = 4 << 30
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from scale_sft.errors import UserError
 
 from .apply import apply_adapter
+from .base_files import locate_base
 from .format import Adapter, opened
-from .merge import locate_base
 
 
 @dataclass(frozen=True)

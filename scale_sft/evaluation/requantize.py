@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from scale_sft.adapters.base_files import INDEX_FILE, BaseFiles
 from scale_sft.adapters.format import Adapter
-from scale_sft.adapters.merge import INDEX_FILE, BaseFiles
 from scale_sft.adapters.merge_packed import is_transposed, merge_quantized, unquantized_shapes
 from scale_sft.adapters.model_card import write_card
 from scale_sft.adapters.safetensors_writer import TensorReader, TensorWriter
