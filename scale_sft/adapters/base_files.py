@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ class BaseFiles:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._config = _read_config(folder)
         self._stack = ExitStack()
         with ExitStack() as stack:
             self.readers = {path.name: stack.enter_context(TensorReader(path)) for path in _weight_files(folder)}
@@ -81,24 +83,24 @@ class BaseFiles:
         return found
 
     def find(self, name: str) -> str | None:
-        """The name in the files of a model's weight or buffer, with or without the prefix of the model class."""
+        """Find the name in the files of a weight or buffer, with or without the prefix of the model class."""
         tails = [name] + [name.split(".", n)[-1] for n in range(1, name.count("."))]
         return next((tail for tail in tails if tail in self._file_of), None)
 
     def dtype(self, stored: str) -> torch.dtype:
-        """The dtype of one tensor in its file."""
+        """Return the dtype of one tensor in its file."""
         return self._file_of[stored].dtype(stored)
 
     def tensor(self, stored: str) -> Tensor:
-        """A copy of one tensor as it is stored."""
+        """Read a copy of one tensor as it is stored."""
         return self._file_of[stored].tensor(stored)
 
     def entries(self, stored: str, dtype: torch.dtype) -> Tensor:
-        """One weight, flattened [N], in `dtype`."""
+        """Read one weight, flattened [N], in `dtype`."""
         return self.tensor(stored).to(dtype).view(-1)
 
     def bytes_rewritten(self, names: Mapping[str, str], adapter: Adapter) -> int:
-        """Size of what `rewrite` will write, without headers."""
+        """Compute the size of what `rewrite` will write, without headers."""
         return sum(bytes_of(_new_specs(reader, names, adapter)) for reader in self.readers.values())
 
     def rewrite(
@@ -130,20 +132,28 @@ class BaseFiles:
         for path in self.folder.iterdir():
             if path.is_file() and path.suffix in _SMALL_FILES:
                 shutil.copyfile(path, target / path.name)
-        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-        config.pop("torch_dtype", None)
-        config["dtype"] = dtype
-        write_json(target / "config.json", config)
+        config = {key: value for key, value in self._config.items() if key != "torch_dtype"}
+        write_json(target / "config.json", {**config, "dtype": dtype})
 
 
 def bytes_of(specs: Specs) -> int:
-    """Size of the data of tensors of these dtypes and shapes."""
+    """Add up the sizes of tensors of these dtypes and shapes."""
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
 
 
 def _new_specs(reader: TensorReader, names: Mapping[str, str], adapter: Adapter) -> Specs:
     dtype_of = lambda stored: adapter.dtype if stored in names else reader.dtype(stored)
     return {stored: (dtype_of(stored), reader.shape(stored)) for stored in reader.names}
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"base: {folder} holds no config.json; expected a transformers model folder")
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"base: {file} is damaged: {error}") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:

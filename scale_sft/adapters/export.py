@@ -127,7 +127,9 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False) -
     try:
         address = hub.create_repo(repository, private=private, exist_ok=True)
         hub.upload_folder(
-            repo_id=repository, folder_path=str(folder), commit_message="Sparse fine-tuning with scale_sft"
+            repo_id=repository,
+            folder_path=str(Path(folder).expanduser()),
+            commit_message="Sparse fine-tuning with scale_sft",
         )
     except Exception as error:  # hub errors are many; all mean that it was not uploaded
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]

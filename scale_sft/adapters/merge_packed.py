@@ -71,7 +71,7 @@ def merge_quantized(
 
 
 def _as_stored(files: BaseFiles, name: str, model: nn.Module) -> Tensor:
-    """A parameter or buffer with the bytes of the base's files; as it was loaded where they have it in another form."""
+    """Read a parameter or buffer from the base's files; as it was loaded where they hold it in another form."""
     path, _, leaf = name.rpartition(".")
     loaded = getattr(model.get_submodule(path), leaf).detach()
     stored = files.find(name)

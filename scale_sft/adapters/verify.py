@@ -97,7 +97,7 @@ def _in_peft(model: nn.Module, adapter: str | Path) -> nn.Module:
 
 
 def probe_inputs(config: Any, device: str) -> list[Tensor]:
-    """Random token ids, the same every time: [3, L] and [1, 1] int64."""
+    """Draw random token ids, the same every time: [3, L] and [1, 1] int64."""
     generator = torch.Generator().manual_seed(0)
     config = config.get_text_config()
     length = min(32, getattr(config, "max_position_embeddings", None) or 32)
