@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from scale_sft.files import write_text
-from scale_sft.reporting.html import details, page_of, pairs, render, section, table
+from scale_sft.reporting.html import details, heading, page_of, pairs, picture, table, titled
 from scale_sft.reporting.plots import Plot
-from scale_sft.reporting.style import BLUE, STYLE, WIDTH_INCHES, heat_map
+from scale_sft.reporting.style import BLUE, WIDTH_INCHES, heat_map
 from scale_sft.reporting.weight_names import kind_of, layer_of
 
 from .inspection import Inspection, WeightFacts
@@ -41,19 +41,16 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
 
 def write_page(found: Inspection, path: Path) -> None:
     """One HTML file with pictures that needs no other."""
-    parts = ["<h1>Adapter</h1>", pairs(facts(found))]
+    parts = [heading("Adapter"), pairs(facts(found))]
     plots = [
         Plot("magnitudes", "Magnitudes of the deltas", "", lambda _: magnitudes(found)),
         Plot("density", "Where the entries lie", "", lambda _: densities(found)),
     ]
-    for plot in plots:
-        with rc_context(STYLE):
-            figure = plot.draw(None)
-        parts.append(section(plot, render(figure, plot)[1]))
+    parts += [picture(plot) for plot in plots]
     for title, rows in (("Layers", found.by_layer), ("Kinds of module", found.by_kind)):
-        parts.append(f"<section><h2>{title}</h2>{_html_rows(rows)}</section>")
+        parts.append(titled(title, _html_rows(rows)))
     moved = ([e["weight"], str(e["row"]), str(e["column"]), f"{e['delta']:+.4g}"] for e in found.moved)
-    parts.append(f"<section><h2>Most moved</h2>{table(['weight', 'row', 'column', 'delta'], moved)}</section>")
+    parts.append(titled("Most moved", table(["weight", "row", "column", "delta"], moved)))
     parts.append(details("Every weight", _html_rows(found.by_weight)))
     write_text(path, page_of(f"{found.folder}: adapter", parts))
 
@@ -117,5 +114,5 @@ def _cells(one: WeightFacts) -> list[str]:
     ]  # fmt: skip
 
 
-def _html_rows(rows: dict[str, WeightFacts]) -> str:
+def _html_rows(rows: dict[str, WeightFacts]) -> Markup:
     return table(["", *_COLUMNS], ([name, *_cells(one)] for name, one in rows.items()))

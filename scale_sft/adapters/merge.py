@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from scale_sft.data.turn_ends import write_taught_end
 from scale_sft.errors import UserError
 from scale_sft.files import new_folder, require_free_bytes, write_text
 from scale_sft.model.fingerprints import fingerprint
@@ -57,6 +58,7 @@ def merge(
             merge_quantized(source, work, base)
         else:
             _merge_files(source, work, base)
+        write_taught_end(work, source.info)
         if source.info.get("chat_template"):
             write_text(work / "chat_template.jinja", source.info["chat_template"])
         write_card(adapter, work, form="merged", name=target.resolve().name, licence=licence)
