@@ -42,7 +42,7 @@ def locate_base(adapter: Adapter, base: str | None = None) -> Path:
     except Exception as error:  # hub errors are many; all mean that the base is out of reach
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"base: '{location}' is not a folder here, and the hub did not give it: {reason}. "
+            f"base: '{location}' is not a folder here, and the hub did not give it: {reason.rstrip(".")}. "
             "Fix: say where the base is (--base)"
         ) from None
 
