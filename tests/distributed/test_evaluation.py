@@ -26,7 +26,7 @@ def evaluate(packed_run, hf_home, tmp_path_factory):
         output = tmp_path_factory.mktemp("eval") / "result.json"
         arguments = [
             "-m",
-            "scale_sft.cli.main",
+            "scale_sft.cli",
             "eval",
             packed_run / "adapter",
             "--eval_data",
