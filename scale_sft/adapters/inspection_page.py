@@ -100,7 +100,7 @@ def densities(found: Inspection) -> Figure:
         grids["size"][place] = one.norm / max(1, one.active) ** 0.5
     figure = Figure(figsize=(WIDTH_INCHES, 1.4 + 0.56 * len(names)), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
-    labels = ["-" if layer is None else layer for layer in layers]
+    labels = ["-" if layer is None else str(layer) for layer in layers]
     heat_map(above, grids["density"], labels, names, "density", " %")
     heat_map(below, grids["size"], labels, names, "root mean square of the deltas", "")
     below.set_xlabel("layer")

@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scale_sft.errors import UserError
+from scale_sft.errors import UserError, first_line
 from scale_sft.files import ASSETS
 
-from .sources import first_line
 from .turn_ends import special_tokens
 
 SHIPPED_TEMPLATES = ASSETS / "templates"

@@ -47,6 +47,7 @@ class Metrics(AbstractContextManager):
         log_every_steps: int = 10,
         track: Callable[[dict[str, float | str], int], None] | None = None,
         console: Console | None = None,
+        held_out: Sequence[float] = (),
     ) -> None:
         """Open the records of a run.
 
@@ -57,6 +58,7 @@ class Metrics(AbstractContextManager):
             output_dir: gets `metrics.jsonl`.
             total_steps: optimizer steps of the whole run.
             first_step: optimizer steps done before this process: 0 for a new run, the checkpoint's step on resume.
+            held_out: held-out losses measured before this process, in order.
             log_every_steps: how many optimizer steps one line sums up.
             track: (values by name, step) -> None; hands them to a tracker.
             console: where progress is shown; by default standard output.
@@ -73,7 +75,7 @@ class Metrics(AbstractContextManager):
         self._total_steps, self._first_step, self._log_every_steps = total_steps, first_step, log_every_steps
         self._last_step = first_step
         self._last_logged_loss = math.nan
-        self._held_out: list[float] = []
+        self._held_out = list(held_out)
         self._window = _Window()
         self._pace = _Pace()
         self._started = time.perf_counter()
