@@ -89,3 +89,29 @@ def test_a_package_names_each_of_its_modules(file: str) -> None:
     path = FILES[file]
     contents = ast.get_docstring(ast.parse((path.parent / "__init__.py").read_text(encoding="utf-8"))) or ""
     assert re.search(rf"\b{path.stem}\b", contents)
+
+
+MOST_LINES, MOST_PARAMETERS = 400, 7
+
+
+def test_files_are_short() -> None:
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()}
+    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
+def parameters(constructor: ast.FunctionDef) -> int:
+    """What a caller can give to `__init__`: all but self; *args and **kwargs count as one each."""
+    given = constructor.args
+    named = [*given.posonlyargs, *given.args, *given.kwonlyargs][1:]
+    return len(named) + (given.vararg is not None) + (given.kwarg is not None)
+
+
+def test_constructors_written_by_hand_take_few_parameters() -> None:
+    """More of them belong into small dataclasses."""
+    found = {}
+    for name, path in FILES.items():
+        for kind in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for part in kind.body if isinstance(kind, ast.ClassDef) else ():
+                if isinstance(part, ast.FunctionDef) and part.name == "__init__":
+                    found[f"{name}: {kind.name}"] = parameters(part)
+    assert found and {name: count for name, count in found.items() if count > MOST_PARAMETERS} == {}
