@@ -13,6 +13,8 @@ from scale_sft.config.click_options import SuggestingCommand, with_options_of
 from scale_sft.config.loading import load_sections
 from scale_sft.errors import UserError
 
+from .commands import Commands
+
 
 @click.command(cls=SuggestingCommand)
 @click.option("--refresh", is_flag=True, help="Tokenise anew even if it has been done.")
@@ -28,7 +30,7 @@ def preprocess(recipe: str | None, refresh: bool, **options: str | None) -> None
         )
 
 
-@click.group()
+@click.group(cls=Commands)
 def data() -> None:
     """Look at the data of a recipe."""
 
@@ -87,7 +89,7 @@ def evaluate(
     recipe: str | None,
     **options: str | None,
 ) -> None:
-    r"""Held-out loss and perplexity of a base, base + ADAPTER, or merged model, as JSON; with
+    """Held-out loss and perplexity of a base, base + ADAPTER, or merged model, as JSON; with
     --exact_match_examples also greedy answers; with --tasks benchmarks.
 
     \b

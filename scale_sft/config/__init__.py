@@ -6,4 +6,5 @@ rules          rules over several options
 click_options  command-line options made from the dataclasses
 schema         JSON Schema of recipes
 recipes        the recipes that ship
+spelling       the nearest known name to a misspelt one
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -14,14 +13,16 @@ from typing import Any
 import yaml
 
 from .options import OPTIONS, SECTIONS, Config, ConfigError
+from .recipes import path_of
 from .rules import _together
+from .spelling import unknown
 
 
-def load(recipe: str | Path | None, overrides: Mapping[str, Any]) -> Config:
+def load(recipe: str | Path | Config | None, overrides: Mapping[str, Any]) -> Config:
     """The configuration of a recipe (YAML) with options that win over it.
 
     Args:
-        recipe: path of a YAML file, or None for the defaults.
+        recipe: path of a YAML file, name of a shipped recipe, or a whole configuration; None for the defaults.
         overrides: option name -> value, a string (as typed) or already of the right type; None is ignored.
 
     Raises:
@@ -48,15 +49,21 @@ def load_sections(recipe: str | Path | None, overrides: Mapping[str, Any]) -> di
     return sections
 
 
-def _refuse(mistakes: list[str], recipe: str | Path | None) -> None:
+def _refuse(mistakes: list[str], recipe: str | Path | Config | None) -> None:
     if mistakes:
-        where = f" in {recipe}" if recipe else ""
+        where = f" in {recipe}" if isinstance(recipe, (str, Path)) else ""
         raise ConfigError(f"{len(mistakes)} mistake{'s' * (len(mistakes) > 1)}{where}:\n  " + "\n  ".join(mistakes))
 
 
-def _read_sections(recipe: str | Path | None, overrides: Mapping[str, Any], mistakes: list[str]) -> dict[str, Any]:
+def _read_sections(
+    recipe: str | Path | Config | None, overrides: Mapping[str, Any], mistakes: list[str]
+) -> dict[str, Any]:
     """All sections of a recipe with options that win over it; mistakes are appended."""
-    values: dict[str, Any] = _read_recipe(recipe, mistakes) if recipe is not None else {}
+    values: dict[str, Any] = {}
+    if isinstance(recipe, Config):
+        values = {name: getattr(getattr(recipe, section), name) for name, section in OPTIONS.items()}
+    elif recipe is not None:
+        values = _read_recipe(recipe, mistakes)
     given = {name: value for name, value in overrides.items() if value is not None}
     budgets = ("density", "tunable_weights", "rank_equivalent")
     for alternatives in (budgets, ("steps", "epochs")):  # one given on the command line replaces the recipe's
@@ -70,18 +77,10 @@ def _read_sections(recipe: str | Path | None, overrides: Mapping[str, Any], mist
     return {section: _section(kind, values, mistakes) for section, kind in SECTIONS.items()}
 
 
-def unknown(what: str, name: str, known: Mapping | list | tuple) -> str:
-    """'unknown WHAT; did you mean ...?' with the nearest of the known names."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"unknown {what}" + (f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}")
-
-
 def _read_recipe(recipe: str | Path, mistakes: list[str]) -> dict[str, Any]:
     """Option values of a YAML file, flattened over its sections."""
     try:
-        tree = yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        raise ConfigError(f"recipe {recipe}: no such file") from None
+        tree = yaml.safe_load(path_of(recipe).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"recipe {recipe}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from scale_sft.config.loading import unknown
+from scale_sft.config.spelling import unknown
 from scale_sft.config.options import DEMO
 from scale_sft.errors import UserError
 from scale_sft.files import ASSETS

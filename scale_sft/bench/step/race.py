@@ -26,7 +26,7 @@ from rich.table import Table
 from scale_sft.bench.contestants import CONTESTANTS, Contestant, impossible
 from scale_sft.bench.rows import Results
 from scale_sft.bench.workload import Base, Batches, Case
-from scale_sft.config.loading import unknown
+from scale_sft.config.spelling import unknown
 from scale_sft.errors import UserError
 
 from .breakdown import breakdown, synchronize
@@ -77,7 +77,7 @@ def run(
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"bench: out of memory in {describe(base.case.settings())}: {str(error).splitlines()[0]} Take "
-                "--one-by-one, fewer --contestants, or a smaller --micro-batch or --length"
+                "--one-by-one, fewer --contestants, or a smaller --micro_batch_size or --max_length"
             ) from None
         rows += _add(race, results, console)
     return rows
