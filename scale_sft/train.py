@@ -66,7 +66,8 @@ def train(session, metrics, checkpoints) -> None:
             session.update(learning_rate)
         if tuning.schedule.reallocates_at(step):
             reallocate(session, metrics, step)
-        session.resident.write()
+        if not (finite and session.fused) or tuning.schedule.reallocates_at(step):
+            session.resident.write()
         session.step = step
 
         if finite:

@@ -14,7 +14,7 @@ from scale_sft.model.fingerprints import combine_fingerprints, fingerprint
 from scale_sft.model.loading import base_location
 from scale_sft.model.resident import WeightPart, read_entries
 
-from .format import Adapter, open_adapter
+from .format import Adapter
 from .merge import BaseFiles, locate_base, merge
 from .model_card import write_card
 from .peft import Exported, write_shira, write_supertuning
@@ -36,11 +36,11 @@ def export(
     adapter_folder, output = Path(adapter_folder), Path(output)
     if to == "merged":
         merge(adapter_folder, output, base)
-        with open_adapter(adapter_folder) as adapter:
-            written = Exported(sum(map(adapter.indices.active, adapter.shapes)), 0)
+        with Adapter.open(adapter_folder) as adapter:
+            written = Exported(adapter.active(), 0)
         write_card(adapter_folder, output, form=to, licence=licence)
         return written
-    with open_adapter(adapter_folder) as adapter, new_folder(output, "export") as work:
+    with Adapter.open(adapter_folder) as adapter, new_folder(output, "export") as work:
         refuse_quantised(adapter, f"--to {to}")
         source = locate_base(adapter, base)
         require_linear(adapter, source, to)

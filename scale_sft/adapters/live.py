@@ -34,7 +34,6 @@ from scale_sft.model.resident import WeightPart, effective_values, read_entries,
 
 from .apply import require_base, require_fit
 from .format import Adapter
-from .format import load_adapter as read_adapter
 
 _live: weakref.WeakKeyDictionary[nn.Module, LiveAdapter] = weakref.WeakKeyDictionary()
 _registry = threading.Lock()
@@ -98,7 +97,7 @@ class LiveAdapter:
         Raises:
             UserError: see `load_adapter`.
         """
-        adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
+        adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
         self._gate.require_outside()
         with self._swapping:  # the fingerprints are of the base: nobody may write meanwhile
             return self._prepare(adapter)

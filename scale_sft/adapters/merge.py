@@ -22,7 +22,7 @@ from scale_sft.model.fingerprints import fingerprint
 from scale_sft.model.resident import WeightPart, effective_values, read_entries, write_entries
 
 from .apply import require_base
-from .format import Adapter, open_adapter
+from .format import Adapter
 from .safetensors_writer import TensorReader, TensorWriter
 
 UNMERGE_FILE = "base_entries.unmerge"
@@ -44,14 +44,14 @@ def merge(adapter_folder: str | Path, output: str | Path, base: str | None = Non
     from .merge_packed import merge_quantized
 
     with ExitStack() as stack:
-        adapter = stack.enter_context(open_adapter(adapter_folder))
+        adapter = stack.enter_context(Adapter.open(adapter_folder))
         if adapter.is_quantized:
             merge_quantized(adapter_folder, output, base)
             return Path(output)
         files = stack.enter_context(BaseFiles(locate_base(adapter, base)))
         names = files.names_of(adapter)
         with new_folder(Path(output), "merge") as work:
-            specs = {name: (adapter.dtype, (adapter.deltas.active(name),)) for name in adapter.shapes}
+            specs = {name: (adapter.dtype, (adapter.active(name),)) for name in adapter.shapes}
             with TensorWriter(work / UNMERGE_FILE, specs, {"base_hash": adapter.info["base_hash"]}) as kept:
 
                 def put_in(name: str, entries: Tensor) -> tuple[int, int]:
@@ -80,7 +80,7 @@ def unmerge(adapter_folder: str | Path, merged: str | Path, output: str | Path) 
     if not (merged / UNMERGE_FILE).is_file():
         raise UserError(f"unmerge: {merged} holds no {UNMERGE_FILE}; expected a folder that `scale-sft merge` wrote")
     with (
-        open_adapter(adapter_folder) as adapter,
+        Adapter.open(adapter_folder) as adapter,
         BaseFiles(merged) as files,
         TensorReader(merged / UNMERGE_FILE) as kept,
     ):

@@ -25,7 +25,7 @@ from scale_sft.model.resident import WeightPart
 from scale_sft.model.targets import find_targets
 from scale_sft.model.transient import add_delta_
 
-from .format import Adapter, load_adapter
+from .format import Adapter
 
 SHARD_BYTES = 4 << 30
 
@@ -44,7 +44,7 @@ def merge_quantized(
     Raises:
         UserError: wrong base, unreadable adapter, or an output folder that is not empty.
     """
-    adapter, output = load_adapter(adapter_folder), Path(output)
+    adapter, output = Adapter.load(adapter_folder), Path(output)
     config = _model_config(adapter, base)
     with new_folder(output, "merge") as work:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,7 +12,7 @@ from scale_sft.config.options import DEMO
 from scale_sft.files import write_text
 from scale_sft.reporting.metrics_file import METRICS_FILE, read_metrics
 
-from .format import Adapter, open_adapter
+from .format import Adapter
 
 _SETTINGS = {
     "sparse": ("method", "density", "tunable_weights", "rank_equivalent", "update_interval_steps", "estimation_steps",
@@ -57,7 +57,7 @@ def write_card(
     """
     adapter_folder = Path(adapter_folder)
     target = Path(target or adapter_folder)
-    with open_adapter(adapter_folder) as adapter:
+    with Adapter.open(adapter_folder) as adapter:
         text = _card(adapter, adapter_folder.resolve().parent, target.name.strip("."), form, licence)
     write_text(target / "README.md", text)
     return target / "README.md"
@@ -67,7 +67,7 @@ def _card(adapter: Adapter, run: Path, folder: str, form: str, licence: str | No
     info = adapter.info
     base = "the small model that ships with scale_sft" if info["base"] == DEMO else info["base"]
     settings = _read_settings(run)
-    active = sum(map(adapter.indices.active, adapter.shapes))
+    active = adapter.active()
     everything = sum(o * i for o, i in adapter.shapes.values())
     facts = {
         "base model": f"{base}" + (f", revision {info['revision']}" if info.get("revision") else ""),

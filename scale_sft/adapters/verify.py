@@ -13,7 +13,7 @@ from scale_sft.errors import UserError
 
 from .apply import apply_adapter
 from .export import refuse_quantised
-from .format import open_adapter
+from .format import Adapter
 from .merge import locate_base
 
 
@@ -39,7 +39,7 @@ def verify(
     """
     from transformers import AutoModelForCausalLM
 
-    with open_adapter(adapter_folder) as adapter:
+    with Adapter.open(adapter_folder) as adapter:
         refuse_quantised(adapter, "--verify")
         source = locate_base(adapter, base)
 

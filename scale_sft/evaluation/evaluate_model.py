@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from scale_sft.adapters.apply import require_base, require_fit
-from scale_sft.adapters.format import Adapter, load_adapter
+from scale_sft.adapters.format import Adapter
 from scale_sft.config.options import DataConfig, ModelConfig
 from scale_sft.data.cache import load_examples
 from scale_sft.data.chat import use_template
@@ -29,7 +29,7 @@ def model_section(model: ModelConfig, adapter: Path | None, *, base_given: bool)
     """The options of the model, those that an adapter knows filled in: its base, revision and dtype."""
     if adapter is None:
         return model
-    info = load_adapter(adapter).info
+    info = Adapter.load(adapter).info
     model = model if base_given else replace(model, base=info["base"], revision=info.get("revision"))
     return replace(model, dtype=info["dtype"] if model.dtype == "auto" else model.dtype)
 
@@ -60,7 +60,7 @@ def evaluate_model(
     if tasks:
         require_harness()
     loaded = load_model_config(model_config)
-    adapter = load_adapter(adapter_folder) if adapter_folder else None
+    adapter = Adapter.load(adapter_folder) if adapter_folder else None
     if model_config.quantization != "none":
         raise UserError(
             "eval: quantization is not supported here; merge and quantise with `scale-sft merge --quantize`"

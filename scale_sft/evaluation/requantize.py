@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from scale_sft.adapters.format import Adapter, load_adapter
+from scale_sft.adapters.format import Adapter
 from scale_sft.adapters.merge_packed import is_transposed, merge_quantized, unquantized_shapes
 from scale_sft.config.loading import load
 from scale_sft.config.options import ModelConfig
@@ -67,7 +67,7 @@ def merge_into_few_bits(adapter_folder: str | Path, output: str | Path, kind: st
     Raises:
         UserError: see `merge_quantized`; or the adapter's base was not quantised.
     """
-    adapter, output = load_adapter(adapter_folder), Path(output)
+    adapter, output = Adapter.load(adapter_folder), Path(output)
     if not adapter.is_quantized:
         raise UserError(
             "quantize: this adapter was trained on an unquantised base; merge it without --quantize, and quantise the "

@@ -10,7 +10,7 @@ import socket
 from pathlib import Path
 from typing import IO
 
-from scale_sft.adapters.format import Adapter, save_adapter
+from scale_sft.adapters.format import Adapter
 from scale_sft.config.loading import load, to_yaml
 from scale_sft.config.options import MAY_CHANGE, Config
 from scale_sft.errors import UserError
@@ -119,4 +119,4 @@ class RunFolder:
         return config.run.keep_best and config.run.eval_every_steps is not None
 
     def save_adapter(self, adapter: Adapter) -> None:
-        save_adapter(adapter, self.adapter)
+        adapter.save(self.adapter)

@@ -17,7 +17,7 @@ import torch
 
 from scale_sft import train
 from scale_sft.config.loading import load
-from scale_sft.distributed import cluster as distributed
+from scale_sft.distributed import candidates
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.distributed.exit import end_process, leave
 from scale_sft.distributed.world import World
@@ -99,7 +99,7 @@ def proposing(folder: str) -> None:
         (997, 997, 13),
         (64, 20, 1),
     ]:
-        distributed.PROPOSAL_ENTRIES = piece
+        candidates.PROPOSAL_ENTRIES = piece
         for kind in ("spread", "ties", "broken"):
             generator = torch.Generator().manual_seed(entries + count)
             parts = torch.randn(2, entries, generator=generator).bfloat16()

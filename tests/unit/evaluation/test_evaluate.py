@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from scale_sft.adapters.format import load_adapter
+from scale_sft.adapters.format import Adapter
 from scale_sft.adapters.merge import merge
 from scale_sft.cli.main import main
 from scale_sft.config.options import DataConfig, ModelConfig
@@ -110,7 +110,7 @@ def test_the_best_adapter_is_kept_and_a_hopeless_run_stops_early(train_run, pair
     folder = train_run(**options, early_stopping_steps=2, generation_samples=2, max_new_tokens=3)
     losses = {record["step"]: record["loss"] for record in records(folder, "eval")}
     best = min(losses, key=losses.get)
-    info = load_adapter(folder / "best_adapter").info
+    info = Adapter.load(folder / "best_adapter").info
     assert info["step"] == best and info["held_out_loss"] == losses[best]
     assert max(losses) == min(20, best + 2)
     samples = records(folder, "samples")
