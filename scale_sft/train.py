@@ -297,7 +297,7 @@ def run_and_exit(recipe: str | None, options: Mapping[str, Any]) -> NoReturn:
 @click.command(cls=SuggestingCommand, context_settings={"max_content_width": 110})
 @with_config_options
 def main(recipe: str | None, **options: str | None) -> None:
-    """Fine-tune a causal language model sparsely: freeze the base, train a few per cent of its weights.
+    r"""Fine-tune a causal language model sparsely: freeze the base, train a few per cent of its weights.
 
     \b
     accelerate launch scale_sft/train.py --config demo

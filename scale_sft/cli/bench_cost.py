@@ -42,7 +42,7 @@ class Count(click.ParamType):
 )
 @OUTPUT
 def memory(names: tuple, limit: bool, output: Path, **asked) -> None:
-    """Peak of a training step above the frozen base, and bytes per trained parameter by part.
+    r"""Peak of a training step above the frozen base, and bytes per trained parameter by part.
 
     Each contestant runs in a process of its own.
 
@@ -85,7 +85,7 @@ def memory(names: tuple, limit: bool, output: Path, **asked) -> None:
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Reallocations per median.")
 @OUTPUT
 def reallocate(weights: tuple, densities: tuple, methods: tuple, repeats: int, output: Path, **others) -> None:
-    """Time and peak memory of one reallocation of one weight, AG proposals included.
+    r"""Time and peak memory of one reallocation of one weight, AG proposals included.
 
     \b
     scale-sft bench reallocate
@@ -137,7 +137,7 @@ def reallocate(weights: tuple, densities: tuple, methods: tuple, repeats: int, o
 )
 @OUTPUT
 def scale(ranks: tuple, weak: bool, base_placement: str, sharded: bool | None, output: Path, **options) -> None:
-    """Time, memory and traffic of a step on several ranks, and a model of larger worlds next to them.
+    r"""Time, memory and traffic of a step on several ranks, and a model of larger worlds next to them.
 
     Each number of ranks is a run of its own, started by `accelerate launch` as a user would; it counts for itself.
 

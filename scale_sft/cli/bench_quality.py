@@ -71,7 +71,7 @@ def quality(
     recipe: str | None,
     **options: str | int | None,
 ) -> None:
-    """Compare what each method learns: held-out loss and exact match at its best learning rate.
+    r"""Compare what each method learns: held-out loss and exact match at its best learning rate.
 
     Contestants: ours-ag, ours-ma, ours-static; random-mask, entries drawn once; peft-lora on the same layers, all of
     equal trained weights; peft-ia3; and full, the same layers densely. All see the same batches, the same loss and the

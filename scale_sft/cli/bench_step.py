@@ -60,7 +60,7 @@ def step(
     names: tuple, rounds: int, warm_up_steps: int, breakdown: bool, together: bool | None, threads: int | None,
     output: Path, **asked,
 ) -> None:  # fmt: skip
-    """Time one optimizer step: ours, PEFT's adapters, dense fine-tuning, and the floor of any adapter.
+    r"""Time one optimizer step: ours, PEFT's adapters, dense fine-tuning, and the floor of any adapter.
 
     \b
     scale-sft bench step

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from scale_sft.config.click_options import with_marks
 from scale_sft.errors import UserError, explain
 
 
@@ -23,6 +24,11 @@ class Commands(click.Group):
     def __init__(self, *args: Any, sections: Mapping[str, Sequence[str]] | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.sections = sections or {}
+        self.help = with_marks(self.help)
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        cmd.help = with_marks(cmd.help)
+        super().add_command(cmd, name)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

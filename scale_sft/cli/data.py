@@ -89,7 +89,7 @@ def evaluate(
     recipe: str | None,
     **options: str | None,
 ) -> None:
-    """Held-out loss and perplexity of a base, base + ADAPTER, or merged model, as JSON; with
+    r"""Held-out loss and perplexity of a base, base + ADAPTER, or merged model, as JSON; with
     --exact_match_examples also greedy answers; with --tasks benchmarks.
 
     \b

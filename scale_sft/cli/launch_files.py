@@ -15,7 +15,7 @@ _PATTERNS = ("launch/*.yaml", "launch/*.sbatch", "ds_configs/*")
 
 @click.group("launch-files", cls=Commands)
 def launch_files() -> None:
-    """List or copy configurations for `accelerate launch` and DeepSpeed, and the Slurm job script.
+    r"""List or copy configurations for `accelerate launch` and DeepSpeed, and the Slurm job script.
 
     \b
     scale-sft launch-files cp .

@@ -25,7 +25,7 @@ _SECTIONS = {
 @click.group(cls=Commands, sections=_SECTIONS, context_settings={"max_content_width": 110})
 @click.version_option(__version__, prog_name="scale-sft")
 def main() -> None:
-    """Fine-tune large language models sparsely: a frozen base, a few per cent of its weights moved.
+    r"""Fine-tune large language models sparsely: a frozen base, a few per cent of its weights moved.
 
     \b
     scale-sft train --config demo            train the small model that ships, in about a minute on a CPU

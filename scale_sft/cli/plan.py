@@ -24,7 +24,7 @@ _SHAPES = ASSETS / "shapes"
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, in bytes.")
 @with_field_options
 def plan(recipe: str | None, gpus: int, gpu_memory: float | None, shape: str | None, as_json: bool, **options) -> None:
-    """Say what RECIPE (a shipped name or a file) needs per device, whether it fits, and what would make it fit.
+    r"""Say what RECIPE (a shipped name or a file) needs per device, whether it fits, and what would make it fit.
 
     Needs the base's config.json, never its weights.
 

@@ -41,7 +41,7 @@ def show(recipe: str) -> None:
 @click.argument("recipe")
 @click.argument("target", default=".")
 def copy(recipe: str, target: str) -> None:
-    """Copy RECIPE to TARGET, a new file or a folder, to change it there. Nothing is overwritten.
+    r"""Copy RECIPE to TARGET, a new file or a folder, to change it there. Nothing is overwritten.
 
     Without TARGET the copy is ./RECIPE.yaml.
 
@@ -77,7 +77,7 @@ def validate(files: tuple[str, ...]) -> None:
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), help="Write it to this file instead of printing it.")
 def schema(output: Path | None) -> None:
-    """Print the JSON Schema of recipes, for editors: it completes keys, explains options and marks mistakes.
+    r"""Print the JSON Schema of recipes, for editors: it completes keys, explains options and marks mistakes.
 
     \b
     scale-sft schema --output recipe.schema.json

@@ -19,7 +19,7 @@ from scale_sft.errors import UserError
 )
 @with_config_options
 def train(recipe: str | None, nproc: int | None, **options: str | None) -> None:
-    """Fine-tune a causal language model sparsely: freeze the base, train a few per cent of its weights.
+    r"""Fine-tune a causal language model sparsely: freeze the base, train a few per cent of its weights.
 
     \b
     scale-sft train --config demo

@@ -41,8 +41,17 @@ def option(*declarations: str, also: Sequence[str] = (), **attributes: Any) -> C
     return click.option(*declarations, cls=Option, also=also, **attributes)
 
 
+def with_marks(text: str | None) -> str | None:
+    r"""Turn the \b of a raw docstring into the character below which click leaves lines as they are."""
+    return text and text.replace("\\b\n", "\b\n")
+
+
 class SuggestingCommand(click.Command):
     """A command that answers an unknown option with the nearest one, and groups options of a recipe by section."""
+
+    def __init__(self, *args: Any, **attributes: Any):
+        super().__init__(*args, **attributes)
+        self.help = with_marks(self.help)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
