@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError
+from scale_sft.model.loading import silence_progress_bars
 
 from .apply import apply_adapter
 from .export import refuse_quantised
@@ -39,6 +40,7 @@ def verify(
     """
     from transformers import AutoModelForCausalLM
 
+    silence_progress_bars()
     with Adapter.open(adapter_folder) as adapter:
         refuse_quantised(adapter, "--verify")
         source = locate_base(adapter, base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +68,9 @@ def _load(sections: dict[str, Any], *, refresh: bool = False):
     for split, source, limit in wanted:
         if source:
             began = time.perf_counter()
-            examples = load_examples(source, split, tokenizer, config, limit, progress=True, refresh=refresh)
+            examples = load_examples(
+                source, split, tokenizer, config, limit, progress=sys.stderr.isatty(), refresh=refresh
+            )
             yield split, examples, time.perf_counter() - began
 
 

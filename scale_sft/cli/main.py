@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import click
@@ -32,6 +34,9 @@ def main() -> None:
     scale-sft plan llama2_7b_ag --shape 7b   will it fit?
     scale-sft COMMAND --help                 options and examples of a command
     """
+    if not sys.stderr.isatty():  # before libraries read them: no carriage returns in pipes and log files
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 for _commands in (train, adapters, arithmetic, recipes, plan, bench, checkpoints, data, launch_files):

@@ -76,6 +76,8 @@ def launch_here(options: Sequence[str], *, processes: int) -> int:
         raise UserError(f"nproc: got {processes}, but this machine has {gpus} GPUs. Fix: --nproc {gpus}")
     ds_config = LAUNCH_FILES / "ds_configs" / ("zero3.json" if gpus else "zero3_cpu.json")
     os.environ.setdefault("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(ds_config))
+    if not gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would otherwise look for one, and say so
     how = LAUNCH_FILES / "launch" / ("multi_gpu.yaml" if gpus else "cpu_2proc.yaml")
     return launch(["--config_file", str(how), "--num_processes", str(processes), "-m", "scale_sft.train", *options])
 

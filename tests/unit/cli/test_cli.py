@@ -1,11 +1,18 @@
 import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+import scale_sft
 from scale_sft.cli.main import main
 from scale_sft.cli.plan import in_one_unit
 from scale_sft.version import __version__
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize(
@@ -69,3 +76,20 @@ def test_launch_files_are_listed_and_copied_but_never_over_others(tmp_path) -> N
     assert copied <= set(listed)
     assert {"launch/slurm_multinode.sbatch", "launch/zero3_8gpu.yaml", "ds_configs/zero3.json"} <= copied
     assert "not overwritten" in CliRunner().invoke(main, ["launch-files", "cp", str(tmp_path)]).stderr
+
+
+@pytest.mark.slow
+def test_nothing_draws_bars_into_a_pipe(run_options, tmp_path) -> None:
+    """Tokenising, loading and verifying are where libraries draw theirs."""
+    folder = run_options["output_dir"]
+    scale_sft.train(**run_options)
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    for arguments in (
+        ["data", "show", "--train_data", run_options["train_data"], "--base", run_options["base"], "--count", "1"],
+        ["export", f"{folder}/adapter", "--to", "merged", "--output", str(tmp_path / "merged"), "--verify"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "scale_sft.cli", *arguments], env=environment, capture_output=True, check=True
+        )
+        assert b"\r" not in done.stdout + done.stderr
+        assert b"%|" not in done.stdout + done.stderr
