@@ -1,20 +1,39 @@
-"""scale_sft: sparse fine-tuning of large language models, on one GPU or many nodes, with the same result."""
+"""scale_sft: sparse fine-tuning of large language models, on one GPU or many nodes, with the same result.
+
+train          run a recipe: scale_sft.train("demo", steps=20) -> RunResult
+RunResult      where a run has left its adapter, and its held-out results
+Adapter        the result of a run: load, inspect, save
+load_adapter   apply an adapter to a model in memory, swap it while the model serves, undo it
+merge          write base + adapter as a plain transformers folder
+UserError      what all of them raise for input that cannot work
+
+Names are imported when they are first used: `import scale_sft` alone loads no torch.
+"""
+
+from importlib import import_module
+from typing import Any
 
 from scale_sft.version import __version__ as __version__
 
+_PUBLIC = {
+    "Adapter": "scale_sft.adapters.format",
+    "RunResult": "scale_sft.training.result",
+    "UserError": "scale_sft.errors",
+    "load_adapter": "scale_sft.adapters.live",
+    "merge": "scale_sft.adapters.merge",
+    "train": "scale_sft.train",
+}
+"""Module of each public name."""
 
-def __getattr__(name: str):
-    """Import what is asked for, and torch no sooner."""
-    if name == "train":  # the module, which is callable
-        from importlib import import_module
+__all__ = ["__version__", *_PUBLIC]
 
-        return import_module("scale_sft.train")
-    if name == "RunResult":
-        from scale_sft.training.result import RunResult
 
-        return RunResult
-    if name == "load_adapter":
-        from scale_sft.adapters.live import load_adapter
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(_PUBLIC[name])
+    return module if name == "train" else getattr(module, name)  # a module that can be called
 
-        return load_adapter
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

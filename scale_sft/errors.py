@@ -16,3 +16,8 @@ def explain(error: OSError) -> str:
     reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
     files = [str(name) for name in (error.filename, error.filename2) if name is not None]
     return f"{' -> '.join(files)}: {reason}" if files else reason
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

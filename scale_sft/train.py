@@ -226,12 +226,16 @@ def run(recipe: str | Path | Config | None = None, /, **options: Any) -> RunResu
 def run_training(config: Config) -> RunResult:
     """Run a configuration from start to end: inputs, ranks, model, loop, files."""
     from scale_sft.distributed.cluster import Cluster
-    from scale_sft.distributed.world import refuse_lonely_launchers
+    from scale_sft.distributed.world import World, refuse_lonely_launchers
     from scale_sft.training.inputs import read_inputs
     from scale_sft.training.run_folder import RunFolder
 
     refuse_lonely_launchers()
     run = RunFolder(config.run.output_dir)
+    if done := run.finished(config):
+        if World.from_environment().rank == 0:
+            print(done)
+        return None
     run.refuse_if_taken(config)
     interruption = Interruption()
     with interruption.handled():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,11 @@ class Adapter:
     def __repr__(self) -> str:
         base, dtype = self.info.get("base"), self.info.get("dtype")
         return f"<Adapter: {self.active():,} entries in {len(self.shapes)} weights of {base!r} ({dtype})>"
+
+
+def opened(adapter: str | Path | Adapter) -> AbstractContextManager[Adapter]:
+    """An adapter for a `with` block: as it is, or read from its folder a weight at a time."""
+    return nullcontext(adapter) if isinstance(adapter, Adapter) else Adapter.open(adapter)
 
 
 def absolute_base(base: str) -> str:

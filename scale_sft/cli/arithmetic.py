@@ -120,12 +120,12 @@ def _read(folders: Sequence[Path], at_least: int = 1) -> list:
 
 def _save(result, output: Path) -> None:
     from scale_sft.adapters.model_card import write_card
+    from scale_sft.files import new_folder
 
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output folder {output} is not empty; choose a new one")
-    result.save(output)
-    write_card(output)
-    active = sum(indices.numel() for indices in result.indices.values())
+    with new_folder(output, "adapter") as work:
+        result.save(work)
+        write_card(work, name=output.expanduser().resolve().name)
+    active = result.active()
     everything = sum(rows * columns for rows, columns in result.shapes.values())
     click.echo(f"adapter: {output}: {active:,} entries in {len(result.shapes)} weights ({active / everything:.3%})")
 

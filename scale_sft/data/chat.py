@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scale_sft.errors import UserError
+from scale_sft.errors import UserError, first_line
 from scale_sft.files import ASSETS
 
-from .sources import first_line
+from .turn_ends import special_tokens
 
 SHIPPED_TEMPLATES = ASSETS / "templates"
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -133,7 +133,7 @@ def _by_prefixes(conversations: Sequence, tokenizer: Any, where: Where) -> tuple
     last = {c: len(turns) for c, turns in enumerate(conversations)}
     inner = [(c, n) for c, n in replies if n + 1 < last[c]]  # the text up to the last turn is the whole
     after = dict(zip(inner, write([conversations[c][: n + 1] for c, n in inner], tokenizer, place), strict=True))
-    ends = [token for token in tokenizer.all_special_tokens if token]
+    ends = [text for text in special_tokens(tokenizer).values() if text]
     spans: list[list[Span]] = [[] for _ in conversations]
     for (c, n), start in zip(replies, before, strict=True):
         stop = after.get((c, n), whole[c])

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from scale_sft.config.spelling import unknown
 from scale_sft.config.options import DEMO
-from scale_sft.errors import UserError
+from scale_sft.config.spelling import unknown
+from scale_sft.errors import UserError, first_line
 from scale_sft.files import ASSETS
 from scale_sft.spiel.seeding import seeded_generator
 
@@ -335,8 +335,3 @@ def _line_of(path: Path, number: int) -> int | None:
             if found == number:
                 return line
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

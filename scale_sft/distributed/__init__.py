@@ -7,6 +7,8 @@ candidates  the largest entries of a gradient that is summed over ranks
 sharding    the frozen base, replicated or in ZeRO-3 shards
 cluster     the ranks of one run, from joining to leaving
 heartbeat   which rank has stopped making progress
+tracking    experiment trackers
 signals     signals that ask a run to stop
 exit        end a process that joined a group
+launcher    accelerate launch, quietly
 """

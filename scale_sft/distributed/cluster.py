@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,6 +25,7 @@ from .candidates import select_candidates
 from .heartbeat import Heartbeat, end_stalled
 from .sharding import Fingerprints, Replicated, Sharding, ZeroShards, deepspeed_plugin, forget_launchers_deepspeed
 from .signals import Interrupted, Interruption
+from .tracking import Log, open_tracker, refuse_unknown_tracker
 from .world import World
 
 _GRACE_SECONDS = 60
@@ -68,8 +69,10 @@ class Cluster(Ranks):
             interruption: receives the signals that ask the run to stop.
 
         Raises:
-            UserError: ranks found other than the launcher started, or sharding is impossible here.
+            UserError: the ranks are not those that the launcher started, the base cannot be sharded here, or the
+                tracker is unknown or not installed.
         """
+        refuse_unknown_tracker(tracker)
         timeout = timedelta(seconds=timeout_seconds + _GRACE_SECONDS)
         accelerator = _accelerator(sharded, dtype, ds_config, timeout, log_with=tracker, project_dir=logging_dir)
         rank, device = accelerator.process_index, accelerator.device
@@ -127,15 +130,9 @@ class Cluster(Ranks):
         """Choose candidates from a gradient [N] summed over the ranks: see `candidates.select_candidates`."""
         return select_candidates(self, gradient, count)
 
-    def tracking(self, name: str, settings: Mapping[str, Any]) -> Callable[[dict[str, float | str], int], None] | None:
+    def tracking(self, name: str, settings: Mapping[str, Any]) -> Log | None:
         """Return the logging function of the tracker that the run was started with; only for the main rank."""
-        if not self.accelerator.log_with:
-            return None
-        flat = {
-            key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in settings.items()
-        }
-        self.accelerator.init_trackers(name, config=flat)
-        return lambda values, step: self.accelerator.log(values, step=step)
+        return open_tracker(self.accelerator, name, settings)
 
     # --- the base model: see `sharding` -------------------------------------------------------------------------
 

@@ -232,6 +232,7 @@ LINES = {
     "targets.jsonl": '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": ""}\n',
 }
 BAD_INPUT = {
+    "tracker": (["--tracker", "wnadb"], "tracker: unknown 'wnadb'; did you mean 'wandb'?"),
     "option": (["--densty", "0.1"], "unknown option --densty; did you mean 'density'?"),
     "density 0": (["--density", "0"], "density: got 0.0, must lie in (0, 1]"),
     "negative density": (["--density", "-0.5"], "density: got -0.5, must lie in (0, 1]"),
@@ -242,7 +243,7 @@ BAD_INPUT = {
     "a total too small": (["--density", "none", "--tunable_weights", "13"], "tunable_weights: got 13, "),
     "target": (["--target_modules", "query"], "target_modules: 'query' matches no layer; this model has q_proj (2x)"),
     "tied target": (["--base", "GPT2", "--target_modules", "lm_head"], "'lm_head' is tied"),
-    "regular expression": (["--target_modules", "q_(proj"], "is no regular expression"),
+    "regular expression": (["--target_modules", "q_(proj"], "regular expression: missing )"),
     "missing data": (["--train_data", "MISSING.jsonl"], "MISSING.jsonl"),
     "empty data": (["--train_data", "empty.jsonl"], "empty.jsonl is empty"),
     "data that is not JSON": (["--train_data", "broken.jsonl"], "broken.jsonl, line 2: not JSON"),
