@@ -100,10 +100,8 @@ def load_base(
         UserError: the weights do not load as a causal language model.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-
+    silence_progress_bars()
     dtype = resolve_dtype(config, model_config)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -127,6 +125,13 @@ def load_base(
             cast_the_rest(model, dtype)
         return model
     return model if device is None else model.to(device)
+
+
+def silence_progress_bars() -> None:
+    """Stop transformers from drawing bars ("Loading weights") in the middle of our own output."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def enable_checkpointing(model: Any) -> None:
