@@ -81,3 +81,17 @@ ensure_venv() {
     { stamp_line ""; if [ -n "$extra" ]; then stamp_line "$extra"; fi; } > "$stamp"
     rm -f "$unfinished"
 }
+
+# use_venv EXTRA: as ensure_venv, but $SCALE_SFT_VENV, where set, is used as it is.
+use_venv() {
+    if [ -n "${SCALE_SFT_VENV:-}" ]; then
+        venv=$SCALE_SFT_VENV
+        python=$venv/bin/python
+        [ -x "$python" ] || die "SCALE_SFT_VENV=$SCALE_SFT_VENV holds no bin/python"
+    else
+        ensure_venv "$1"
+    fi
+}
+
+# Does this machine have a GPU that the driver knows?
+has_gpu() { nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; }

@@ -15,16 +15,11 @@ case "${1:--}" in
 esac
 [ -f "$recipe" ] || die "recipe $recipe: no such file (shipped ones: $root/scale_sft/recipes/)"
 
-if [ -z "${SCALE_SFT_ALLOW_CPU:-}" ] && ! nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then
+if [ -z "${SCALE_SFT_ALLOW_CPU:-}" ] && ! has_gpu; then
     die "no GPU here (nvidia-smi lists none): run it where there is one, or set SCALE_SFT_ALLOW_CPU=1 to use the CPU"
 fi
 
-if [ -n "${SCALE_SFT_VENV:-}" ]; then
-    python=$SCALE_SFT_VENV/bin/python
-    [ -x "$python" ] || die "SCALE_SFT_VENV=$SCALE_SFT_VENV holds no bin/python"
-else
-    ensure_venv ""
-fi
+use_venv ""
 
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 # Long and short batches take turns: without this the allocator keeps pieces that fit neither.

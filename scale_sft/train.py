@@ -58,7 +58,8 @@ def train(session, metrics, checkpoints) -> None:
             session.update(learning_rate)
         if tuning.schedule.reallocates_at(step):
             reallocate(session, metrics, step)
-        session.resident.write()
+        if not (finite and session.fused) or tuning.schedule.reallocates_at(step):
+            session.resident.write()
         session.step = step
 
         if finite:
@@ -200,12 +201,16 @@ def measurements(cluster) -> dict[str, int]:
 def run_training(config: Config) -> None:
     """A whole run: inputs, ranks, model, loop, files."""
     from scale_sft.distributed.cluster import Cluster
-    from scale_sft.distributed.world import refuse_lonely_launchers
+    from scale_sft.distributed.world import World, refuse_lonely_launchers
     from scale_sft.training.inputs import read_inputs
     from scale_sft.training.run_folder import RunFolder
 
     refuse_lonely_launchers()
     run = RunFolder(config.run.output_dir)
+    if done := run.finished(config):
+        if World.from_environment().rank == 0:
+            print(done)
+        return
     run.refuse_if_taken(config)
     interruption = Interruption()
     with interruption.handled():

@@ -50,7 +50,30 @@ CHAT_TEMPLATE = (
 )
 
 
+MARKED_TIMEOUT_SECONDS = 600
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the whole fast part in parallel workers; chosen tests, and `pytest -n 0`, in this process."""
+    options, chosen = config.option, config.args_source is pytest.Config.ArgsSource.ARGS
+    fast = options.markexpr in config.getini("addopts") and not options.keyword
+    parallel = config.pluginmanager.hasplugin("xdist") and "PYTEST_XDIST_WORKER" not in os.environ
+    if parallel and fast and not (chosen or options.collectonly or options.usepdb) and options.numprocesses is None:
+        options.numprocesses, options.dist = min(4, os.cpu_count() or 1), "worksteal"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give tests with a marker of their own more time, and run the slow ones first: parallel workers end together."""
+    for item in items:
+        marked = {mark.name for mark in item.iter_markers()} & {"slow", "quantized", "distributed", "slurm", "hardware"}
+        if marked and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(MARKED_TIMEOUT_SECONDS))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_unconfigure() -> None:
+    """Remove what the libraries have cached."""
     shutil.rmtree(_HF_HOME, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""`scale-sft export`: an adapter in a form that stock peft or transformers load, proven to give the same logits."""
+"""Export an adapter in a form that stock peft or transformers loads, with the same logits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from scale_sft.errors import UserError
 from scale_sft.files import new_folder
-from scale_sft.model.fingerprints import combine_fingerprints, fingerprint
+from scale_sft.model.fingerprints import fingerprint
 from scale_sft.model.loading import base_location
 from scale_sft.model.resident import WeightPart, read_entries
 
-from .format import Adapter, open_adapter
+from .apply import require_base
+from .format import Adapter, absolute_base, opened
 from .merge import BaseFiles, locate_base, merge
 from .model_card import write_card
 from .peft import Exported, write_shira, write_supertuning
@@ -23,37 +24,37 @@ FORMATS = ("shira", "supertuning", "merged")
 
 
 def export(
-    adapter_folder: str | Path, to: str, output: str | Path, *, base: str | None = None, licence: str | None = None
+    adapter: str | Path | Adapter, to: str, output: str | Path, *, base: str | None = None, licence: str | None = None
 ) -> Exported:
     """Write an adapter as SHiRA, as Super-Tuning, or merged; with a model card.
 
     Args:
-        base: folder or hub id of the base, if not the one that the adapter names.
+        to: shira, supertuning or merged.
+        base: folder or hub id of the base, if it is not where the adapter says.
+        licence: for the model card, as the hub knows it ("apache-2.0").
 
     Raises:
         UserError: wrong base, unreadable adapter, an output folder that is not empty, or a format that cannot hold it.
     """
-    adapter_folder, output = Path(adapter_folder), Path(output)
+    if to not in FORMATS:
+        raise UserError(f"export: got {to!r}, expected one of {', '.join(FORMATS)}")
     if to == "merged":
-        merge(adapter_folder, output, base)
-        with open_adapter(adapter_folder) as adapter:
-            written = Exported(sum(map(adapter.indices.active, adapter.shapes)), 0)
-        write_card(adapter_folder, output, form=to, licence=licence)
-        return written
-    with open_adapter(adapter_folder) as adapter, new_folder(output, "export") as work:
-        refuse_quantised(adapter, f"--to {to}")
-        source = locate_base(adapter, base)
-        require_linear(adapter, source, to)
-        named = base_location(base or adapter.info["base"])
-        named = str(Path(named).resolve()) if Path(named).is_dir() else named
-        with BaseFiles(source) as files:
-            values = BaseValues(files, adapter)
+        merge(adapter, output, base, licence=licence)
+        with opened(adapter) as source:
+            return Exported(source.active(), 0)
+    with opened(adapter) as source, new_folder(output, "export") as work:
+        refuse_quantised(source, f"--to {to}")
+        folder = locate_base(source, base)
+        require_linear(source, folder, to)
+        named = absolute_base(base_location(base or source.info["base"]))
+        with BaseFiles(folder) as files:
+            values = BaseValues(files, source)
             values.require_same_base()
             if to == "shira":
-                written = write_shira(adapter, work, named)
+                written = write_shira(source, work, named)
             else:
-                written = write_supertuning(adapter, work, named, values)
-        write_card(adapter_folder, work, form=to, licence=licence)
+                written = write_supertuning(source, work, named, values)
+        write_card(adapter, work, form=to, name=Path(output).expanduser().resolve().name, licence=licence)
     return written
 
 
@@ -77,22 +78,18 @@ class BaseValues(Mapping):
         return self._files.entries(self._stored[name], self._adapter.dtype)
 
     def require_same_base(self) -> None:
-        """Raises UserError if these are not the weights that the adapter was trained on."""
-        prints = {}
-        for name in self._stored:
-            entries = self._entries(name)
-            prints[name] = fingerprint(WeightPart(lambda entries=entries: entries, 0, entries.numel()))
-        found, expected = combine_fingerprints(prints, self._adapter.shapes), self._adapter.info["base_hash"]
-        if found != expected:
-            raise UserError(
-                f"export: '{self._files.folder}' is not the base that the adapter was trained on: the hash of the "
-                f"target weights is {found[:16]}..., expected {expected[:16]}..."
-            )
+        """Raise UserError if these are not the weights that the adapter was trained on."""
+        prints = {name: self._fingerprint(name) for name in self._stored}
+        require_base(prints, self._adapter, f"export: '{self._files.folder}' is not the base of the adapter")
+
+    def _fingerprint(self, name: str) -> tuple[int, int]:
+        entries = self._entries(name)
+        return fingerprint(WeightPart(lambda: entries, 0, entries.numel()))
 
 
 def refuse_quantised(adapter: Adapter, what: str) -> None:
-    """Raises UserError if the adapter was trained on a quantised base: only a merged model repeats its rounding."""
-    if adapter.info.get("quantization", "none") != "none":
+    """Raise UserError if the adapter was trained on a quantised base: only a merged model repeats its rounding."""
+    if adapter.is_quantized:
         raise UserError(
             f"export: the adapter was trained on a base in {adapter.info['quantization']}, whose rounding {what} would "
             "not repeat; use --to merged, which writes the dequantised model"
@@ -100,7 +97,7 @@ def refuse_quantised(adapter: Adapter, what: str) -> None:
 
 
 def require_linear(adapter: Adapter, source: Path, to: str) -> None:
-    """Raises UserError if a weight belongs to no `nn.Linear`: peft knows these formats for nothing else."""
+    """Raise UserError if a weight belongs to no `nn.Linear`: peft knows these formats for nothing else."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):

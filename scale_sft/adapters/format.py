@@ -1,14 +1,15 @@
-"""Deltas as files: the adapter folder; and in a model, in place.
+"""`Adapter`: the sparse deltas of one base, in memory or in a folder.
 
-An adapter is `adapter_model.safetensors` (for each weight `<name>.indices` [K] int32 or int64, sorted and unique, and
-`<name>.deltas` [K] fp32) and `adapter_config.json`. Everything in a file is checked before any weight is touched.
+An adapter folder holds `adapter_model.safetensors` (for each weight `<name>.indices` [K] int32 or int64, sorted and
+unique, and `<name>.deltas` [K] fp32) and `adapter_config.json`. Everything in a file is checked before it is used.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scale_sft.config.options import DEMO
 from scale_sft.errors import UserError
 from scale_sft.files import write_atomically, write_json
 from scale_sft.model.resident import ROUNDING_RULE
+from scale_sft.spiel.indices import wrong_with_indices
 from scale_sft.version import __version__
 
 from .safetensors_writer import TensorReader
@@ -29,14 +32,85 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapter:
-    """Sparse deltas of some weights of one base."""
+    """Sparse deltas of some weights of one base.
 
-    indices: Mapping[str, Tensor]  # by weight name: [K] int32 or int64, sorted, unique
-    deltas: Mapping[str, Tensor]  # [K] fp32
+        adapter = scale_sft.Adapter.load("runs/demo/adapter")
+        adapter                                        # <Adapter: 1,234 entries in 14 weights of 'demo' (float32)>
+        adapter.deltas["model.layers.0.mlp.up_proj.weight"]
+        adapter.save("copy")
+
+        with scale_sft.Adapter.open("runs/demo/adapter") as adapter:   # one weight in memory at a time
+            for name in adapter.shapes:
+                print(name, adapter.active(name), adapter.deltas[name].norm())
+
+    Attributes:
+        indices: by weight name, flat positions i * I + j of the active entries: [K] int32 or int64, sorted, unique.
+        deltas: by weight name, what is added there: [K] fp32.
+        shapes: (O, I) by weight name.
+        info: the rest of adapter_config.json: base, revision, dtype, base_hash, method and so on.
+    """
+
+    indices: Mapping[str, Tensor]
+    deltas: Mapping[str, Tensor]
     shapes: dict[str, tuple[int, int]]
-    info: dict[str, Any]  # the rest of adapter_config.json: base, dtype, base_hash, method ...
+    info: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Adapter:
+        """Read an adapter folder into memory and check all of it.
+
+        Raises:
+            UserError: a file is missing, damaged or of another format; indices are out of range, unsorted or repeated;
+                dtypes or lengths are wrong; a delta is not finite.
+        """
+        with cls.open(folder) as adapter:
+            return replace(adapter, indices=dict(adapter.indices), deltas=dict(adapter.deltas))
+
+    @classmethod
+    @contextmanager
+    def open(cls, folder: str | Path) -> Iterator[Adapter]:
+        """Open an adapter folder; each access to a weight's tensors reads and checks them, within the `with` block.
+
+        Raises:
+            UserError: see `load`; faults of one weight's tensors are raised by the access.
+        """
+        folder = Path(folder).expanduser()
+        shapes, info = _read_config(folder)
+        with TensorReader(folder / WEIGHTS_FILE) as file:
+            odd = set(file.names) ^ {f"{name}.{kind}" for name in shapes for kind in ("indices", "deltas")}
+            if odd:
+                raise UserError(f"adapter: {folder}: the two files disagree on '{sorted(odd)[0]}'")
+            yield cls(_Stored(file, shapes, "indices"), _Stored(file, shapes, "deltas"), shapes, info)
+
+    def save(self, folder: str | Path) -> None:
+        """Write an adapter folder; each file appears whole or not at all. Reads the result back to check it.
+
+        A base that is a local folder is recorded by its absolute path, so that the adapter is usable from anywhere.
+        """
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{name}.indices": value.cpu().contiguous() for name, value in self.indices.items()}
+        tensors |= {f"{name}.deltas": value.cpu().contiguous() for name, value in self.deltas.items()}
+        write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        config = {
+            "format": FORMAT,
+            "scale_sft_version": __version__,
+            "rounding_rule": ROUNDING_RULE,
+            **self.info,
+            "base": absolute_base(self.info["base"]),
+            "active_entries": self.active(),
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+        }
+        write_json(folder / CONFIG_FILE, config)
+        Adapter.load(folder)
+
+    def active(self, name: str | None = None) -> int:
+        """Count the active entries K of one weight, or of all of them; reads no tensor."""
+        if name is None:
+            return sum(map(self.active, self.shapes))
+        return self.indices.count(name) if isinstance(self.indices, _Stored) else self.indices[name].numel()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -45,47 +119,27 @@ class Adapter:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the deltas were trained on a base in 4 or 8 bits."""
+        """True if the deltas were trained on a base in 4 or 8 bits."""
         return self.info.get("quantization", "none") != "none"
 
-
-def save_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write an adapter folder; files appear whole or not at all. Reads the result back and compares counts."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{name}.indices": value.cpu().contiguous() for name, value in adapter.indices.items()}
-    tensors |= {f"{name}.deltas": value.cpu().contiguous() for name, value in adapter.deltas.items()}
-    write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    config = {
-        "format": FORMAT,
-        "scale_sft_version": __version__,
-        "rounding_rule": ROUNDING_RULE,
-        **adapter.info,
-        "active_entries": sum(value.numel() for value in adapter.indices.values()),
-        "shapes": {name: list(shape) for name, shape in adapter.shapes.items()},
-    }
-    write_json(folder / CONFIG_FILE, config)
-    load_adapter(folder)
+    def __repr__(self) -> str:
+        base, dtype = self.info.get("base"), self.info.get("dtype")
+        return f"<Adapter: {self.active():,} entries in {len(self.shapes)} weights of {base!r} ({dtype})>"
 
 
-def load_adapter(folder: str | Path) -> Adapter:
-    """Read and check an adapter folder.
-
-    Raises:
-        UserError: a file is missing, damaged or of another format; indices out of range, unsorted or repeated; wrong
-            dtypes or lengths; deltas that are not finite.
-    """
-    with open_adapter(folder) as adapter:
-        return replace(adapter, indices=dict(adapter.indices), deltas=dict(adapter.deltas))
+def opened(adapter: str | Path | Adapter) -> AbstractContextManager[Adapter]:
+    """An adapter for a `with` block: as it is, or read from its folder a weight at a time."""
+    return nullcontext(adapter) if isinstance(adapter, Adapter) else Adapter.open(adapter)
 
 
-@contextmanager
-def open_adapter(folder: str | Path) -> Iterator[Adapter]:
-    """An adapter whose tensors are read and checked when they are asked for, for as long as the `with` block lasts.
+def absolute_base(base: str) -> str:
+    """The absolute path of a base that is a local folder; `demo` and hub ids as they are."""
+    folder = Path(base).expanduser()
+    return os.path.abspath(folder) if base != DEMO and folder.is_dir() else base
 
-    Raises:
-        UserError: see `load_adapter`; what concerns one weight's tensors when they are asked for.
-    """
-    folder = Path(folder)
+
+def _read_config(folder: Path) -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
+    """Shapes by weight name and the rest of adapter_config.json."""
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise UserError(f"adapter: {folder} holds no {file}; expected the adapter/ folder of a run")
@@ -99,15 +153,10 @@ def open_adapter(folder: str | Path) -> Iterator[Adapter]:
         shapes = {name: (int(shape[0]), int(shape[1])) for name, shape in config.pop("shapes").items()}
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"adapter: {folder / CONFIG_FILE} is damaged: {error!r}") from None
-    with TensorReader(folder / WEIGHTS_FILE) as file:
-        odd = set(file.names) ^ {f"{name}.{kind}" for name in shapes for kind in ("indices", "deltas")}
-        if odd:
-            raise UserError(f"adapter: {folder}: the two files disagree on '{sorted(odd)[0]}'")
-        lazy = (StoredTensors(file, shapes, kind) for kind in ("indices", "deltas"))
-        yield Adapter(*lazy, shapes, config)
+    return shapes, config
 
 
-class StoredTensors(Mapping):
+class _Stored(Mapping[str, Tensor]):
     """Indices or deltas by weight name, read from an open file at each access and checked."""
 
     def __init__(self, file: TensorReader, shapes: Mapping[str, tuple[int, int]], kind: str):
@@ -125,22 +174,18 @@ class StoredTensors(Mapping):
     def __len__(self) -> int:
         return len(self._shapes)
 
-    def active(self, name: str) -> int:
+    def count(self, name: str) -> int:
         """K of one weight, without reading it."""
         return self._file.shape(f"{name}.{self._kind}")[0]
 
 
 def _check(name: str, indices: Tensor, deltas: Tensor, shape: tuple[int, int]) -> None:
-    wrong = None
-    if indices.dtype not in (torch.int32, torch.int64) or deltas.dtype not in (torch.float32, torch.bfloat16):
-        wrong = f"dtypes are {indices.dtype} and {deltas.dtype}, expected integers and float32"
-    elif indices.dim() != 1 or indices.shape != deltas.shape:
-        wrong = f"{tuple(indices.shape)} indices for {tuple(deltas.shape)} deltas"
-    elif indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= shape[0] * shape[1]):
-        wrong = f"an index lies outside the weight of shape {shape}"
-    elif bool((indices[1:] <= indices[:-1]).any()):
-        wrong = "indices are not sorted and unique"
+    wrong = wrong_with_indices(indices, shape)
+    if deltas.dtype not in (torch.float32, torch.bfloat16):
+        wrong = f"deltas are {deltas.dtype}, expected float32"
+    elif indices.shape != deltas.shape:
+        wrong = wrong or f"{tuple(indices.shape)} indices for {tuple(deltas.shape)} deltas"
     elif not bool(torch.isfinite(deltas).all()):
-        wrong = "a delta is not a finite number"
+        wrong = wrong or "a delta is not a finite number"
     if wrong:
         raise UserError(f"adapter: weight '{name}': {wrong}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scale_sft.reporting.weight_names import kind_of, layer_of
 
-from .format import open_adapter
+from .format import Adapter
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.99, 1.0)
 _SAMPLE_ENTRIES = 1 << 16
@@ -83,7 +83,7 @@ def inspect(folder: str | Path, *, top: int = 10) -> Inspection:
         UserError: the adapter is damaged.
     """
     by_weight, samples, moved = {}, [], []
-    with open_adapter(folder) as adapter:
+    with Adapter.open(folder) as adapter:
         info = {key: value for key, value in adapter.info.items() if key != "base_fingerprints"}
         for name, shape in adapter.shapes.items():
             indices, deltas = adapter.indices[name], adapter.deltas[name].float()

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from scale_sft.files import write_text
-from scale_sft.reporting.html import details, page_of, pairs, render, section, table
+from scale_sft.reporting.html import details, heading, page_of, pairs, picture, table, titled
 from scale_sft.reporting.plots import Plot
-from scale_sft.reporting.style import BLUE, STYLE, WIDTH_INCHES, heat_map
+from scale_sft.reporting.style import BLUE, WIDTH_INCHES, heat_map
 from scale_sft.reporting.weight_names import kind_of, layer_of
 
 from .inspection import Inspection, WeightFacts
@@ -41,19 +41,16 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
 
 def write_page(found: Inspection, path: Path) -> None:
     """One HTML file with pictures that needs no other."""
-    parts = ["<h1>Adapter</h1>", pairs(facts(found))]
+    parts = [heading("Adapter"), pairs(facts(found))]
     plots = [
         Plot("magnitudes", "Magnitudes of the deltas", "", lambda _: magnitudes(found)),
         Plot("density", "Where the entries lie", "", lambda _: densities(found)),
     ]
-    for plot in plots:
-        with rc_context(STYLE):
-            figure = plot.draw(None)
-        parts.append(section(plot, render(figure, plot)[1]))
+    parts += [picture(plot) for plot in plots]
     for title, rows in (("Layers", found.by_layer), ("Kinds of module", found.by_kind)):
-        parts.append(f"<section><h2>{title}</h2>{_html_rows(rows)}</section>")
+        parts.append(titled(title, _html_rows(rows)))
     moved = ([e["weight"], str(e["row"]), str(e["column"]), f"{e['delta']:+.4g}"] for e in found.moved)
-    parts.append(f"<section><h2>Most moved</h2>{table(['weight', 'row', 'column', 'delta'], moved)}</section>")
+    parts.append(titled("Most moved", table(["weight", "row", "column", "delta"], moved)))
     parts.append(details("Every weight", _html_rows(found.by_weight)))
     write_text(path, page_of(f"{found.folder}: adapter", parts))
 
@@ -84,7 +81,7 @@ def magnitudes(found: Inspection) -> Figure:
     ax = figure.subplots()
     values = found.sample[found.sample > 0].numpy()
     if len(values):
-        ax.hist(values, bins=np.geomspace(values.min(), values.max() * 1.0001, 60), color=BLUE)
+        ax.hist(values, bins=np.geomspace(values.min(), values.max() * 1.0001, 60).tolist(), color=BLUE)
         ax.set_xscale("log")
     ax.set_xlabel("|delta|")
     ax.set_ylabel("entries (sampled)")
@@ -103,7 +100,7 @@ def densities(found: Inspection) -> Figure:
         grids["size"][place] = one.norm / max(1, one.active) ** 0.5
     figure = Figure(figsize=(WIDTH_INCHES, 1.4 + 0.56 * len(names)), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
-    labels = ["-" if layer is None else layer for layer in layers]
+    labels = ["-" if layer is None else str(layer) for layer in layers]
     heat_map(above, grids["density"], labels, names, "density", " %")
     heat_map(below, grids["size"], labels, names, "root mean square of the deltas", "")
     below.set_xlabel("layer")
@@ -117,5 +114,5 @@ def _cells(one: WeightFacts) -> list[str]:
     ]  # fmt: skip
 
 
-def _html_rows(rows: dict[str, WeightFacts]) -> str:
+def _html_rows(rows: dict[str, WeightFacts]) -> Markup:
     return table(["", *_COLUMNS], ([name, *_cells(one)] for name, one in rows.items()))

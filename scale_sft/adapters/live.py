@@ -1,18 +1,18 @@
-"""Adapters on a model that stays in memory: applied in place, exchanged while it serves, undone bit for bit.
+"""Adapters on a model that stays in memory: applied in place, swapped while it serves, undone bit for bit.
 
     live = scale_sft.load_adapter(model, "run/adapter")
-    live.swap("other/adapter")          # any thread, any time
+    live.swap("other/adapter")          # from any thread, at any time
     with live.hold():                   # no swap happens inside
         model.generate(...)
     live.undo()                         # the base, bit for bit
 
-What is guaranteed: every forward pass of the model (`model(...)`, each step of `generate`, pipelines) sees exactly one
-adapter, or the base; a swap from another thread waits until the forward passes in flight have ended, and those that
-begin meanwhile wait for the swap. Several threads may run forward passes at the same time. Not covered: forward passes
-already under way at the first `load_adapter` (it installs the hooks that all later ones go through), inner modules
-called by themselves (`model.model(...)`; put them into `hold`), and backward passes.
+Guarantee: every forward pass of the model (`model(...)`, each step of `generate`, pipelines) sees exactly one adapter,
+or the base. A swap from another thread waits until the forward passes in flight have ended; those that begin meanwhile
+wait for the swap. Several threads may run forward passes at the same time. Not covered: forward passes already under
+way at the first `load_adapter` (it installs the hooks that all later ones pass through), inner modules called directly
+(`model.model(...)`; put them into `hold`), and backward passes.
 
-Cost: time and memory proportional to K. Only when an adapter's weights are seen for the first time are they read once
+Cost: time and memory proportional to K. Only when an adapter's weights are seen for the first time are they read whole
 (N entries), to prove that they are the adapter's base.
 """
 
@@ -34,7 +34,6 @@ from scale_sft.model.resident import WeightPart, effective_values, read_entries,
 
 from .apply import require_base, require_fit
 from .format import Adapter
-from .format import load_adapter as read_adapter
 
 _live: weakref.WeakKeyDictionary[nn.Module, LiveAdapter] = weakref.WeakKeyDictionary()
 _registry = threading.Lock()
@@ -42,6 +41,11 @@ _registry = threading.Lock()
 
 def load_adapter(model: nn.Module, adapter: str | Path | Adapter) -> LiveAdapter:
     """Apply an adapter to a model's weights, in place. On a model that carries one already, this is a swap.
+
+        model = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-2-7b-hf", dtype="bfloat16")
+        with scale_sft.load_adapter(model, "runs/my_run/adapter"):
+            model.generate(...)
+        # the base again, bit for bit
 
     Args:
         model: a causal language model of transformers (of a pipeline: `pipe.model`), its weights whole and in the
@@ -69,6 +73,7 @@ class Prepared:
     """An adapter checked against a model and laid out for it: what a swap needs, on the devices of the weights."""
 
     owner: LiveAdapter
+    base: str
     weights: dict[str, nn.Parameter]
     indices: dict[str, Tensor]  # [K]
     deltas: dict[str, Tensor]  # [K] fp32
@@ -81,7 +86,13 @@ class Prepared:
 
 
 class LiveAdapter:
-    """The adapter that a model carries. Made by `load_adapter`; all methods may be called from any thread."""
+    """The adapter that a model carries. Made by `load_adapter`; all methods may be called from any thread.
+
+    live                         # <LiveAdapter: 1,234 entries in 14 weights of LlamaForCausalLM, base 'demo'>
+    live.swap("other/adapter")   # or an Adapter, or what live.prepare("other/adapter") returned
+    live.swap(None)              # the base, but hooks stay
+    live.undo()                  # the base, and the model is as it was; `with` does that at its end
+    """
 
     def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)
@@ -98,7 +109,7 @@ class LiveAdapter:
         Raises:
             UserError: see `load_adapter`.
         """
-        adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
+        adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
         self._gate.require_outside()
         with self._swapping:  # the fingerprints are of the base: nobody may write meanwhile
             return self._prepare(adapter)
@@ -115,13 +126,14 @@ class LiveAdapter:
         require_base({name: self._prints[name] for name in weights}, adapter)
         return Prepared(
             owner=self,
+            base=adapter.info["base"],
             weights=weights,
             indices={name: adapter.indices[name].to(weight.device) for name, weight in weights.items()},
             deltas={name: adapter.deltas[name].to(weight.device, torch.float32) for name, weight in weights.items()},
         )
 
     def swap(self, adapter: str | Path | Adapter | Prepared | None) -> None:
-        """Put `adapter` in the place of the one that the model carries; None: the base, bit for bit.
+        """Replace the adapter that the model carries by `adapter`; None: by the base, bit for bit.
 
         Raises:
             UserError: see `load_adapter`; the model then carries what it carried before.
@@ -133,14 +145,22 @@ class LiveAdapter:
             with self._gate.alone():
                 self._write(ready)
 
+    def __repr__(self) -> str:
+        model, applied = self._model(), self._applied
+        on = type(model).__name__ if model is not None else "a model that is gone"
+        if applied is None:
+            return f"<LiveAdapter: the base on {on}>" if self._hooks else f"<LiveAdapter: undone on {on}>"
+        entries = f"{applied.active:,} entries in {len(applied.weights)} weights"
+        return f"<LiveAdapter: {entries} of {on}, base {applied.base!r}>"
+
     def _require_unchanged(self, ready: Prepared | None) -> None:
-        """Raises UserError if a swap cannot be done on the weights as they are now."""
+        """Raise UserError if a swap cannot be done on the weights as they are now."""
         if ready is not None and ready.owner is not self:
             raise UserError("adapter: it was prepared for another model, or before an undo; prepare it again")
         if ready is not None and not self._hooks:
             raise UserError("adapter: this one was undone; call scale_sft.load_adapter again")
-        for one in (self._applied, ready):
-            for name, weight in one.weights.items() if one else ():
+        for one in filter(None, (self._applied, ready)):
+            for name, weight in one.weights.items():
                 if weight.device != one.indices[name].device or weight.dtype != self._dtypes[name]:
                     raise UserError(
                         f"adapter: '{name}' is {weight.dtype} on {weight.device} now, it was {self._dtypes[name]} on "
@@ -166,19 +186,19 @@ class LiveAdapter:
 
     @staticmethod
     def _wait_for(devices: set[torch.device]) -> None:
-        """Forward passes may run on other streams: a write comes after what is under way and before what follows."""
+        """Wait for GPUs: forward passes may run on other streams, and a write comes after those under way."""
         for device in devices:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """No swap happens inside the `with` block: for a whole `generate`, say, under one adapter."""
+        """Keep swaps out of the `with` block, for example to run a whole `generate` under one adapter."""
         with self._gate.shared():
             yield
 
     def undo(self) -> None:
-        """Give the model its base back, bit for bit, and let go of it."""
+        """Give the model its base back, bit for bit, and remove the hooks from it."""
         self._gate.require_outside()
         with _registry:
             self.swap(None)
@@ -197,8 +217,9 @@ class LiveAdapter:
 
     def attach(self) -> None:
         """Route every forward pass of the model through the gate."""
-        model = self._model()
-        gate = self._gate
+        model, gate = self._model(), self._gate
+        if model is None:
+            raise UserError("adapter: the model is gone")
         self._hooks = [
             model.register_forward_pre_hook(lambda module, args: gate.enter(), prepend=True),
             model.register_forward_hook(lambda module, args, output: gate.leave(), always_call=True),
@@ -245,7 +266,7 @@ class Gate:
                 self._changed.notify_all()
 
     def require_outside(self) -> None:
-        """Raises UserError in a thread that is inside: to be alone it would have to wait for itself."""
+        """Raise UserError in a thread that is inside: to be alone it would have to wait for itself."""
         if getattr(self._own, "depth", 0):
             raise UserError("adapter: a swap inside hold() or inside a forward pass of the same thread; do it outside")
 
@@ -259,7 +280,7 @@ class Gate:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Nobody else is inside the `with` block."""
+        """Run the `with` block with nobody else inside."""
         with self._changed:
             self._waiting += 1
             try:

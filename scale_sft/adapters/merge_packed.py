@@ -1,12 +1,13 @@
-"""Merging an adapter that was trained on a quantised base: dequantise, add, write an unquantised model.
+"""Merge an adapter that was trained on a quantised base: dequantise, add, write an unquantised model.
 
 The base is loaded as training loads it, so its values are those that the deltas were trained on; its hash proves it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from scale_sft.config.options import ModelConfig
 from scale_sft.errors import UserError
-from scale_sft.files import new_folder, write_atomically, write_json, write_text
+from scale_sft.files import require_free_bytes, write_atomically, write_json
 from scale_sft.model.fingerprints import combine_fingerprints, fingerprint
 from scale_sft.model.loading import base_location, load_base, load_model_config
 from scale_sft.model.packed_weights import PackedWeight, PlainWeight, packed_weights
@@ -25,57 +26,67 @@ from scale_sft.model.resident import WeightPart
 from scale_sft.model.targets import find_targets
 from scale_sft.model.transient import add_delta_
 
-from .format import Adapter, load_adapter
+from .format import Adapter, absolute_base
+from .merge import INDEX_FILE, BaseFiles, locate_base
 
 SHARD_BYTES = 4 << 30
 
 
 def merge_quantized(
-    adapter_folder: str | Path, output: str | Path, base: str | None = None, dtype: torch.dtype = torch.bfloat16
+    adapter: Adapter, work: Path, base: str | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
-    """Write dequantised base + adapter as a plain transformers folder in `dtype`; every layer is dequantised.
+    """Write dequantised base + adapter as a plain transformers folder into `work`; every layer is dequantised.
 
-    Needs memory for the quantised base and one file of 4 GiB. A run that computed in bfloat16 is reproduced bit for
-    bit.
+    Dequantised weights are written in `dtype`; all other tensors keep the bytes that the base's files have. Needs
+    memory for the quantised base and one file of 4 GiB. A run that computed in bfloat16 is reproduced bit for bit.
 
     Returns:
         The base values of the active entries, by weight name: [K] in `dtype`.
 
     Raises:
-        UserError: wrong base, unreadable adapter, or an output folder that is not empty.
+        UserError: wrong base, or an unreadable adapter.
     """
-    adapter, output = load_adapter(adapter_folder), Path(output)
     config = _model_config(adapter, base)
-    with new_folder(output, "merge") as work:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        reference = unquantized_shapes(config)
-        weights, model = _load_packed(config, adapter, device)
-        _check_base(weights, adapter, device)
-        kept: dict[str, Tensor] = {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reference = unquantized_shapes(config)
+    weights, model = _load_packed(config, adapter, device)
+    _check_base(weights, adapter, device)
+    kept: dict[str, Tensor] = {}
+    with BaseFiles(locate_base(adapter, base)) as files:
 
         def value_of(name: str) -> Tensor:
             if name not in weights:
-                return model.get_parameter(name).detach()
+                return _as_stored(files, name, model)
             weight = weights[name].dequantize(weights[name].module.weight.data)
-            if name in adapter.indices:
+            if name in adapter.shapes:
                 indices = adapter.indices[name].to(device)
-                kept[name] = weight.view(-1).gather(0, indices).to(dtype).cpu()
+                kept[name] = weight.view(-1).gather(0, indices.long()).to(dtype).cpu()
                 add_delta_(weight, indices, adapter.deltas[name].to(device))
             turned = isinstance(weights[name], PackedWeight) and is_transposed(reference, name)
-            return weight.t() if turned else weight
+            return (weight.t() if turned else weight).to(dtype)
 
-        _write_weights(work, reference, value_of, model, dtype)
-        _write_small_files(work, config, dtype)
-        if adapter.info.get("chat_template"):
-            write_text(work / "chat_template.jinja", adapter.info["chat_template"])
+        _write_weights(work, reference, value_of)
+    _write_small_files(work, config, dtype)
     return kept
+
+
+def _as_stored(files: BaseFiles, name: str, model: nn.Module) -> Tensor:
+    """A parameter or buffer with the bytes of the base's files; as it was loaded where they have it in another form."""
+    path, _, leaf = name.rpartition(".")
+    loaded = getattr(model.get_submodule(path), leaf).detach()
+    stored = files.find(name)
+    if stored is not None:
+        found = files.tensor(stored)
+        if found.shape == loaded.shape and found.is_floating_point() == loaded.is_floating_point():
+            return found
+    return loaded
 
 
 def _model_config(adapter: Adapter, base: str | None) -> ModelConfig:
     info = adapter.info
     on_disk = info["quantized_on"] == "disk"
     return ModelConfig(
-        base=base or info["base"],
+        base=absolute_base(base or info["base"]),
         revision=info.get("revision"),
         dtype=info["dtype"],
         quantization="none" if on_disk else info["quantization"],
@@ -84,7 +95,7 @@ def _model_config(adapter: Adapter, base: str | None) -> ModelConfig:
 
 
 def _load_packed(config: ModelConfig, adapter: Adapter, device: torch.device):
-    """The quantised base, and its weights by name: all packed ones and the adapter's."""
+    """Load the quantised base; returns its weights by name (all packed ones and the adapter's) and the model."""
     model_config = load_model_config(config)
     quantization = resolve_quantization(config, model_config)
     if quantization is None:
@@ -121,7 +132,7 @@ def _check_base(weights: Mapping[str, Any], adapter: Adapter, device: torch.devi
 
 
 def unquantized_shapes(config: ModelConfig) -> nn.Module:
-    """The model as it is without quantisation, on the meta device: names and shapes of what is written."""
+    """Build the model without quantisation on the meta device: names and shapes of what is written."""
     from transformers import AutoModelForCausalLM
 
     model_config = load_model_config(config)
@@ -132,37 +143,38 @@ def unquantized_shapes(config: ModelConfig) -> nn.Module:
 
 
 def is_transposed(reference: nn.Module, name: str) -> bool:
+    """True for a weight of GPT-2's Conv1D, which is [I, O]."""
     return type(reference.get_submodule(name.removesuffix(".weight"))).__name__ == "Conv1D"
 
 
-def _write_weights(work: Path, reference: nn.Module, value_of, model: nn.Module, dtype: torch.dtype) -> None:
-    """Files of at most SHARD_BYTES, one after the other, each parameter once (tied ones under their first name)."""
-    parameters = {name: value.numel() * dtype.itemsize for name, value in reference.named_parameters()}
-    every_name = {name for name, _ in reference.named_parameters(remove_duplicate=False)}
-    buffers = {name: model.get_buffer(name) for name in reference.state_dict() if name not in every_name}
+def _write_weights(work: Path, reference: nn.Module, value_of: Callable[[str], Tensor]) -> None:
+    """Write files of at most about SHARD_BYTES, each tensor once (tied ones under their first name)."""
+    tied = {name for name, _ in reference.named_parameters(remove_duplicate=False)}
+    tied -= {name for name, _ in reference.named_parameters()}
+    sizes = {name: value.numel() * 2 for name, value in reference.state_dict().items() if name not in tied}
+    require_free_bytes(work, sum(sizes.values()), "merge")
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, size in parameters.items():
+    for name, size in sizes.items():
         if shards[-1] and filled + size > SHARD_BYTES:
             shards.append([])
             filled = 0
         shards[-1].append(name)
         filled += size
-    index = {}
+    index: dict[str, str] = {}
+    total_size = 0
     for number, names in enumerate(shards, start=1):
-        tensors = {name: value_of(name).to(dtype).cpu().contiguous() for name in names}
-        if number == 1:
-            tensors |= {name: value.cpu() for name, value in buffers.items()}
+        tensors = {name: value_of(name).cpu().contiguous() for name in names}
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_atomically(work / file, lambda path, t=tensors: save_file(t, path, metadata={"format": "pt"}))
+        write_atomically(work / file, partial(save_file, tensors, metadata={"format": "pt"}))
         index |= dict.fromkeys(tensors, file)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
-        content = {"metadata": {"total_size": sum(parameters.values())}, "weight_map": index}
-        write_json(work / "model.safetensors.index.json", content)
+        write_json(work / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": index})
 
 
 def _write_small_files(work: Path, config: ModelConfig, dtype: torch.dtype) -> None:
-    """Configuration without quantisation, generation settings and tokenizer of the base."""
+    """Write configuration without quantisation, generation settings and tokenizer of the base."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     location = base_location(config.base)

@@ -12,7 +12,7 @@ from scale_sft.config.options import DEMO
 from scale_sft.files import write_text
 from scale_sft.reporting.metrics_file import METRICS_FILE, read_metrics
 
-from .format import Adapter, open_adapter
+from .format import Adapter, opened
 
 _SETTINGS = {
     "sparse": ("method", "density", "tunable_weights", "rank_equivalent", "update_interval_steps", "estimation_steps",
@@ -46,28 +46,38 @@ _USE["supertuning"] = _USE["shira"]
 
 
 def write_card(
-    adapter_folder: str | Path, target: str | Path | None = None, *, form: str = "adapter", licence: str | None = None
+    adapter: str | Path | Adapter,
+    target: str | Path | None = None,
+    *,
+    form: str = "adapter",
+    name: str | None = None,
+    licence: str | None = None,
 ) -> Path:
-    """Write README.md for an adapter folder; what is known of its run (settings, results) is read beside it.
+    """Write README.md for an adapter or what was made of it; settings and results are those of the run next to it.
 
     Args:
+        adapter: the adapter/ folder of a run; of an adapter in memory nothing is known of its run.
         target: the folder to describe; default: the adapter folder itself.
         form: adapter, shira, supertuning or merged.
+        name: what the folder is called once it is finished; default: what it is called now.
         licence: identifier as the hub knows it ("apache-2.0"); default: that of the base where it is stated locally.
     """
-    adapter_folder = Path(adapter_folder)
-    target = Path(target or adapter_folder)
-    with open_adapter(adapter_folder) as adapter:
-        text = _card(adapter, adapter_folder.resolve().parent, target.name.strip("."), form, licence)
-    write_text(target / "README.md", text)
-    return target / "README.md"
+    run = None if isinstance(adapter, Adapter) else Path(adapter).expanduser().resolve().parent
+    folder = target if target is not None else adapter
+    if isinstance(folder, Adapter):
+        raise TypeError("write_card: an adapter in memory needs a target folder")
+    folder = Path(folder).expanduser()
+    with opened(adapter) as content:
+        text = _card(content, run, name or folder.resolve().name, form, licence)
+    write_text(folder / "README.md", text)
+    return folder / "README.md"
 
 
-def _card(adapter: Adapter, run: Path, folder: str, form: str, licence: str | None) -> str:
+def _card(adapter: Adapter, run: Path | None, folder: str, form: str, licence: str | None) -> str:
     info = adapter.info
     base = "the small model that ships with scale_sft" if info["base"] == DEMO else info["base"]
-    settings = _read_settings(run)
-    active = sum(map(adapter.indices.active, adapter.shapes))
+    settings = _read_settings(run) if run else {}
+    active = adapter.active()
     everything = sum(o * i for o, i in adapter.shapes.values())
     facts = {
         "base model": f"{base}" + (f", revision {info['revision']}" if info.get("revision") else ""),
@@ -96,7 +106,7 @@ def _card(adapter: Adapter, run: Path, folder: str, form: str, licence: str | No
         _table(("", ""), facts),
         f"## Use\n\n{use}\n",
     ]
-    results = _results(run)
+    results = _results(run) if run else {}
     if results:
         parts.append("## Results\n\n" + _table(("held out", "value"), results))
     if options:
@@ -105,26 +115,30 @@ def _card(adapter: Adapter, run: Path, folder: str, form: str, licence: str | No
 
 
 def _front_matter(info: dict[str, Any], form: str, licence: str | None) -> str:
-    """The card's metadata; without a stated licence the hub shows `unknown`."""
-    local = Path(info["base"]) / "README.md"
-    meta: dict[str, Any] = {
-        "license": licence or _licence_of(local) or "unknown",
-        "library_name": {"shira": "peft", "supertuning": "peft", "merged": "transformers"}.get(form, "scale_sft"),
-        "pipeline_tag": "text-generation",
-        "tags": ["sparse-fine-tuning", "spiel", f"method:{info.get('method')}"],
-    }
+    """The card's metadata as the hub defines it; without a stated licence the hub shows `unknown`."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        license=licence or _licence_of(Path(info["base"]) / "README.md") or "unknown",
+        library_name={"shira": "peft", "supertuning": "peft", "merged": "transformers"}.get(form, "scale_sft"),
+        pipeline_tag="text-generation",
+        tags=["sparse-fine-tuning", "spiel", f"method:{info.get('method')}"],
+    )
     if info["base"] != DEMO and not Path(info["base"]).exists():
-        meta["base_model"] = info["base"]
-        meta["base_model_relation"] = "finetune" if form == "merged" else "adapter"
-    return f"---\n{yaml.safe_dump(meta, sort_keys=False)}---\n"
+        data.base_model = info["base"]
+        data["base_model_relation"] = "finetune" if form == "merged" else "adapter"
+    return f"---\n{data.to_yaml()}\n---\n"
 
 
 def _licence_of(card: Path) -> str | None:
+    """The licence that a local model card states."""
+    from huggingface_hub import ModelCard
+
     try:
-        head = yaml.safe_load(card.read_text(encoding="utf-8").split("---")[1])
-        return str(head["license"])
-    except (OSError, UnicodeDecodeError, IndexError, KeyError, TypeError, yaml.YAMLError):
+        licence = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+    except (OSError, ValueError, yaml.YAMLError):  # no card, or a card without metadata
         return None
+    return licence if isinstance(licence, str) else None
 
 
 def _read_settings(run: Path) -> dict[str, dict[str, Any]]:

@@ -44,8 +44,8 @@ def write_shira(adapter: Adapter, output: Path, base: str) -> Exported:
     Raises:
         UserError: no rank r fits all weights (r * (O + I) must reach K and not exceed O * I).
     """
-    counts = {name: adapter.indices[name].numel() for name in adapter.shapes}
-    rank = max(1, *(math.ceil(counts[name] / (o + i)) for name, (o, i) in adapter.shapes.items()))
+    counts = {name: adapter.active(name) for name in adapter.shapes}
+    rank = max([1, *(math.ceil(counts[name] / (o + i)) for name, (o, i) in adapter.shapes.items())])
     sizes = {name: rank * (o + i) for name, (o, i) in adapter.shapes.items()}
     for name, (o, i) in adapter.shapes.items():
         if sizes[name] > o * i:
@@ -85,9 +85,9 @@ def write_supertuning(adapter: Adapter, output: Path, base: str, base_values: Ma
             raise UserError(
                 f"export: '{name}' has more entries than Super-Tuning's int32 indices reach; use --to shira"
             )
-        twice = int(exact_addends(base_values[name], adapter.deltas[name])[1].sum())
-        needed[name] = adapter.indices[name].numel() + twice
-        doubled += twice
+        more = int(exact_addends(base_values[name], adapter.deltas[name])[1].sum())
+        needed[name] = adapter.active(name) + more
+        doubled += more
     sparsity = _sparsity(needed, adapter.shapes)
     sizes = {name: int(o * i * (1 - sparsity)) for name, (o, i) in adapter.shapes.items()}
     specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -103,7 +103,7 @@ def write_supertuning(adapter: Adapter, output: Path, base: str, base_values: Ma
             file.write(_key(name, "supertuning_values"), values)
             file.write(_key(name, "supertuning_indices"), indices.int())
     _write_config(output, "SUPERTUNING", adapter, base, {"sparsity": sparsity, "save_precomputed_indices": True})
-    active = sum(adapter.indices[name].numel() for name in adapter.shapes)
+    active = adapter.active()
     return Exported(active, sum(sizes.values()) - active - doubled, doubled)
 
 

@@ -23,6 +23,7 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "C64": torch.complex64,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
@@ -84,7 +85,7 @@ class TensorReader:
             return torch.empty(self.shape(name), dtype=self.dtype(name))
         raw = torch.empty(last - first, dtype=torch.uint8)
         self._file.seek(self._start + first)
-        if self._file.readinto(raw.numpy()) != last - first:
+        if self._file.readinto(raw.numpy().data) != last - first:
             raise UserError(f"{self.path} ends within '{name}'")
         return raw.view(self.dtype(name)).view(self.shape(name))
 
@@ -138,5 +139,5 @@ class TensorWriter:
             raise ValueError(f"'{name}' is {tensor.dtype} {tuple(tensor.shape)}, promised was {self._specs[name]}")
         self._file.seek(self._start + self._offsets[name])
         if tensor.numel():
-            self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         self._missing.discard(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ from torch import Tensor, nn
 from scale_sft.errors import UserError
 
 from .apply import apply_adapter
-from .export import refuse_quantised
-from .format import open_adapter
+from .format import Adapter, opened
 from .merge import locate_base
 
 
@@ -28,7 +28,7 @@ class Verification:
 
 @torch.inference_mode()
 def verify(
-    adapter_folder: str | Path, to: str, output: str | Path, *, base: str | None = None, device: str = "cpu"
+    adapter: str | Path | Adapter, to: str, output: str | Path, *, base: str | None = None, device: str = "cpu"
 ) -> Verification:
     """Load an export in stock peft or transformers and compare logits with the base under the adapter itself.
 
@@ -39,16 +39,17 @@ def verify(
     """
     from transformers import AutoModelForCausalLM
 
-    with open_adapter(adapter_folder) as adapter:
-        refuse_quantised(adapter, "--verify")
-        source = locate_base(adapter, base)
+    require_verifiable(adapter, to)
+    output = Path(output).expanduser()
+    with opened(adapter) as content:
+        source = locate_base(content, base)
 
         def load(folder: str | Path) -> nn.Module:
-            return _aligned(AutoModelForCausalLM.from_pretrained(folder, dtype=adapter.dtype).eval().to(device))
+            return _aligned(AutoModelForCausalLM.from_pretrained(folder, dtype=content.dtype).eval().to(device))
 
         model = load(source)
         probes = probe_inputs(model.config, device)
-        apply_adapter(model, adapter)
+        apply_adapter(model, content)
         wanted = [model(input_ids=ids, use_cache=False).logits for ids in probes]
         del model
         model = load(output) if to == "merged" else _in_peft(load(source), output)
@@ -61,9 +62,25 @@ def verify(
     )
 
 
+def require_verifiable(adapter: str | Path | Adapter, to: str) -> None:
+    """Raise UserError if `verify` could not run after an export: ask before the work of exporting.
+
+    It needs peft for what peft loads, and an adapter of an unquantised base.
+    """
+    with opened(adapter) as content:
+        if content.is_quantized:
+            raise UserError(
+                f"verify: got an adapter trained on a base in {content.info['quantization']}, expected one of an "
+                "unquantised base. Fix: leave out --verify"
+            )
+    if to != "merged" and find_spec("peft") is None:
+        raise UserError("verify: needs peft >= 0.21, which is not installed. Fix: pip install 'peft>=0.21'")
+
+
 def _aligned(model: nn.Module) -> nn.Module:
-    """Every weight in memory of its own: weights mapped from a file lie anywhere, and for small products CPU kernels
-    sum in an order that depends on where the weight lies.
+    """Give every weight memory of its own.
+
+    Weights mapped from a file start anywhere, and for small products CPU kernels sum in an order that depends on that.
     """
     for weight in model.parameters():
         weight.data = weight.data.clone()
@@ -71,10 +88,8 @@ def _aligned(model: nn.Module) -> nn.Module:
 
 
 def _in_peft(model: nn.Module, adapter: str | Path) -> nn.Module:
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise UserError("verify: needs peft >= 0.21: pip install 'peft>=0.21'") from None
+    from peft import PeftModel
+
     try:
         return PeftModel.from_pretrained(model, str(adapter)).eval()
     except (ValueError, KeyError, TypeError) as error:  # an older peft does not know the format

@@ -7,7 +7,7 @@ scale/        ranks compared with the planner's arithmetic
 quality/      what each method learns at its best rate
 swap_cost     swapping an adapter compared with PEFT's hotswap
 contestants   who takes part; workload: on what
-rows          JSON rows; show prints them as they come, page makes HTML with plots
+rows          JSON rows; show prints them as they come, page makes HTML with plots, markdown tables alone
 child, pool   measurements in processes of their own
 peak          exact memory peaks
 """

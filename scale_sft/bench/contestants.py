@@ -138,7 +138,8 @@ class Sparse:
         if tuning.schedule.reallocates_at(step):
             self.resident.settle()
             tuning.reallocate(step, self.resident)
-        self.resident.write()
+        if not self.fused or tuning.schedule.reallocates_at(step):
+            self.resident.write()
         return loss
 
     def update(self) -> None:

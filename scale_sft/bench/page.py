@@ -1,21 +1,19 @@
-"""All results of a folder as one HTML page with plots, which needs no other file."""
+"""Write all results of a folder as one HTML page with plots that needs no other file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from html import escape
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
+from markupsafe import Markup
 
 from scale_sft.errors import UserError
 from scale_sft.files import write_text
-from scale_sft.reporting.html import page_of, pairs, render, section, table
+from scale_sft.reporting.html import heading, page_of, pairs, picture, table, titled
 from scale_sft.reporting.plots import Plot
-from scale_sft.reporting.style import STYLE
 
 from .rows import Row, machine_name, read_rows
 
@@ -27,12 +25,12 @@ BENCHMARKS = {
     "scale": "scale.page",
     "quality": "quality.page",
 }
-"""By name, the module of this package with `part(rows) -> Part`, rows of all its runs in a folder, oldest first."""
+"""By name, the module of this package with `part(rows) -> Part`; rows of all its runs in a folder, oldest first."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Lines that belong together: of one case, measured on one machine."""
+    """Lines of one case, measured on one machine."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -42,12 +40,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Part:
-    """What a page says of one benchmark: every case on every machine that it was measured on."""
+    """One benchmark on a page: every case, on every machine that it was measured on."""
 
     title: str
-    text: str  # how to read it, some sentences
+    text: str  # how to read it, in a few sentences
     tables: Sequence[Table]
-    plots: Sequence[Plot] = field(default_factory=tuple)  # `draw` is called with None
+    plots: Sequence[Plot] = field(default_factory=tuple)
 
 
 def part_of_groups(
@@ -59,11 +57,11 @@ def part_of_groups(
     title_of: Callable[[list[Row]], str],
     plots: Callable[[list[Row]], Sequence[Plot]],
 ) -> Part:
-    """A part with a table, and plots, for each group of rows.
+    """Make a part with a table, and plots, for each group of rows.
 
     Args:
-        cells: of the line for (settings, result) of a row.
-        title_of: what sets a group apart: the title of its table, and the beginning of its plots' captions.
+        cells: (settings, result) of a row -> the cells of its line.
+        title_of: group -> what sets it apart; the title of its table, and the start of its plots' captions.
     """
     return Part(
         title=title,
@@ -83,10 +81,10 @@ def part_of_groups(
 
 
 def write_page(folder: Path) -> Path:
-    """Write `bench.html` beside the rows; its path.
+    """Write `bench.html` next to the rows, and return its path.
 
     Raises:
-        UserError: there is no row in the folder, or a line that is none, or none of this benchmark.
+        UserError: the folder has no rows, or a line is not a row of its benchmark.
     """
     parts = []
     for name in BENCHMARKS:
@@ -95,21 +93,22 @@ def write_page(folder: Path) -> Path:
             parts.append(_part_of(rows, name, Path(folder) / f"{name}.jsonl"))
     if not parts:
         raise UserError(
-            f"bench: no results in {folder}; expected {next(iter(BENCHMARKS))}.jsonl or another of `scale-sft bench`"
+            f"bench: got no results in {folder}, expected {next(iter(BENCHMARKS))}.jsonl or another file of `scale-sft "
+            "bench`. Fix: run a benchmark with this folder as its output first"
         )
-    head = "<h1>Sparse fine-tuning beside its peers</h1>"
-    write_text(Path(folder) / PAGE, page_of("scale_sft: benchmarks", [head, *parts]))
+    page = page_of("scale_sft: benchmarks", [heading("Sparse fine-tuning and its peers"), *parts])
+    write_text(Path(folder) / PAGE, page)
     return Path(folder) / PAGE
 
 
 _FOREIGN = (LookupError, TypeError, ValueError, AttributeError)
 
 
-def _part_of(rows: list[Row], benchmark: str, path: Path) -> str:
-    """HTML of all rows of a benchmark, the lines of a file in their order.
+def _part_of(rows: list[Row], benchmark: str, path: Path) -> Markup:
+    """Make the HTML of one benchmark from all lines of its file, in order.
 
     Raises:
-        UserError: a row has other settings or results than rows of this benchmark have.
+        UserError: a row lacks settings or results that rows of this benchmark have.
     """
     html = lambda some: _html(import_module(f"{__package__}.{BENCHMARKS[benchmark]}").part(some))
     try:
@@ -120,29 +119,21 @@ def _part_of(rows: list[Row], benchmark: str, path: Path) -> str:
                 html([row])
             except _FOREIGN as error:
                 raise UserError(
-                    f"bench: {path}, line {number} is no row of `bench {benchmark}` as this version writes them "
-                    f"({type(error).__name__}: {error}); remove it"
+                    f"bench: {path}, line {number}: expected a row as `bench {benchmark}` writes it, got another "
+                    f"({type(error).__name__}: {error}). Fix: remove the line"
                 ) from None
         raise
 
 
-def _html(part: Part) -> str:
-    pictures = []
-    for plot in part.plots:
-        with rc_context(STYLE):
-            figure = plot.draw(None)
-        pictures.append(section(plot, render(figure, plot)[1]))
-    head = f"<section><h2>{escape(part.title)}</h2><p>{escape(part.text)}</p></section>"
-    return "".join([head, *(_table_html(one) for one in part.tables), *pictures])
-
-
-def _table_html(one: Table) -> str:
-    title = f"<h3>{escape(one.title)}</h3>" if one.title else ""
-    return f"<section>{title}{table(one.columns, one.rows)}</section>" + pairs(origin(one.sources))
+def _html(part: Part) -> Markup:
+    parts = [titled(part.title, "", part.text)]
+    for one in part.tables:
+        parts += [titled(one.title, table(one.columns, one.rows), level=3), pairs(origin(one.sources))]
+    return Markup("").join([*parts, *(picture(plot) for plot in part.plots)])
 
 
 def origin(sources: Sequence[Row]) -> dict[str, str]:
-    """Where rows come from: all that differs between their invocations is told, the last of each measured when."""
+    """Tell where rows come from: machine, command, commit, time and versions of each invocation."""
     last = {row["run"]: row for row in sources}.values()
     every = {
         "machine": [machine_name(row["machine"]) for row in last],

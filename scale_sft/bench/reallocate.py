@@ -23,6 +23,7 @@ from scale_sft.spiel.algorithm import SparseFineTuning
 from scale_sft.spiel.deltas import DeltaStore
 from scale_sft.spiel.schedules import Phase, ReallocationSchedule
 from scale_sft.spiel.seeding import seeded_generator
+from scale_sft.spiel.settings import Backends, MethodSettings
 from scale_sft.training.assemble import exchanges_of
 
 from .page import Part, part_of_groups
@@ -112,10 +113,8 @@ class Bench:
         )
         store = DeltaStore({NAME: case.shape}, {NAME: case.active}, device=device)
         exchanges = exchanges_of(device, "cpu")
-        self.tuning = SparseFineTuning(
-            store, method=case.method, schedule=schedule, select=top_k_magnitude, exchanges=exchanges
-        )
-        self.tuning.recorder.watch = False
+        backends = Backends(select=top_k_magnitude, exchanges=exchanges)
+        self.tuning = SparseFineTuning(store, MethodSettings(method=case.method), schedule, backends)
         self.carrier = ResidentDeltas(store, {NAME: WeightPart.whole(self.weight)})
 
     def begin(self) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 import torch
 
-from scale_sft.adapters.format import load_adapter as read_adapter
+from scale_sft.adapters.format import Adapter
 from scale_sft.adapters.live import load_adapter
 from scale_sft.adapters.merge import locate_base
 
@@ -68,7 +68,7 @@ def main(adapter: Path, other: Path, merged: Path | None, repetitions: int) -> N
     """Print microseconds per exchange, one line per way."""
     from transformers import AutoModelForCausalLM
 
-    content = read_adapter(adapter)
+    content = Adapter.load(adapter)
     base = locate_base(content)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=content.dtype).eval()
     live = load_adapter(model, adapter)

@@ -66,6 +66,8 @@ def export(
     from scale_sft.adapters import export as exporting
     from scale_sft.adapters import verify as verifying
 
+    if verify:
+        verifying.require_verifiable(adapter, to)
     written = exporting.export(adapter, to, output, base=base, licence=licence)
     click.echo(f"{to}: {output}: {written.active:,} active entries" + _remarks(written))
     if verify:

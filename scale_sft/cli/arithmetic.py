@@ -101,22 +101,21 @@ COMMANDS = (add, scale, negate, intersect, difference, prune, overlap)
 
 
 def _read(folders: Sequence[Path], at_least: int = 1) -> list:
-    from scale_sft.adapters.format import load_adapter
+    from scale_sft.adapters.format import Adapter
 
     if len(folders) < at_least:
         raise UserError(f"got {len(folders)} adapter, expected {at_least} or more")
-    return [load_adapter(folder) for folder in folders]
+    return [Adapter.load(folder) for folder in folders]
 
 
 def _save(result, output: Path) -> None:
-    from scale_sft.adapters.format import save_adapter
     from scale_sft.adapters.model_card import write_card
+    from scale_sft.files import new_folder
 
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output folder {output} is not empty; choose a new one")
-    save_adapter(result, output)
-    write_card(output)
-    active = sum(indices.numel() for indices in result.indices.values())
+    with new_folder(output, "adapter") as work:
+        result.save(work)
+        write_card(work, name=output.expanduser().resolve().name)
+    active = result.active()
     everything = sum(rows * columns for rows, columns in result.shapes.values())
     click.echo(f"adapter: {output}: {active:,} entries in {len(result.shapes)} weights ({active / everything:.3%})")
 

@@ -22,11 +22,24 @@ def bench() -> None:
 
 @bench.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def page(folder: Path) -> None:
-    """Write bench.html for the rows in FOLDER."""
+@click.option(
+    "--markdown",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the tables to this Markdown file too; notes.md in FOLDER is appended.",
+)
+def page(folder: Path, markdown: Path | None) -> None:
+    r"""Write bench.html, tables and plots, for the rows in FOLDER.
+
+    \b
+    scale-sft bench page bench_results
+    scale-sft bench page benchmarks/results --markdown docs/benchmarks.md
+    """
+    from scale_sft.bench.markdown import write_markdown
     from scale_sft.bench.page import write_page
 
     click.echo(f"page: {write_page(folder)}")
+    if markdown is not None:
+        click.echo(f"tables: {write_markdown(folder, markdown)}")
 
 
 for _command in (*cli_bench_step.COMMANDS, *cli_bench_cost.COMMANDS, *cli_bench_quality.COMMANDS):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,32 +15,43 @@ from scale_sft.config.click_options import SuggestingCommand, with_options_of
 from scale_sft.config.loading import load_sections
 from scale_sft.errors import UserError
 
+if TYPE_CHECKING:
+    from scale_sft.data.examples import Examples
+
 
 @click.command(cls=SuggestingCommand)
-@click.option("--refresh", is_flag=True, help="Tokenise anew even if it has been done.")
+@click.option("--refresh", is_flag=True, help="Tokenise again, even if a cached result exists.")
 @with_options_of("model", "data")
 def preprocess(recipe: str | None, refresh: bool, **options: str | None) -> None:
-    """Tokenise the data of a recipe once; runs with the same data, tokenizer and options use the result."""
+    """Tokenise the data of a recipe ahead of time.
+
+    Runs with the same data, tokenizer and options reuse the result.
+    """
     for split, examples, seconds in _load(load_sections(recipe, options), refresh=refresh):
+        for note in examples.notes:
+            click.echo(f"note: {note}", err=True)
         total = examples.all_tokens(range(len(examples)))
         click.echo(
             f"{split}_data: {examples.source}: {len(examples):,} examples, {total:,} tokens, "
-            f"{examples.target_tokens(range(len(examples))):,} of them count; {examples.truncated:,} cut, "
-            f"{examples.dropped:,} dropped; {seconds:.1f} s"
+            f"{examples.target_tokens(range(len(examples))):,} of them targets; {examples.truncated:,} examples cut to "
+            f"max_length, {examples.dropped:,} dropped (no target token left); {seconds:.1f} s"
         )
 
 
 @click.group()
 def data() -> None:
-    """Look at the data of a recipe."""
+    """Inspect the data of a recipe."""
 
 
 @data.command("show", cls=SuggestingCommand)
-@click.option("--count", default=3, show_default=True, help="How many examples to show.")
-@click.option("--first", default=0, show_default=True, help="Number of the first one, from 0.")
+@click.option("--count", default=3, show_default=True, help="Number of examples to show.")
+@click.option("--first", default=0, show_default=True, help="Index of the first example, counted from 0.")
 @with_options_of("model", "data")
 def show(recipe: str | None, count: int, first: int, **options: str | None) -> None:
-    """A few examples as the model sees them, the tokens that count marked; a histogram of lengths; what was cut."""
+    """Show a few examples as the model sees them, with the target tokens marked.
+
+    Below them: a histogram of lengths, and how many examples were cut or dropped.
+    """
     from scale_sft.data.chat import use_template
     from scale_sft.data.preview import show_examples
     from scale_sft.model.loading import load_tokenizer
@@ -49,8 +62,8 @@ def show(recipe: str | None, count: int, first: int, **options: str | None) -> N
         show_examples(examples, tokenizer, title=f"{split}_data", first=first, count=count)
 
 
-def _load(sections: dict[str, Any], *, refresh: bool = False):
-    """(split, examples, seconds) of the training and the held-out data, tokenised if they are not."""
+def _load(sections: dict[str, Any], *, refresh: bool = False) -> Iterator[tuple[str, Examples, float]]:
+    """Yield (split, examples, seconds it took) of the training and the held-out data; tokenise what is not cached."""
     from scale_sft.data.cache import load_examples
     from scale_sft.data.chat import use_template
     from scale_sft.model.loading import load_model_config, load_tokenizer, max_length
@@ -71,12 +84,13 @@ def _load(sections: dict[str, Any], *, refresh: bool = False):
 
 @click.command("eval", cls=SuggestingCommand)
 @click.argument("adapter", required=False, type=click.Path(path_type=Path))
-@click.option("--tasks", help="Tasks of lm-evaluation-harness, with commas, or 'paper' for those of the paper.")
-@click.option("--limit", type=int, help="Use only so many examples of each task.")
+@click.option("--tasks", help="Benchmarks of lm-evaluation-harness, comma-separated; 'paper' for those of the paper.")
+@click.option("--limit", type=int, help="Use only this many examples of each task.")
 @click.option(
     "--eval_batch_size", "--eval-batch-size", default=16, show_default=True, help="Sequences per forward pass."
 )
-@click.option("--output", type=click.Path(path_type=Path), help="Write the results as JSON into this file too.")
+@click.option("--output", type=click.Path(path_type=Path), help="Also write the results to this file, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 @with_options_of("model", "data")
 def evaluate(
     adapter: Path | None,
@@ -84,11 +98,14 @@ def evaluate(
     limit: int | None,
     eval_batch_size: int,
     output: Path | None,
+    as_json: bool,
     recipe: str | None,
     **options: str | None,
 ) -> None:
-    r"""Held-out loss and perplexity of a base, base + ADAPTER, or merged model, as JSON; with
-    --exact_match_examples also greedy answers; with --tasks benchmarks.
+    r"""Measure held-out loss and perplexity of a base, a base with ADAPTER, or a merged model.
+
+    With --exact_match_examples it also generates greedy answers and compares them with the expected ones; with
+    --tasks it runs benchmarks.
 
     \b
     scale-sft eval --base runs/a/merged --eval_data test.jsonl
@@ -96,12 +113,14 @@ def evaluate(
     accelerate launch --config_file launch/zero3_8gpu.yaml -m scale_sft.cli eval ... --base_placement shard
     """
     from scale_sft.distributed.exit import end_process, leave
-    from scale_sft.evaluation.evaluate_model import evaluate_model, model_section
+    from scale_sft.evaluation.evaluate_model import evaluate_model, for_people, model_section
 
     try:
         sections = load_sections(recipe, options)
         if not tasks and not sections["data"].eval_data:
-            raise UserError("eval: nothing to evaluate: give --eval_data FILE, or --tasks mmlu,gsm8k")
+            raise UserError(
+                "eval: got no data, expected something to evaluate on. Fix: --eval_data FILE, or --tasks mmlu,gsm8k"
+            )
         base_given = options.get("base") is not None or recipe is not None
         model = model_section(sections["model"], adapter, base_given=base_given)
         result = evaluate_model(
@@ -110,7 +129,7 @@ def evaluate(
     except UserError as error:
         leave(str(error))
     if result is not None:
-        click.echo(result)
+        click.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else for_people(result))
     end_process()
 
 

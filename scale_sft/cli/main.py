@@ -24,7 +24,7 @@ class Commands(click.Group):
             sys.exit(1)
 
     def resolve_command(self, ctx: click.Context, args: list[str]):
-        from scale_sft.config.loading import unknown
+        from scale_sft.config.spelling import unknown
 
         if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
             ctx.fail(unknown(f"command '{args[0]}'", args[0], self.list_commands(ctx)))

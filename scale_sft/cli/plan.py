@@ -50,7 +50,7 @@ def plan(recipe: str | None, gpus: int, gpu_memory: float | None, shape: str | N
 
 
 def _shape_folder(shape: str) -> Path:
-    from scale_sft.config.loading import unknown
+    from scale_sft.config.spelling import unknown
 
     if not (_SHAPES / shape.lower()).is_dir():
         raise UserError(unknown(f"shape '{shape}'", shape, sorted(path.name for path in _SHAPES.iterdir())))

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import click
 
-from .loading import describe_type, unknown
+from .loading import describe_type
 from .options import OPTIONS, SECTIONS
+from .spelling import unknown
 
 
 class SuggestingCommand(click.Command):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
+import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -14,11 +15,13 @@ from typing import Any
 import yaml
 
 from .options import OPTIONS, SECTIONS, Config, ConfigError
-from .rules import _together
+from .plain_yaml import read_yaml
+from .rules import broken_rules
+from .spelling import unknown
 
 
 def load(recipe: str | Path | None, overrides: Mapping[str, Any]) -> Config:
-    """The configuration of a recipe (YAML) with options that win over it.
+    """Read the configuration of a recipe (YAML); options win over it.
 
     Args:
         recipe: path of a YAML file, or None for the defaults.
@@ -31,13 +34,13 @@ def load(recipe: str | Path | None, overrides: Mapping[str, Any]) -> Config:
     sections = _read_sections(recipe, overrides, mistakes)
     if not mistakes:
         config = Config(**sections)
-        mistakes += _together(config)
+        mistakes += broken_rules(config)
     _refuse(mistakes, recipe)
     return config
 
 
 def load_sections(recipe: str | Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The sections of a configuration by name, for commands that need only some: no run must be possible with them.
+    """Read the sections of a configuration by name, for commands that need only some; they need not make up a run.
 
     Raises:
         ConfigError: everything that is wrong with single options, in one message.
@@ -55,7 +58,7 @@ def _refuse(mistakes: list[str], recipe: str | Path | None) -> None:
 
 
 def _read_sections(recipe: str | Path | None, overrides: Mapping[str, Any], mistakes: list[str]) -> dict[str, Any]:
-    """All sections of a recipe with options that win over it; mistakes are appended."""
+    """Read all sections of a recipe; options win over it, mistakes are appended."""
     values: dict[str, Any] = _read_recipe(recipe, mistakes) if recipe is not None else {}
     given = {name: value for name, value in overrides.items() if value is not None}
     budgets = ("density", "tunable_weights", "rank_equivalent")
@@ -70,16 +73,10 @@ def _read_sections(recipe: str | Path | None, overrides: Mapping[str, Any], mist
     return {section: _section(kind, values, mistakes) for section, kind in SECTIONS.items()}
 
 
-def unknown(what: str, name: str, known: Mapping | list | tuple) -> str:
-    """'unknown WHAT; did you mean ...?' with the nearest of the known names."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"unknown {what}" + (f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}")
-
-
 def _read_recipe(recipe: str | Path, mistakes: list[str]) -> dict[str, Any]:
-    """Option values of a YAML file, flattened over its sections."""
+    """Read the option values of a YAML file, flattened over its sections."""
     try:
-        tree = yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {}
+        tree = read_yaml(Path(recipe).read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise ConfigError(f"recipe {recipe}: no such file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -107,7 +104,7 @@ def _read_recipe(recipe: str | Path, mistakes: list[str]) -> dict[str, Any]:
 
 
 def _section(kind: type, values: Mapping[str, Any], mistakes: list[str]) -> Any:
-    """One section's dataclass from the values that belong to it; mistakes are appended."""
+    """Make one section's dataclass from the values that belong to it; mistakes are appended."""
     hints = typing.get_type_hints(kind)
     arguments = {}
     for f in dataclasses.fields(kind):
@@ -118,21 +115,51 @@ def _section(kind: type, values: Mapping[str, Any], mistakes: list[str]) -> Any:
         except (ValueError, TypeError, KeyError, OverflowError):
             mistakes.append(f"{f.name}: got {values[f.name]!r}, expected {describe_type(hints[f.name])}")
             continue
-        choices, check = f.metadata["choices"], f.metadata["check"]
-        if value is not None and choices and value not in choices:
-            mistakes.append(f"{f.name}: {unknown(repr(value), str(value), choices)}; choices: {', '.join(choices)}")
-        elif value is not None and check and (wrong := check(value)):
-            mistakes.append(f"{f.name}: got {value}, {wrong}")
-        else:
-            arguments[f.name] = value
+        if value is not None and (wrong := _wrong_with(f, value)):
+            mistakes.append(f"{f.name}: {wrong}")
+            continue
+        arguments[f.name] = _expanded(value) if f.metadata["path"] else value
     return kind(**arguments)
 
 
+def _wrong_with(f: dataclasses.Field, value: Any) -> str | None:
+    """Say what is wrong with an option's value, if anything."""
+    choices, check = f.metadata["choices"], f.metadata["check"]
+    if choices and value not in choices:
+        return f"{unknown(repr(value), str(value), choices)}; choices: {', '.join(choices)}"
+    if check and (wrong := check(value)):
+        return f"got {value}, {wrong}"
+    if f.metadata["path"]:
+        paths = value if isinstance(value, tuple) else (value,)
+        return next((wrong for wrong in map(_wrong_with_path, paths) if wrong), None)
+    return None
+
+
+def _expanded(value: Any) -> Any:
+    """Expand `~` and environment variables in a path, or in each of several; leave a source's `?key=value` as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(_expanded, value))
+    if value is None:
+        return None
+    path, mark, details = value.partition("?")
+    return os.path.expanduser(path if os.path.exists(path) else os.path.expandvars(path)) + mark + details
+
+
+def _wrong_with_path(text: str) -> str | None:
+    """Refuse what does not expand: it would become a folder of that name."""
+    path = _expanded(text).partition("?")[0]
+    if path.startswith("~"):
+        return f"got {text!r}, but there is no such user as {path.split('/')[0]}"
+    if not os.path.exists(path) and (unset := re.search(r"\$(?:\{(\w+)\}|(\w+))", path)):
+        return f"got {text!r}, but the environment variable {unset[1] or unset[2]} is not set"
+    return None
+
+
 def convert(value: Any, hint: Any) -> Any:
-    """`value` as the type of an option; strings are read as the command line would have them.
+    """Turn a value into the type of an option; strings are read as the command line would have them.
 
     Raises:
-        ValueError, TypeError: it is no such value.
+        ValueError, TypeError, KeyError: it cannot be such a value.
     """
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
@@ -141,36 +168,73 @@ def convert(value: Any, hint: Any) -> Any:
         if value is None or str not in kinds:
             raise ValueError("a value is needed")
     if tuple[float, float] in kinds:
-        items = value.split(",") if isinstance(value, str) else value
-        return tuple(float(item) for item in items)
+        return tuple(map(float, _items(value)))
     if tuple[str, ...] in kinds:
-        if isinstance(value, str):
-            return tuple(value.split(",")) if "," in value else value
-        return tuple(str(item) for item in value)
+        items = _items(value)
+        return items[0] if isinstance(value, str) and len(items) == 1 else items
     kind = next(kind for kind in kinds if kind is not type(None))
     if kind is bool:
-        if isinstance(value, bool):
-            return value
-        return {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}[str(value).lower()]
-    if isinstance(value, bool) or (kind is int and float(value) != int(float(value))):
-        raise ValueError("not a number of this kind")
+        return value if isinstance(value, bool) else _BOOLEANS[str(value).lower()]
+    if isinstance(value, bool):
+        raise ValueError("a boolean is not such a value")
+    if kind is str:
+        return _text(value)
     if kind is int:
-        return int(value) if not isinstance(value, str) or value.lstrip("+-").isdigit() else int(float(value))
+        if isinstance(value, str) and value.lstrip("+-").isdigit():
+            return int(value)
+        if float(value) != int(float(value)):
+            raise ValueError("not a whole number")
+        return int(float(value)) if isinstance(value, str) else int(value)
     number = kind(value)
     if kind is float and not math.isfinite(number):
         raise ValueError("not a finite number")
     return number
 
 
+_BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+_COMMA = re.compile(r",(?![^{}]*\})(?![^\[\]]*\])")
+"""Between two values; not the one in a pattern's `{1,2}` or `[a,b]`."""
+
+
+def _items(value: Any) -> tuple[str, ...]:
+    """Split a text at its commas, or take a list as it is; at least one item.
+
+    Raises:
+        ValueError, TypeError: nothing there, or something other than text and numbers.
+    """
+    if isinstance(value, str):
+        items = tuple(item.strip() for item in _COMMA.split(value) if item.strip())
+    elif isinstance(value, (list, tuple)):
+        items = tuple(map(_text, value))
+    else:
+        raise TypeError("not a list")
+    if not items:
+        raise ValueError("an empty list")
+    return items
+
+
+def _text(value: Any) -> str:
+    """Take a text, a number or a path as text.
+
+    Raises:
+        TypeError, ValueError: it is something else, or blank.
+    """
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, os.PathLike)):
+        raise TypeError("not text")
+    if not str(value).strip():
+        raise ValueError("blank")
+    return str(value)
+
+
 def describe_type(hint: Any) -> str:
-    """A type as a person would call it."""
+    """Name a type as a person would."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return " or ".join(words.get(kind, "a list") for kind in kinds)
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as a recipe that `load` reads back to the same."""
+    """Write the resolved configuration as a recipe that `load` reads back to the same."""
     tree = dataclasses.asdict(config)
     return yaml.safe_dump(_plain(tree), sort_keys=False, allow_unicode=True)
 

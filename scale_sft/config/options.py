@@ -7,13 +7,13 @@ command line wins. `load` reports all mistakes together, before anything heavy i
 from __future__ import annotations
 
 import dataclasses
-import re
 import typing
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from scale_sft.errors import UserError
+
+from .fields import a_density, a_pattern, above, at_least, between, option, two_betas
 
 DEMO = "demo"
 """As `base`, `train_data`, `eval_data`: the small pretrained model and the task that ship with the package."""
@@ -23,54 +23,17 @@ class ConfigError(UserError):
     """One or several options are wrong; the message names each with what was got, what was expected and a remedy."""
 
 
-def option(default: Any, help: str, *, check: Callable[[Any], str | None] | None = None, choices: tuple = ()) -> Any:
-    """A dataclass field that is an option. `check` returns what is wrong, or None."""
-    return field(default=default, metadata={"help": help, "check": check, "choices": choices})
-
-
-def at_least(low: float) -> Callable[[Any], str | None]:
-    return lambda value: None if value >= low else f"must be at least {low}"
-
-
-def above(low: float) -> Callable[[Any], str | None]:
-    return lambda value: None if value > low else f"must be above {low}"
-
-
-def between(low: float, high: float, *, open_low: bool = False) -> Callable[[Any], str | None]:
-    """A check low <= value <= high (low < value where `open_low`)."""
-
-    def check(value: Any) -> str | None:
-        if (value > low if open_low else value >= low) and value <= high:
-            return None
-        return f"must lie in {'(' if open_low else '['}{low}, {high}]"
-
-    return check
-
-
-def _betas(value: Any) -> str | None:
-    return None if len(value) == 2 and all(0 <= beta < 1 for beta in value) else "must be two numbers in [0, 1)"
-
-
-def _pattern(value: str) -> str | None:
-    try:
-        re.compile(value)
-    except re.error as error:
-        return f"is no regular expression: {error}"
-    return None
-
-
-def _density(value: float) -> str | None:
-    if 0 < value <= 1:
-        return None
-    return "must lie in (0, 1]: it is a fraction, 0.02 trains 2 % of the target weights"
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The frozen base model."""
 
-    base: str = option(DEMO, "Base model: a local folder, a hub id, or 'demo' for the small model that ships.")
-    revision: str | None = option(None, "Revision (branch, tag or commit) of a hub model.")
+    base: str = option(
+        DEMO,
+        "Base model: a local folder, a hub id, or 'demo' for the small model that ships.",
+        on_resume="by_effect",
+        path=True,
+    )
+    revision: str | None = option(None, "Revision (branch, tag or commit) of a hub model.", on_resume="by_effect")
     dtype: str = option(
         "auto",
         "Dtype of the base and of the computation; auto: as the model is stored (float16 becomes bfloat16), and for a "
@@ -79,8 +42,8 @@ class ModelConfig:
     )
     quantization: str = option(
         "none",
-        "Keep the base in 4 bits (nf4, fp4) or 8 bits (int8) and add the deltas to the dequantised weights; none: as it "
-        "is stored. A base that is stored quantised by bitsandbytes stays so.",
+        "Keep the base in 4 bits (nf4, fp4) or 8 bits (int8) and add the deltas to the dequantised weights; none: keep "
+        "it as it is stored. A base that is stored quantised by bitsandbytes stays quantised.",
         choices=("none", "nf4", "fp4", "int8"),
     )
     double_quantization: bool = option(True, "Quantise the scales of a 4-bit base too: 0.05 bytes less per weight.")
@@ -89,17 +52,25 @@ class ModelConfig:
         "Where the base lies: replicate (whole on every rank), shard (DeepSpeed ZeRO-3), or auto: replicate where it "
         "fits the device, otherwise shard.",
         choices=("auto", "replicate", "shard"),
+        on_resume="free",
     )
     ds_config: str | None = option(
-        None, "DeepSpeed configuration (JSON) for base_placement shard; default: the launcher's, or the shipped ZeRO-3."
+        None,
+        "DeepSpeed configuration (JSON) for base_placement shard; default: the launcher's, or the shipped ZeRO-3.",
+        on_resume="free",
+        path=True,
     )
-    gradient_checkpointing: bool = option(False, "Recompute each block in the backward pass: less memory, more time.")
+    gradient_checkpointing: bool = option(
+        False, "Recompute each block in the backward pass: less memory, more time.", on_resume="free"
+    )
     attention: str = option(
         "sdpa",
         "Attention implementation; on a CPU in bfloat16 eager is the faster one up to 256 tokens.",
         choices=("sdpa", "eager", "flash_attention_2", "flex_attention"),
     )
-    trust_remote_code: bool = option(False, "Run model code that comes with the base. Only for sources you trust.")
+    trust_remote_code: bool = option(
+        False, "Run model code that comes with the base. Only for sources you trust.", on_resume="free"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,18 +84,28 @@ class SparseConfig:
         choices=("ag", "ma", "static"),
     )
     density: float | None = option(
-        None, "Fraction of each target weight that is trained. Exactly one budget must be given.", check=_density
+        None,
+        "Fraction of each target weight that is trained. Exactly one budget must be given.",
+        check=a_density,
+        on_resume="by_effect",
     )
     tunable_weights: int | None = option(
-        None, "Total number of trained entries, spread evenly over the target weights.", check=at_least(1)
+        None,
+        "Total number of trained entries, spread evenly over the target weights.",
+        check=at_least(1),
+        on_resume="by_effect",
     )
     rank_equivalent: int | None = option(
-        None, "As many trained entries as LoRA of this rank would have: r * (rows + columns).", check=at_least(1)
+        None,
+        "As many trained entries as LoRA of this rank would have: r * (rows + columns).",
+        check=at_least(1),
+        on_resume="by_effect",
     )
     target_modules: tuple[str, ...] | str | None = option(
         None,
         "Layers to train: names ('q_proj,v_proj'; a module path or its end) or one regular expression for the whole "
         "path. Default: all linear layers inside the transformer blocks.",
+        on_resume="by_effect",
     )
     update_interval_steps: int = option(20, "S: optimizer steps between reallocations.", check=at_least(1))
     estimation_steps: int = option(
@@ -163,7 +144,7 @@ class OptimizerConfig:
     learning_rate: float = option(
         1e-3, "Peak learning rate. Sparse deltas want far higher rates.", check=between(0, 1e6, open_low=True)
     )
-    betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay rates of the two moments.", check=_betas)
+    betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay rates of the two moments.", check=two_betas)
     eps: float = option(1e-8, "Added to the denominator (AdamW) or under the root (SM3).", check=above(0))
     weight_decay: float = option(0.0, "Decoupled decay of the deltas towards the pretrained model.", check=at_least(0))
     max_grad_norm: float | None = option(
@@ -196,9 +177,14 @@ class DataConfig:
         "Training examples: a file (.jsonl, .json, .csv, .parquet, .txt), a folder of them, a hub data set, or 'demo'; "
         "several with commas. Details as NAME?key=value&key=value: subset, split, revision, weight (uses per epoch), "
         "keep (COLUMN:VALUE), format, and the names of columns.",
+        on_resume="by_effect",
+        path=True,
     )
     eval_data: tuple[str, ...] | str | None = option(
-        None, "Held-out examples, evaluated before, during and after training; written like train_data."
+        None,
+        "Held-out examples, evaluated before, during and after training; written like train_data.",
+        on_resume="by_effect",
+        path=True,
     )
     max_length: int | None = option(
         None,
@@ -212,21 +198,29 @@ class DataConfig:
         choices=("completion", "assistant", "all"),
     )
     chat_template: str | None = option(
-        None, "Chat template of conversations: 'tulu' or a Jinja file; default: the tokenizer's own (bases have none)."
+        None,
+        "Chat template of conversations: 'tulu' or a Jinja file; default: the tokenizer's own (bases have none).",
+        on_resume="by_effect",
+        path=True,
     )
     packing: bool = option(
         False,
-        "Put several examples into each row of max_length tokens; none sees another. micro_batch_size then counts rows.",
+        "Put several examples into each row of max_length tokens; none sees another. micro_batch_size counts rows.",
     )
     streaming: bool = option(
-        False, "Read no more of the data than the first max_train_examples (max_eval_examples) of each source."
+        False,
+        "Read no more of the data than the first max_train_examples (max_eval_examples) of each source.",
+        on_resume="free",
     )
     preprocess_workers: int | None = option(
         None,
         "Processes that tokenise; default: one per 20,000 examples, as many as there are cores.",
         check=at_least(1),
+        on_resume="free",
     )
-    cache_dir: str | None = option(None, "Folder of tokenised data; default: scale_sft/ in the Hugging Face cache.")
+    cache_dir: str | None = option(
+        None, "Folder of tokenised data; default: scale_sft/ in the Hugging Face cache.", on_resume="free", path=True
+    )
     max_train_examples: int | None = option(None, "Use only the first so many training examples.", check=at_least(1))
     max_eval_examples: int | None = option(None, "Use only the first so many held-out examples.", check=at_least(1))
     exact_match_examples: int = option(
@@ -238,12 +232,14 @@ class DataConfig:
         None,
         "Regular expression that finds the answer to compare in generated and reference text (its last match, and "
         "there its first group); 'gsm8k' for what follows ####. Default: the whole text.",
-        check=_pattern,
+        check=a_pattern,
+        on_resume="free",
     )
     generation_samples: int = option(
         0,
         "Held-out prompts to answer at every evaluation; the answers go on record and to the tracker.",
         check=at_least(0),
+        on_resume="free",
     )
     max_new_tokens: int = option(64, "Longest generated answer in tokens.", check=at_least(1))
 
@@ -252,66 +248,94 @@ class DataConfig:
 class RunConfig:
     """How long, how large the batches, and where the files go."""
 
-    steps: int | None = option(None, "Optimizer steps; give this or epochs.", check=at_least(1))
+    steps: int | None = option(None, "Optimizer steps; give this or epochs.", check=at_least(1), on_resume="by_effect")
     epochs: float | None = option(
-        None, "Passes over the training data; default 1 if steps is not given.", check=above(0)
+        None, "Passes over the training data; default 1 if steps is not given.", check=above(0), on_resume="by_effect"
     )
     global_batch_size: int = option(
         16, "Sequences per optimizer step, over all ranks and micro-steps.", check=at_least(1)
     )
     micro_batch_size: int | None = option(
-        None, "Sequences per forward pass of one rank; default: the whole share of the rank.", check=at_least(1)
+        None,
+        "Sequences per forward pass of one rank; default: the whole share of the rank.",
+        check=at_least(1),
+        on_resume="free",
     )
-    eval_batch_size: int = option(16, "Sequences per forward pass of one rank in evaluation.", check=at_least(1))
+    eval_batch_size: int = option(
+        16, "Sequences per forward pass of one rank in evaluation.", check=at_least(1), on_resume="free"
+    )
     seed: int = option(0, "Seed of the initial indices and of the data order.", check=at_least(0))
-    output_dir: str = option("runs/sft", "Folder of the run: new, or that of the run to go on with.")
+    output_dir: str = option(
+        "runs/sft", "Folder of the run: new, or that of the run to go on with.", on_resume="free", path=True
+    )
     eval_every_steps: int | None = option(
-        None, "Evaluate every so many steps as well; default: at the start and at the end.", check=at_least(1)
+        None,
+        "Evaluate every so many steps as well; default: at the start and at the end.",
+        check=at_least(1),
+        on_resume="free",
     )
     keep_best: bool = option(
-        True, "With eval_every_steps: keep the adapter of the lowest held-out loss in best_adapter/ as well."
+        True,
+        "With eval_every_steps: keep the adapter of the lowest held-out loss in best_adapter/ as well.",
+        on_resume="free",
     )
     early_stopping_steps: int | None = option(
-        None, "Stop when the held-out loss has not fallen for so many steps (with eval_every_steps).", check=at_least(1)
+        None,
+        "Stop when the held-out loss has not fallen for so many steps (with eval_every_steps).",
+        check=at_least(1),
+        on_resume="free",
     )
-    log_every_steps: int = option(10, "Steps between records in metrics.jsonl and on the console.", check=at_least(1))
+    log_every_steps: int = option(
+        10, "Steps between records in metrics.jsonl and on the console.", check=at_least(1), on_resume="free"
+    )
     save_every_steps: int | None = option(
         100,
         "Save a checkpoint every so many steps, and at the last; none: only when a signal stops the run.",
         check=at_least(1),
+        on_resume="free",
     )
-    keep_last: int = option(2, "Complete checkpoints to keep; older ones are removed.", check=at_least(1))
+    keep_last: int = option(
+        2, "Complete checkpoints to keep; older ones are removed.", check=at_least(1), on_resume="free"
+    )
     on_save_failure: str = option(
         "stop",
         "When a checkpoint cannot be written (disk full): stop with an error, or continue to the next.",
         choices=("stop", "continue"),
+        on_resume="free",
     )
     resume: str = option(
         "auto",
         "auto: go on from the newest complete checkpoint in output_dir, if any; never: refuse a folder that holds one; "
         "or the folder of a checkpoint (or of a run) to go on from.",
+        on_resume="free",
+        path=True,
     )
     skip_nonfinite_steps: int = option(
         0,
         "How many steps whose loss or gradient norm is no finite number are left out before the run stops.",
         check=at_least(0),
+        on_resume="free",
     )
     collective_timeout_seconds: float = option(
         1800.0,
         "A rank that makes no progress for so long ends the run; longer than any step, evaluation batch or merge.",
         check=above(0),
+        on_resume="free",
     )
     kernels: str = option(
         "cpu",
-        "cpu: on a CPU with gcc, entries of weight gradients are computed one by one where they are few, and deltas are "
-        "updated and written in one pass, dropped and grown in a few. auto: on a GPU with Triton as well, entries by "
-        "whichever way is measured as the fastest at the start; not yet measured on a GPU, hence not the default. off: "
-        "gradients, updates, drop and grow by torch.",
+        "off: plain torch. cpu: on a CPU with a C compiler, compute only the needed entries of weight gradients, and "
+        "update and write the deltas in one pass. auto: use Triton kernels on a GPU as well, whichever are fastest at "
+        "the start; not the default until they have been measured on a GPU.",
         choices=("off", "cpu", "auto"),
     )
-    save_merged: bool = option(False, "Also write the merged model, a plain transformers folder, at the end.")
+    save_merged: bool = option(
+        False, "Also write the merged model, a plain transformers folder, at the end.", on_resume="free"
+    )
     tracker: str | None = option(
-        None, "Experiment tracker: tensorboard, or any other that accelerate knows (wandb, mlflow, ...)."
+        None,
+        "Experiment tracker: tensorboard, or any other that accelerate knows (wandb, mlflow, ...).",
+        on_resume="free",
     )
 
 
@@ -326,22 +350,16 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-SECTIONS: dict[str, type] = {
-    name: kind for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)
-}
+SECTIONS: dict[str, Any] = typing.get_type_hints(Config)
 OPTIONS: dict[str, str] = {f.name: section for section, kind in SECTIONS.items() for f in dataclasses.fields(kind)}
 """Section of every option by its name; names are unique over all sections."""
 
-_NO_EFFECT = (
-    "resume", "save_every_steps", "keep_last", "on_save_failure", "log_every_steps", "eval_every_steps", "save_merged",
-    "tracker", "output_dir", "skip_nonfinite_steps", "collective_timeout_seconds", "base_placement", "ds_config",
-    "gradient_checkpointing", "micro_batch_size", "eval_batch_size", "trust_remote_code", "preprocess_workers",
-    "cache_dir", "streaming", "answer_pattern", "generation_samples", "keep_best", "early_stopping_steps",
-)  # fmt: skip
-_COMPARED_BY_EFFECT = (
-    "base", "revision", "train_data", "eval_data", "steps", "epochs", "density", "tunable_weights", "rank_equivalent",
-    "target_modules", "chat_template",
-)  # fmt: skip
-MAY_CHANGE = frozenset(_NO_EFFECT + _COMPARED_BY_EFFECT)
-"""Options that a resumed run may have otherwise than its checkpoint. What the second group leads to must be the same:
-the hash of the target weights, the digest of the examples, the total of steps, the active entries of each weight."""
+MAY_CHANGE = frozenset(
+    f.name for kind in SECTIONS.values() for f in dataclasses.fields(kind) if f.metadata["on_resume"] != "fixed"
+)
+"""Options that a resumed run need not repeat: those that do not matter, and those that are compared by effect."""
+
+FREE = frozenset(
+    f.name for kind in SECTIONS.values() for f in dataclasses.fields(kind) if f.metadata["on_resume"] == "free"
+)
+"""Options that a resumed run may change as it likes."""

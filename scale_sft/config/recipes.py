@@ -8,8 +8,9 @@ from pathlib import Path
 from scale_sft.errors import UserError
 from scale_sft.files import PACKAGE
 
-from .loading import load, unknown
+from .loading import load
 from .options import Config
+from .spelling import unknown
 
 FOLDER = PACKAGE / "recipes"
 

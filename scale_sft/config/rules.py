@@ -5,8 +5,8 @@ from __future__ import annotations
 from .options import Config
 
 
-def _together(config: Config) -> list[str]:
-    """What is wrong with options that are right one by one."""
+def broken_rules(config: Config) -> list[str]:
+    """Say what is wrong with options that are right one by one."""
     mistakes = []
     sparse, run = config.sparse, config.run
     given = {n: getattr(sparse, n) for n in ("density", "tunable_weights", "rank_equivalent") if getattr(sparse, n)}
@@ -23,11 +23,12 @@ def _together(config: Config) -> list[str]:
             f"estimation_steps: got {sparse.estimation_steps}, must not exceed update_interval_steps "
             f"({sparse.update_interval_steps}), the distance between two reallocations"
         )
-    if run.micro_batch_size and run.global_batch_size % run.micro_batch_size:
+    micro = run.micro_batch_size
+    if micro and run.global_batch_size % micro:
         divisors = [d for d in range(1, run.global_batch_size + 1) if run.global_batch_size % d == 0]
-        nearest = min(divisors, key=lambda d: abs(d - run.micro_batch_size))
+        nearest = min(divisors, key=lambda d: abs(d - micro))
         mistakes.append(
-            f"micro_batch_size: global_batch_size {run.global_batch_size} does not divide by {run.micro_batch_size}; "
+            f"micro_batch_size: global_batch_size {run.global_batch_size} does not divide by {micro}; "
             f"nearest that does: {nearest}"
         )
     if sparse.proposal_batch_size and sparse.proposal_batch_size > run.global_batch_size:

@@ -9,8 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -43,7 +41,6 @@ def load_examples(
     *,
     progress: bool = False,
     refresh: bool = False,
-    fallback: Path | None = None,
 ) -> Examples:
     """Tokenise and mask the examples of one or several sources (see `sources`), or take them from the cache.
 
@@ -51,7 +48,6 @@ def load_examples(
         split: 'train' or 'eval': which of the shipped examples 'demo' means, and the default split of hub data.
         limit: use only so many rows.
         refresh: tokenise again even if the cache has them.
-        fallback: folder for the tokens where the cache cannot be written; None: that is an error.
 
     Raises:
         UserError: data that is missing, broken (with file and line) or leaves no token to learn from.
@@ -60,11 +56,7 @@ def load_examples(
     name = source if isinstance(source, str) else ", ".join(source)
     key = cache_key(sources, split, tokenizer, config, limit)
     root = cache_folder(config)
-    notes = []
-    if fallback is not None and (refresh or not (root / key / "manifest.json").exists()) and (why := _why_not(root)):
-        notes.append(f"cache_dir: {root} cannot be written ({why}); tokenised data goes to {fallback}")
-        root = fallback
-    work = (sources, split, tokenizer, config, limit, progress, notes)
+    work = (sources, split, tokenizer, config, limit, progress)
     try:
         _make(root, key, work, refresh)
     except OSError as error:
@@ -87,16 +79,6 @@ def _make(root: Path, key: str, work: tuple[Any, ...], refresh: bool) -> None:
             raise UserError(failure.read_text(encoding="utf-8"))
         if not made.exists() or (refresh and made.stat().st_mtime < arrived):
             _build_or_tell(folder, failure, *work)
-
-
-def _why_not(root: Path) -> str | None:
-    """Why a folder cannot be written; None if it can."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            return None
-    except OSError as error:
-        return (error.strerror or str(error)).lower()
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -159,9 +141,8 @@ def _build(
     config: DataConfig,
     limit: int | None,
     progress: bool,
-    known: Sequence[str],
 ) -> None:
-    """Encode everything into a folder next to it, which takes its name once complete; print the notes."""
+    """Encode everything into a folder next to it, which takes its name once it is complete."""
     work = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -171,9 +152,7 @@ def _build(
             parts = open_sources(sources, split, limit, config.streaming, scratch=rows, notes=notes)
             encoded = [_encode(part, n, work, tokenizer, config, notes) for n, part in enumerate(parts)]
         files = [Path(file["filename"]).name for part in encoded for file in part.cache_files]
-        said = [*known, *notes.all()]
-        for note in said:
-            print(f"note: {note}", file=sys.stderr, flush=True)
+        said = notes.all()
         for spent in (rows, work / "notes"):
             shutil.rmtree(spent, ignore_errors=True)
         names = [source.name for source in sources]

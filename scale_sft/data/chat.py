@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scale_sft.errors import UserError
+from scale_sft.errors import UserError, first_line
 from scale_sft.files import ASSETS
 
-from .sources import first_line
+from .turn_ends import special_tokens
 from .turns import Chat
 
 SHIPPED_TEMPLATES = ASSETS / "templates"
@@ -134,10 +134,10 @@ def _by_prefixes(
 
 
 def _end_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """What may end a turn: special tokens, and added ones that look like marks (Llama 3's <|eot_id|> is no special)."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    marks = {str(token) for token in added if token.special or _LOOKS_LIKE_A_MARK.fullmatch(str(token))}
-    return tuple(token for token in {*tokenizer.all_special_tokens, *marks} if token.strip())
+    """Texts of what may end a turn: special tokens, and other added ones that look like marks."""
+    added = {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
+    marks = {text for text in added if _LOOKS_LIKE_A_MARK.fullmatch(text)}
+    return tuple(text for text in {*special_tokens(tokenizer).values(), *marks} if text.strip())
 
 
 def _end_of_turn(added: str, ends: tuple[str, ...]) -> int:

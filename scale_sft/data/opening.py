@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from scale_sft.errors import UserError
+from scale_sft.errors import UserError, first_line
 from scale_sft.spiel.seeding import seeded_generator
 
 from .notes import Notes
-from .sources import Source, files_of, first_line, is_kept
+from .sources import Source, files_of, is_kept
 from .tables import Reading, Row
 
 FLUSH_ROWS = 10_000

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scale_sft.config.loading import unknown
 from scale_sft.config.options import DEMO
+from scale_sft.config.spelling import unknown
 from scale_sft.errors import UserError
 from scale_sft.files import ASSETS
 
@@ -182,8 +182,3 @@ def _weight(value: str, text: str) -> float:
     if not 0 < weight < math.inf:
         raise UserError(f"data: source '{text}': weight is '{value}', expected a number above 0")
     return weight
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scale_sft.errors import UserError
+from scale_sft.errors import UserError, first_line
 
 from .folders import SAVED, kind_of, opened
 from .jsonl import decode, read_json, refuse_double_fields
-from .sources import COLUMNS, Source, first_line, needed_columns
+from .sources import COLUMNS, Source, needed_columns
 
 Row = tuple[int, dict[str, Any], str | None]
 BATCH_ROWS = 1000

@@ -1,9 +1,13 @@
 """Ranks, sharding, failures; the only importer of accelerate, deepspeed and torch.distributed.
 
-world      what the launcher says
-cluster    the ranks of a run and what they do together
-sharding   DeepSpeed ZeRO-3
-heartbeat  which rank has stopped making progress
-signals    signals that ask a run to stop
-exit       end a process that joined a group
+world       what the launcher says
+agreement   what ranks do together: sum, gather, agree
+candidates  the largest entries of a gradient that is summed over ranks
+sharding    the frozen base, replicated or in ZeRO-3 shards
+cluster     the ranks of one run, from joining to leaving
+heartbeat   which rank has stopped making progress
+tracking    experiment trackers
+signals     signals that ask a run to stop
+exit        end a process that joined a group
+launcher    accelerate launch, quietly
 """

@@ -18,11 +18,11 @@ from .world import World
 
 
 def leave(message: str, status: int = 1, patience_seconds: float = 15) -> NoReturn:
-    """End this process with one message: once, where every rank found the same.
+    """End this process with a message, printed only once where every rank hit the same error.
 
-    The launcher ends all ranks with the first that ends. So the others wait for rank 0 to speak; who is still there
-    after `patience_seconds` has met something that rank 0 has not, and says so, naming itself. With `SAVED_STATUS` the
-    file $SCALE_SFT_REQUEUE_FILE is made: `accelerate launch` turns every status but 0 into 1.
+    The launcher ends all ranks when the first one ends, so the others wait for rank 0 to speak. A rank still alive
+    after `patience_seconds` hit a different error; it prints that error with its rank and host. With `SAVED_STATUS` the
+    file $SCALE_SFT_REQUEUE_FILE is created: `accelerate launch` turns every status but 0 into 1.
     """
     world = World.from_environment()
     if world.rank:
@@ -37,13 +37,13 @@ def leave(message: str, status: int = 1, patience_seconds: float = 15) -> NoRetu
 def end_process(status: int = 0) -> NoReturn:
     """End this process: the last call of a program that has joined a process group.
 
-    A thread of gloo may be about to let go of the last collective's tensors, also after the group is destroyed
-    (DeepSpeed keeps a reference to it). Where the interpreter is already being taken apart, that aborts a process which
-    has done all its work (pytorch issue 190489). So what comes before that is done here, and nothing after it.
+    A thread of gloo may still release the last collective's tensors after the group is destroyed (DeepSpeed keeps a
+    reference to it). If the interpreter is shutting down at that moment, a process that has done all its work aborts
+    (pytorch issue 190489). So this runs the exit handlers itself and skips the shutdown of the interpreter.
     """
     if not Cluster.joined:
         sys.exit(status)
-    threading._shutdown()
+    threading._shutdown()  # type: ignore[attr-defined]  # what the interpreter calls first
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # nobody reads it any more

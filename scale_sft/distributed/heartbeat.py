@@ -11,7 +11,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
@@ -74,8 +75,18 @@ class Heartbeat:
         """Begin; every rank must have been constructed, so that each finds the others in the store."""
         self._thread.start()
 
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """End the process if this rank makes no progress inside the block."""
+        self.mark()
+        self.watched = True
+        try:
+            yield
+        finally:
+            self.watched = False
+
     def mark(self) -> None:
-        """This rank makes progress: it begins or has ended a collective."""
+        """Note that this rank makes progress: it begins or has ended a collective."""
         self._marks += 1
         self._marked_at = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""What the launcher says, before any process group exists."""
+"""The launcher's word, before any process group exists: how many processes there are, and which one this is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scale_sft.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """What the launcher says, before any process group exists."""
+    """The processes that the launcher says it has started, and this one's place among them."""
 
     rank: int
     size: int
@@ -21,19 +21,18 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        """As `accelerate launch` (torchrun) or DeepSpeed's launcher sets it; one process where nothing is set."""
-        read = lambda name, default: int(os.environ.get(name, default))
-        local_size = read("LOCAL_WORLD_SIZE", read("LOCAL_SIZE", 1))  # the latter: DeepSpeed's launcher
-        return cls(read("RANK", 0), read("WORLD_SIZE", 1), read("LOCAL_RANK", 0), local_size)
+        """Read what `accelerate launch` (torchrun) or DeepSpeed's launcher sets; one process where nothing is set."""
+        local_size = _read("LOCAL_WORLD_SIZE", _read("LOCAL_SIZE", 1))  # the latter: DeepSpeed's launcher
+        return cls(_read("RANK", 0), _read("WORLD_SIZE", 1), _read("LOCAL_RANK", 0), local_size)
 
     def device(self) -> torch.device:
-        """The GPU of this process, or the CPU."""
+        """Return the GPU of this process, or the CPU."""
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
     def device_memory_bytes(self) -> int:
-        """Memory of this process's GPU, or its share of the machine's.
+        """Return the memory of this process's GPU, or its share of the machine's.
 
-        All of it, not what happens to be free: what is decided from it must come out alike on every rank.
+        All of it, not what happens to be free: every rank must decide the same from it.
         """
         if torch.cuda.is_available():
             return torch.cuda.get_device_properties(self.local_rank).total_memory
@@ -42,8 +41,13 @@ class World:
         return psutil.virtual_memory().total // self.local_size
 
 
+def _read(name: str, default: int) -> int:
+    """Return a whole number from the environment."""
+    return int(os.environ.get(name, default))
+
+
 def refuse_lonely_launchers() -> None:
-    """Refuse a launcher that starts less than it was asked for, so that each part would train alone without a word.
+    """Refuse a launcher that started fewer processes than it was asked for: each would train alone without a word.
 
     Raises:
         UserError: Accelerate left several machines to DeepSpeed's own launcher, which found one; or was asked for
@@ -58,8 +62,8 @@ def refuse_lonely_launchers() -> None:
         )
     if by_accelerate and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise UserError(
-            "world: accelerate was asked for several processes or machines, but started this process alone (so it does "
-            "with --cpu). Launch with one of launch/*.yaml; for a run of one process unset MASTER_ADDR"
+            "world: accelerate was asked for several processes or machines, but started this process alone (as it "
+            "does with --cpu). Launch with one of launch/*.yaml; for a run of one process unset MASTER_ADDR"
         )
     nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
     spanned = -(-world.size // max(1, world.local_size))

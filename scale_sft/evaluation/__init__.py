@@ -1,8 +1,8 @@
-"""Held-out loss, generated answers, benchmark harness.
+"""Held-out loss, generated answers, benchmarks.
 
 held_out        loss and perplexity
 answers         greedy answers and exact match
 evaluate_model  `scale-sft eval`
-harness         lm-evaluation-harness
+harness         benchmarks of lm-evaluation-harness
 requantize      merge into few bits, and measure what that costs
 """

@@ -1,24 +1,25 @@
-"""Held-out loss and exact match: the same figures for any number of ranks and any batch size.
-
-Shapes: B sequences, L tokens, V vocabulary.
-"""
+"""Greedy answers and exact match: the same for any number of ranks and any batch size."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from scale_sft.data.examples import Examples
 from scale_sft.data.micro_batches import micro_batches
+from scale_sft.data.turn_ends import ids_of, special_tokens, taught_end
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.errors import UserError
 
-from .held_out import _evaluating, _split
+from .held_out import evaluating, split
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 ANSWER_PATTERNS = {"gsm8k": r"####\s*(.+)"}
 """Named values of `answer_pattern`."""
@@ -26,7 +27,7 @@ ANSWER_PATTERNS = {"gsm8k": r"####\s*(.+)"}
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated answer beside the one that was expected."""
+    """A generated answer and the expected one."""
 
     prompt: str
     generated: str
@@ -34,13 +35,13 @@ class Answer:
 
 
 def exact_match(answers: Sequence[Answer], pattern: str | None = None) -> float:
-    """Fraction of the answers that equal their reference; see `extract_answer`. One that is not found is wrong."""
+    """Compute the fraction of answers that equal their reference; one that `extract_answer` does not find is wrong."""
     pairs = [(extract_answer(a.generated, pattern), extract_answer(a.reference, pattern)) for a in answers]
     return sum(generated is not None and generated == wanted for generated, wanted in pairs) / len(pairs)
 
 
 def extract_answer(text: str, pattern: str | None) -> str | None:
-    """The part of a text that counts as its answer, without spaces at its ends; None if there is none.
+    """Find the part of a text that counts as its answer, without spaces at its ends; None if there is none.
 
     Args:
         pattern: None for the whole text; a name in ANSWER_PATTERNS; or a regular expression, whose last match (its
@@ -57,6 +58,24 @@ def extract_answer(text: str, pattern: str | None) -> str | None:
     return number if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", number) else answer
 
 
+@dataclass(frozen=True)
+class _Ends:
+    """What ends an answer."""
+
+    stops: tuple[int, ...]  # generation stops at each of these
+    silent: frozenset[int]  # padding, and the end tokens of model and tokenizer
+    taught: int | None  # the token that ends the references; None: text does
+
+    def bare(self, ids: Sequence[int]) -> list[int]:
+        """Drop padding and end from the end of an answer; special tokens inside it stay, and so does a lone one."""
+        length = len(ids)
+        while length and ids[length - 1] in self.silent:
+            length -= 1
+        if length > 1 and ids[length - 1] == self.taught:
+            length -= 1
+        return list(ids[:length])
+
+
 @torch.no_grad()
 def greedy_answers(
     model: nn.Module,
@@ -68,29 +87,33 @@ def greedy_answers(
     batch_size: int,
     max_new_tokens: int,
 ) -> list[Answer]:
-    """Greedy answers to the prompts of the first `count` examples, in their order, on every rank.
+    """Answer the prompts of the first `count` examples greedily; returns them in order, on every rank.
+
+    Generated and expected answers lose padding and the token that ends them, nothing else: an answer that is a special
+    token is compared like any other. Only the token ids of the base's generation configuration matter here; its
+    penalties, beams and forced tokens do not.
 
     Raises:
         UserError: a prompt with its answer would be longer than the model's positions.
     """
     chosen = range(min(count, len(examples)))
     _refuse_long_prompts(model, examples, chosen, max_new_tokens)
-    stops = _stop_tokens(model, tokenizer, examples, chosen)
+    ends = _ends_of(model, tokenizer, examples, chosen)
+    settings = _greedy(model, tokenizer, ends, max_new_tokens)
+    text = lambda ids: tokenizer.decode(ends.bare(ids)).strip()
     own: dict[int, Answer] = {}
-    with _evaluating(model):
+    with evaluating(model, settings):
         for start in range(0, len(chosen), batch_size * cluster.size):
             cluster.agree_to_stop()
             group = list(chosen[start : start + batch_size * cluster.size])
             for members in micro_batches(group, cluster.rank, cluster.size, batch_size):
                 present = [n for n in members if n is not None]
-                texts = _generate(model, tokenizer, examples, present or [0], cluster, max_new_tokens, stops)
-                for n, text in zip(
-                    present, texts, strict=False
-                ):  # a rank without a share generates too: others may wait for it
-                    prompt, reference = (
-                        tokenizer.decode(part, skip_special_tokens=True) for part in _split(examples, n)
-                    )
-                    own[n] = Answer(prompt.strip(), text.strip(), reference.strip())
+                # A rank without a share generates too: the others may wait for its part of the base.
+                generated = _generate(model, tokenizer, examples, present or [0], cluster, settings)
+                for n, ids in zip(present, generated, strict=False):
+                    prompt, reference = split(examples, n)
+                    shown = tokenizer.decode(prompt, skip_special_tokens=True).strip()
+                    own[n] = Answer(shown, text(ids), text(reference))
     everyone: dict[int, Answer] = {}
     for answers in cluster.gather_objects(own):
         everyone |= answers
@@ -98,51 +121,65 @@ def greedy_answers(
 
 
 def _refuse_long_prompts(model: nn.Module, examples: Examples, members: Sequence[int], max_new_tokens: int) -> None:
-    """Raises UserError, on every rank alike, if a prompt with its answer has more tokens than the model has positions."""
-    length = max(len(_split(examples, n)[0]) for n in members)
+    """Raise UserError, on every rank alike, if a prompt and its answer need more positions than the model has."""
+    length = max(len(split(examples, n)[0]) for n in members)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and length + max_new_tokens > positions:
         raise UserError(
-            f"max_new_tokens: got {max_new_tokens}, but with a prompt of {length} tokens this base has room for "
-            f"{positions - length}; lower it, or max_length"
+            f"max_new_tokens: got {max_new_tokens}, expected at most {positions - length}: the longest prompt has "
+            f"{length} of the base's {positions} positions. Fix: lower it, or max_length"
         )
 
 
 def _generate(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     examples: Examples,
     members: Sequence[int],
     cluster: Cluster,
-    max_new_tokens: int,
-    stops: list[int] | None,
-) -> list[str]:
-    """Greedy continuations of the members' prompts, as text."""
-    prompts = [_split(examples, n)[0] for n in members]
+    settings: GenerationConfig,
+) -> list[list[int]]:
+    """Continue the members' prompts; returns the new ids of each, padded to one length."""
+    prompts = [split(examples, n)[0] for n in members]
     length = max(map(len, prompts))
     ids = torch.full((len(prompts), length), tokenizer.pad_token_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):  # padded on the left, so that answers start side by side
+    for row, prompt in enumerate(prompts):  # padded on the left, so that all answers start at the same column
         ids[row, length - len(prompt) :] = torch.tensor(prompt)
         mask[row, length - len(prompt) :] = 1
     output = model.generate(
         input_ids=ids.to(cluster.device),
         attention_mask=mask.to(cluster.device),
-        do_sample=False,
-        use_cache=True,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=stops,
+        generation_config=settings,
         synced_gpus=cluster.sharded and cluster.size > 1,
     )
-    return [tokenizer.decode(row[length:], skip_special_tokens=True) for row in output]
+    return output[:, length:].tolist()
 
 
-def _stop_tokens(model: nn.Module, tokenizer: Any, examples: Examples, members: Sequence[int]) -> list[int] | None:
-    """What ends an answer: the model's and the tokenizer's end tokens, and the special tokens that end references (the
-    end of a turn, which a base model does not know as an end).
+def _greedy(model: Any, tokenizer: Any, ends: _Ends, max_new_tokens: int) -> GenerationConfig:
+    """Settings of greedy decoding that take nothing but token ids from the base."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        max_new_tokens=max_new_tokens,
+        bos_token_id=model.generation_config.bos_token_id,
+        decoder_start_token_id=model.generation_config.decoder_start_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=list(ends.stops) or None,
+    )
+
+
+def _ends_of(model: Any, tokenizer: Any, examples: Examples, members: Sequence[int]) -> _Ends:
+    """Find what ends the answers to these examples.
+
+    Generation stops at the end tokens of the model and of the tokenizer, at the one that the data teach, and at special
+    tokens that end references.
     """
-    config = model.generation_config.eos_token_id
-    stops = set(config if isinstance(config, list) else [config]) | {tokenizer.eos_token_id}
-    stops |= {_split(examples, n)[1][-1] for n in members} & set(tokenizer.all_special_ids)
-    return sorted(stops - {None}) or None
+    taught = taught_end(examples, tokenizer, members)
+    known = set(ids_of(model.generation_config.eos_token_id)) | set(ids_of(tokenizer.eos_token_id))
+    last = {split(examples, n)[1][-1] for n in members} & set(special_tokens(tokenizer))
+    stops = known | last | set(ids_of(taught))
+    return _Ends(tuple(sorted(stops)), frozenset(known | {tokenizer.pad_token_id}), taught)

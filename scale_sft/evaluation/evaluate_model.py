@@ -1,8 +1,7 @@
-"""Evaluation of a finished model: base, base + adapter, or merged; on one process, several, or sharded."""
+"""Evaluate a finished model: a base, a base with an adapter, or a merged model; on one process, several, or sharded."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,17 @@ import torch
 from torch import nn
 
 from scale_sft.adapters.apply import require_base, require_fit
-from scale_sft.adapters.format import Adapter, load_adapter
+from scale_sft.adapters.format import Adapter
 from scale_sft.config.options import DataConfig, ModelConfig
 from scale_sft.data.cache import load_examples
 from scale_sft.data.chat import use_template
+from scale_sft.data.examples import Examples
+from scale_sft.data.fit import refuse_misfit
+from scale_sft.data.turn_ends import INFO_KEY, with_end
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.errors import UserError
 from scale_sft.files import write_json
-from scale_sft.model.loading import load_base, load_model_config, load_tokenizer, resolve_dtype
+from scale_sft.model.loading import load_base, load_model_config, load_tokenizer, max_length, resolve_dtype
 from scale_sft.model.resident import effective_values, read_entries, write_entries
 
 from .answers import exact_match, greedy_answers
@@ -26,10 +28,10 @@ from .held_out import held_out_loss
 
 
 def model_section(model: ModelConfig, adapter: Path | None, *, base_given: bool) -> ModelConfig:
-    """The options of the model, those that an adapter knows filled in: its base, revision and dtype."""
+    """Fill in the options of the model that an adapter knows: its base, revision and dtype."""
     if adapter is None:
         return model
-    info = load_adapter(adapter).info
+    info = Adapter.load(adapter).info
     model = model if base_given else replace(model, base=info["base"], revision=info.get("revision"))
     return replace(model, dtype=info["dtype"] if model.dtype == "auto" else model.dtype)
 
@@ -43,38 +45,42 @@ def evaluate_model(
     limit: int | None,
     batch_size: int,
     output: Path | None,
-) -> str | None:
-    """Evaluate on held-out data and tasks; the results as JSON text on the main rank, None on others.
+) -> dict[str, Any] | None:
+    """Evaluate on held-out data and tasks; returns the results on the main rank, None on the others.
 
     Args:
-        tasks: of lm-evaluation-harness; see `evaluate_tasks`.
+        tasks: of lm-evaluation-harness; see `harness.tasks_of`.
         limit: examples of each task; None for all.
+        output: a file that gets the results as JSON.
 
     Raises:
-        UserError: whatever is wrong with model, adapter, data or tasks.
+        UserError: something is wrong with model, adapter, data or tasks.
     """
-    from scale_sft.model.loading import max_length
-
     from .harness import require_harness, run_tasks
 
     if tasks:
         require_harness()
     loaded = load_model_config(model_config)
-    adapter = load_adapter(adapter_folder) if adapter_folder else None
+    adapter = Adapter.load(adapter_folder) if adapter_folder else None
     if model_config.quantization != "none":
         raise UserError(
-            "eval: quantization is not supported here; merge and quantise with `scale-sft merge --quantize`"
+            f"eval: got --quantization {model_config.quantization}, expected none. Fix: merge and quantise with "
+            "`scale-sft merge --quantize`"
         )
     if adapter and adapter.is_quantized:
         raise UserError(
-            f"eval: {adapter_folder} was trained on a base in {adapter.info['quantization']}; merge it first (scale-sft "
-            "merge ADAPTER --output DIR, in bfloat16) and evaluate the result (scale-sft eval --base DIR)"
+            f"eval: got an adapter of a base in {adapter.info['quantization']} ({adapter_folder}), expected one of an "
+            "unquantised base. Fix: merge it (scale-sft merge ADAPTER --output DIR) and evaluate the result "
+            "(scale-sft eval --base DIR)"
         )
     tokenizer = use_template(load_tokenizer(model_config), data.chat_template)
     if adapter and data.chat_template is None and adapter.info.get("chat_template"):
         tokenizer.chat_template = adapter.info["chat_template"]
     data = replace(data, max_length=max_length(data.max_length, loaded))
-    examples = data.eval_data and load_examples(data.eval_data, "eval", tokenizer, data, data.max_eval_examples)
+    examples = None
+    if data.eval_data:
+        examples = load_examples(data.eval_data, "eval", tokenizer, data, data.max_eval_examples)
+    refuse_misfit(tokenizer, loaded, examples or None)
     sharded = model_config.base_placement == "shard"
     dtype = resolve_dtype(model_config, loaded)
     cluster = Cluster.start(sharded=sharded, dtype=dtype, ds_config=model_config.ds_config)
@@ -82,6 +88,8 @@ def evaluate_model(
         model = cluster.prepare(load_base(model_config, loaded, cluster.load_device)).eval()
         if adapter:
             apply_parts(model, adapter, cluster)
+            settings: Any = model.generation_config
+            settings.eos_token_id = with_end(settings.eos_token_id, adapter.info.get(INFO_KEY))
         result: dict[str, Any] = {"base": model_config.base, "adapter": adapter_folder and str(adapter_folder)}
         if examples:
             result["held_out"] = _held_out(model, tokenizer, examples, data, cluster, batch_size)
@@ -89,13 +97,13 @@ def evaluate_model(
             result["tasks"] = run_tasks(model, tokenizer, tasks, batch_size=batch_size, limit=limit)
         if cluster.is_main and output:
             write_json(output, result)
-        return json.dumps(result, indent=2, ensure_ascii=False) if cluster.is_main else None
+        return result if cluster.is_main else None
     finally:
         cluster.close()
 
 
 def _held_out(
-    model: nn.Module, tokenizer: Any, examples: Any, data: DataConfig, cluster: Cluster, batch_size: int
+    model: nn.Module, tokenizer: Any, examples: Examples, data: DataConfig, cluster: Cluster, batch_size: int
 ) -> dict[str, Any]:
     figures = held_out_loss(model, examples, cluster, batch_size, tokenizer.pad_token_id)
     result: dict[str, Any] = {
@@ -126,12 +134,49 @@ def _held_out(
     return result
 
 
+def for_people(result: dict[str, Any]) -> str:
+    """Write the results as lines of text: held-out figures, tasks, samples."""
+    lines = []
+    held_out = result.get("held_out")
+    if held_out:
+        parts = [f"held-out loss {held_out['loss']:.4f}", f"perplexity {held_out['perplexity']:,.2f}"]
+        if "exact_match" in held_out:
+            parts.append(f"exact match {held_out['exact_match']:.1%} of {held_out['exact_match_examples']:,}")
+        counts = [f"{held_out['examples']:,} examples", f"{held_out['target_tokens']:,} target tokens"]
+        counts += [f"{held_out[name]:,} {what}" for name, what in _LOST.items() if held_out[name]]
+        lines.append("  ".join([*parts, f"({', '.join(counts)})"]))
+    tasks = result.get("tasks") or {}
+    width = max(map(len, tasks), default=0)
+    lines += [f"{task:<{width}}  {_task_figures(figures)}" for task, figures in tasks.items()]
+    for sample in (held_out or {}).get("samples", []):
+        lines += ["", *(f"{name:<9}  {text}" for name, text in sample.items())]
+    return "\n".join(lines)
+
+
+_LOST = {"truncated": "cut to max_length", "dropped": "dropped, no target token left"}
+
+
+def _task_figures(figures: dict[str, Any]) -> str:
+    """Write the figures of one task, which lm-evaluation-harness calls `metric,filter` and `metric_stderr,filter`."""
+    parts = []
+    for key, value in figures.items():
+        metric, _, kind = key.partition(",")
+        if not isinstance(value, int | float) or metric.endswith("_stderr"):
+            continue
+        error = figures.get(f"{metric}_stderr,{kind}")
+        name = f"{metric} ({kind})" if kind not in ("", "none") else metric
+        parts.append(f"{name} {value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else ""))
+    return "  ".join(parts) or "no figures"
+
+
 @torch.no_grad()
 def apply_parts(model: nn.Module, adapter: Adapter, cluster: Cluster) -> None:
-    """Write an adapter's effective values into the parts of the weights that this rank holds, after checking them all.
+    """Write an adapter's effective values into the parts of the weights that this rank holds.
+
+    All weights are checked before the first is written.
 
     Raises:
-        UserError: a weight is missing or of another size, or the base is not the adapter's.
+        UserError: a weight is missing or has another size, or the base is not the adapter's.
     """
     weights = require_fit(dict(model.named_parameters()), adapter)
     parts = {name: cluster.part_of(weights[name]) for name in adapter.shapes}

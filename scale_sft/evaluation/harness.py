@@ -1,4 +1,4 @@
-"""Benchmarks, handed over to lm-evaluation-harness where it is installed."""
+"""Run benchmarks with lm-evaluation-harness, where it is installed."""
 
 from __future__ import annotations
 
@@ -15,23 +15,28 @@ PAPER_TASKS = ASSETS / "tasks" / "paper.yaml"
 
 
 def require_harness() -> None:
-    """Raises UserError, saying what to install, if lm-evaluation-harness is not there."""
+    """Raise UserError, saying what to install, if lm-evaluation-harness is missing."""
     if find_spec("lm_eval") is None:
-        raise UserError("tasks: lm-evaluation-harness is not installed; get it with: pip install 'lm-eval[hf]>=0.4.9'")
+        raise UserError(
+            "tasks: got a task, expected lm-evaluation-harness to be installed. Fix: pip install 'lm-eval[hf]>=0.4.9'"
+        )
 
 
 def tasks_of(written: str) -> dict[str, int | None]:
-    """Tasks with their numbers of examples in the prompt (None: the task's own): 'paper', or names with commas."""
+    """Parse 'paper' or comma-separated names into tasks and their numbers of examples in the prompt.
+
+    None stands for the default of the task.
+    """
     if written != "paper":
         return {name.strip(): None for name in written.split(",") if name.strip()}
     return {task["name"]: task["shots"] for task in yaml.safe_load(PAPER_TASKS.read_text(encoding="utf-8"))["tasks"]}
 
 
 def run_tasks(model: nn.Module, tokenizer: Any, written: str, *, batch_size: int, limit: int | None) -> dict[str, Any]:
-    """Results of the harness by task, for a model that is loaded already (with its adapter applied).
+    """Run tasks on a loaded model (with its adapter applied); returns the results of the harness by task.
 
     Raises:
-        UserError: the harness is not installed, or does not know a task.
+        UserError: the harness is not installed, or cannot run a task.
     """
     require_harness()
     from lm_eval import simple_evaluate

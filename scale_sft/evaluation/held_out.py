@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ from scale_sft.model.loss import IGNORED, token_losses
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one evaluation."""
+    """Held-out loss, and exact match where it was asked for."""
 
     loss: float  # mean over target tokens, natural logarithm
     target_tokens: int
@@ -30,7 +32,7 @@ class Evaluation:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, examples: Examples, cluster: Cluster, batch_size: int, pad_id: int) -> Evaluation:
-    """Token-weighted mean loss over all examples, spread over the ranks, summed in double precision."""
+    """Compute the mean loss per target token over all examples, spread over the ranks, summed in double precision."""
     loss = 0.0
     for group in by_length(examples, batch_size * cluster.size):
         cluster.agree_to_stop()
@@ -42,19 +44,27 @@ def held_out_loss(model: nn.Module, examples: Examples, cluster: Cluster, batch_
 
 
 @contextmanager
-def _evaluating(model: nn.Module):
-    """The model out of training mode for a while: generation wants its cache, which checkpointing forbids."""
-    was_training = model.training
+def evaluating(model: Any, settings: Any) -> Iterator[None]:
+    """Take the model out of training mode, and give it other generation settings, inside the `with` block.
+
+    Generation needs its cache, which checkpointing forbids in training mode. transformers fills what a call's settings
+    leave open from those of the model (a base's repetition penalty, say), so both must be replaced.
+    """
+    was_training, was_set = model.training, model.generation_config
     model.eval()
+    model.generation_config = settings
     try:
         yield
     finally:
+        model.generation_config = was_set
         model.train(was_training)
 
 
-def _split(examples: Examples, n: int) -> tuple[list[int], list[int]]:
-    """The prompt and the answer of an example: what comes before its first target token, and those that count from
-    there on without a gap (the next turn's question is no answer).
+def split(examples: Examples, n: int) -> tuple[list[int], list[int]]:
+    """Split an example into prompt and answer.
+
+    The prompt is what comes before the first target token, the answer the unbroken run of target tokens from there on:
+    in a conversation, the next turn's question ends it.
     """
     ids, labels = examples.tokens(n)
     counts = [label != IGNORED for label in labels]

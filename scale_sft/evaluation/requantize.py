@@ -8,14 +8,19 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from scale_sft.adapters.format import Adapter, load_adapter
+from scale_sft.adapters.format import Adapter
+from scale_sft.adapters.merge import INDEX_FILE, BaseFiles
 from scale_sft.adapters.merge_packed import is_transposed, merge_quantized, unquantized_shapes
+from scale_sft.adapters.model_card import write_card
+from scale_sft.adapters.safetensors_writer import TensorReader, TensorWriter
 from scale_sft.config.loading import load
 from scale_sft.config.options import ModelConfig
 from scale_sft.data.cache import load_examples
@@ -23,16 +28,16 @@ from scale_sft.data.chat import use_template
 from scale_sft.data.examples import Examples
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.errors import UserError
-from scale_sft.files import new_folder
+from scale_sft.files import new_folder, write_atomically, write_text
 from scale_sft.model.loading import load_base, load_model_config, load_tokenizer, max_length
 from scale_sft.model.packed_weights import PackedWeight, packed_weights
 from scale_sft.model.quantization import resolve_quantization
 from scale_sft.model.transient import TransientDeltas, attach_transient_taps
+from scale_sft.spiel.deltas import DeltaStore
 
 from .held_out import held_out_loss
 
 SMALL_FILES = (".json", ".jinja", ".model", ".txt")
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -67,32 +72,59 @@ def merge_into_few_bits(adapter_folder: str | Path, output: str | Path, kind: st
     Raises:
         UserError: see `merge_quantized`; or the adapter's base was not quantised.
     """
-    adapter, output = load_adapter(adapter_folder), Path(output)
+    adapter, output = Adapter.load(adapter_folder), Path(output).expanduser()
     if not adapter.is_quantized:
         raise UserError(
             "quantize: this adapter was trained on an unquantised base; merge it without --quantize, and quantise the "
             "merged model when it is loaded"
         )
-    merged = output.with_name(f".{output.name}.merged")
-    shutil.rmtree(merged, ignore_errors=True)
-    try:
-        with new_folder(output, "merge") as work:
-            kept = merge_quantized(adapter_folder, merged, base)
-            model = _load(merged, kind)
-            model.save_pretrained(work)  # before the scales are taken out of the layers
-            for path in merged.iterdir():
-                if path.suffix in SMALL_FILES and path.name != INDEX and not (work / path.name).exists():
-                    shutil.copyfile(path, work / path.name)
-            packed = packed_weights(model, torch.bfloat16, next(model.parameters()).device)
-            figures = _measure(merged, packed, adapter, kept)
-            attach_transient_taps(TransientDeltas((), packed), (), None)
-            losses = _held_out_losses(Path(adapter_folder).resolve().parent / "config.yaml", merged, model, kind)
-    finally:
-        shutil.rmtree(merged, ignore_errors=True)
+    with new_folder(output, "merge") as work:
+        merged = work / ".merged"
+        merged.mkdir()
+        kept = merge_quantized(adapter, merged, base)
+        if adapter.info.get("chat_template"):
+            write_text(merged / "chat_template.jinja", adapter.info["chat_template"])
+        model = _load(merged, kind)
+        model.save_pretrained(work)  # before the scales are taken out of the layers
+        _keep_stored_bytes(work, merged)
+        for path in merged.iterdir():
+            if path.suffix in SMALL_FILES and path.name != INDEX_FILE and not (work / path.name).exists():
+                shutil.copyfile(path, work / path.name)
+        write_card(adapter_folder, work, form="merged", name=output.resolve().name)
+        packed = packed_weights(model, torch.bfloat16, next(model.parameters()).device)
+        figures = _measure(merged, packed, adapter, kept)
+        attach_transient_taps(TransientDeltas(DeltaStore({}, {}), packed), (), lambda *_: None)
+        run = Path(adapter_folder).expanduser().resolve().parent
+        losses = _held_out_losses(run / "config.yaml", merged, model, kind)
+        shutil.rmtree(merged)
     return f"merged model in {kind}: {output}\n{Loss(kind, *figures, losses)}"
 
 
-def _load(folder: Path, kind: str = "none") -> nn.Module:
+def _keep_stored_bytes(work: Path, merged: Path) -> None:
+    """Give tensors that were not quantised the bytes that they have in `merged`: loading has rounded some."""
+    with BaseFiles(merged) as files:
+        for path in work.glob("*.safetensors"):
+            with TensorReader(path) as saved:
+                stored = {name: files.find(name) for name in saved.names if saved.dtype(name).is_floating_point}
+                rounded = {
+                    name: found
+                    for name, found in stored.items()
+                    if found is not None and files.dtype(found) is not saved.dtype(name)
+                }
+                if rounded:
+                    write_atomically(path, partial(_replace_tensors, saved, files, rounded))
+
+
+def _replace_tensors(saved: TensorReader, files: BaseFiles, names: Mapping[str, str], target: Path) -> None:
+    dtype_of = lambda name: files.dtype(names[name]) if name in names else saved.dtype(name)
+    specs = {name: (dtype_of(name), saved.shape(name)) for name in saved.names}
+    with TensorWriter(target, specs, saved.metadata) as writer:
+        for name in specs:
+            writer.write(name, files.tensor(names[name]) if name in names else saved.tensor(name))
+
+
+def _load(folder: Path, kind: str = "none") -> Any:
+    """A merged model as transformers loads it in bfloat16, quantised where `kind` says so."""
     config = ModelConfig(base=str(folder), dtype="bfloat16", quantization=kind)
     model_config = load_model_config(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -109,7 +141,7 @@ def _measure(
     for file in sorted(merged.glob("*.safetensors")):
         with safe_open(file, "pt") as handle:
             for name in sorted(set(handle.keys()) & set(adapter.shapes) & set(packed)):
-                weight = packed[name].dequantize(packed[name].module.weight.data).float().cpu()
+                weight = packed[name].dequantize(packed[name].module.get_parameter("weight").data).float().cpu()
                 wanted = handle.get_tensor(name).float()
                 wanted = wanted.t() if is_transposed(reference, name) else wanted
                 weight_error += float((weight - wanted).square().sum())
@@ -151,9 +183,10 @@ def _held_out_data(recipe: Path, merged: Path) -> tuple[Examples, int, int]:
         UserError: the run has none, or they are gone.
     """
     config, model = load(recipe, {}), ModelConfig(base=str(merged))
-    if not config.data.eval_data:
+    eval_data = config.data.eval_data
+    if not eval_data:
         raise UserError("the run has no eval_data")
     tokenizer = use_template(load_tokenizer(model), config.data.chat_template)
     data = replace(config.data, max_length=max_length(config.data.max_length, load_model_config(model)))
-    examples = load_examples(data.eval_data, "eval", tokenizer, data, data.max_eval_examples)
+    examples = load_examples(eval_data, "eval", tokenizer, data, data.max_eval_examples)
     return examples, config.run.eval_batch_size, tokenizer.pad_token_id

@@ -14,7 +14,7 @@ from scale_sft.kernels.cpu import compile as native
 from scale_sft.kernels.operands import Written
 from scale_sft.spiel.algorithm import SparseFineTuning
 from scale_sft.spiel.moments import DenseMoment
-from scale_sft.spiel.optimizers import SM3, AdamW, correction_table
+from scale_sft.spiel.optimizers import SM3, AdamW
 
 from .resident import ResidentDeltas
 from .transient import TransientDeltas
@@ -51,8 +51,7 @@ def update_and_write(tuning: SparseFineTuning, carrier: ResidentDeltas | Transie
         from scale_sft.kernels.gpu.updates import adamw_write, sm3_write
     optimizer, store = tuning.optimizer, tuning.store
     if isinstance(optimizer, AdamW):
-        optimizer.gradients_seen = [n + 1 for n in optimizer.gradients_seen]
-        tables = correction_table(optimizer.gradients_seen, learning_rate, optimizer.betas, store.device)
+        tables = optimizer.count_gradient(learning_rate)
     decay = 1 - learning_rate * optimizer.weight_decay
     for delta, gradients in zip(store, _of_each(tuning), strict=True):
         common = {"decay": decay, "eps": optimizer.eps, "entries": delta.entries}
@@ -65,7 +64,6 @@ def update_and_write(tuning: SparseFineTuning, carrier: ResidentDeltas | Transie
         adamw_write(delta.deltas, gradients, *moments, delta.cohort, *tables, betas=optimizer.betas, **common)
     if resident:
         resident.written()
-        resident.current = True
 
 
 def _of_each(tuning: SparseFineTuning) -> tuple[Tensor, ...]:

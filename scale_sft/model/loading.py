@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from scale_sft.config.options import DEMO, ModelConfig
-from scale_sft.errors import UserError
+from scale_sft.errors import UserError, first_line
 from scale_sft.files import ASSETS
 
 from .packed_weights import cast_the_rest
@@ -44,7 +44,7 @@ def load_model_config(config: ModelConfig) -> Any:
             location, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"base: '{config.base}' is neither a model folder here nor a model that the hub gave: {reason}"
         ) from None
@@ -64,7 +64,12 @@ def load_tokenizer(config: ModelConfig) -> Any:
             base_location(config.base), revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"base: '{config.base}' has no tokenizer that loads: {str(error).splitlines()[0]}") from None
+        raise UserError(f"base: '{config.base}' has no tokenizer that loads: {first_line(error)}") from None
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"base: the tokenizer of '{config.base}' has neither an end nor a padding token, expected one of "
+            "them. Fix: set eos_token in its tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -117,7 +122,7 @@ def load_base(
             **(quantization.loading(device) if quantization else {}),
         )
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"base: '{config.base}' does not load: {str(error).splitlines()[0]}") from None
+        raise UserError(f"base: '{config.base}' does not load: {first_line(error)}") from None
     model.requires_grad_(False)
     if config.gradient_checkpointing:
         enable_checkpointing(model)

@@ -84,7 +84,6 @@ class ResidentDeltas:
         written: Callable[[], None] = lambda: None,
     ):
         self.store, self.parts, self.settle, self.written = store, parts, settle, written
-        self.current = False  # whether the weights hold the present deltas already
         self._where: dict[str, slice] = {}  # which entries of each delta lie in this process's part
         self._base: dict[str, Tensor] = {}
         self.settle()
@@ -94,7 +93,6 @@ class ResidentDeltas:
 
     def adopt(self, delta: SparseDelta) -> None:
         """Put the base values of one weight's entries aside; the weight holds them until the next `write`."""
-        self.current = False
         part, indices = self.parts[delta.name], delta.indices
         self._where[delta.name] = part.slice_of(indices)
         entries, local = part.entries(), self._local(delta, indices)
@@ -107,10 +105,7 @@ class ResidentDeltas:
         return (local - part.start if part.start else local).to(part.entries().device)
 
     def write(self) -> None:
-        """Write the effective value of every active entry into its weight, unless the update has done so."""
-        if self.current:
-            self.current = False  # the next update will have moved the deltas
-            return
+        """Write the effective value of every active entry into its weight."""
         self.settle()
         for delta in self.store:
             base = self._base[delta.name]

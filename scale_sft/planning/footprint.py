@@ -61,7 +61,7 @@ def facts_of(config: Config, model_config: Any) -> Facts:
     Raises:
         UserError: targets match nothing.
     """
-    model = empty_model(config, model_config)
+    model: Any = empty_model(config, model_config)
     output = model.get_output_embeddings()
     linear = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D") and m is not output]
     return Facts(

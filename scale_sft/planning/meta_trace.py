@@ -164,10 +164,8 @@ def _trace(
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         logits_bytes = logits.numel() * logits.element_size()
         activations = count.live - logits_bytes
-        targets = min(sequences * (tokens - 1), 2 * rows_at_once(logits))  # then the peak grows no more
-        loss = cross_entropies(
-            logits.flatten(0, 1), torch.arange(targets), torch.zeros(targets, dtype=torch.int64)
-        ).sum()
+        rows = min(sequences * (tokens - 1), 2 * rows_at_once(logits))  # with more the peak stays the same
+        loss = cross_entropies(logits.flatten(0, 1), torch.arange(rows), torch.zeros(rows, dtype=torch.int64)).sum()
         del logits
         loss.backward()
     return StepMemory(activations, logits_bytes, count.peak)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from scale_sft.config.options import Config
-from scale_sft.distributed.cluster import PROPOSAL_ENTRIES
+from scale_sft.distributed.candidates import PROPOSAL_ENTRIES
 from scale_sft.distributed.sharding import read_ds_config
 from scale_sft.errors import UserError
 from scale_sft.model.fingerprints import CHUNK_ENTRIES

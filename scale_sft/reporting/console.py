@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a live progress bar on a terminal, plain lines in a log file."""
+"""Show a run while it is going: a live progress bar on a terminal, plain lines in a log file."""
 
 import time
 from collections import deque
@@ -13,14 +13,14 @@ from rich.rule import Rule
 from rich.table import Column, Table
 from rich.text import Text
 
-_LOSS_SMOOTHING = 0.9  # of the loss beside the bar, per step
+_LOSS_SMOOTHING = 0.9  # of the loss next to the bar, per step
 _SHORTEST_BAR = 10
-_THROUGHPUT_STEPS = 20  # tokens per second beside the bar are those of the last steps
+_THROUGHPUT_STEPS = 20  # tokens per second next to the bar are those of the last steps
 _WORTH_A_LINE_SECONDS = 2.0  # a plain log says when a phase ends if it took at least this long
 
 
 def duration(seconds: float) -> str:
-    """`0.21 s`, `0:12`, `1:02:03`, `2 d 01:02:03`."""
+    """Format seconds as `0.21 s`, `0:12`, `1:02:03` or `2 d 01:02:03`."""
     if seconds < 10:
         return f"{seconds:.2f} s"
     minutes, second = divmod(round(seconds), 60)
@@ -32,18 +32,18 @@ def duration(seconds: float) -> str:
 
 
 def countdown(seconds: float) -> str:
-    """As `duration`, in whole seconds: `0:09`."""
+    """Format as `duration` does, in whole seconds: `0:09`."""
     return f"0:{round(seconds):02}" if seconds < 10 else duration(seconds)
 
 
 class Display:
-    """The console of one run. `turnover` is the fraction replaced by the last reallocation, None before the first."""
+    """Console of one run."""
 
     def __init__(self, console: Console, *, total_steps: int, first_step: int) -> None:
         self._console = console
         self._is_live = console.is_interactive  # not a file, a pipe or a dumb terminal: no control codes there
         self._total_steps = total_steps
-        self.turnover: float | None = None
+        self._turnover: float | None = None  # fraction replaced by the last reallocation
         self._smoothed_loss = _Smoothed(_LOSS_SMOOTHING)
         self._recent: deque[tuple[int, float]] = deque(maxlen=_THROUGHPUT_STEPS)  # tokens, seconds
         self._window: list[tuple[int, float]] = []  # the same, since the last plain line
@@ -59,6 +59,15 @@ class Display:
             expand=True,
         )
         self._task = self._bar.add_task("step", total=total_steps, completed=first_step, visible=False, status=Text(""))
+
+    def reallocation(self, step: int, *, number: int, replaced: int, active: int, seconds: float) -> None:
+        """Print a line about a reallocation; its turnover stays next to the bar until the following one."""
+        self._turnover = replaced / active if active else 0.0
+        self.line(
+            f"step {step}  reallocation {number}  replaced {replaced:,} of {active:,} ({self._turnover:.1%})"
+            f"  in {duration(seconds)}",
+            style="cyan",
+        )
 
     def describe(self, title: str, rows: Mapping[str, str], table: Sequence[Mapping[str, str]]) -> None:
         if self._is_live:
@@ -100,15 +109,15 @@ class Display:
         self, step: int, *, loss: float, mean_loss: float, learning_rate: float, tokens: int, seconds: float,
         eta_seconds: float, due: bool,
     ) -> None:  # fmt: skip
-        """`due`: time for a plain line, which shows `mean_loss` since the one before; the bar shows a smoothed loss."""
+        """Show a step: on the bar with a smoothed loss; or, if `due`, as a line with `mean_loss` since the previous."""
         smoothed = self._smoothed_loss.add(loss)
         self._recent.append((tokens, seconds))
         self._window.append((tokens, seconds))
         if self._is_live:
-            room = self._console.width - 2 * len(str(self._total_steps)) - len("step /  ") - _SHORTEST_BAR
+            free = self._console.width - 2 * len(str(self._total_steps)) - len("step /  ") - _SHORTEST_BAR
             status = self._status(smoothed, learning_rate, self._recent, eta_seconds)
             for least in ("lr ", "turnover ", "loss "):  # given up first on a narrow terminal
-                if len("  ".join(status)) > room:
+                if len("  ".join(status)) > free:
                     status = [part for part in status if not part.startswith(least)]
             self._bar.update(self._task, completed=step, visible=True, status=Text("  ".join(status), no_wrap=True))
             self._show()
@@ -119,7 +128,7 @@ class Display:
             self._window.clear()
 
     def line(self, text: str, style: str = "") -> None:
-        """One line, above the bar if there is one; never wrapped, so that a log can be searched."""
+        """Print one line, above the bar if there is one; never wrapped, so that a log can be searched."""
         self._console.print(Text(text, style=style), soft_wrap=True)
 
     def stop(self) -> None:
@@ -137,13 +146,13 @@ class Display:
     ) -> list[str]:
         tokens, seconds = (sum(column) for column in zip(*recent, strict=True))
         status = [f"loss {loss:.3f}", f"lr {learning_rate:.1e}", f"{tokens / max(seconds, 1e-9):,.0f} tok/s"]
-        if self.turnover is not None:
-            status.append(f"turnover {self.turnover:.1%}")
+        if self._turnover is not None:
+            status.append(f"turnover {self._turnover:.1%}")
         return [*status, f"eta {countdown(eta_seconds)}"]
 
 
 class _Smoothed:
-    """Exponential mean without the pull of its start; a NaN is shown once and then forgotten."""
+    """Exponential mean, corrected for its start; a value that is not finite is shown once and then forgotten."""
 
     def __init__(self, keep: float) -> None:
         self._keep, self._sum, self._weight = keep, 0.0, 0.0
@@ -157,7 +166,7 @@ class _Smoothed:
 
 
 def _columns(table: Sequence[Mapping[str, str]]) -> dict[str, bool]:
-    """Column names in order of appearance, and whether all their cells start with a digit (aligned to the right)."""
+    """Find the columns in order of appearance, and whether all cells start with a digit (then aligned right)."""
     names = dict.fromkeys(name for row in table for name in row)
     return {name: all(str(row.get(name, "0"))[:1].isdigit() for row in table) for name in names}
 

@@ -1,18 +1,18 @@
-"""One record per step, reallocation and evaluation: to the console, to `metrics.jsonl` and to a tracker.
+"""Record each step, reallocation and evaluation: on the console, in `metrics.jsonl` and in a tracker.
 
-This module knows no ranks: the main process makes `Metrics`, every other process makes `NullMetrics`.
+This module does not know ranks: the main process makes `Metrics`, every other process makes `NullMetrics`.
 
 `metrics.jsonl` holds one JSON object per line. All have `event`, `step` (optimizer steps done), `time` (unix seconds):
 
-    start         the process began or went on after `step`: total_steps
+    start         a process began, or resumed, after `step`: total_steps
     description   what will be trained: title, rows, table
     step          loss, grad_norm (means), grad_norm_max, learning_rate, tokens, target_tokens, seconds (sums), steps,
-                  tokens_per_second; all over the `steps` optimizer steps since the line before
+                  tokens_per_second; all over the `steps` optimizer steps since the previous such line
     reallocation  number, active, replaced, grown, dropped, turnover, cohort_counts, cohort_steps, seconds
     checkpoint    bytes, active, bytes_per_entry, seconds
     eval          loss, perplexity, exact_match, target_tokens, seconds
     samples       answers: a list of prompt, generated, reference
-    end           whatever the run sums up, e.g. per_weight
+    end           the summary of the run, e.g. per_weight
 """
 
 import json
@@ -36,7 +36,7 @@ _TRACKED_AS = {"step": "train", "reallocation": "reallocation", "eval": "eval", 
 
 
 class Metrics(AbstractContextManager):
-    """Records of one run; made on the main process only. Use as a context manager, or call `close`."""
+    """Recorder of one run, on the main process only. Use it as a context manager, or call `close`."""
 
     def __init__(
         self,
@@ -47,11 +47,21 @@ class Metrics(AbstractContextManager):
         log_every_steps: int = 10,
         track: Callable[[dict[str, float | str], int], None] | None = None,
         console: Console | None = None,
+        held_out: Sequence[float] = (),
     ) -> None:
-        """`first_step`: optimizer steps done before this process (0 for a new run, the checkpoint's step on resume).
+        """Open the records of a run.
 
-        Records that a dead run wrote after `first_step` are removed, so that the file never holds a step twice. The
-        records of an earlier run into the same folder, when this one starts anew, move to `metrics.previous.jsonl`.
+        Records that a dead run wrote after `first_step` are removed, so that the file never holds a step twice. If a
+        new run starts in a folder with records, those move to `metrics.previous.jsonl`.
+
+        Args:
+            output_dir: gets `metrics.jsonl`.
+            total_steps: optimizer steps of the whole run.
+            first_step: optimizer steps done before this process: 0 for a new run, the checkpoint's step on resume.
+            held_out: held-out losses measured before this process, in order.
+            log_every_steps: how many optimizer steps one line sums up.
+            track: (values by name, step) -> None; hands them to a tracker.
+            console: where progress is shown; by default standard output.
         """
         if log_every_steps < 1:
             raise ValueError(f"log_every_steps: got {log_every_steps}, expected at least 1")
@@ -65,20 +75,20 @@ class Metrics(AbstractContextManager):
         self._total_steps, self._first_step, self._log_every_steps = total_steps, first_step, log_every_steps
         self._last_step = first_step
         self._last_logged_loss = math.nan
-        self._held_out: list[float] = []
+        self._held_out = list(held_out)
         self._window = _Window()
         self._pace = _Pace()
         self._started = time.perf_counter()
         self._write("start", first_step, total_steps=total_steps)
 
     def describe(self, title: str, rows: Mapping[str, str], table: Sequence[Mapping[str, str]] = ()) -> None:
-        """What will be trained: key and value pairs, then a table with one row per kind of target module."""
+        """Record what will be trained: key and value pairs, then a table with one row per kind of target module."""
         self._write("description", self._last_step, title=title, rows=dict(rows), table=[dict(row) for row in table])
         self._display.describe(title, rows, table)
 
     @contextmanager
     def phase(self, label: str) -> Iterator[None]:
-        """Show that something slow goes on (`loading the base`, `evaluating`), with the time it takes."""
+        """Show that something slow is running (`loading the base`, `evaluating`), and for how long."""
         with self._display.phase(label):
             yield
 
@@ -94,10 +104,10 @@ class Metrics(AbstractContextManager):
         seconds: float,
         **extra: float,
     ) -> None:
-        """One optimizer step (1-based) is done; to be called for every one of them.
+        """Record that optimizer step `step` (1-based) is done; call this for every step.
 
-        A line is written after every `log_every_steps` steps, after the first and after the last. Of the extra values
-        the line has the maximum since the line before for `memory_*`, the mean for `comm_*`, the last for all others.
+        A line is written after every `log_every_steps` steps, after the first and after the last. It holds each extra
+        value as the maximum since the previous line (`memory_*`), the mean (`comm_*`), or the last value (others).
         """
         if step <= self._last_step:
             raise ValueError(f"metrics: got step {step} after step {self._last_step}, expected a larger one")
@@ -133,7 +143,7 @@ class Metrics(AbstractContextManager):
         cohort_steps: list[int],
         **extra: float,
     ) -> None:
-        """Reallocation `number` (1-based) is done.
+        """Record that reallocation `number` (1-based) is done.
 
         `cohort_counts[c]` of the active entries were last grown at reallocation c (0: the initial random indices),
         which happened at optimizer step `cohort_steps[c]`.
@@ -143,12 +153,7 @@ class Metrics(AbstractContextManager):
             "reallocation", step, number=number, active=active, replaced=replaced, grown=grown, dropped=dropped,
             turnover=turnover, seconds=seconds, cohort_counts=cohort_counts, cohort_steps=cohort_steps, **extra,
         )  # fmt: skip
-        self._display.turnover = turnover
-        self._display.line(
-            f"step {step}  reallocation {number}  replaced {replaced:,} of {active:,} ({turnover:.1%})"
-            f"  in {duration(seconds)}",
-            style="cyan",
-        )
+        self._display.reallocation(step, number=number, replaced=replaced, active=active, seconds=seconds)
 
     def evaluation(
         self,
@@ -161,7 +166,7 @@ class Metrics(AbstractContextManager):
         exact_match: float | None = None,
         **extra: float,
     ) -> None:
-        """Held-out loss after `step` optimizer steps (0: before training); `exact_match` is a fraction in [0, 1]."""
+        """Record an evaluation after `step` optimizer steps (0: before training); `exact_match` is in [0, 1]."""
         optional = {} if exact_match is None else {"exact_match": exact_match}
         self._write(
             "eval", step, loss=loss, perplexity=perplexity, target_tokens=target_tokens, seconds=seconds,
@@ -175,7 +180,7 @@ class Metrics(AbstractContextManager):
         )
 
     def checkpoint(self, step: int, *, bytes: int, active: int, seconds: float) -> None:
-        """The state after `step` is on disk. Pending steps are written first: a resumed run begins after them."""
+        """Record that the state after `step` is on disk, after pending steps: a resumed run begins behind them."""
         self._flush_window()
         per_entry = bytes / active
         self._write("checkpoint", step, bytes=bytes, active=active, bytes_per_entry=per_entry, seconds=seconds)
@@ -183,7 +188,7 @@ class Metrics(AbstractContextManager):
         self._display.line(f"step {step}  checkpoint saved ({size})  in {duration(seconds)}", style="dim")
 
     def samples(self, step: int, answers: Sequence[Mapping[str, str]]) -> None:
-        """Some generated answers (prompt, generated, reference) after `step` steps; nothing if there are none."""
+        """Record generated answers (prompt, generated, reference) after `step` steps; without any, do nothing."""
         if not answers:
             return
         self._write("samples", step, answers=[dict(answer) for answer in answers])
@@ -192,8 +197,10 @@ class Metrics(AbstractContextManager):
             self._track({f"samples/{n}": write(**answer) for n, answer in enumerate(answers, start=1)}, step)
 
     def summary(self, **fields: Any) -> None:
-        """The end of the run. The report reads `per_weight`: {name: {active, numel, cohort_counts, l2_delta,
-        max_abs_delta}}, and shows every plain number.
+        """Record the end of the run.
+
+        The report reads `per_weight`, {name: {active, numel, cohort_counts, l2_delta, max_abs_delta}}, and shows every
+        plain number.
         """
         self._flush_window()
         self._write("end", self._last_step, **fields)
@@ -206,7 +213,7 @@ class Metrics(AbstractContextManager):
         self._display.line("  ".join(parts), style="bold")
 
     def note(self, message: str) -> None:
-        """One line for the reader of the console; it is not recorded."""
+        """Print one line on the console, without recording it."""
         self._display.line(message)
 
     def close(self) -> None:
@@ -239,7 +246,7 @@ class Metrics(AbstractContextManager):
 
 
 class NullMetrics(AbstractContextManager):
-    """Stands in for `Metrics` on every process but the main one: the same methods, without any effect."""
+    """Stand-in for `Metrics` on every process but the main one: the same methods, without effect."""
 
     def describe(self, title: str, rows: Mapping[str, str], table: Sequence[Mapping[str, str]] = ()) -> None:
         pass
@@ -278,7 +285,7 @@ class NullMetrics(AbstractContextManager):
 
 @dataclass
 class _Window:
-    """Sums over the optimizer steps since the last line."""
+    """Sums over the optimizer steps since the previous line."""
 
     steps: int = 0
     loss_sum: float = 0.0
@@ -334,7 +341,7 @@ class _Window:
 
 @dataclass
 class _Pace:
-    """Wall-clock seconds per step, evaluations and checkpoints included, the slow first step left out."""
+    """Wall-clock seconds per step, including evaluations and checkpoints, without the slow first step."""
 
     first_step: int | None = None
     first_at: float = 0.0

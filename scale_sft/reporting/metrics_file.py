@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object per line, readable after any crash, never holding a step twice."""
+"""Read and write `metrics.jsonl`: a JSON object per line, readable after any crash, no step twice."""
 
 import json
 import math
@@ -14,7 +14,11 @@ PREVIOUS_FILE = "metrics.previous.jsonl"
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """All records of a `metrics.jsonl`. The torn last line that a killed process leaves is ignored."""
+    """Read all records of a `metrics.jsonl`, without the torn last line that a killed process leaves.
+
+    Raises:
+        ValueError: another line is not a JSON object.
+    """
     lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip(b"\0 \r\t")]
     records = []
     for number, line in lines:
@@ -33,7 +37,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def discard_after(path: Path, first_step: int) -> None:
-    """Remove what a run that went further than `first_step` has written, and a torn last line."""
+    """Remove the records of steps after `first_step`, and a torn last line; for a new run, set the file aside."""
     if not path.exists():
         return
     if first_step == 0:
@@ -44,7 +48,7 @@ def discard_after(path: Path, first_step: int) -> None:
 
 
 def jsonable(value: Any) -> Any:
-    """Plain JSON types: NaN and infinities become null, tensor and numpy scalars become numbers."""
+    """Convert to plain JSON types: NaN and infinities become null, tensor and numpy scalars become numbers."""
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int):

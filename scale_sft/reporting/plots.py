@@ -1,9 +1,11 @@
-"""The pictures of a report. Each function returns a figure, or the reason why there is nothing to draw."""
+"""Draw the pictures of a report. Each function returns a figure, or the reason why there is nothing to draw."""
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -34,19 +36,21 @@ from .weight_names import by_kind, by_layer_and_kind
 
 @dataclass(frozen=True)
 class Plot:
-    """One section of the report; `<name>.png` lies beside it."""
+    """A titled picture of a page; a report also saves it as `<name>.png`."""
 
     name: str
     title: str
     caption: str
-    draw: Callable[[Run], Figure | str]
+    draw: Callable[[Any], Figure | str]  # called with the run; with None on pages about other things
 
-    def figure(self, run: Run) -> Figure | str:
+    def figure(self, run: Run | None = None) -> Figure | str:
+        """Draw the picture, or say why there is nothing to draw."""
         with rc_context(STYLE):
             return self.draw(run)
 
 
 def loss(run: Run) -> Figure | str:
+    """Draw training and held-out loss, with a cross at each step whose loss is not finite."""
     if not run.steps and not run.evaluations:
         return "no step has been logged yet"
     figure, (ax,) = figure_over_steps(run, 3.8)
@@ -68,6 +72,7 @@ def loss(run: Run) -> Figure | str:
 
 
 def exact_match(run: Run) -> Figure | str:
+    """Draw exact match of the evaluations that generated answers."""
     points = [(e["step"], e["exact_match"]) for e in run.evaluations if e.get("exact_match") is not None]
     if not points:
         return "no evaluation with generated answers has been recorded"
@@ -80,6 +85,7 @@ def exact_match(run: Run) -> Figure | str:
 
 
 def learning_rate(run: Run) -> Figure | str:
+    """Draw the learning rate by step."""
     if len(run.steps) < 2:
         return "fewer than two steps have been logged"
     figure, (ax,) = figure_over_steps(run, 2.6)
@@ -91,13 +97,14 @@ def learning_rate(run: Run) -> Figure | str:
 
 
 def grad_norm(run: Run) -> Figure | str:
+    """Draw the norm of the gradients of the deltas, on a logarithmic axis, with the limit at which it is clipped."""
     values = np.array(run.values("grad_norm"))
     if np.count_nonzero(np.isfinite(values) & (values > 0)) < 2:
         return "fewer than two steps have a gradient norm"
     figure, (ax,) = figure_over_steps(run, 2.6)
     largest = np.array(run.values("grad_norm_max"))
     if np.nanmax(largest - values, initial=0.0) > 0:  # a line stands for several steps
-        ax.plot(run.at, largest, color=PURPLE, alpha=0.35, linewidth=1, label="largest since the last line")
+        ax.plot(run.at, largest, color=PURPLE, alpha=0.35, linewidth=1, label="largest since the previous logged step")
     ax.plot(run.at, values, color=PURPLE, label="mean")
     log_axis(ax, np.concatenate([values, largest]))
     limit = run.option("optimizer", "max_grad_norm")
@@ -109,6 +116,7 @@ def grad_norm(run: Run) -> Figure | str:
 
 
 def turnover(run: Run) -> Figure | str:
+    """Draw the share of the active entries that each reallocation replaced."""
     if not run.reallocations:
         return "no reallocation has been recorded"
     first, later = run.reallocations[0], run.reallocations[1:]
@@ -133,7 +141,7 @@ def turnover(run: Run) -> Figure | str:
 
 
 def ages(run: Run) -> Figure | str:
-    """Figure 3 of the paper."""
+    """Draw Figure 3 of the paper: which iteration of growth the active entries come from."""
     if len(run.reallocations) < 2:
         return f"{_count(run)}: with a fixed set of indices there are no ages to compare"
     last = run.reallocations[-1]
@@ -155,6 +163,7 @@ def ages(run: Run) -> Figure | str:
 
 
 def survival(run: Run) -> Figure | str:
+    """Draw the share of the entries grown at one reallocation that is still active later; up to eight cohorts."""
     records = run.reallocations
     if len(records) < 3:
         return f"{_count(run)}: the survival of a cohort shows after three or more"
@@ -167,9 +176,16 @@ def survival(run: Run) -> Figure | str:
     lightest = ["#4dabf7", "#38a3a5", "#57a773", "#90a955", "#c9a227", "#e07b39", "#d1495b"]
     for place, cohort in enumerate(chosen):
         alive = [(r["step"], r["cohort_counts"][cohort] / born[cohort]) for r in records if r["number"] >= cohort]
-        style = {"color": INK, "linewidth": 2.4} if place == 0 else {"color": lightest[place - 1], "linewidth": 1.3}
+        color, width = (INK, 2.4) if place == 0 else (lightest[place - 1], 1.3)
         marker = "o" if len(records) <= 60 else ""
-        ax.plot(*zip(*alive, strict=True), marker=marker, markersize=3, label=f"reallocation {cohort}", **style)
+        ax.plot(
+            *zip(*alive, strict=True),
+            marker=marker,
+            markersize=3,
+            label=f"reallocation {cohort}",
+            color=color,
+            linewidth=width,
+        )
     ax.set_ylim(0, 1.04)
     ax.yaxis.set_major_formatter(PERCENT)
     ax.set_ylabel("still active")
@@ -178,6 +194,7 @@ def survival(run: Run) -> Figure | str:
 
 
 def throughput(run: Run) -> Figure | str:
+    """Draw tokens per second, and seconds per step."""
     if len(run.steps) < 2:
         return "fewer than two steps have been logged"
     figure, (above, below) = figure_over_steps(run, 4.0, rows=2)
@@ -195,6 +212,7 @@ def throughput(run: Run) -> Figure | str:
 
 
 def memory(run: Run) -> Figure | str:
+    """Draw the peak memory by step."""
     keys = run.step_keys("memory")
     if not keys:
         return "the step records hold no memory_bytes"
@@ -211,6 +229,7 @@ def memory(run: Run) -> Figure | str:
 
 
 def communication(run: Run) -> Figure | str:
+    """Draw bytes and seconds of the collectives by step, a panel for each unit."""
     keys = run.step_keys("comm_")
     if not keys:
         return "the step records hold no values comm_* (one process has nothing to send)"
@@ -237,7 +256,8 @@ def communication(run: Run) -> Figure | str:
 
 
 def per_layer(run: Run) -> Figure | str:
-    table = {key: values for key, values in by_layer_and_kind(run).items() if key[0] is not None}
+    """Draw density and size of the deltas as heat maps over layers and kinds of module, leaving out uniform ones."""
+    table = {(key[0], key[1]): weight for key, weight in by_layer_and_kind(run).items() if key[0] is not None}
     if not table:
         return "the run has not written the counts of each weight yet" if run.end is None else "no weight is in a layer"
     layers = sorted({layer for layer, _ in table})
@@ -252,10 +272,8 @@ def per_layer(run: Run) -> Figure | str:
     for title, unit, value in panels:
         grid = np.full((len(kinds), len(layers)), np.nan)
         for (layer, kind), weight in table.items():
-            try:
+            with suppress(IndexError, ZeroDivisionError):  # no active entry, or no reallocation
                 grid[kinds.index(kind), layers.index(layer)] = value(weight)
-            except (IndexError, ZeroDivisionError):  # no active entry, or no reallocation
-                pass
         if np.isfinite(grid).any():
             grids.append((title, unit, grid))
     if not grids:
@@ -269,8 +287,8 @@ def per_layer(run: Run) -> Figure | str:
 
 
 PLOTS = [
-    Plot("loss", "Loss", "Training loss (mean since the line before) and held-out loss by optimizer step.", loss),
-    Plot("exact_match", "Exact match", "Share of held-out examples that are answered exactly right.", exact_match),
+    Plot("loss", "Loss", "Training loss (mean since the previous point) and held-out loss, by optimizer step.", loss),
+    Plot("exact_match", "Exact match", "Share of held-out examples whose answer is exactly right.", exact_match),
     Plot("ages", "Parameter ages",
          "Which iteration last grew the entries that are active at the end (Figure 3 of the paper). A line that falls "
          "to the right: early choices stay. 0: the random initial indices.", ages),
@@ -293,7 +311,7 @@ def _count(run: Run) -> str:
 
 
 def _proportions(counts: list[int] | tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Share of each cohort; NaN (a gap on a logarithmic axis) where it has died out."""
+    """Compute the share of each cohort; NaN (a gap on a logarithmic axis) where it has died out."""
     share = np.array(counts, dtype=float) / max(1, sum(counts))
     return np.arange(len(share)), np.where(share > 0, share, np.nan)
 
@@ -304,7 +322,7 @@ def _when(cohort_steps: list[int]) -> str:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Gaussian mean over about 3 % of the points to each side; points that are not finite do not count."""
+    """Take a Gaussian mean over about 3 % of the points to each side; points that are not finite do not count."""
     sigma = max(1.0, len(values) / 80)
     reach = min(math.ceil(3 * sigma), (len(values) - 1) // 2)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)

@@ -1,4 +1,4 @@
-"""What the records of a run say: sorted by kind, without repetitions, and summed up for the report."""
+"""Read the records of a run: sorted by kind, without repetitions, and summed up for the report."""
 
 import math
 import time
@@ -15,7 +15,7 @@ from .metrics_file import METRICS_FILE, read_metrics
 
 @dataclass(frozen=True)
 class Run:
-    """The records of one run; of records with the same step (or number) the last one counts."""
+    """Records of one run; of several with the same step (or number), the last one counts."""
 
     name: str
     config: Mapping[str, Any]
@@ -30,44 +30,53 @@ class Run:
     last_time: float | None = None
 
     def option(self, section: str, key: str) -> Any:
+        """Look up an option of the run; None if the configuration does not say."""
         values = self.config.get(section)
         return values.get(key) if isinstance(values, Mapping) else None
 
     def values(self, key: str) -> list[float]:
-        """`key` of every logged step; NaN where it is missing or was not finite."""
+        """Collect `key` of every logged step; NaN where it is missing or was not finite."""
         return [_number(record.get(key)) for record in self.steps]
 
     def step_keys(self, prefix: str) -> list[str]:
-        """Extra keys of the step records that start with `prefix` and hold two numbers or more."""
+        """Find the keys of step records that start with `prefix` and hold two numbers or more."""
         keys = dict.fromkeys(key for record in self.steps for key in record if key.startswith(prefix))
         return [key for key in keys if sum(map(math.isfinite, self.values(key))) > 1]
 
     @property
     def at(self) -> list[int]:
-        """The optimizer steps of `values`."""
+        """Optimizer steps of `values`."""
         return [record["step"] for record in self.steps]
 
     @property
     def last_step(self) -> int:
+        """Last optimizer step with a record."""
         records = [*self.steps, *self.reallocations, *self.evaluations, *self.starts]
         return max((record["step"] for record in records), default=0)
 
     @property
     def total_steps(self) -> int | None:
+        """Optimizer steps that the run will have; None if it is not recorded."""
         return self.starts[-1].get("total_steps") if self.starts else None
 
     @property
     def resumed_at(self) -> list[int]:
+        """Steps after which a process resumed the run."""
         return [start["step"] for start in self.starts if start["step"] > 0]
 
     @property
     def per_weight(self) -> dict[str, dict]:
+        """Counts and norms by weight name, from the end record; empty before the end."""
         per_weight = (self.end or {}).get("per_weight")
         return per_weight if isinstance(per_weight, dict) else {}
 
 
 def load_run(output_dir: Path) -> Run:
-    """Read `metrics.jsonl` and, if it is there, `config.yaml`."""
+    """Read `metrics.jsonl` and, if it is there, `config.yaml`.
+
+    Raises:
+        FileNotFoundError: there is no `metrics.jsonl`.
+    """
     path = output_dir / METRICS_FILE
     if not path.is_file():
         raise FileNotFoundError(
@@ -97,7 +106,7 @@ def load_run(output_dir: Path) -> Run:
 
 
 def overview(run: Run) -> dict[str, str]:
-    """The table on top of the report: only what the run has recorded."""
+    """Sum up the run for the top of the report: only what it has recorded."""
     active, numel = _entries(run)
     share = f" of {numel:,} ({active / numel:.3%})" if numel else ""
     steps = f"{run.last_step:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")
@@ -128,7 +137,7 @@ def overview(run: Run) -> dict[str, str]:
 
 
 def human(key: str, value: float | str) -> str:
-    """A number of the records with the unit that its name ends in."""
+    """Format a recorded number with the unit that its name ends in."""
     if isinstance(value, str):
         return value
     if key.endswith("bytes"):
@@ -183,7 +192,7 @@ def _before_after(run: Run, key: str, form: str) -> str | None:
 
 
 def _wall_seconds(records: list[dict]) -> float:
-    """From the start (or a resume) to the last record of each process, added up."""
+    """Add up the time of each process, from its start (or resume) to its last record."""
     total, started, last = 0.0, None, None
     for record in records:
         if "time" not in record:

@@ -1,14 +1,15 @@
-"""Pictures of a run: `report.html`, one file that needs nothing else, and the same pictures as PNG beside it."""
+"""Write `report.html`, one file that needs nothing else, and the same pictures as PNG files next to it."""
 
 import math
 import time
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
+
+from markupsafe import Markup
 
 from scale_sft.files import write_bytes
 
-from .html import details, page_of, pairs, render, section, table
+from .html import details, heading, listed, page_of, pairs, preformatted, render, section, table, titled
 from .plots import PLOTS
 from .records import Run, load_run, overview
 from .weight_names import KindOfWeight, by_kind
@@ -17,9 +18,12 @@ REPORT_FILE = "report.html"
 
 
 def write_report(output_dir: Path) -> Path:
-    """Read the records of a finished, running or dead run and write `report.html` and its PNGs; the path of the former.
+    """Write `report.html` and its PNGs from the records of a finished, running or dead run; returns the page's path.
 
-    A picture without data is left out, and one of an earlier report is removed.
+    A picture without data is left out, and removed if an earlier report drew it.
+
+    Raises:
+        FileNotFoundError: there are no records in the folder.
     """
     output_dir = Path(output_dir)
     run = load_run(output_dir)
@@ -39,23 +43,23 @@ def write_report(output_dir: Path) -> Path:
     return output_dir / REPORT_FILE
 
 
-def _page(run: Run, sections: Sequence[str], missing: Mapping[str, str]) -> str:
-    left_out = "".join(f"<li>{escape(title)}: {escape(reason)}.</li>" for title, reason in missing.items())
+def _page(run: Run, sections: Sequence[Markup], missing: Mapping[str, str]) -> str:
+    written = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    left_out = listed(f"{title}: {reason}." for title, reason in missing.items())
     parts = [
-        f"<h1>{escape(run.name)}</h1>",
-        f'<p class="quiet">Sparse fine-tuning with scale_sft. Report of {time.strftime("%Y-%m-%d %H:%M:%S %Z")}.</p>',
+        heading(run.name, f"Sparse fine-tuning with scale_sft. Report of {written}."),
         pairs(overview(run)),
         *sections,
         _kinds(by_kind(run)),
-        f"<section><h2>Left out</h2><ul>{left_out}</ul></section>" if left_out else "",
+        titled("Left out", left_out) if missing else "",
         _description(run),
         details("Every weight", _weights(run)) if run.per_weight else "",
-        details("Configuration", f"<pre>{escape(run.config_text)}</pre>") if run.config_text else "",
+        details("Configuration", preformatted(run.config_text)) if run.config_text else "",
     ]
     return page_of(f"{run.name}: sparse fine-tuning", parts)
 
 
-def _description(run: Run) -> str:
+def _description(run: Run) -> Markup | str:
     if run.description is None:
         return ""
     rows, kinds = run.description.get("rows") or {}, run.description.get("table") or []
@@ -66,7 +70,7 @@ def _description(run: Run) -> str:
     return details(run.description.get("title") or "What was trained", content)
 
 
-def _kinds(kinds: Mapping[str, KindOfWeight]) -> str:
+def _kinds(kinds: Mapping[str, KindOfWeight]) -> Markup | str:
     if not kinds:
         return ""
     columns = ["module", "weights", "entries", "active", "density", "L2 norm of deltas", "largest |delta|"]
@@ -82,10 +86,10 @@ def _kinds(kinds: Mapping[str, KindOfWeight]) -> str:
         ]
         for name, kind in kinds.items()
     )
-    return f"<section><h2>Deltas by kind of module</h2>{table(columns, rows)}</section>"
+    return titled("Deltas by kind of module", table(columns, rows))
 
 
-def _weights(run: Run) -> str:
+def _weights(run: Run) -> Markup:
     columns = ["weight", "entries", "active", "L2 norm of deltas", "largest |delta|"]
     rows = (
         [

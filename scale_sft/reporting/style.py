@@ -1,10 +1,11 @@
-"""How the pictures of a report look: colours, axes, heat maps.
+"""Style of the pictures: colours, axes, heat maps.
 
-No pyplot: figures are plain objects and nothing global is changed. Text and axes are drawn in `INK` and `GRID`, which
-the report replaces by the colours of the reader's theme.
+No pyplot: figures are plain objects and nothing global changes. Text and axes are drawn in `INK` and `GRID`, which the
+page replaces by the colours of the reader's theme.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ STYLE: dict[str, Any] = {
 
 
 def figure_over_steps(run: Run | None, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """Panels over the optimizer steps of `run`, with a dotted line wherever it was resumed."""
+    """Make panels over the optimizer steps of `run`, with a dotted line wherever it was resumed."""
     figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
     axes = list(np.atleast_1d(figure.subplots(rows, sharex=True)))
     if run is not None:
@@ -45,7 +46,8 @@ def figure_over_steps(run: Run | None, height: float, rows: int = 1) -> tuple[Fi
     return figure, axes
 
 
-def heat_map(ax: Axes, grid: np.ndarray, layers: list[int], kinds: list[str], title: str, unit: str) -> None:
+def heat_map(ax: Axes, grid: np.ndarray, layers: Sequence[object], kinds: list[str], title: str, unit: str) -> None:
+    """Draw `grid` [kinds, layers] in colours; NaN leaves a cell empty."""
     low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
     if is_uniform(grid):
         low, high = 0.0, high * 1.25 or 1.0
@@ -67,18 +69,18 @@ def heat_map(ax: Axes, grid: np.ndarray, layers: list[int], kinds: list[str], ti
 
 
 def is_uniform(grid: np.ndarray) -> bool:
-    """The same everywhere but for rounding: colours would only blow up the difference."""
+    """Tell whether all values are the same but for rounding; colours would only magnify the difference."""
     return float(np.nanmax(grid) - np.nanmin(grid)) <= 0.02 * float(np.nanmax(np.abs(grid)))
 
 
 def from_zero(ax: Axes, values: np.ndarray) -> None:
-    """A linear y axis from 0, with room above the highest value."""
+    """Make the y axis linear, from 0 to a little above the highest value."""
     finite = values[np.isfinite(values)]
     ax.set_ylim(0, 1.2 * float(finite.max(initial=0.0)) or 1.0)
 
 
 def log_axis(ax: Axes, values: np.ndarray) -> None:
-    """A logarithmic y axis with plain numbers at 1, 2, 5 as long as there are few of them."""
+    """Make the y axis logarithmic, with plain numbers at 1, 2, 5 as long as there are few of them."""
     positive = values[np.isfinite(values) & (values > 0)]
     ax.set_yscale("log")
     if len(positive) == 0:

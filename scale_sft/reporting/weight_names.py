@@ -34,8 +34,10 @@ class KindOfWeight:
 
 
 def by_layer_and_kind(run: Run) -> dict[tuple[int | None, str], KindOfWeight]:
-    """`per_weight` of the end record by (layer, kind of module): `model.layers.3.self_attn.q_proj.weight` is
-    (3, `q_proj`); the layer is None for a weight outside the numbered blocks. Experts of a layer are added up.
+    """Group `per_weight` of the end record by (layer, kind of module).
+
+    `model.layers.3.self_attn.q_proj.weight` is (3, `q_proj`); outside the numbered blocks the layer is None. Experts of
+    a layer are added up.
     """
     split = {name: _split_name(name) for name in run.per_weight}
     short = _short_names({kind for _, kind in split.values()})
@@ -57,7 +59,7 @@ def by_layer_and_kind(run: Run) -> dict[tuple[int | None, str], KindOfWeight]:
 
 
 def by_kind(run: Run) -> dict[str, KindOfWeight]:
-    """As `by_layer_and_kind`, added up over the layers."""
+    """Group as `by_layer_and_kind` does, and add up over the layers."""
     table: dict[str, KindOfWeight] = {}
     for (_, kind), values in by_layer_and_kind(run).items():
         table[kind] = table.get(kind, KindOfWeight()).plus(values)
@@ -65,12 +67,12 @@ def by_kind(run: Run) -> dict[str, KindOfWeight]:
 
 
 def layer_of(name: str) -> int | None:
-    """The number of the block that a weight belongs to; None outside the numbered blocks."""
+    """Find the number of the block that a weight belongs to; None outside the numbered blocks."""
     return _split_name(name)[0]
 
 
 def kind_of(names: Iterable[str]) -> dict[str, str]:
-    """The kind of module of each weight: `q_proj` for `model.layers.3.self_attn.q_proj.weight`."""
+    """Find the kind of module of each weight: `q_proj` for `model.layers.3.self_attn.q_proj.weight`."""
     kinds = {name: _split_name(name)[1] for name in names}
     short = _short_names(set(kinds.values()))
     return {name: short[kind] for name, kind in kinds.items()}
@@ -84,7 +86,7 @@ def _split_name(name: str) -> tuple[int | None, str]:
 
 
 def _short_names(kinds: set[str]) -> dict[str, str]:
-    """The last parts of each name that still tell it from all others."""
+    """Shorten each name to the last parts that still tell it from all others."""
     short = {}
     for kind in kinds:
         parts = kind.split(".")

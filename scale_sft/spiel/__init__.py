@@ -1,6 +1,7 @@
 """SpIEL: sparse fine-tuning by update, drop and grow (arXiv 2401.16405), on torch alone.
 
     algorithm   Algorithms 1 and 2 without their model
+    settings    what the method does, and who computes it
     deltas      the sparse delta of one weight, and the store of all (section 3.1)
     indices     which entries are active, in 2 bytes each
     budgets     how many entries each weight gets

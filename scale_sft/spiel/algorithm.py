@@ -13,15 +13,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import drop_grow as in_torch
 from .deltas import DeltaStore, SparseDelta
 from .drop_grow import Exchange, apply_exchange, drop_scores
 from .indices import wrong_with_indices
-from .moments import Moments, float32_moments
-from .optimizers import SM3, AdamW
-from .recorder import CANDIDATE_STATE, GradientRecorder, Products, Select
+from .optimizers import SM3, AdamW, Optimizer
+from .recorder import CANDIDATE_STATE, GradientRecorder
 from .schedules import Phase, ReallocationSchedule
-from .topk import top_k_magnitude
+from .settings import Backends, MethodSettings
 
 
 class Carrier(Protocol):
@@ -35,18 +33,6 @@ class Carrier(Protocol):
 
     def adopt(self, delta: SparseDelta) -> None:
         """It has them; a `write` will come."""
-
-
-class Exchanges(Protocol):
-    """How the entries of one weight are exchanged: the functions of `reallocate`, or others that find the same."""
-
-    def exchange_by_gradient(
-        self, indices: Tensor, scores: Tensor, candidates: Tensor, mean: Tensor, k: int
-    ) -> Exchange: ...
-
-    def exchange_by_accumulators(
-        self, indices: Tensor, scores: Tensor, row: Tensor, col: Tensor, k: int
-    ) -> Exchange: ...
 
 
 @dataclass(frozen=True)
@@ -64,73 +50,58 @@ class SparseFineTuning:
     """SFT-AG, SFT-MA or static selection over a store of deltas.
 
     Args:
-        store: the deltas.
-        method: `ag`, `ma` or `static`.
-        schedule: when, how many.
-        betas, eps, weight_decay: of AdamW (`ag`, `static`) or SM3 (`ma`: eps and weight_decay).
-        candidate_ratio: C / K.
-        drop_criterion: `magnitude` or `change`; the store must keep a reference for `change`.
-        max_grad_norm: clip the norm of all active gradients; candidates are scaled along. None: never.
-        select: how candidates are chosen from one weight's gradient (over all ranks).
-        moments: how AdamW keeps its moments.
-        gradient_dtype: of the recorded gradients, float32 or bfloat16.
-        products: how the entries of a weight's gradient are had; None: the recorder's own way.
-        keep_room: one room serves all gradients that the recorder forms whole.
-        exchanges: how the entries of a weight are exchanged; see `Exchanges`.
+        store: the deltas; with a reference where the drop criterion is `change`.
+        settings: what the method does.
+        schedule: when it reallocates, and how many entries.
+        backends: who computes; the default is plain torch in one process.
     """
 
     def __init__(
         self,
         store: DeltaStore,
-        *,
-        method: str,
+        settings: MethodSettings,
         schedule: ReallocationSchedule,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        candidate_ratio: float = 1.0,
-        drop_criterion: str = "magnitude",
-        max_grad_norm: float | None = None,
-        select: Select = top_k_magnitude,
-        moments: Moments = float32_moments,
-        gradient_dtype: torch.dtype = torch.float32,
-        products: Products | None = None,
-        keep_room: bool = True,
-        exchanges: Exchanges = in_torch,
+        backends: Backends | None = None,
     ):
-        self.store, self.method, self.schedule, self.exchanges = store, method, schedule, exchanges
-        self.drop_criterion, self.max_grad_norm = drop_criterion, max_grad_norm
+        backends = backends or Backends()
+        self.store, self.settings, self.schedule, self.exchanges = store, settings, schedule, backends.exchanges
         self.cohort_steps = [0]  # by cohort: the step that grew it
-        if method == "ma":
-            self.optimizer = SM3(store, eps=eps, weight_decay=weight_decay)
+        decay = {"eps": settings.eps, "weight_decay": settings.weight_decay}
+        self.optimizer: Optimizer
+        if settings.method == "ma":
+            self.optimizer = SM3(store, **decay)
         else:
             self.optimizer = AdamW(
                 store,
-                betas=betas,
-                eps=eps,
-                weight_decay=weight_decay,
+                betas=settings.betas,
+                **decay,
                 estimation_steps=schedule.estimation_steps,
-                moments=moments,
+                moments=backends.moments,
             )
         self.recorder = GradientRecorder(
             store,
-            candidates_of(store, candidate_ratio),
+            candidates_of(store, settings.candidate_ratio),
             estimation_steps=schedule.estimation_steps,
-            select=select,
-            dtype=gradient_dtype,
-            products=products,
-            keep_room=keep_room,
+            select=backends.select,
+            dtype=backends.gradient_dtype,
+            products=backends.products,
+            reuse_buffer=backends.reuse_buffer,
         )
+
+    @property
+    def method(self) -> str:
+        """`ag`, `ma` or `static`."""
+        return self.settings.method
 
     def begin_step(self, step: int) -> None:
         """Open step `step` (counted from 1): gradients start at zero, a phase may open."""
-        self.recorder.begin_step(self.schedule.phase(step))
+        self.recorder.begin_step(self.schedule.phase(step), watch=step == 1)
 
     def clip(self) -> Tensor:
         """Norm of the active gradients before clipping: fp32 scalar; the recorded gradients are clipped in place."""
         norm = torch.linalg.vector_norm(self.recorder.gradients, dtype=torch.float32)
-        if self.max_grad_norm is not None:
-            self.recorder.flat.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        if self.settings.max_grad_norm is not None:
+            self.recorder.flat.mul_((self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     @property
@@ -167,7 +138,7 @@ class SparseFineTuning:
         return self.method == "ma" or bool(self.recorder.candidates)
 
     def _exchange(self, delta: SparseDelta, k: int) -> Exchange:
-        scores = drop_scores(delta, self.drop_criterion)
+        scores = drop_scores(delta, self.settings.drop_criterion)
         if self.method == "ma":
             state = self.optimizer.state_of(delta.name)
             return self.exchanges.exchange_by_accumulators(delta.indices, scores, state["row"], state["col"], k)
@@ -238,7 +209,6 @@ class SparseFineTuning:
         """Go on after `step` from what `state_of` and `counters` gave; the carrier must release and adopt around it."""
         self.cohort_steps = list(counters["cohort_steps"])
         self.optimizer.load_counters(counters)
-        self.recorder.watch = False
         if self._estimating_after(step):
             self.recorder.open_estimation()
         for name, state in states:

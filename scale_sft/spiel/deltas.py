@@ -78,34 +78,35 @@ class DeltaStore:
 
     Args:
         shapes: (O, I) of each target weight by name.
-        active: K of each weight; 1 <= K <= O * I. Need not be uniform.
+        active: K of each weight, 1 <= K <= O * I, at random indices; or its initial indices [K], any integer type,
+            sorted, unique.
         seed: of the random initial indices; each weight has a generator of its own, seeded by (seed, purpose, name).
         device: where the state lives.
         cohorts: how many reallocations the run can have at most (decides the width of the cohort tensor).
         keep_reference: keep the deltas of the last reallocation (drop criterion `change`).
         dtype: of the deltas, float32 or bfloat16 (section 3.4); gradients and optimizer state are fp32 in any case.
-        indices: initial indices by name instead of random ones: [K], any integer type, sorted, unique.
     """
 
     def __init__(
         self,
         shapes: Mapping[str, tuple[int, int]],
-        active: Mapping[str, int],
+        active: Mapping[str, int] | Mapping[str, Tensor],
         *,
         seed: int = 0,
         device: torch.device | str = "cpu",
         cohorts: int = 255,
         keep_reference: bool = False,
         dtype: torch.dtype = torch.float32,
-        indices: Mapping[str, Tensor] | None = None,
     ):
-        self.flat = torch.zeros(sum(active.values()), dtype=dtype, device=device)
+        counts = {name: k.numel() if isinstance(k, Tensor) else k for name, k in active.items()}
+        self.flat = torch.zeros(sum(counts.values()), dtype=dtype, device=device)
         cohort_dtype = torch.uint8 if cohorts <= 255 else torch.int16
         self._deltas: dict[str, SparseDelta] = {}
         start = 0
         for name, shape in shapes.items():
-            chosen = indices[name] if indices else random_indices(shape, active[name], seed, name)
-            view = self.flat[start : start + active[name]]
+            given = active[name]
+            chosen = given if isinstance(given, Tensor) else random_indices(shape, given, seed, name)
+            view = self.flat[start : start + counts[name]]
             self._deltas[name] = SparseDelta(
                 name=name,
                 shape=shape,
@@ -114,7 +115,7 @@ class DeltaStore:
                 cohort=torch.full(view.shape, INITIAL_COHORT, dtype=cohort_dtype, device=device),
                 reference=torch.zeros_like(view) if keep_reference else None,
             )
-            start += active[name]
+            start += counts[name]
 
     def __getitem__(self, name: str) -> SparseDelta:
         return self._deltas[name]

@@ -125,6 +125,9 @@ def in_fp32(deltas: Tensor) -> Iterator[Tensor]:
 class Optimizer(Protocol):
     """What the main loop and the checkpoint ask of an optimizer."""
 
+    eps: float
+    weight_decay: float
+
     def step(self, gradients: Tensor, learning_rate: float) -> None: ...
 
     def follow(self, delta: SparseDelta, exchange: Exchange, candidates: Candidates | None) -> None: ...
@@ -164,8 +167,7 @@ class AdamW:
 
     def step(self, gradients: Tensor, learning_rate: float) -> None:
         """Update all deltas with `gradients` [sum of K] fp32 or bf16, the gradient of the global batch."""
-        self.gradients_seen = [n + 1 for n in self.gradients_seen]
-        table = correction_table(self.gradients_seen, learning_rate, self.betas, self.store.device)
+        table = self.count_gradient(learning_rate)
         sizes = [delta.active for delta in self.store]
         for delta, gradient in zip(self.store, gradients.split(sizes), strict=True):
             for part in pieces(delta.active):  # temporaries stay small, and in a processor's cache
@@ -186,6 +188,14 @@ class AdamW:
                     )
                 self.exp_avg.store(delta.name, part, exp_avg)
                 self.exp_avg_sq.store(delta.name, part, exp_avg_sq)
+
+    def count_gradient(self, learning_rate: float) -> Tensor:
+        """Count one more gradient for every cohort; returns its `correction_table` [2, cohorts] fp32.
+
+        `step` does this itself; whoever updates the deltas in another way calls it once per step.
+        """
+        self.gradients_seen = [n + 1 for n in self.gradients_seen]
+        return correction_table(self.gradients_seen, learning_rate, self.betas, self.store.device)
 
     def begin_cohort(self) -> None:
         """Open the cohort of the deltas that the coming drop and grow will grow; they have seen G gradients."""

@@ -71,8 +71,7 @@ class GradientRecorder:
         dtype: of the recorded gradients: float32, or bfloat16, which sums micro-batches and ranks in bf16.
         products: how the entries of a weight's gradient are had where nothing else of it is needed (appendix B); None:
             from the whole product.
-        keep_room: the recorder's own whole products are formed in one room that is kept during a step, not in a new one
-            each.
+        reuse_buffer: form all whole products of a step in one buffer.
     """
 
     def __init__(
@@ -84,17 +83,17 @@ class GradientRecorder:
         select: Select = top_k_magnitude,
         dtype: torch.dtype = torch.float32,
         products: Products | None = None,
-        keep_room: bool = True,
+        reuse_buffer: bool = True,
     ):
         self.store, self.counts, self.select = store, dict(candidates or {}), select
-        self.dtype, self.products, self.keep_room = dtype, products, keep_room
+        self.dtype, self.products, self.reuse_buffer = dtype, products, reuse_buffer
         self.estimation_steps = estimation_steps
         self.phase = Phase.OFF
         self.proposing = False  # this step chooses the candidates
         self.candidates: dict[str, Candidates] = {}
         self.received: set[str] = set()  # weights that were offered a gradient that is not all zero
-        self.watch = True  # look for dead gradients: the first step of a run only
-        self._room: Tensor | None = None  # for one dense gradient after the other, during a step
+        self._watching = False  # this step looks for dead gradients
+        self._buffer: Tensor | None = None  # for one dense gradient after the other, during a step
         self._allocate(0)
 
     def _allocate(self, candidates: int) -> None:
@@ -112,11 +111,16 @@ class GradientRecorder:
         """[sum of K]: the gradients of the active deltas, in the order of the store's flat buffer."""
         return self.flat[: self.store.active]
 
-    def begin_step(self, phase: Phase) -> None:
-        """Forget the last step's gradients; open an estimation phase where `phase` proposes, or where the steps before
-        it in the phase were discarded.
+    def begin_step(self, phase: Phase, *, watch: bool = False) -> None:
+        """Forget the last step's gradients, and open an estimation phase where one begins.
+
+        It begins where `phase` proposes, and where all steps before this one in the phase were discarded.
+
+        Args:
+            phase: what this step records.
+            watch: note in `received` which weights get a gradient, for which all products are formed whole.
         """
-        self.phase = phase
+        self.phase, self._watching = phase, watch
         self.proposing = phase is Phase.PROPOSE or (phase is Phase.ESTIMATE and not self.candidates)
         if self.proposing:
             self.open_estimation()
@@ -124,7 +128,7 @@ class GradientRecorder:
             self.flat.zero_()
 
     def open_estimation(self) -> None:
-        """Forget candidates and make room for new ones."""
+        """Forget candidates and allocate gradients for new ones."""
         self.candidates = {}
         self._allocate(sum(self.counts[name] for name in self.store.names))
 
@@ -133,7 +137,7 @@ class GradientRecorder:
 
         The next step of the phase proposes instead; the estimates have one term less.
         """
-        self.watch, self._room = False, None
+        self._watching, self._buffer = False, None
         if self.proposing:
             self.candidates = {}
 
@@ -151,7 +155,7 @@ class GradientRecorder:
         Args:
             left: [T, R]. right: [T, C'], of the same dtype.
         """
-        if self.watch or (self.phase is not Phase.OFF and name not in self.candidates):
+        if self._watching or (self.phase is not Phase.OFF and name not in self.candidates):
             self.record(name, self._product(left, right))
             return
         wanted = self._wanted(name)
@@ -159,18 +163,18 @@ class GradientRecorder:
             pick(self._product(left, right), wanted)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        """left^T right [R, C']; where a room is kept, in it: to be used before the next is formed."""
-        if not self.keep_room:
+        """left^T right [R, C']; where a buffer is reused, in it: to be used before the next is formed."""
+        if not self.reuse_buffer:
             return left.t() @ right
         size = left.shape[1] * right.shape[1]
-        if self._room is None or self._room.numel() < size or self._room.dtype is not left.dtype:
+        if self._buffer is None or self._buffer.numel() < size or self._buffer.dtype is not left.dtype:
             largest = max(delta.numel for delta in self.store)
-            self._room = torch.empty(largest, dtype=left.dtype, device=left.device)
-        return torch.mm(left.t(), right, out=self._room[:size].view(left.shape[1], right.shape[1]))
+            self._buffer = torch.empty(largest, dtype=left.dtype, device=left.device)
+        return torch.mm(left.t(), right, out=self._buffer[:size].view(left.shape[1], right.shape[1]))
 
     def record(self, name: str, gradient: Tensor) -> None:
         """Take from `gradient`, the dense [O, I] gradient of one weight in one backward pass, what is asked for."""
-        if self.watch and name not in self.received and bool(gradient.any()):
+        if self._watching and name not in self.received and bool(gradient.any()):
             self.received.add(name)
         if self.phase is not Phase.OFF and name not in self.candidates:
             chosen = self.select(gradient.reshape(-1), self.counts[name])
@@ -187,7 +191,7 @@ class GradientRecorder:
 
     def end_step(self) -> None:
         """After the buffer is summed over ranks: one more term of the running estimates (Eq. 8)."""
-        self.watch, self._room = False, None
+        self._watching, self._buffer = False, None
         if self.phase is Phase.OFF:
             return
         for name, candidates in self.candidates.items():

@@ -23,10 +23,11 @@ from scale_sft.model.resident import ResidentDeltas
 from scale_sft.model.targets import attach_taps, find_targets
 from scale_sft.model.transient import TransientDeltas, attach_transient_taps
 from scale_sft.spiel import drop_grow as reallocate
-from scale_sft.spiel.algorithm import Exchanges, SparseFineTuning
+from scale_sft.spiel.algorithm import SparseFineTuning
 from scale_sft.spiel.deltas import DeltaStore
 from scale_sft.spiel.recorder import Products
 from scale_sft.spiel.schedules import LearningRateSchedule, ReallocationSchedule
+from scale_sft.spiel.settings import Backends, Exchanges, MethodSettings
 
 from .inputs import Inputs, budget_of, flat_rows
 from .session import Session, prints_of_base
@@ -136,20 +137,21 @@ def build_tuning(
         keep_reference=sparse.drop_criterion == "change",
         dtype=getattr(torch, sparse.delta_dtype),
     )
-    return SparseFineTuning(
-        store,
+    settings = MethodSettings(
         method=sparse.method,
-        schedule=schedule,
         betas=optimizer.betas,
         eps=optimizer.eps,
         weight_decay=optimizer.weight_decay,
         candidate_ratio=sparse.candidate_ratio,
         drop_criterion=sparse.drop_criterion,
         max_grad_norm=optimizer.max_grad_norm,
+    )
+    backends = Backends(
         select=cluster.select_candidates,
-        moments=moments_of(resolve_moments(optimizer.moments, inputs.dtype)),
-        gradient_dtype=getattr(torch, optimizer.gradient_dtype),
         products=_products_of(path, cluster.device, config.run.kernels),
         exchanges=exchanges_of(cluster.device, config.run.kernels),
-        keep_room=inputs.quantization is None,  # beside a dequantised copy no more than one gradient shall lie
+        moments=moments_of(resolve_moments(optimizer.moments, inputs.dtype)),
+        gradient_dtype=getattr(torch, optimizer.gradient_dtype),
+        reuse_buffer=inputs.quantization is None,  # next to a dequantised copy there is memory for one gradient only
     )
+    return SparseFineTuning(store, settings, schedule, backends)

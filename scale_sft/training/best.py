@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import isnan
 from pathlib import Path
 
-from scale_sft.adapters.format import Adapter, save_adapter
+from scale_sft.adapters.format import Adapter
 from scale_sft.evaluation.held_out import Evaluation
 
 
@@ -25,4 +25,4 @@ def hopeless(evaluations: Mapping[int, Evaluation], step: int, early_stopping_st
 def save_best(adapter: Adapter, held_out_loss: float, step: int, folder: Path) -> None:
     """Write an adapter with what it is the best of."""
     info = {**adapter.info, "held_out_loss": held_out_loss, "step": step}
-    save_adapter(Adapter(adapter.indices, adapter.deltas, adapter.shapes, info), folder)
+    Adapter(adapter.indices, adapter.deltas, adapter.shapes, info).save(folder)

@@ -58,9 +58,14 @@ class Checkpoint:
     problem: str | None = None
 
     @property
+    def files(self) -> Mapping[str, Mapping[str, Any]]:
+        """The listed files by name, with `bytes` and `sha256`; none where the manifest is not to be trusted."""
+        return self.manifest["files"] if self.manifest else {}
+
+    @property
     def bytes(self) -> int:
         """Size of the listed files."""
-        return sum(entry["bytes"] for entry in self.manifest["files"].values()) if self.manifest else 0
+        return sum(entry["bytes"] for entry in self.files.values())
 
 
 def write_checkpoint(
@@ -188,7 +193,7 @@ def verify(path: Path) -> Checkpoint:
     checkpoint = inspect(path)
     if checkpoint.problem:
         raise Damaged(checkpoint.problem)
-    for name, entry in checkpoint.manifest["files"].items():
+    for name, entry in checkpoint.files.items():
         try:
             if _sha256(path / name) != entry["sha256"]:
                 raise Damaged(f"{path / name}: its checksum is not that of the manifest")
@@ -256,7 +261,7 @@ class TensorFiles:
         self.path = checkpoint.path
         self.kinds: dict[str, list[str]] = {}  # of tensors, by weight name
         self._handles: dict[str, Any] = {}
-        for name in checkpoint.manifest["files"]:
+        for name in checkpoint.files:
             if name == STATE:
                 continue
             try:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from scale_sft.config.options import MAY_CHANGE
+from scale_sft.config.options import FREE, MAY_CHANGE
 from scale_sft.errors import UserError
 from scale_sft.evaluation.held_out import Evaluation
 
@@ -34,7 +34,7 @@ from .checkpoint_files import (
     verify,
     write_checkpoint,
 )
-from .run_folder import RunFolder
+from .run_folder import NEW_LENGTH, RunFolder
 
 if TYPE_CHECKING:
     from .session import Session
@@ -100,7 +100,9 @@ class Checkpoints:
         if differences:
             raise UserError(
                 f"resume: {checkpoint.path} is of another run; it differs in:\n  " + "\n  ".join(differences) + "\nUse "
-                f"the same, or another output_dir. What may change: {', '.join(sorted(MAY_CHANGE))}"
+                "the same, or another output_dir"
+                + NEW_LENGTH * (state["identity"].get("total steps") != self.session.inputs.steps)
+                + f". What may change: {', '.join(sorted(FREE))}"
             )
         layout = self._checked_layout(checkpoint, files, state)
         self._files = files
@@ -227,7 +229,7 @@ def choose_checkpoint(run: RunFolder, resume: str) -> tuple[Checkpoint | None, l
         if folder.name.startswith("step_"):
             return verify(folder), []
         folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    notes = []
+    notes: list[str] = []
     for found in find_checkpoints(folder):
         try:
             return verify(found.path), notes

@@ -5,20 +5,24 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scale_sft.config.loading import to_yaml
-from scale_sft.config.options import Config
+from scale_sft.config.options import Config, DataConfig
 from scale_sft.data.batches import BatchOrder, batches_of_rank
-from scale_sft.data.cache import load_examples
+from scale_sft.data.cache import cache_folder, load_examples
 from scale_sft.data.chat import use_template
 from scale_sft.data.examples import Examples
+from scale_sft.data.fit import refuse_misfit
 from scale_sft.distributed.cluster import Cluster
+from scale_sft.distributed.tracking import refuse_unknown_tracker
 from scale_sft.distributed.world import World
 from scale_sft.errors import UserError
 from scale_sft.model.loading import load_model_config, load_tokenizer, max_length, resolve_dtype
@@ -44,9 +48,10 @@ class Inputs:
     steps: int
     placement: Placement
     row_tokens: int | None  # length of packed rows; None: one sequence per row
+    notes: tuple[str, ...] = ()  # what was done otherwise than usual
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the configuration and of the tokenised data: ranks that differ in them must not train together."""
+        """Digest the configuration and the tokenised data (SHA-256): ranks that differ must not train together."""
         settings = hashlib.sha256(to_yaml(self.config).encode()).hexdigest()
         placement = hashlib.sha256(self.placement.name.encode()).hexdigest()
         digests = {"the configuration": settings, "base_placement": placement, "train_data": self.train.digest()}
@@ -55,7 +60,7 @@ class Inputs:
     def micro_batches(
         self, batch: Sequence[int], cluster: Cluster, *, proposing: bool = False
     ) -> Iterator[dict[str, Tensor]]:
-        """A rank's micro-batches of a global batch; `proposing` where the first of them proposes candidates."""
+        """Cut a rank's micro-batches out of a global batch; `proposing` where the first of them proposes candidates."""
         return batches_of_rank(
             self.train,
             batch,
@@ -75,9 +80,10 @@ def read_inputs(config: Config) -> Inputs:
     """Read and check everything but the weights.
 
     Raises:
-        UserError: see `load_model_config`, `find_targets`, `budget_of`, `load_examples`; or the batch does not divide
-            over the ranks.
+        UserError: see `load_model_config`, `find_targets`, `budget_of`, `load_examples`, `refuse_misfit`; or the batch
+            does not divide over the ranks.
     """
+    refuse_unknown_tracker(config.run.tracker)
     model_config = load_model_config(config.model)
     quantization = resolve_quantization(config.model, model_config)
     data, run = config.data, config.run
@@ -90,8 +96,13 @@ def read_inputs(config: Config) -> Inputs:
     placement = choose_placement(config, model_config, dtype, world, quantization)
     if quantization and placement.sharded:
         refuse_corrupting_storage(quantization, dtype)
+    data, notes = _with_writable_cache(data, Path(run.output_dir))
     train = load_examples(data.train_data, "train", tokenizer, data, data.max_train_examples)
-    held_out = data.eval_data and load_examples(data.eval_data, "eval", tokenizer, data, data.max_eval_examples)
+    held_out = None
+    if data.eval_data:
+        held_out = load_examples(data.eval_data, "eval", tokenizer, data, data.max_eval_examples)
+    refuse_misfit(tokenizer, model_config, train, held_out)
+    notes = (*notes, *dict.fromkeys((*train.notes, *(held_out.notes if held_out else ()))))
     total = None if run.steps else math.ceil((run.epochs or 1) * len(train))
     order = BatchOrder(len(train), run.global_batch_size, run.seed, total)
     return Inputs(
@@ -101,16 +112,32 @@ def read_inputs(config: Config) -> Inputs:
         dtype=dtype,
         quantization=quantization,
         train=train,
-        eval=held_out or None,
+        eval=held_out,
         order=order,
         steps=run.steps or order.steps(),
         placement=placement,
         row_tokens=data.max_length if data.packing else None,
+        notes=notes,
     )
 
 
+def _with_writable_cache(data: DataConfig, run: Path) -> tuple[DataConfig, tuple[str, ...]]:
+    """Keep tokenised data in the run's folder where the usual cache cannot be written; returns what to say about it."""
+    usual = cache_folder(data)
+    if data.cache_dir:
+        return data, ()
+    try:
+        usual.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=usual):
+            return data, ()
+    except OSError as error:
+        own = run / "cache"
+        note = f"cache_dir: {usual} cannot be written ({error.strerror}); tokenised data is kept in {own}"
+        return replace(data, cache_dir=str(own)), (note,)
+
+
 def _check_targets(config: Config, model_config: Any, ranks: int) -> None:
-    """Raises UserError for targets or a budget that the base cannot have, before any weight is loaded."""
+    """Refuse targets or a budget that the base cannot have, before any weight is loaded."""
     targets = find_targets(empty_model(config, model_config), config.sparse.target_modules)
     budget_of(config, {target.name: target.shape for target in targets})
     if ranks > 1:
@@ -118,8 +145,12 @@ def _check_targets(config: Config, model_config: Any, ranks: int) -> None:
 
 
 def refuse_experts(names: Sequence[str]) -> None:
-    """Raises UserError for layers that some ranks' tokens may pass and others' not: ranks would wait for each other, or
-    exchange the gradients of different experts.
+    """Refuse layers that one rank's tokens may pass and another's not.
+
+    Ranks would wait for each other, or exchange the gradients of different experts.
+
+    Raises:
+        UserError: names the first of them.
     """
     expert = next((name for name in names if re.search(r"\.experts\.\d+\.", name)), None)
     if expert:
@@ -130,7 +161,7 @@ def refuse_experts(names: Sequence[str]) -> None:
 
 
 def flat_rows(config: Config) -> bool:
-    """Whether packed rows go into a single one: flash attention cuts sequences only there."""
+    """Tell whether packed rows go into a single one: flash attention cuts sequences only there."""
     return config.model.attention.startswith("flash")
 
 
@@ -150,13 +181,17 @@ def _check_batch(config: Config, ranks: int) -> None:
 
 
 def budget_of(config: Config, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
-    """K of each weight; a total beyond what the targets hold, or below one entry for each, is an error."""
+    """Compute K, the number of active entries, of each weight.
+
+    Raises:
+        UserError: a total beyond what the targets hold, or below one entry for each.
+    """
     sparse = config.sparse
     everything, total = sum(o * i for o, i in shapes.values()), sparse.tunable_weights
     if total and not len(shapes) <= total <= everything:
         raise UserError(
-            f"tunable_weights: got {total:,}, expected {len(shapes):,} to {everything:,}: the targets are {len(shapes):,} "
-            f"weights of {everything:,} entries, and each gets at least one"
+            f"tunable_weights: got {total:,}, expected {len(shapes):,} to {everything:,}: the targets are "
+            f"{len(shapes):,} weights of {everything:,} entries, and each gets at least one"
         )
     return budget(
         shapes,

@@ -33,6 +33,7 @@ def open_metrics(session: Session, run: RunFolder) -> Metrics | NullMetrics:
         first_step=session.step,
         log_every_steps=config.run.log_every_steps,
         track=session.cluster.tracking("tracker", settings),
+        held_out=[session.evaluations[step].loss for step in sorted(session.evaluations)],
     )
 
 
@@ -41,7 +42,7 @@ def describe(session: Session, metrics: Metrics | NullMetrics) -> None:
     inputs, config, store = session.inputs, session.inputs.config, session.tuning.store
     entries = sum(target.numel for target in session.targets)
     load_peaks = session.cluster.gather_objects(session.load_peak_bytes)
-    for line in session.cluster.introduce(inputs.placement.name):
+    for line in [*session.cluster.introduce(inputs.placement.name), *inputs.notes]:
         metrics.note(line)
     state_bytes = sum(session.tuning.state_bytes().values()) + session.resident.bytes
     held_out = f", {len(inputs.eval):,} held out" if inputs.eval else ""

@@ -1,4 +1,4 @@
-"""The folder of a run: claimed by one process at a time, filled with files that appear whole."""
+"""The output folder of a run: claimed by one process at a time, filled with files that appear whole."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import fcntl
 import os
 import socket
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from scale_sft.adapters.format import Adapter, save_adapter
+from scale_sft.adapters.format import Adapter
 from scale_sft.config.loading import load, to_yaml
-from scale_sft.config.options import MAY_CHANGE, Config
-from scale_sft.errors import UserError
+from scale_sft.config.options import FREE, MAY_CHANGE, Config
+from scale_sft.errors import UserError, first_line
 from scale_sft.files import write_text
 from scale_sft.reporting.metrics_file import METRICS_FILE, read_metrics
 
+NEW_LENGTH = " (a run of another length is a new run: its learning rate and reallocations follow other schedules)"
 OWN_FILES = ("config.yaml", METRICS_FILE, "adapter", "best_adapter", "checkpoints", "merged")
 
 
 class RunFolder:
-    """Paths of a run's files. `refuse_if_taken`, then `lock`, then `claim`; the lock ends with the process."""
+    """The files of a run. Call `finished`, `refuse_if_taken`, `lock`, `claim`; the lock ends with the process."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -32,33 +33,56 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     def is_used(self) -> bool:
-        """Whether a run has left anything here."""
+        """Tell whether a run has left anything here."""
         return any((self.path / name).exists() for name in OWN_FILES)
 
     def has_record(self, event: str) -> bool:
-        """Whether metrics.jsonl holds a record of this kind.
+        """Tell whether metrics.jsonl holds a record of this kind.
 
         Raises:
             UserError: the file is damaged.
         """
+        return self._last(event) is not None
+
+    def _last(self, event: str) -> dict[str, Any] | None:
+        """Return the last record of a kind in metrics.jsonl, if there is one."""
         file = self.path / METRICS_FILE
         try:
-            return file.is_file() and any(record.get("event") == event for record in read_metrics(file))
+            records = read_metrics(file) if file.is_file() else []
         except (OSError, ValueError) as error:
             raise UserError(f"output_dir: {error}") from None
+        return next((record for record in reversed(records) if record.get("event") == event), None)
+
+    def finished(self, config: Config) -> str | None:
+        """Say how the run that this configuration describes ended here, if it is finished; otherwise return None.
+
+        Schedulers and scripts start a command again until it is done, so this is not an error.
+        """
+        if config.run.resume != "auto" or (end := self._last("end")) is None or not self.adapter.is_dir():
+            return None
+        if self._changed(config, FREE) or (config.run.save_merged and not self.merged.is_dir()):
+            return None
+        return f"finished already at step {end['step']}, adapter in {self.adapter}"
 
     def refuse_if_taken(self, config: Config) -> None:
-        """Raises UserError if the folder holds a run that cannot go on with this configuration."""
+        """Refuse a folder that cannot be written, or holds a run that cannot resume with this configuration.
+
+        Raises:
+            UserError: says why.
+        """
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"output_dir: {self.path} is a file; choose a folder")
+            raise UserError(f"output_dir: {self.path} is a file. Fix: choose a folder")
+        existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+            raise UserError(f"output_dir: {self.path} cannot be written: no permission in {existing}")
         present = next((name for name in OWN_FILES if (self.path / name).exists()), None)
         if present is None:
             return
         reason = self._why_taken(config)
         if reason:
             raise UserError(
-                f"output_dir: {self.path} already holds a run ({present}){reason}; choose a new folder, or move that "
-                "one away"
+                f"output_dir: {self.path} already holds a run ({present}){reason}. Fix: choose a new folder, or move "
+                "that one away"
             )
 
     def _why_taken(self, config: Config) -> str | None:
@@ -68,33 +92,48 @@ class RunFolder:
         if resume != "auto" and self.path.resolve() not in (Path(resume).resolve(), *Path(resume).resolve().parents):
             return f", not that of {resume}"
         if self.has_record("end"):
-            return " that is finished"
+            return f" that is finished{self._why_not_this_one(config)}"
         if self.checkpoints.is_dir():
             return None
         if self.adapter.exists() or self.merged.exists():
             return " without checkpoints"
-        return self._other_options(config)
+        if not (self.path / "config.yaml").exists():
+            return " without its configuration"
+        changed = self._changed(config, MAY_CHANGE)
+        return f" with another {', '.join(changed)}" if changed else None
 
-    def _other_options(self, config: Config) -> str | None:
-        """Why a run that never saved a checkpoint was another one: what its config.yaml has otherwise."""
+    def _why_not_this_one(self, config: Config) -> str:
+        """Say what keeps a finished run from being the one that is asked for."""
+        changed = self._changed(config, FREE)
+        if changed:
+            length = NEW_LENGTH * bool({"steps", "epochs"} & {*changed})
+            return f", with another {', '.join(changed)}{length}"
+        if config.run.save_merged and not self.merged.is_dir():
+            return f", without a merged model (scale-sft merge {self.adapter} {self.merged} writes it)"
+        return ""
+
+    def _changed(self, config: Config, ignored: frozenset[str]) -> list[str]:
+        """Name the options that config.yaml has otherwise; none where it is missing."""
         file = self.path / "config.yaml"
         if not file.exists():
-            return " without its configuration"
+            return []
         before, now = (
             {name: value for section in dataclasses.asdict(one).values() for name, value in section.items()}
             for one in (load(file, {}), config)
         )
-        differing = [name for name in now if name not in MAY_CHANGE and before[name] != now[name]]
-        return f" with another {', '.join(differing)}" if differing else None
+        return [name for name in now if name not in ignored and before[name] != now[name]]
 
     def lock(self) -> None:
-        """Make the folder this process's own, until it ends in whatever way.
+        """Make the folder this process's own until the process ends.
 
         Raises:
-            UserError: another process has it.
+            UserError: another process has it, or it cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"output_dir: {self.path} cannot be written: {first_line(error)}") from None
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -103,7 +142,8 @@ class RunFolder:
             self._lock.seek(0)
             holder = self._lock.read(200).strip() or "another process"
             raise UserError(
-                f"output_dir: {self.path} is in use by {holder}; wait for it to end, end it, or choose another folder"
+                f"output_dir: {self.path} is in use by {holder}. Fix: wait for it to end, end it, or choose another "
+                "folder"
             ) from None
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -115,8 +155,9 @@ class RunFolder:
         write_text(self.path / "config.yaml", to_yaml(config))
 
     def keeps_best(self, config: Config) -> bool:
-        """Whether the adapter of the lowest held-out loss is kept: with one evaluation at the end there is no choice."""
+        """Tell whether to keep the adapter of the lowest held-out loss: pointless with one evaluation at the end."""
         return config.run.keep_best and config.run.eval_every_steps is not None
 
     def save_adapter(self, adapter: Adapter) -> None:
-        save_adapter(adapter, self.adapter)
+        """Write the result of the run."""
+        adapter.save(self.adapter)

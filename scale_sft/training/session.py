@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.adapters.format import Adapter
+from scale_sft.data.turn_ends import INFO_KEY, taught_end
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.errors import UserError
 from scale_sft.evaluation.answers import Answer, exact_match, greedy_answers
@@ -133,6 +134,9 @@ class Session:
             info |= self.inputs.quantization.description(self.loaded_on)
         if config.data.chat_template:  # the base does not have it: the merged model needs it
             info["chat_template"] = self.inputs.tokenizer.chat_template
+        end = taught_end(self.inputs.train, self.inputs.tokenizer)
+        if end is not None:
+            info[INFO_KEY] = end
         return Adapter(
             indices={delta.name: delta.indices for delta in store},
             deltas={delta.name: delta.deltas for delta in store},

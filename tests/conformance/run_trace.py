@@ -37,6 +37,7 @@ from scale_sft.model.targets import attach_taps, find_targets
 from scale_sft.spiel.algorithm import SparseFineTuning
 from scale_sft.spiel.deltas import DeltaStore
 from scale_sft.spiel.schedules import ReallocationSchedule
+from scale_sft.spiel.settings import Backends, MethodSettings
 from scale_sft.training.assemble import exchanges_of
 
 
@@ -96,17 +97,14 @@ def build(trace: Trace, cluster: Cluster, folder: str, checkpointing: bool):
         only_first=settings["algorithm"] == "static",
         estimates=settings["algorithm"] != "ma",
     )
-    active = {name: value.numel() for name, value in indices.items()}
-    tuning = SparseFineTuning(
-        DeltaStore(shapes, active, indices=indices, device=cluster.device),
+    method = MethodSettings(
         method=settings["algorithm"],
-        schedule=schedule,
         betas=tuple(optimizer.get("betas", (0.9, 0.999))),
         eps=optimizer["eps"],
         weight_decay=settings["weight_decay"],
-        select=cluster.select_candidates,
-        exchanges=exchanges_of(cluster.device, "cpu"),
     )
+    backends = Backends(select=cluster.select_candidates, exchanges=exchanges_of(cluster.device, "cpu"))
+    tuning = SparseFineTuning(DeltaStore(shapes, indices, device=cluster.device), method, schedule, backends)
     attach_taps(targets, tuning.recorder.record_product, cluster.materialize)
     model = cluster.prepare(model)
     parts = {target.name: cluster.part_of(target.module.weight) for target in targets}

@@ -1,12 +1,16 @@
 """Starting runs on several ranks (gloo, CPU), with a time-out on everything."""
 
-import json
 import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.forked import begin_ranks, finish_together
+
+from . import worker
 
 ROOT = Path(__file__).resolve().parents[2]
 STRICT = "ds_configs/zero3_cpu.json"
@@ -55,27 +59,31 @@ def hf_home(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def launch_runs(tmp_path_factory, hf_home):
-    """launch_runs(ranks, sharded, [options, ...]) -> the run folders, in order."""
+def on_ranks(tmp_path_factory):
+    """on_ranks(ranks, sharded, target, *arguments) -> statuses of the forked ranks, and what they printed."""
 
-    def run(ranks: int, sharded: bool, runs: list[dict]) -> list[Path]:
+    def run(ranks: int, sharded: bool, target: Callable[..., None], *arguments: Any) -> tuple[list[int], str]:
+        log = tmp_path_factory.mktemp("log") / "log"
+        statuses = finish_together(begin_ranks(ranks, target, *arguments, log=log, sharded=sharded))
+        return statuses, log.read_text()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def launch_runs(tmp_path_factory, on_ranks):
+    """launch_runs(ranks, sharded, [options, ...], report=False) -> the run folders, in order."""
+
+    def run(ranks: int, sharded: bool, runs: list[dict], report: bool = False) -> list[Path]:
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
         placement = {"base_placement": "shard", "ds_config": STRICT} if sharded else {"base_placement": "replicate"}
-        plan, outputs = [], []
-        for number, options in enumerate(runs):
-            outputs.append(folder / f"run{number}")
-            plan.append({"options": COMMON | placement | options | {"output_dir": str(outputs[-1])}})
-        plan_file = folder / "plan.json"
-        plan_file.write_text(json.dumps(plan))
-        done = subprocess.run(
-            command(ranks, sharded, "tests/distributed/worker.py", str(plan_file)),
-            cwd=ROOT,
-            env=environment(hf_home),
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        outputs = [folder / f"run{number}" for number in range(len(runs))]
+        plan = [
+            COMMON | placement | options | {"output_dir": str(output)}
+            for options, output in zip(runs, outputs, strict=True)
+        ]
+        statuses, text = on_ranks(ranks, sharded, worker.run_all, plan, report)
+        assert statuses == [0] * ranks, text[-9000:]
         return outputs
 
     return run

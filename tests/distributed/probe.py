@@ -1,10 +1,6 @@
-"""What one rank sees from inside: small scenes for the tests, started by `accelerate launch`.
+"""Scenes as one rank sees them from inside; the tests fork ranks that play them. FOLDER is theirs to write into.
 
-probe.py planted DIR     rank 1 changes one delta behind the others' back; the digests must tell
-probe.py differing DIR   rank 1 comes with another seed
-probe.py broken DIR      half of each gradient of rank 1 is no number while candidates are proposed
-probe.py proposing DIR   what candidates the ranks choose together from gradients of which each has a part
-probe.py memory DIR      private memory of this rank while a base of DIR is loaded, sharded and used
+probe.py memory FOLDER     for `accelerate launch`: that scene in a fresh process
 """
 
 import json
@@ -17,7 +13,7 @@ import torch
 
 from scale_sft import train
 from scale_sft.config.loading import load
-from scale_sft.distributed import cluster as distributed
+from scale_sft.distributed import candidates
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.distributed.exit import end_process, leave
 from scale_sft.distributed.world import World
@@ -38,6 +34,7 @@ def options(folder: str, **more) -> dict:
 
 
 def planted(folder: str) -> None:
+    """Rank 1 changes one delta behind the others' back; the digests must tell."""
     inputs = read_inputs(load(None, options(folder, base_placement="replicate")))
     cluster = Cluster.start(sharded=False, dtype=inputs.dtype, timeout_seconds=60)
     session = assemble.assemble(inputs, cluster)
@@ -55,6 +52,7 @@ def planted(folder: str) -> None:
 
 
 def differing(folder: str) -> None:
+    """Rank 1 comes with another seed."""
     world = World.from_environment()
     inputs = read_inputs(load(None, options(folder, base_placement="replicate", seed=world.rank)))
     cluster = Cluster.start(sharded=False, dtype=inputs.dtype, timeout_seconds=60)
@@ -65,6 +63,7 @@ def differing(folder: str) -> None:
 
 
 def broken(folder: str) -> None:
+    """Half of each gradient of rank 1 is NaN while candidates are proposed."""
     done, record = [0], GradientRecorder.record
 
     def damaged(recorder, name, gradient):
@@ -87,7 +86,10 @@ def broken(folder: str) -> None:
 
 
 def proposing(folder: str) -> None:
-    """One line per case: its numbers, whether the choice is that of one rank with the sum, and its own traffic."""
+    """Ranks choose candidates from gradients of which each has a part.
+
+    Written per case: its numbers, whether the choice is that of one rank with the sum, and this rank's own traffic.
+    """
     inputs = read_inputs(load(None, options(folder, base_placement="replicate")))
     cluster = Cluster.start(sharded=False, dtype=inputs.dtype, timeout_seconds=60)
     found = []
@@ -99,7 +101,7 @@ def proposing(folder: str) -> None:
         (997, 997, 13),
         (64, 20, 1),
     ]:
-        distributed.PROPOSAL_ENTRIES = piece
+        candidates.PROPOSAL_ENTRIES = piece
         for kind in ("spread", "ties", "broken"):
             generator = torch.Generator().manual_seed(entries + count)
             parts = torch.randn(2, entries, generator=generator).bfloat16()
@@ -118,6 +120,7 @@ def proposing(folder: str) -> None:
 
 
 def memory(folder: str) -> None:
+    """Private memory of this rank while the base in FOLDER is loaded, sharded and used."""
     settings = options(folder, base=f"{folder}/base", base_placement="shard", ds_config="ds_configs/zero3_cpu.json")
     inputs = read_inputs(load(None, settings))
     cluster = Cluster.start(sharded=True, dtype=inputs.dtype, timeout_seconds=120)
@@ -144,6 +147,5 @@ def memory(folder: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    scenes = (planted, differing, broken, proposing, memory)
-    {scene.__name__: scene for scene in scenes}[sys.argv[1]](sys.argv[2])
+    {"memory": memory}[sys.argv[1]](sys.argv[2])
     end_process()

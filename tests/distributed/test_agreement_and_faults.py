@@ -9,50 +9,47 @@ from pathlib import Path
 
 import pytest
 
+from scale_sft.model.loading import base_location
+
+from . import probe
 from .conftest import ROOT, STRICT, command, environment
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 
-def probe(scene, folder, hf_home, *, sharded=False, more_environment=None):
-    return subprocess.run(
-        command(2, sharded, "tests/distributed/probe.py", scene, str(folder)),
-        cwd=ROOT,
-        env=environment(hf_home) | (more_environment or {}),
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+def error_of(text):
+    [error] = [line for line in text.splitlines() if line.startswith("error:")]
+    return error
 
 
-def test_a_planted_difference_on_one_rank_is_caught_and_named(tmp_path, hf_home):
-    done = probe("planted", tmp_path, hf_home)
-    assert done.returncode != 0
-    error = next(line for line in done.stderr.splitlines() if line.startswith("error:"))
+def test_a_planted_difference_on_one_rank_is_caught_and_named(on_ranks, tmp_path):
+    statuses, text = on_ranks(2, False, probe.planted, str(tmp_path))
+    assert statuses[0] == 1
+    error = error_of(text)
     assert "differs on rank 1" in error
     weight = error.split("planted in ")[1].rstrip("]")
     assert f"{weight} differs" in error
 
 
-def test_ranks_that_come_with_different_configurations_do_not_train(tmp_path, hf_home):
-    done = probe("differing", tmp_path, hf_home)
-    assert done.returncode != 0
-    assert "error: ranks disagree on their inputs: the configuration differs on rank 1" in done.stderr
+def test_ranks_that_come_with_different_configurations_do_not_train(on_ranks, tmp_path):
+    statuses, text = on_ranks(2, False, probe.differing, str(tmp_path))
+    assert statuses[0] == 1
+    assert error_of(text).startswith("error: ranks disagree on their inputs: the configuration differs on rank 1")
 
 
-def test_a_gradient_that_is_no_number_on_one_rank_stops_all_with_one_message(tmp_path, hf_home):
+def test_a_gradient_that_is_no_number_on_one_rank_stops_all_with_one_message(on_ranks, tmp_path):
     """While candidates are proposed, the one moment at which ranks exchange more than a sum."""
-    done = probe("broken", tmp_path, hf_home)
-    assert done.returncode != 0
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and errors[0].startswith("error: step 4: the loss is ")
-    assert "the gradient norm nan at learning rate" in errors[0] and "the deltas of step 3 are saved" in errors[0]
+    statuses, text = on_ranks(2, False, probe.broken, str(tmp_path))
+    assert statuses[0] == 1
+    error = error_of(text)
+    assert error.startswith("error: step 4: the loss is ")
+    assert "the gradient norm nan at learning rate" in error and "the deltas of step 3 are saved" in error
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_ranks_choose_the_candidates_that_one_would_choose_from_the_sum_in_pieces_of_any_size(tmp_path, hf_home):
-    done = probe("proposing", tmp_path, hf_home)
-    assert done.returncode == 0, done.stderr[-4000:]
+def test_ranks_choose_the_candidates_that_one_would_choose_from_the_sum_in_pieces_of_any_size(on_ranks, tmp_path):
+    statuses, text = on_ranks(2, False, probe.proposing, str(tmp_path))
+    assert statuses == [0, 0], text[-4000:]
     for rank in (0, 1):
         for entries, count, piece, kind, same, traffic in json.loads((tmp_path / f"proposed{rank}.json").read_text()):
             assert same, (rank, entries, count, piece, kind)
@@ -61,7 +58,8 @@ def test_ranks_choose_the_candidates_that_one_would_choose_from_the_sum_in_piece
 
 
 def test_a_rank_holds_half_of_the_base_and_never_much_more(tmp_path, hf_home):
-    torch = pytest.importorskip("torch")
+    """Under a launcher: how memory is given back has to be settled before Python starts."""
+    import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -70,9 +68,13 @@ def test_a_rank_holds_half_of_the_base_and_never_much_more(tmp_path, hf_home):
     )  # fmt: skip
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base", max_shard_size="60MB")
-    AutoTokenizer.from_pretrained(ROOT / "scale_sft" / "demo" / "base").save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base_location("demo")).save_pretrained(tmp_path / "base")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2, "the base must come in several files"
-    done = probe("memory", tmp_path, hf_home, sharded=True, more_environment={"MALLOC_MMAP_THRESHOLD_": "65536"})
+    done = subprocess.run(
+        command(2, True, "tests/distributed/probe.py", "memory", str(tmp_path)),
+        cwd=ROOT, env=environment(hf_home) | {"MALLOC_MMAP_THRESHOLD_": "65536"}, capture_output=True, text=True,
+        timeout=400, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     for rank in (0, 1):
         seen = json.loads((tmp_path / f"memory{rank}.json").read_text())

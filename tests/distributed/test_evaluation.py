@@ -1,12 +1,12 @@
 """Evaluation gives the same figures on any number of ranks, for any batch size, sharded or not."""
 
 import json
-import subprocess
 
 import pytest
 from safetensors.torch import load_file
 
-from .conftest import ROOT, STRICT, command, environment
+from . import worker
+from .conftest import STRICT
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -19,29 +19,17 @@ def packed_run(launch_runs):
 
 
 @pytest.fixture(scope="module")
-def evaluate(packed_run, hf_home, tmp_path_factory):
+def evaluate(packed_run, on_ranks, tmp_path_factory):
     """(ranks, sharded, batch size) -> results of `scale-sft eval` of the packed run's adapter."""
 
     def run(ranks: int, sharded: bool, size: int) -> dict:
         output = tmp_path_factory.mktemp("eval") / "result.json"
-        arguments = [
-            "-m",
-            "scale_sft.cli.main",
-            "eval",
-            packed_run / "adapter",
-            "--eval_data",
-            "demo",
-            "--output",
-            output,
-        ]
+        arguments = ["eval", packed_run / "adapter", "--eval_data", "demo", "--output", output]
         arguments += ["--max_eval_examples", 40, "--eval_batch_size", size, "--max_length", 128]
         arguments += ["--exact_match_examples", 9, "--max_new_tokens", 6, "--generation_samples", 9]
         arguments += ["--base_placement", "shard", "--ds_config", STRICT] if sharded else []
-        done = subprocess.run(
-            command(ranks, sharded, *map(str, arguments)),
-            cwd=ROOT, env=environment(hf_home), capture_output=True, text=True, timeout=400,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        statuses, text = on_ranks(ranks, sharded, worker.run_command, [str(argument) for argument in arguments])
+        assert statuses == [0] * ranks, text[-9000:]
         return json.loads(output.read_text())["held_out"]
 
     return run

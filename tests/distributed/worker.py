@@ -1,15 +1,8 @@
-"""Several small runs, one after the other, over one process group: starting one costs far more than such a run.
+"""What forked ranks do: several small runs over one process group, since starting one costs more than such a run."""
 
-    accelerate launch ... tests/distributed/worker.py PLAN.json
+from __future__ import annotations
 
-PLAN is a list of {"options": {...}, "sharded": bool}; every run writes into its own output_dir.
-"""
-
-import json
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from typing import Any
 
 import torch
 
@@ -17,13 +10,16 @@ from scale_sft import train
 from scale_sft.config.loading import load
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.distributed.exit import end_process
+from scale_sft.training import lifecycle
 from scale_sft.training.inputs import read_inputs
 from scale_sft.training.run_folder import RunFolder
 
 
-def main() -> None:
-    plan = json.loads(Path(sys.argv[1]).read_text())
-    inputs = [read_inputs(load(None, item["options"])) for item in plan]
+def run_all(plan: list[dict[str, Any]], report: bool) -> None:
+    """Train once for the options of each item of `plan`; reports take longer than the runs and can be left out."""
+    if not report:
+        lifecycle.write_report = lambda folder: folder / "report.html"
+    inputs = [read_inputs(load(None, options)) for options in plan]
     sharded = inputs[0].placement.sharded
     config = inputs[0].config.model
     cluster = Cluster.start(sharded=sharded, dtype=torch.float32, ds_config=config.ds_config, timeout_seconds=120)
@@ -35,5 +31,17 @@ def main() -> None:
     end_process()
 
 
-if __name__ == "__main__":
-    main()
+def run_command(arguments: list[str]) -> None:
+    """Run `scale-sft` with these arguments."""
+    from scale_sft.cli.main import main
+
+    main(arguments)
+
+
+def replay_trace(arguments: list[str]) -> None:
+    """Run tests/conformance/run_trace.py with these arguments."""
+    import runpy
+    import sys
+
+    sys.argv = ["run_trace.py", *arguments]
+    runpy.run_path("tests/conformance/run_trace.py", run_name="__main__")

@@ -1,26 +1,20 @@
-"""Runs in processes of their own that cost little to start, and that can be killed at any chosen place.
+"""Runs in processes of their own that can be killed at any chosen place.
 
-A server process imports the heavy libraries once and forks a child for every run (`multiprocessing`'s fork server), so
-a run of a tiny model costs about a second. What goes wrong in a child is planted there by replacing functions; the
-trainer knows nothing of it.
+What goes wrong in a child is planted there by replacing functions; the trainer knows nothing of it.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
-import socket
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.faults.preload"])
+from tests.forked import begin, rank_environments
 
 
 @dataclass(frozen=True)
@@ -44,9 +38,7 @@ def start(
     `plant`: name of a function of this module, and its arguments.
     """
     arguments = [f"--{name}={value}" for name, value in options.items()]
-    child = _CONTEXT.Process(target=_run, args=(arguments, log, kill, plant, dict(environment or {})))
-    child.start()
-    return child
+    return begin(_run, arguments, kill, plant, log=log, environment=environment)
 
 
 def start_ranks(
@@ -59,43 +51,18 @@ def start_ranks(
     at: int = 0,
 ) -> list[Any]:
     """Begin a run of `count` ranks, as a launcher would (gloo); `kill` and `plant` happen at rank `at` only."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     children = []
-    for rank in range(count):
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-        environment = {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        if options.get("base_placement") != "shard":
-            environment["ACCELERATE_USE_CPU"] = "true"
+    for rank, environment in enumerate(rank_environments(count, sharded=options.get("base_placement") == "shard")):
         sabotage = {"kill": kill, "plant": plant} if rank == at else {}
         children.append(start(options, log, environment=environment, **sabotage))
     return children
 
 
-def finish(child: Any, seconds: float = 240) -> int:
-    """Wait for a child; returns its exit status (negative: the signal that ended it)."""
-    child.join(seconds)
-    if child.is_alive():
-        child.kill()
-        child.join()
-        raise TimeoutError(f"a run did not end within {seconds} s")
-    return child.exitcode
-
-
-def _run(arguments: list[str], log: Path, kill: Kill | None, plant: tuple, environment: dict[str, str]) -> None:
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    os.environ.update(environment)
-    import torch
-
+def _run(arguments: list[str], kill: Kill | None, plant: tuple) -> None:
     from scale_sft import train
-    from scale_sft.training import lifecycle as outcome
+    from scale_sft.training import lifecycle
 
-    torch.set_num_threads(1)
-    outcome.write_report = lambda folder: folder / "report.html"  # takes longer than the run
+    lifecycle.write_report = lambda folder: folder / "report.html"  # takes longer than the run
     _record_batches(train)
     if kill:
         _plant_kill(kill)
@@ -117,7 +84,7 @@ def _record_batches(train: Any) -> None:
     train.forward_backward = recording
 
 
-def _die(*_: Any, **__: Any) -> None:
+def _die(*_: Any, **__: Any) -> NoReturn:
     os.kill(os.getpid(), signal.SIGKILL)
 
 

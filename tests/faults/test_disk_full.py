@@ -7,8 +7,9 @@ import pytest
 
 from scale_sft.reporting.metrics_file import read_metrics
 from scale_sft.training.checkpoint_files import find_checkpoints, verify
+from tests.forked import finish
 
-from .children import finish, start
+from .children import start
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from scale_sft import train
 from scale_sft.adapters.apply import apply_adapter, undo_adapter
-from scale_sft.adapters.format import load_adapter
+from scale_sft.adapters.format import Adapter
 from scale_sft.config.loading import load
 from scale_sft.data.cache import load_examples
 from scale_sft.distributed.cluster import Cluster
@@ -102,9 +102,11 @@ def outcome(action) -> str:
     try:
         action()
     except UserError as error:
-        assert len(str(error)) > 10
-        return "refused"
-    return "loaded"
+        said = str(error)
+    else:
+        return "loaded"
+    assert len(said) > 10
+    return "refused"
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +196,7 @@ def test_mutated_adapters(session, tmp_path):
             (mutate_json if file.suffix == ".json" else mutate_tensors)(file, dice)
 
         def use(mutant=mutant):
-            adapter = load_adapter(mutant)
+            adapter = Adapter.load(mutant)
             undo_adapter(made.model, adapter, apply_adapter(made.model, adapter))
 
         seen[outcome(use)] += 1

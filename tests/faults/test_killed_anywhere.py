@@ -4,7 +4,9 @@ import signal
 
 import pytest
 
-from .children import Kill, finish, start
+from tests.forked import finish
+
+from .children import Kill, start
 from .comparing import assert_same_run, batches, losses, states
 
 STEPS, EVERY = 30, 3

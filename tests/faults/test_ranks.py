@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from scale_sft.distributed.heartbeat import STALLED_STATUS
 from scale_sft.distributed.signals import SAVED_STATUS
 from tests.distributed.conftest import ROOT, STRICT, command, environment
+from tests.forked import end, finish
 
-from .children import Kill, finish, start, start_ranks
+from .children import Kill, start, start_ranks
 from .comparing import assert_same_run, batches, losses
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -54,9 +55,7 @@ def ended(children):
     try:
         return [finish(child) for child in children]
     finally:
-        for child in children:
-            child.kill()
-            child.join()
+        end(children)
 
 
 def test_zero3_ranks_that_are_killed_end_bit_identical_and_name_the_dead(options, uninterrupted, tmp_path):
@@ -116,9 +115,7 @@ def test_a_rank_that_is_stopped_is_named_within_the_time_out(options, tmp_path):
         print(f"ended after {time.monotonic() - began:.1f} s")
         assert "no sign of life from rank 1 (host" in (tmp_path / "log").read_text()
     finally:
-        for child in children:
-            child.kill()
-            child.join()
+        end(children)
 
 
 def wait_for_step(run, step, seconds=120):

@@ -22,6 +22,7 @@ from scale_sft.spiel.deltas import DeltaStore
 from scale_sft.spiel.moments import mixed_moments
 from scale_sft.spiel.recorder import dense_products
 from scale_sft.spiel.schedules import ReallocationSchedule
+from scale_sft.spiel.settings import Backends, MethodSettings
 
 pytestmark = marks
 SHAPES = {"a": (7, 12), "b": (20, 9), "c": (5, 3)}
@@ -49,7 +50,7 @@ class Run:
     """Deltas on random weights, of which this process holds one part each, trained on random gradients; or `transient`
     ones, of which a weight is made when it is looked at."""
 
-    def __init__(self, method: str, *, sharded: bool = False, transient: bool = False, **settings):
+    def __init__(self, method: str, *, sharded: bool = False, transient: bool = False, max_grad_norm=None, **backends):
         weights = {name: nn.Parameter(drawn(1, *shape)) for name, shape in SHAPES.items()}
         parts = {name: WeightPart.whole(weight) for name, weight in weights.items()}
         if sharded:
@@ -59,7 +60,8 @@ class Run:
         schedule = ReallocationSchedule(
             total_steps=20, update_interval_steps=3, estimation_steps=2, estimates=method != "ma"
         )
-        self.tuning = SparseFineTuning(store, method=method, schedule=schedule, weight_decay=0.1, **settings)
+        settings = MethodSettings(method=method, weight_decay=0.1, max_grad_norm=max_grad_norm)
+        self.tuning = SparseFineTuning(store, settings, schedule, Backends(**backends))
         if transient:
             modules = {name: nn.Linear(width, rows, bias=False) for name, (rows, width) in SHAPES.items()}
             for name, module in modules.items():

@@ -5,8 +5,9 @@ import time
 
 import pytest
 
-from tests.faults.children import finish, start_ranks
+from tests.faults.children import start_ranks
 from tests.faults.comparing import evaluations, losses, reallocations, states
+from tests.forked import finish
 
 from .conftest import SBATCH
 

@@ -1,0 +1,1 @@
+"""Scripts that made the demo: its base model and its data."""

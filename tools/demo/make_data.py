@@ -25,6 +25,7 @@ def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write the two files to.")
 @click.option("--seed", type=int, default=0, help="Seed of the phrases.")
 def main(output: Path, seed: int) -> None:
+    """Write train.jsonl and eval.jsonl of the demo."""
     rows = demo_rows(str(seed), TRAIN_ROWS + EVAL_ROWS)
     output.mkdir(parents=True, exist_ok=True)
     write_jsonl(output / "train.jsonl", rows[:TRAIN_ROWS])

@@ -142,6 +142,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
 @click.option("--seed", type=int, default=0, help="Seed of the initial weights and of the text.")
 @click.option("--threads", type=click.IntRange(min=1), default=2, help="CPU threads; the last bits depend on it.")
 def main(output: Path, steps: int, batch_size: int, learning_rate: float, seed: int, threads: int) -> None:
+    """Pretrain the demo's base model on word tasks."""
     torch.set_num_threads(threads)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from scale_sft.config.loading import unknown
 from scale_sft.config.options import OPTIONS
+from scale_sft.config.spelling import unknown
 from scale_sft.errors import UserError
 
 _NEVER = 10**9  # steps: an interval longer than any run

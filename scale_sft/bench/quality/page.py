@@ -1,4 +1,4 @@
-"""`bench quality` on the page: its table, and pictures of losses, rates and curves."""
+"""Show `bench quality` on the page: its table, and pictures of losses, rates and curves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .summary import COLUMNS, Row, Summary, comparable, summaries
 
 
 def part(rows: Sequence[Row]) -> Part:
-    """The newest settings in a folder; runs of earlier invocations with the same settings belong to it.
+    """Show the newest settings in a folder, with the runs of earlier invocations that have the same settings.
 
     Args:
         rows: of all invocations, oldest first.
@@ -31,9 +31,9 @@ def part(rows: Sequence[Row]) -> Part:
     text = (
         f"Base {shared['base']}, data {shared['train_data']}, {shared['steps']} steps of {shared['global_batch_size']} "
         f"sequences, {shared['dtype']}. Sparse deltas and LoRA train as many weights as LoRA of rank "
-        f"{shared['rank_equivalent']}; IA3 and full, the same layers densely, have counts of their own. The learning "
-        f"rate is that of the lowest loss on {shared['validation_examples']} examples kept out of the training data, "
-        "the figures are of the held-out data, mean and standard deviation over seeds."
+        f"{shared['rank_equivalent']}; IA3 and full (the same layers, densely) have counts of their own. The learning "
+        f"rate is the one with the lowest loss on {shared['validation_examples']} examples kept out of the training "
+        "data. Figures are on the held-out data: mean and standard deviation over seeds."
     )
     return Part(
         title="Quality: held-out loss and exact match",
@@ -51,27 +51,27 @@ def _plots(found: Sequence[Summary]) -> list[Plot]:
         Plot(
             "quality-methods",
             "Held-out loss and exact match",
-            "A point for each seed at the best rate, a line at their mean.",
+            "One point per seed, at the best rate, and a line at their mean.",
             lambda _: by_method(trained),
         ),
         Plot(
             "quality-rates",
             "Learning rates",
-            "Loss on the examples that choose the rate, one seed; the ring is the best. A method whose ring lies at an "
-            "end of its line may do better beyond it. Crosses at the top: runs that did not come to an end.",
+            "Loss on the examples that choose the rate, for one seed; the ring marks the best. Where the ring is at an "
+            "end of the line, a rate beyond it may be better. Crosses at the top: runs that did not finish.",
             lambda _: over_rates(trained),
         ),
         Plot(
             "quality-curves",
             "Training loss",
-            "At the best rate, mean over the seeds, each point the mean over some steps.",
+            "At the best rate, mean over the seeds; each point is the mean over a few steps.",
             lambda _: curves(trained),
         ),
     ]
 
 
 def by_method(found: Sequence[Summary]) -> Figure:
-    """Held-out loss and, where it was asked for, exact match: a point per seed."""
+    """Draw held-out loss and, where it was asked for, exact match: a point per seed."""
     panels = [("held_out_loss", "held-out loss (nats per target token)"), ("exact_match", "exact match")]
     panels = [panel for panel in panels if any(summary.values(panel[0]) for summary in found)]
     figure = Figure(figsize=(WIDTH_INCHES, 0.9 + 0.34 * len(found)), layout="constrained")
@@ -94,14 +94,14 @@ def by_method(found: Sequence[Summary]) -> Figure:
 
 
 def over_rates(found: Sequence[Summary]) -> Figure:
-    """Validation loss against learning rate, a line per method."""
+    """Draw validation loss against learning rate, a line per method."""
     figure, ax = _wide()
     for place, summary in enumerate(found):
         rates, color = list(summary.grid), _color(place)
         losses = list(summary.grid.values())
         ax.plot(rates, losses, color=color, marker="o", markersize=4, label=summary.name)
-        best = summary.best_rate
-        ax.plot([best], [summary.grid[best]], "o", color=color, markersize=11, fillstyle="none")
+        if (best := summary.best_rate) is not None:
+            ax.plot([best], [summary.grid[best]], "o", color=color, markersize=11, fillstyle="none")
         failed = list(summary.failures)
         ax.plot(failed, [0.97] * len(failed), "x", color=color, transform=ax.get_xaxis_transform())
     _log_x(ax)
@@ -113,11 +113,11 @@ def over_rates(found: Sequence[Summary]) -> Figure:
 
 
 def curves(found: Sequence[Summary]) -> Figure:
-    """Training loss over the steps, mean over the seeds."""
+    """Draw training loss over the steps, mean over the seeds."""
     figure, ax = _wide()
     everything: list[float] = []
     for place, summary in enumerate(found):
-        runs = [run for run in summary.values("curve") if run]
+        runs = [curve for row in summary.runs if (curve := row["result"].get("curve"))]
         if runs:
             steps = [step for step, _ in runs[0]]
             losses = np.mean([[loss for _, loss in run] for run in runs], axis=0)
@@ -136,7 +136,7 @@ def _wide() -> tuple[Figure, Axes]:
 
 
 def _log_x(ax: Axes) -> None:
-    """A logarithmic x axis with plain numbers at 1, 2, 5."""
+    """Make the x axis logarithmic, with plain numbers at 1, 2, 5."""
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
     ax.xaxis.set_major_formatter(PLAIN)

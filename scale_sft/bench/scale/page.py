@@ -1,4 +1,4 @@
-"""What `scale-sft bench scale` has found: tables for the console and the page, and two plots."""
+"""Show the results of `scale-sft bench scale`: tables for the console and the page, and two plots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLUMNS = ("ranks", "step", "in collectives", "in the phase", "tokens / s", "per
 
 
 def cells(settings: dict[str, Any], result: dict[str, Any]) -> list[str]:
-    """One line of the table."""
+    """Fill one line of the table."""
     ranks = settings["ranks"]
     model = [_kib(sum(result["modelled_payload_bytes"].values())), _kib(sum(result["sent_bytes"].values()))]
     if not settings["measured"]:
@@ -37,16 +37,16 @@ def cells(settings: dict[str, Any], result: dict[str, Any]) -> list[str]:
 
 
 def part(rows: list[Row]) -> Part:
-    """A table and two plots for each kind of worlds on each machine, of its newest invocation."""
+    """Show a table and two plots for each case on each machine, from its newest invocation."""
     groups = [last_run(group) for group in by_case(rows, ("ranks", "measured"))]
     return part_of_groups(
         title="Ranks",
         text=(
-            "One cycle of reallocation. In collectives: how long a plain step stays in calls that sum gradients and "
-            "numbers over the ranks, on the rank where this is longest, waiting for slower ranks included; what DeepSpeed "
-            "gathers of a sharded base is not. Into collectives: what a rank gives into them per step on average, counted by "
-            "the run, beside what the planner's arithmetic says; sent: what ring algorithms make of it on the wire, "
-            "gathers of a sharded base included (DeepSpeed does those, the run does not count them)."
+            "One cycle of reallocation. In collectives: time that a plain step spends in calls that sum gradients and "
+            "numbers over the ranks, on the rank where it is longest; this includes waiting for slower ranks, but not "
+            "DeepSpeed's gathers of a sharded base. Into collectives: bytes that a rank passes to them per step on "
+            "average, as the run counted them and as the planner computes them. Sent: what ring algorithms put on the "
+            "wire for that, including the gathers of a sharded base, which the run does not count."
         ),
         columns=COLUMNS,
         cells=cells,
@@ -66,7 +66,7 @@ def _title(group: list[Row]) -> str:
         f"{settings['base']}, SFT-{settings['method'].upper()}, density {settings['density']:g}, {kept} "
         f"({settings['batch']} x {settings['max_length']} tokens at most), base "
         f"{'sharded' if settings['sharded'] else 'replicated'}: {machine_name(group[0]['machine'])}"
-        + (f". Up to {most} ranks share {cores} cores: times beyond that say nothing" if crowded else "")
+        + (f". Up to {most} ranks share {cores} cores: times beyond that mean nothing" if crowded else "")
     )
 
 
@@ -75,13 +75,13 @@ def _plots(group: list[Row]) -> list[Plot]:
         Plot(
             "scale-time",
             "Ranks: tokens per second",
-            "Measured; dotted: as many times that of the fewest ranks.",
+            "Measured; dotted: perfect scaling from the fewest ranks.",
             lambda _: _plot_speed(group),
         ),
         Plot(
             "scale-traffic",
             "Ranks: bytes per rank and step",
-            "What a rank gives into collectives, measured (points) and modelled (line), and what rings send.",
+            "Bytes that a rank passes to collectives, measured (points) and modelled (line); dashed: sent by rings.",
             lambda _: _plot_traffic(group),
         ),
     ]

@@ -71,7 +71,7 @@ def _wait_for(cluster: Cluster) -> None:
 def watch(clock: Clock) -> None:
     """Put the clock around the collectives of every cluster of this process."""
     for name in COLLECTIVES:
-        setattr(Cluster, name, clock.around(vars(Cluster)[name]))
+        setattr(Cluster, name, clock.around(getattr(Cluster, name)))
     begin_step = SparseFineTuning.begin_step
 
     @wraps(begin_step)

@@ -1,8 +1,9 @@
-"""What `scale-sft bench step` has found: tables for the console and the page, and two plots."""
+"""Show the results of `scale-sft bench step`: tables for the console and the page, and two plots."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from scale_sft.reporting.plots import Plot
 from scale_sft.reporting.style import BLUE, CYCLE, GREY, INK, ORANGE, PERCENT, WIDTH_INCHES
 
 PEERS = ("peft-lora", "full")
-"""Whom steps are compared with: LoRA at equal trainable parameters; forward and backward of dense fine-tuning."""
+"""Contestants that steps are compared with: LoRA at equal trainable parameters; forward and backward of dense
+fine-tuning."""
 
 _PEER_NAMES = {"peft-lora": "peft-lora", "full": "dense forward + backward"}
 _NOT_OF_A_CASE = ("contestant", "rounds", "together")  # who took part, and how long it was measured
 
 
 def describe(settings: Mapping[str, Any]) -> str:
-    """One line for a case."""
+    """Describe a case in one line."""
     quantized = f" in {settings['quantization']}" if settings["quantization"] != "none" else ""
     attention = settings.get("attention", "sdpa")  # rows of before there was a choice have none
     parts = [f"{settings['dtype']}{quantized}", describe_sizes(settings)]
@@ -31,7 +33,7 @@ def describe(settings: Mapping[str, Any]) -> str:
 
 
 def describe_sizes(settings: Mapping[str, Any]) -> str:
-    """A case but for the dtype of its base, and the attention that suits it."""
+    """Describe a case without the dtype and attention of its base."""
     budget = f"rank {settings['rank']}" if settings["rank"] else f"density {settings['density']:g}"
     base = settings["base"]
     parts = [
@@ -45,7 +47,7 @@ def describe_sizes(settings: Mapping[str, Any]) -> str:
 
 
 def breakdown_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Columns and lines: the pieces of each contestant's step in milliseconds, and the cost of reallocation."""
+    """Tabulate the pieces of each contestant's step in milliseconds, and the cost of reallocation: columns, lines."""
     names = [row["settings"]["contestant"] for row in rows]
     found = [row["result"]["breakdown"] for row in rows]
     every = list(dict.fromkeys(piece for one in found for piece in one["pieces"]))
@@ -60,7 +62,7 @@ def breakdown_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Columns and lines: one line for each row of results."""
+    """Tabulate the results, one line per row: columns, lines."""
     columns = ["contestant", "trainable", "ms per step", "quartiles", "tokens/s"]
     columns += [f"x {peer}" for peer in PEERS]
     lines = []
@@ -85,7 +87,7 @@ def _ratio(found: Mapping[str, Any] | None) -> str:
 
 
 def part(rows: list[Row]) -> Part:
-    """What the page says of the steps: a table for each case on each machine, as it was last measured there."""
+    """Show each case on each machine as it was last measured there."""
     groups = [last_run(group) for group in by_case(rows, _NOT_OF_A_CASE)]
     machines: dict[str, list[list[Row]]] = {}
     for group in groups:
@@ -93,10 +95,11 @@ def part(rows: list[Row]) -> Part:
     return Part(
         title="One optimizer step",
         text=(
-            "Contestants take turns: in each round every one of them makes one step, on the same micro-batch, in an "
-            "order drawn anew. Ratios are medians over rounds of the ratio of two steps of one round. A step is whole: "
-            "data, forward, backward, update, and for ours the write into the weights. full is forward and backward of "
-            "dense fine-tuning without an update, frozen the floor of any adapter: gradients of the inputs alone."
+            "Contestants take turns: in each round, each of them makes one step on the same micro-batch, in a new "
+            "random order. A ratio is the median, over rounds, of the ratio of two steps of the same round. A "
+            "step is complete: data, forward, backward, update, and for ours the write into the weights. The "
+            "contestant full is forward and backward of dense fine-tuning without an update; frozen computes the "
+            "gradients of the inputs alone, the cost that no adapter can avoid."
         ),
         tables=[_table(group) for of_machine in machines.values() for group in of_machine],
         plots=[
@@ -123,27 +126,27 @@ def _plots(cases: Sequence[Sequence[Row]], suffix: str, where: str) -> list[Plot
                 Plot(
                     name=f"step-relative-{number}{suffix}",
                     title=f"Time of a step, relative to {_PEER_NAMES[peer]}{where}",
-                    caption="Median over rounds of ratios within a round; lines are quartiles. Ours in blue.",
-                    draw=lambda _, known=known, peer=peer: _relative(known, peer),
+                    caption="Median over rounds of the ratios within a round; lines are quartiles. Ours in blue.",
+                    draw=partial(_relative, known, peer),
                 )
             )
     own = {case: [row for row in group if "breakdown" in row["result"]] for case, group in groups.items()}
     own = {case: group for case, group in own.items() if group}
     if own:
-        caption = "Clocks around the pieces of the real code path; reallocation is spread over its interval of steps."
+        caption = "Timed around the pieces of the real code path; reallocation is spread over its interval of steps."
         plots.append(Plot(f"step-breakdown{suffix}", f"Where our step goes{where}", caption, lambda _: _breakdown(own)))
     return plots
 
 
 def _panels(heights: Sequence[int]) -> tuple[Figure, list[Axes]]:
-    """Panels one above the other, each high enough for its number of bars."""
+    """Stack panels, each high enough for its number of bars."""
     figure = Figure(figsize=(WIDTH_INCHES, 0.8 + sum(0.34 * bars + 0.5 for bars in heights)), layout="constrained")
     axes = figure.subplots(len(heights), squeeze=False, sharex=True, height_ratios=heights)
     return figure, list(axes[:, 0])
 
 
-def _relative(groups: Mapping[tuple[int, str], Sequence[Row]], peer: str) -> Figure:
-    """Bars from 0, one panel for each case, with a line at the peer."""
+def _relative(groups: Mapping[tuple[int, str], Sequence[Row]], peer: str, _: object = None) -> Figure:
+    """Draw bars from 0, one panel per case, with a line at the peer."""
     figure, axes = _panels([len(group) for group in groups.values()])
     for ax, ((_, case), group) in zip(axes, groups.items(), strict=True):
         for place, row in enumerate(group):
@@ -163,7 +166,7 @@ def _relative(groups: Mapping[tuple[int, str], Sequence[Row]], peer: str) -> Fig
 
 
 def _breakdown(groups: Mapping[tuple[int, str], Sequence[Row]]) -> Figure:
-    """One stacked bar for each of our contestants in each case: shares of a step."""
+    """Draw one stacked bar, of shares of a step, for each of our contestants in each case."""
     rows = [row for group in groups.values() for row in group]
     pieces = [*dict.fromkeys(piece for row in rows for piece in row["result"]["breakdown"]["pieces"]), "reallocation"]
     shades = [*CYCLE, GREY, "#5b6b7d", "#c2a5e8", "#7fc7a5"]

@@ -26,8 +26,8 @@ from rich.table import Table
 from scale_sft.bench.contestants import CONTESTANTS, Contestant, impossible
 from scale_sft.bench.rows import Results
 from scale_sft.bench.workload import Base, Batches, Case
-from scale_sft.config.loading import unknown
-from scale_sft.errors import UserError
+from scale_sft.config.spelling import unknown
+from scale_sft.errors import UserError, first_line
 
 from .breakdown import breakdown, synchronize
 from .page import PEERS, breakdown_table, describe, part, table_of
@@ -76,7 +76,7 @@ def run(
             raise
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"bench: out of memory in {describe(base.case.settings())}: {str(error).splitlines()[0]} Take "
+                f"bench: out of memory in {describe(base.case.settings())}: {first_line(error)} Take "
                 "--one-by-one, fewer --contestants, or a smaller --micro-batch or --length"
             ) from None
         rows += _add(race, results, console)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from scale_sft.adapters.format import Adapter, save_adapter
+from scale_sft.adapters.format import Adapter
 from scale_sft.model.fingerprints import combine_fingerprints, fingerprint
 from scale_sft.model.resident import WeightPart
 from scale_sft.model.targets import find_targets
@@ -38,5 +38,5 @@ def make_adapter(
         "base_hash": combine_fingerprints(prints, shapes),
         "base_fingerprints": {name: f"{a:016x}{b:016x}" for name, (a, b) in prints.items()},
     }  # fmt: skip
-    save_adapter(Adapter(indices, deltas, shapes, info), folder)
+    Adapter(indices, deltas, shapes, info).save(folder)
     return folder

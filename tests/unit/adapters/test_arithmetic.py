@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 import scale_sft
 from scale_sft.adapters import arithmetic
-from scale_sft.adapters.format import Adapter, load_adapter, save_adapter
+from scale_sft.adapters.format import Adapter
 from scale_sft.cli.main import main
 from scale_sft.errors import UserError
 
@@ -34,7 +34,7 @@ def folders(tiny_model, tmp_path):
 
 @pytest.fixture
 def three(folders):
-    return [load_adapter(folder) for folder in folders]
+    return [Adapter.load(folder) for folder in folders]
 
 
 def test_a_weighted_sum_is_the_dense_sum_rounded_once(three) -> None:
@@ -73,7 +73,7 @@ def test_pruning_keeps_the_largest_of_each_weight(three) -> None:
 
 
 def test_an_adapter_that_was_pruned_to_nothing_is_still_one(three, tiny_model, tmp_path) -> None:
-    save_adapter(arithmetic.prune(three[0], 0.0), tmp_path / "none")
+    arithmetic.prune(three[0], 0.0).save(tmp_path / "none")
     model = load(tiny_model("llama"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     scale_sft.load_adapter(model, tmp_path / "none")
@@ -83,10 +83,10 @@ def test_an_adapter_that_was_pruned_to_nothing_is_still_one(three, tiny_model, t
 def test_adapters_on_different_layers_of_one_base_add_up_and_apply(tiny_model, tmp_path) -> None:
     base = tiny_model("llama")
     parts = [
-        load_adapter(make_adapter(base, tmp_path / leaf, targets=(leaf,), density=0.2))
+        Adapter.load(make_adapter(base, tmp_path / leaf, targets=(leaf,), density=0.2))
         for leaf in ("q_proj", "up_proj")
     ]
-    save_adapter(arithmetic.add(parts), tmp_path / "sum")
+    arithmetic.add(parts).save(tmp_path / "sum")
     model = load(base)
     scale_sft.load_adapter(model, tmp_path / "sum")
     weights = dict(model.named_parameters())
@@ -97,7 +97,7 @@ def test_adapters_on_different_layers_of_one_base_add_up_and_apply(tiny_model, t
 
 
 def test_adapters_of_two_bases_are_not_added(tiny_model, tmp_path, three) -> None:
-    other = load_adapter(make_adapter(tiny_model("gpt2"), tmp_path / "gpt2"))
+    other = Adapter.load(make_adapter(tiny_model("gpt2"), tmp_path / "gpt2"))
     with pytest.raises(UserError, match="different bases"):
         arithmetic.add([three[0], other])
     info = dict(three[1].info)
@@ -106,7 +106,7 @@ def test_adapters_of_two_bases_are_not_added(tiny_model, tmp_path, three) -> Non
     changed = Adapter(three[1].indices, three[1].deltas, three[1].shapes, info)
     with pytest.raises(UserError, match=f"different bases: '{name}'"):
         arithmetic.intersect([three[0], changed])
-    half = load_adapter(make_adapter(tiny_model("llama", "bfloat16"), tmp_path / "bf16", dtype="bfloat16"))
+    half = Adapter.load(make_adapter(tiny_model("llama", "bfloat16"), tmp_path / "bf16", dtype="bfloat16"))
     with pytest.raises(UserError, match="dtype"):
         arithmetic.add([three[0], half])
 

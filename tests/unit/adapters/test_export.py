@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from scale_sft.adapters.apply import apply_adapter, undo_adapter
-from scale_sft.adapters.format import load_adapter, save_adapter
+from scale_sft.adapters.format import Adapter
 from scale_sft.cli.main import main
 from scale_sft.errors import UserError
 
@@ -47,7 +47,7 @@ def trained(session, tiny_model, tmp_path):
         base = tiny_model(architecture, dtype)
         run = session(base=str(base), method=method)
         train_a_little(run)
-        save_adapter(run.adapter(), tmp_path / "adapter")
+        run.adapter().save(tmp_path / "adapter")
         return run, tmp_path / "adapter", base
 
     return get
@@ -74,9 +74,9 @@ def test_adapter_merged_and_trained_model_have_bit_identical_logits(trained, arc
     assert stock.dtype is getattr(torch, dtype)
     untouched = logits(stock)
     assert not torch.equal(expected, untouched)
-    kept = apply_adapter(stock, load_adapter(adapter))
+    kept = apply_adapter(stock, Adapter.load(adapter))
     assert torch.equal(logits(stock), expected)
-    undo_adapter(stock, load_adapter(adapter), kept)
+    undo_adapter(stock, Adapter.load(adapter), kept)
     assert torch.equal(logits(stock), untouched)
     from_disk = load(merged(adapter, tmp_path / "merged"))
     assert from_disk.dtype is getattr(torch, dtype)
@@ -139,7 +139,7 @@ def test_a_merged_folder_has_tokenizer_and_configuration(trained, tmp_path) -> N
 
 def test_an_adapter_round_trips_exactly(trained) -> None:
     run, adapter, _ = trained("llama", "float32", "ma")
-    loaded, present = load_adapter(adapter), run.adapter()
+    loaded, present = Adapter.load(adapter), run.adapter()
     assert loaded.shapes == present.shapes and loaded.info["method"] == "ma"
     for name in present.indices:
         assert torch.equal(loaded.indices[name], present.indices[name])
@@ -152,12 +152,12 @@ def test_an_adapter_is_refused_on_another_base(trained, tiny_model, tmp_path) ->
     other.model.layers[1].mlp.up_proj.weight.data[3, 4] += 0.5
     before = other.model.layers[0].mlp.up_proj.weight.clone()
     with pytest.raises(UserError, match="not the one it was trained on"):
-        apply_adapter(other, load_adapter(adapter))
+        apply_adapter(other, Adapter.load(adapter))
     assert torch.equal(before, other.model.layers[0].mlp.up_proj.weight)
     other.save_pretrained(tmp_path / "other")
     assert "not the base" in refused(adapter, tmp_path / "merged", "--base", str(tmp_path / "other"))
     with pytest.raises(UserError, match="the model has no weight"):
-        apply_adapter(load(tiny_model("opt")), load_adapter(adapter))
+        apply_adapter(load(tiny_model("opt")), Adapter.load(adapter))
 
 
 def test_merging_never_writes_into_a_folder_that_is_not_empty(trained, tmp_path) -> None:
@@ -195,7 +195,7 @@ def test_a_damaged_adapter_is_refused_before_any_weight_is_touched(trained, dama
     )
     save_file(tensors, file)
     with pytest.raises(UserError, match=f"adapter: .*'{name}'"):
-        load_adapter(adapter)
+        Adapter.load(adapter)
     refused(adapter, tmp_path / "merged")
 
 
@@ -205,9 +205,9 @@ def test_a_truncated_or_foreign_file_is_refused(trained) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="damaged"):
-        load_adapter(adapter)
+        Adapter.load(adapter)
     file.write_bytes(whole)
     for text in ("{", "[]", "{}", config.read_text().replace("scale_sft sparse delta", "something else")):
         config.write_text(text)
         with pytest.raises(UserError, match="adapter: "):
-            load_adapter(adapter)
+            Adapter.load(adapter)

@@ -1,12 +1,14 @@
 """Exports give the trained model's logits in stock peft and transformers, bit for bit."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from adapter_factory import make_adapter
 from click.testing import CliRunner
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from scale_sft.adapters.export import export
@@ -105,9 +107,50 @@ def test_the_card_names_base_method_and_licence(tiny_model, tmp_path) -> None:
     adapter = make_adapter(tiny_model("llama"), tmp_path / "adapter")
     export(adapter, "shira", tmp_path / "out", licence="apache-2.0")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: peft\n")
+    head = ModelCard(card).data
+    assert (head.license, head.library_name, head.pipeline_tag) == ("apache-2.0", "peft", "text-generation")
     assert json.loads((adapter / "adapter_config.json").read_text())["base_hash"][:16] in card
-    assert "PeftModel.from_pretrained" in card and "| method | ag |" in card
+    assert 'PeftModel.from_pretrained(model, "out")' in card and "| method | ag |" in card
+
+
+@pytest.mark.parametrize("to", ["shira", "supertuning", "merged"])
+def test_a_card_names_the_folder_that_was_asked_for(tiny_model, tmp_path, monkeypatch, to) -> None:
+    adapter = make_adapter(tiny_model("llama"), tmp_path / "adapter")
+    (tmp_path / "my_model").mkdir()
+    monkeypatch.chdir(tmp_path / "my_model")
+    command("export", adapter, "--to", to, "--output", ".")
+    card = (tmp_path / "my_model" / "README.md").read_text()
+    assert '"my_model"' in card and "partial" not in card
+
+
+def test_a_merged_model_has_a_card_with_the_licence_of_its_base(tiny_model, tmp_path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model("llama"), base)
+    (base / "README.md").write_text("---\nlicense: llama2\n---\n# The base\n")
+    adapter = make_adapter(base, tmp_path / "adapter")
+    command("merge", adapter, "--output", tmp_path / "merged")
+    card = ModelCard((tmp_path / "merged" / "README.md").read_text())
+    assert (card.data.license, card.data.library_name) == ("llama2", "transformers")
+    assert 'AutoModelForCausalLM.from_pretrained("merged", dtype="float32")' in card.text
+
+
+@pytest.mark.parametrize("head", ["no front matter", "---\nlicense: [\n---\n", "---\n- a list\n---\n", "\udcff"])
+def test_a_damaged_card_of_the_base_states_no_licence(tiny_model, tmp_path, head) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model("llama"), base)
+    (base / "README.md").write_text(head, errors="surrogateescape")
+    adapter = make_adapter(base, tmp_path / "adapter")
+    command("export", adapter, "--to", "shira", "--output", tmp_path / "out")
+    assert ModelCard((tmp_path / "out" / "README.md").read_text()).data.license == "unknown"
+
+
+@pytest.mark.parametrize("to", ["shira", "supertuning"])
+def test_verify_asks_for_peft_before_anything_is_written(tiny_model, tmp_path, monkeypatch, to) -> None:
+    monkeypatch.setattr("scale_sft.adapters.verify.find_spec", lambda name: None)
+    adapter = make_adapter(tiny_model("llama"), tmp_path / "adapter")
+    arguments = ["export", str(adapter), "--to", to, "--output", str(tmp_path / "out"), "--verify"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1 and "needs peft" in result.output and not (tmp_path / "out").exists()
 
 
 def test_an_export_is_uploaded_whole(tiny_model, tmp_path, monkeypatch) -> None:

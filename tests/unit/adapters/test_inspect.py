@@ -8,7 +8,7 @@ import torch
 from adapter_factory import make_adapter
 from click.testing import CliRunner
 
-from scale_sft.adapters.format import Adapter, load_adapter, save_adapter
+from scale_sft.adapters.format import Adapter
 from scale_sft.adapters.inspection import inspect
 from scale_sft.cli.main import main
 
@@ -25,7 +25,7 @@ def command(*arguments):
 
 
 def test_counts_norms_and_the_most_moved_are_those_of_the_tensors(adapter) -> None:
-    found, content = inspect(adapter, top=3), load_adapter(adapter)
+    found, content = inspect(adapter, top=3), Adapter.load(adapter)
     every = torch.cat(list(content.deltas.values()))
     assert found.total.active == every.numel()
     assert found.total.norm == pytest.approx(float(every.norm()))
@@ -43,10 +43,8 @@ def test_counts_norms_and_the_most_moved_are_those_of_the_tensors(adapter) -> No
 def test_entries_in_one_row_are_seen_as_concentrated(tmp_path) -> None:
     info = {"base": "x", "base_hash": "0" * 64, "dtype": "float32"}
     indices = {"model.layers.0.up.weight": torch.arange(50, 100, dtype=torch.int32)}
-    save_adapter(
-        Adapter(indices, {"model.layers.0.up.weight": torch.ones(50)}, {"model.layers.0.up.weight": (40, 50)}, info),
-        tmp_path,
-    )
+    deltas = {"model.layers.0.up.weight": torch.ones(50)}
+    Adapter(indices, deltas, {"model.layers.0.up.weight": (40, 50)}, info).save(tmp_path)
     total = inspect(tmp_path).total
     assert total.top_rows == 1.0 and total.top_columns == pytest.approx(1 / 50)
 

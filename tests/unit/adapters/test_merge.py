@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from scale_sft.adapters.apply import apply_adapter
-from scale_sft.adapters.format import load_adapter
+from scale_sft.adapters.format import Adapter
 from scale_sft.adapters.merge import UNMERGE_FILE, merge, unmerge
 from scale_sft.adapters.safetensors_writer import TensorReader, TensorWriter
 from scale_sft.errors import UserError
@@ -32,7 +32,7 @@ def adapter(tiny_model, tmp_path) -> Path:
 
 def test_merged_weights_are_those_of_the_adapter_in_place(tiny_model, tmp_path, adapter) -> None:
     model = load(tiny_model("llama", "bfloat16"), torch.bfloat16)
-    apply_adapter(model, load_adapter(adapter))
+    apply_adapter(model, Adapter.load(adapter))
     merged = load(merge(adapter, tmp_path / "merged"), torch.bfloat16)
     assert same_bytes(dict(model.state_dict()), dict(merged.state_dict()))
 
@@ -160,5 +160,5 @@ def test_a_model_larger_than_the_memory_limit_merges(tmp_path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     model = load(tmp_path / "base", torch.bfloat16)
-    apply_adapter(model, load_adapter(adapter))
+    apply_adapter(model, Adapter.load(adapter))
     assert same_bytes(dict(model.state_dict()), dict(load(tmp_path / "merged", torch.bfloat16).state_dict()))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import scale_sft
 from scale_sft.adapters.apply import apply_adapter
-from scale_sft.adapters.format import load_adapter as read_adapter
+from scale_sft.adapters.format import Adapter
 from scale_sft.adapters.live import Gate
 from scale_sft.errors import UserError
 
@@ -43,7 +43,7 @@ def adapters(base, tmp_path):
 
 def logits_under(base, adapter) -> torch.Tensor:
     model = load(base, torch.bfloat16)
-    apply_adapter(model, read_adapter(adapter))
+    apply_adapter(model, Adapter.load(adapter))
     with torch.inference_mode():
         return model(input_ids=IDS).logits
 
@@ -160,7 +160,7 @@ def test_a_forward_pass_that_fails_lets_go_of_the_model(base, adapters) -> None:
 def test_memory_of_a_swap_is_that_of_the_entries(base, adapters) -> None:
     model = load(base, torch.bfloat16)
     live = scale_sft.load_adapter(model, adapters[0])
-    entries = sum(indices.numel() for indices in read_adapter(adapters[0]).indices.values())
+    entries = sum(indices.numel() for indices in Adapter.load(adapters[0]).indices.values())
     ready = live.prepare(adapters[0])
     live.swap(ready)
     tensors = [

@@ -76,10 +76,12 @@ def test_the_origin_of_a_table_names_every_invocation_in_it():
 @pytest.mark.parametrize("settings", [{}, {"contestant": "x", "weights": "many"}])
 def test_a_row_of_something_else_is_named_by_file_and_line(tmp_path, benchmark, settings):
     rows.Results(tmp_path, benchmark).add(settings, seconds=1.0)
-    with pytest.raises(UserError, match=rf"{benchmark}\.jsonl, line 1 is no row of `bench {benchmark}`.*remove it"):
+    with pytest.raises(
+        UserError, match=rf"{benchmark}\.jsonl, line 1: expected a row as `bench {benchmark}` .*Fix: remove"
+    ):
         page.write_page(tmp_path)
 
 
 def test_a_folder_without_results_is_no_page(tmp_path):
-    with pytest.raises(UserError, match="no results in"):
+    with pytest.raises(UserError, match="bench: got no results in"):
         page.write_page(tmp_path)

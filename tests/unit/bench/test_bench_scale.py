@@ -115,7 +115,7 @@ def test_a_collective_inside_another_counts_once_and_none_counts_before_the_firs
 
 
 def test_collectives_of_the_worker_are_methods_of_the_cluster() -> None:
-    assert all(callable(vars(Cluster)[name]) for name in scale_worker.COLLECTIVES)
+    assert all(callable(getattr(Cluster, name)) for name in scale_worker.COLLECTIVES)
 
 
 def test_far_more_ranks_than_cores_are_refused(worlds: scale.Worlds, monkeypatch) -> None:

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from scale_sft.config.loading import load, to_yaml
-from scale_sft.config.options import OPTIONS, SECTIONS, Config, ConfigError
+from scale_sft.config.options import FREE, MAY_CHANGE, OPTIONS, SECTIONS, Config, ConfigError
 
 
 @pytest.fixture
@@ -152,3 +152,110 @@ def test_a_missing_recipe_is_one_error(tmp_path) -> None:
 def test_an_empty_recipe_is_all_defaults(recipe) -> None:
     assert load(recipe(""), {"density": 0.1}) == load(None, {"density": 0.1})
     assert isinstance(load(recipe("run:\n"), {"density": 0.1}), Config)
+
+
+# --- a value is what was meant, however it was written --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "text", "meant"),
+    [
+        ("run", "kernels", "off", "off"),  # a boolean in YAML 1.1
+        ("run", "kernels", "'off'", "off"),
+        ("run", "save_merged", "on", True),
+        ("run", "save_merged", "No", False),
+        ("run", "save_merged", "true", True),
+        ("run", "tracker", "~", None),
+        ("run", "tracker", "", None),
+        ("run", "steps", "1_000", 1000),
+        ("run", "steps", "1e3", 1000),
+        ("model", "revision", "0123", "0123"),  # an octal number
+        ("model", "revision", "1.10", "1.10"),  # 1.1
+        ("model", "revision", "12:30", "12:30"),  # 750
+        ("model", "revision", "2024-01-31", "2024-01-31"),  # a date
+        ("model", "revision", "yes", "yes"),
+        ("optimizer", "learning_rate", "1e-3", 1e-3),  # text
+        ("optimizer", "betas", "[0.9, 0.95]", (0.9, 0.95)),
+        ("optimizer", "betas", "0.9, 0.95", (0.9, 0.95)),
+        ("sparse", "target_modules", "q_proj, v_proj,", ("q_proj", "v_proj")),
+        ("sparse", "target_modules", "[q_proj, v_proj]", ("q_proj", "v_proj")),
+        ("sparse", "target_modules", r"layers\.\d{1,2}\.self_attn", r"layers\.\d{1,2}\.self_attn"),
+        ("sparse", "target_modules", "layers.[0,1].q_proj", "layers.[0,1].q_proj"),
+        ("sparse", "target_modules", r"a\d{1,2}, b", (r"a\d{1,2}", "b")),
+    ],
+)
+def test_yaml_guesses_no_types(section, name, text, meant, recipe) -> None:
+    config = load(recipe(f"{section}:\n  {name}: {text}\n"), {"density": "0.1"})
+    assert getattr(getattr(config, section), name) == meant
+
+
+@pytest.mark.parametrize(("word", "meant"), [("on", True), ("off", False), ("ON", True), ("0", False), ("yes", True)])
+def test_a_switch_is_told_on_or_off_on_the_command_line(word: str, meant: bool) -> None:
+    assert load(None, {"density": "0.1", "packing": word}).data.packing is meant
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "sparse:\n  density: 0.1\n  method: ag\n  density: 0.2\n",
+            "line 4: 'density' is given again, first in line 2",
+        ),
+        (
+            "run:\n  steps: 1\nsparse:\n  density: 1\nrun:\n  steps: 2\n",
+            "line 5: 'run' is given again, first in line 1",
+        ),
+        (
+            "sparse: {density: 0.1}\ndata: {train_data: {a.jsonl: 2}}\n",
+            "train_data: got {'a.jsonl': '2'}, expected a list",
+        ),
+        ("sparse: {density: 0.1}\nmodel: {base: [a, b]}\n", "base: got ['a', 'b'], expected text"),
+        ("sparse: {density: 0.1, target_modules: [a, [b]]}\n", "target_modules: got ['a', ['b']], expected"),
+        ("sparse: {density: 0.1, target_modules: []}\n", "target_modules: got [], expected"),
+        ("sparse: {density: 0.1}\nrun: {output_dir: ''}\n", "output_dir: got '', expected text"),
+        ("sparse: {density: 0.1}\nrun: {output_dir:}\n", "output_dir: got None, expected text"),
+    ],
+)
+def test_what_would_be_lost_without_a_word_is_refused(text: str, said: str, recipe) -> None:
+    assert said in mistakes({}, recipe(text))
+
+
+@pytest.mark.parametrize(
+    "name", [f.name for kind in SECTIONS.values() for f in dataclasses.fields(kind) if f.metadata["path"]]
+)
+@pytest.mark.parametrize("text", ["~/x", "$PLACE/x", "${PLACE}/x"])
+def test_home_and_environment_are_expanded_in_every_path(name: str, text: str, monkeypatch, recipe) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    monkeypatch.setenv("PLACE", "/somewhere")
+    tree = {"sparse": {"density": 0.1}}
+    tree.setdefault(OPTIONS[name], {})[name] = text
+    for config in (load(recipe(tree), {}), load(None, {"density": "0.1", name: text})):
+        assert getattr(getattr(config, OPTIONS[name]), name) == "/somewhere/x"
+    assert f"{name}: got '~no-such-user/x', but there is no such user" in mistakes({name: "~no-such-user/x"})
+    assert f"{name}: got '$NO_SUCH/x', but the environment variable NO_SUCH is not" in mistakes({name: "$NO_SUCH/x"})
+
+
+def test_every_one_of_several_sources_is_expanded_but_not_its_details(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    given = "~/a.jsonl?keep=kind:~/$b, data/~c.jsonl"
+    assert load(None, {"density": "0.1", "train_data": given}).data.train_data == (
+        "/home/me/a.jsonl?keep=kind:~/$b", "data/~c.jsonl",
+    )  # fmt: skip
+
+
+# --- resume -------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_resumed_run_may_change_is_a_promise() -> None:
+    free = """
+        resume save_every_steps keep_last on_save_failure log_every_steps eval_every_steps save_merged tracker
+        output_dir skip_nonfinite_steps collective_timeout_seconds base_placement ds_config gradient_checkpointing
+        micro_batch_size eval_batch_size trust_remote_code preprocess_workers cache_dir streaming answer_pattern
+        generation_samples keep_best early_stopping_steps
+    """
+    by_effect = """
+        base revision train_data eval_data steps epochs density tunable_weights rank_equivalent target_modules
+        chat_template
+    """
+    assert set(free.split()) == FREE
+    assert {*free.split(), *by_effect.split()} == MAY_CHANGE

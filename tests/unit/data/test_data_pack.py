@@ -129,14 +129,14 @@ def test_a_model_that_lets_packed_examples_see_each_other_is_refused(tiny_model)
 
 
 def test_training_packed_and_unpacked_gives_the_same_deltas(train_run, tmp_path):
-    from scale_sft.adapters.format import load_adapter
+    from scale_sft.adapters.format import Adapter
 
     runs = {}
     for packing in (False, True):
         folder = train_run(
             packing=packing, micro_batch_size=2, proposal_batch_size=2, output_dir=str(tmp_path / str(packing))
         )
-        runs[packing] = load_adapter(folder / "adapter")
+        runs[packing] = Adapter.load(folder / "adapter")
     for name, indices in runs[False].indices.items():
         assert torch.equal(indices, runs[True].indices[name])
         torch.testing.assert_close(runs[False].deltas[name], runs[True].deltas[name], rtol=1e-3, atol=1e-5)

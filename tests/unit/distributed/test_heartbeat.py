@@ -10,6 +10,7 @@ import torch
 from scale_sft.distributed import heartbeat
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.distributed.heartbeat import Heartbeat
+from scale_sft.distributed.sharding import Replicated
 
 
 class Store:
@@ -110,5 +111,6 @@ def test_a_cluster_that_is_closed_has_stopped_its_heartbeat(ranks):
     (mine, _), _, _ = ranks(2)
     beating = []
     accelerator = SimpleNamespace(end_training=lambda: beating.append(mine._thread.is_alive()))
-    Cluster(accelerator, sharded=False, device=torch.device("cpu"), heartbeat=mine).close()
+    cpu = torch.device("cpu")
+    Cluster(rank=0, size=2, device=cpu, heartbeat=mine, accelerator=accelerator, sharding=Replicated(cpu)).close()
     assert beating == [False]

@@ -11,13 +11,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from scale_sft.adapters.format import load_adapter
+from scale_sft.adapters.format import Adapter
 from scale_sft.adapters.merge import merge
 from scale_sft.cli.main import main
 from scale_sft.config.options import DataConfig, ModelConfig
 from scale_sft.data.cache import load_examples
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.evaluation.answers import Answer, exact_match, extract_answer, greedy_answers
+from scale_sft.evaluation.evaluate_model import for_people
 from scale_sft.evaluation.held_out import Evaluation, held_out_loss
 from scale_sft.model.loading import load_base, load_model_config
 from scale_sft.training.best import best_step, hopeless
@@ -96,7 +97,7 @@ def test_an_answer_that_is_not_found_is_wrong_even_where_the_reference_has_none(
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_an_error(base, examples, tokenizer, cluster):
     from scale_sft.errors import UserError
 
-    with pytest.raises(UserError, match="max_new_tokens: got 125, but with a prompt of . tokens this base has room"):
+    with pytest.raises(UserError, match=r"max_new_tokens: got 125, expected at most 119: the longest prompt has 9 of"):
         greedy_answers(base, tokenizer, examples, cluster, count=1, batch_size=1, max_new_tokens=125)
 
 
@@ -110,7 +111,7 @@ def test_the_best_adapter_is_kept_and_a_hopeless_run_stops_early(train_run, pair
     folder = train_run(**options, early_stopping_steps=2, generation_samples=2, max_new_tokens=3)
     losses = {record["step"]: record["loss"] for record in records(folder, "eval")}
     best = min(losses, key=losses.get)
-    info = load_adapter(folder / "best_adapter").info
+    info = Adapter.load(folder / "best_adapter").info
     assert info["step"] == best and info["held_out_loss"] == losses[best]
     assert max(losses) == min(20, best + 2)
     samples = records(folder, "samples")
@@ -131,19 +132,41 @@ def run(*arguments) -> str:
     return result.stdout
 
 
+def evaluate(*arguments) -> dict:
+    return json.loads(run("eval", *arguments, "--json"))
+
+
 def test_eval_of_base_with_adapter_equals_that_of_the_merged_model_and_of_training(train_run, pairs_file, tmp_path):
     folder = train_run(eval_data=str(pairs_file), exact_match_examples=3, max_new_tokens=4)
     last = records(folder, "eval")[-1]
     merge(folder / "adapter", tmp_path / "merged")
     options = ["--eval_data", pairs_file, "--max_length", 32, "--exact_match_examples", 3, "--max_new_tokens", 4]
-    by_adapter = json.loads(run("eval", folder / "adapter", *options, "--output", tmp_path / "result.json"))
-    merged = json.loads(run("eval", "--base", tmp_path / "merged", *options, "--eval_batch_size", 5))
+    by_adapter = evaluate(folder / "adapter", *options, "--output", tmp_path / "result.json")
+    merged = evaluate("--base", tmp_path / "merged", *options, "--eval_batch_size", 5)
     for found in (by_adapter, merged):
         assert found["held_out"]["loss"] == pytest.approx(last["loss"], abs=1e-6)
         assert found["held_out"]["exact_match"] == last["exact_match"]
     assert json.loads((tmp_path / "result.json").read_text()) == by_adapter
-    base = json.loads(run("eval", "--config", folder / "config.yaml", "--max_length", 32))
+    base = evaluate("--config", folder / "config.yaml", "--max_length", 32)
     assert base["held_out"]["loss"] == pytest.approx(records(folder, "eval")[0]["loss"], abs=1e-6)
+
+
+def test_eval_prints_lines_for_people_and_writes_json_into_its_file(tiny_model, pairs_file, tmp_path):
+    options = ["--base", tiny_model("llama"), "--eval_data", pairs_file, "--max_length", 32, "--max_new_tokens", 4]
+    shown = run(
+        "eval", *options, "--exact_match_examples", 3, "--generation_samples", 1, "--output", tmp_path / "r.json"
+    )
+    held_out = json.loads((tmp_path / "r.json").read_text())["held_out"]
+    lines = shown.splitlines()
+    assert lines[0].startswith(f"held-out loss {held_out['loss']:.4f}  perplexity {held_out['perplexity']:,.2f}")
+    assert lines[0].endswith("exact match 0.0% of 3  (24 examples, 83 target tokens)")
+    assert lines[1:4] == ["", "prompt     0 + 0 =", f"generated  {held_out['samples'][0]['generated']}"]
+    assert lines[4] == "reference  0"
+
+
+def test_results_of_tasks_are_one_line_each():
+    results = {"mmlu": {"alias": "mmlu", "acc,none": 0.4567, "acc_stderr,none": 0.0123, "exact_match,strict": 0.5}}
+    assert for_people({"tasks": results}) == "mmlu  acc 0.4567 ± 0.0123  exact_match (strict) 0.5000"
 
 
 def test_tasks_without_the_harness_say_what_to_install(tiny_model, monkeypatch):
@@ -172,25 +195,16 @@ def test_tasks_go_to_the_harness_with_the_adapter_applied(train_run, monkeypatch
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("scale_sft.evaluation.harness.find_spec", lambda name: object())
-    result = json.loads(run("eval", folder / "adapter", "--tasks", "paper", "--limit", 5))
+    result = evaluate(folder / "adapter", "--tasks", "paper", "--limit", 5)
     assert asked[:2] == [("mmlu", 5, 5, False), ("gsm8k_cot", 8, 5, False)] and asked[-1] == ("humaneval", 0, 5, True)
-    base = json.loads(run("eval", "--config", folder / "config.yaml", "--tasks", "mmlu"))
+    base = evaluate("--config", folder / "config.yaml", "--tasks", "mmlu")
     assert base["tasks"]["mmlu"]["weights"] != result["tasks"]["mmlu"]["weights"]
 
 
 def test_preprocess_and_data_show_tell_what_a_run_would_see(tiny_model, pairs_file, tmp_path):
-    common = [
-        "--base",
-        tiny_model("llama"),
-        "--train_data",
-        pairs_file,
-        "--max_length",
-        12,
-        "--cache_dir",
-        tmp_path / "c",
-    ]
+    common = ["--base", tiny_model("llama"), "--train_data", pairs_file, "--max_length", 12, "--cache_dir", tmp_path]
     told = run("preprocess", *common)
-    assert "train_data" in told and " cut, " in told
+    assert "train_data" in told and "6 examples cut to max_length, 14 dropped" in told
     shown = run("data", "show", *common, "--count", 1, "--first", 1)
     assert "<s>1 + 1 = «2</s>»" in shown.replace("\n", "")
     assert "lengths in tokens" in shown and "cut to max_length" in shown

@@ -134,8 +134,8 @@ def test_the_recorder_forms_the_whole_product_only_where_all_of_it_is_looked_at(
     form = GradientRecorder._product
     monkeypatch.setattr(GradientRecorder, "_product", lambda *args: whole.append(1) or form(*args))
 
-    def record(phase: Phase) -> bool:
-        recorder.begin_step(phase)
+    def record(phase: Phase, *, watch: bool = False) -> bool:
+        recorder.begin_step(phase, watch=watch)
         whole.clear()
         recorder.record_product("w", left, right)
         recorder.end_step()
@@ -144,7 +144,7 @@ def test_the_recorder_forms_the_whole_product_only_where_all_of_it_is_looked_at(
         )
         return bool(whole)
 
-    assert record(Phase.OFF)  # the first step looks for dead gradients
+    assert record(Phase.OFF, watch=True)  # looks for dead gradients
     assert not record(Phase.OFF)
     assert record(Phase.PROPOSE)
     proposed = recorder.candidates["w"].mean.clone()

@@ -16,6 +16,7 @@ from scale_sft.spiel.indices import Entries
 from scale_sft.spiel.moments import mixed_moments
 from scale_sft.spiel.optimizers import adamw_update, correction_table, sm3_update
 from scale_sft.spiel.schedules import ReallocationSchedule
+from scale_sft.spiel.settings import Backends, MethodSettings
 
 pytestmark = pytest.mark.usefixtures("c_kernels")
 
@@ -206,9 +207,11 @@ class Run:
             total_steps=20, update_interval_steps=3, estimation_steps=2, estimates=method != "ma"
         )
         self.tuning = SparseFineTuning(
-            DeltaStore(self.shapes, {"a": 200, "b": 90}), method=method, schedule=schedule, weight_decay=0.1,
-            moments=mixed_moments,
-        )  # fmt: skip
+            DeltaStore(self.shapes, {"a": 200, "b": 90}),
+            MethodSettings(method=method, weight_decay=0.1),
+            schedule,
+            Backends(moments=mixed_moments),
+        )
         start = part.start or 0
         parts = {name: WeightPart(lambda w=w: w, start, start + w.numel()) for name, w in self.weights.items()}
         self.carrier = ResidentDeltas(self.tuning.store, parts)

@@ -316,14 +316,14 @@ def test_cohort_numbers_beyond_bf16_stay_exact():
 def test_the_merged_bf16_model_is_the_trained_one(open_session, train_run, tiny_model, tmp_path, kind, architecture):
     from transformers import AutoModelForCausalLM
 
-    from scale_sft.adapters.format import load_adapter
+    from scale_sft.adapters.format import Adapter
     from scale_sft.adapters.merge import merge
 
     options = {"base": str(tiny_model(architecture)), "dtype": "bfloat16", "quantization": kind}
     run = train_run(**options)
     merged = merge(run / "adapter", tmp_path / "merged")
     session = open_session(**options, output_dir=str(tmp_path / "again"))
-    adapter = load_adapter(run / "adapter")
+    adapter = Adapter.load(run / "adapter")
     for delta in session.tuning.store:
         delta.indices = adapter.indices[delta.name]
         delta.deltas.copy_(adapter.deltas[delta.name])

@@ -75,6 +75,18 @@ def test_the_report_needs_no_other_file(finished: Path) -> None:
     assert _EXTERNAL.search(page) is None
 
 
+def test_texts_of_a_run_cannot_become_markup(tmp_path: Path) -> None:
+    odd = "<b>&\"'"
+    (tmp_path / odd).mkdir()
+    with Metrics(tmp_path / odd, total_steps=1, console=Console(file=io.StringIO())) as metrics:
+        metrics.describe(odd, {odd: odd}, [{odd: odd}])
+        metrics.summary(per_weight={odd: {"active": 1, "numel": 2}}, **{odd: odd})
+    (tmp_path / odd / "config.yaml").write_text(f"model: {{base: {json.dumps(odd)}}}")
+    page = write_report(tmp_path / odd).read_text()
+    assert "<b>" not in page
+    assert page.count("&lt;b&gt;&amp;&#34;&#39;") == 12
+
+
 def test_identifiers_of_one_picture_do_not_reach_into_another(finished: Path) -> None:
     page = finished.read_text()
     clip_paths = re.findall(r'<clipPath id="([^"]+)"', page)

@@ -119,7 +119,7 @@ def test_corrections_by_cohort_go_to_the_device_once_a_step(monkeypatch) -> None
 
 
 def test_grown_deltas_start_at_zero_with_seeded_moments_that_have_seen_g_gradients() -> None:
-    store = DeltaStore({"w": (4, 5)}, {"w": 4}, indices={"w": torch.tensor([1, 3, 8, 19])})
+    store = DeltaStore({"w": (4, 5)}, {"w": torch.tensor([1, 3, 8, 19])})
     own = AdamW(store, betas=(0.9, 0.99), estimation_steps=3)
     for gradient in gradients(4, 3, 4):
         own.step(gradient, 0.01)

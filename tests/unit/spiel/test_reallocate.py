@@ -9,6 +9,7 @@ from scale_sft.spiel.algorithm import SparseFineTuning
 from scale_sft.spiel.deltas import DeltaStore
 from scale_sft.spiel.drop_grow import apply_exchange, drop_scores, exchange_by_accumulators, exchange_by_gradient
 from scale_sft.spiel.schedules import ReallocationSchedule
+from scale_sft.spiel.settings import MethodSettings
 
 
 def by_hand(deltas: dict[int, float], means: dict[int, float], k: int) -> dict[int, float]:
@@ -32,7 +33,7 @@ def test_drop_and_grow_is_what_is_done_by_hand(seed: int) -> None:
     deltas = {index: rng.choice([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0]) for index in active}
     means = {index: rng.choice([-3.0, -1.0, 0.0, 1.0, 2.0]) for index in candidates}
     for k in {0, 1, len(active) // 2, len(active)}:
-        store = DeltaStore({"w": (1, n)}, {"w": len(active)}, indices={"w": torch.tensor(active)})
+        store = DeltaStore({"w": (1, n)}, {"w": torch.tensor(active)})
         delta = store["w"]
         delta.deltas.copy_(torch.tensor([deltas[index] for index in active]))
         mean = torch.tensor([means[index] for index in candidates])
@@ -76,7 +77,7 @@ def test_with_too_few_candidates_only_as_many_are_dropped_the_smallest_first() -
 
 
 def test_an_entry_both_dropped_and_grown_stays_with_its_delta_and_cohort() -> None:
-    store = DeltaStore({"w": (2, 5)}, {"w": 2}, indices={"w": torch.tensor([3, 7])})
+    store = DeltaStore({"w": (2, 5)}, {"w": torch.tensor([3, 7])})
     delta = store["w"]
     delta.deltas.copy_(torch.tensor([0.25, 9.0]))
     exchange = exchange_by_gradient(
@@ -97,7 +98,7 @@ def test_a_weight_that_is_wholly_active_stays_so() -> None:
 
 
 def test_the_change_criterion_measures_from_the_last_reallocation() -> None:
-    store = DeltaStore({"w": (2, 5)}, {"w": 3}, keep_reference=True, indices={"w": torch.tensor([0, 4, 8])})
+    store = DeltaStore({"w": (2, 5)}, {"w": torch.tensor([0, 4, 8])}, keep_reference=True)
     delta = store["w"]
     delta.deltas.copy_(torch.tensor([5.0, 1.0, -2.0]))
     delta.reference.copy_(torch.tensor([4.75, 0.0, 0.0]))
@@ -142,7 +143,7 @@ def test_the_number_of_active_entries_never_changes_and_indices_stay_sorted(meth
         total_steps=30, update_interval_steps=3, estimation_steps=2, initial_replacement_fraction=0.9,
         only_first=method == "static", estimates=method != "ma",
     )  # fmt: skip
-    tuning = SparseFineTuning(DeltaStore(shapes, active, seed=seed), method=method, schedule=schedule)
+    tuning = SparseFineTuning(DeltaStore(shapes, active, seed=seed), MethodSettings(method=method), schedule)
     moved = 0
     for step in range(1, 31):
         tuning.begin_step(step)
@@ -170,7 +171,7 @@ def test_the_number_of_active_entries_never_changes_and_indices_stay_sorted(meth
 def test_an_update_and_growth_of_momentum_approximation_make_no_tensor_of_the_weights_size() -> None:
     shape, active = (384, 640), 500
     schedule = ReallocationSchedule(total_steps=10, update_interval_steps=3, estimation_steps=1, estimates=False)
-    tuning = SparseFineTuning(DeltaStore({"w": shape}, {"w": active}), method="ma", schedule=schedule)
+    tuning = SparseFineTuning(DeltaStore({"w": shape}, {"w": active}), MethodSettings(method="ma"), schedule)
     tuning.begin_step(1)
     tuning.recorder.record("w", torch.randn(shape))
     with LargestTensor() as largest:

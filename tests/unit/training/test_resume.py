@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +56,10 @@ def steps_of(run, event="step"):
 
 def checkpoint(tmp_path, step):
     return tmp_path / "run" / "checkpoints" / f"step_{step:06d}"
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def flip(file, place=-1):
@@ -149,10 +155,51 @@ def test_resume_never_refuses_a_folder_that_holds_a_run(train_run, crashing_run,
         train_run(**saving, resume="never")
 
 
-def test_a_finished_run_is_refused(train_run, saving):
+def test_a_finished_run_started_again_by_the_same_command_says_so_and_does_nothing(
+    train_run, saving, monkeypatch, capsys
+):
+    run = train_run(**saving)
+    before = contents(run)
+    capsys.readouterr()
+    monkeypatch.setattr("scale_sft.training.inputs.read_inputs", lambda *_: pytest.fail("it began again"))
+    train_run(**saving, eval_batch_size=2)  # of no effect on the result
+    assert capsys.readouterr().out == f"finished already at step 6, adapter in {run / 'adapter'}\n"
+    monkeypatch.setenv("RANK", "1")
     train_run(**saving)
-    with pytest.raises(UserError, match="already holds a run .* that is finished"):
-        train_run(**saving)
+    assert capsys.readouterr().out == "" and contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"seed": 5}, "that is finished, with another seed"),
+        ({"density": 0.06}, "that is finished, with another density"),
+        ({"steps": 8}, r"with another steps \(a run of another length is a new run"),
+        ({"save_merged": True}, r"without a merged model \(scale-sft merge .*/adapter .*/merged writes it\)"),
+        ({"resume": "never"}, "and resume is never"),
+    ],
+)
+def test_a_finished_run_is_not_mistaken_for_another(changed, said, train_run, saving):
+    before = contents(train_run(**saving))
+    with pytest.raises(UserError, match=said):
+        train_run(**{**saving, **changed})
+    assert contents(Path(saving["output_dir"])) == before
+
+
+def test_a_resumed_run_tells_the_loss_before_training_as_a_whole_run_does(
+    train_run, crashing_run, saving, pairs_file, tmp_path, capsys
+):
+    options = {**saving, "eval_data": str(pairs_file)}
+    told = []
+    for crash in (None, 5):
+        options["output_dir"] = str(tmp_path / f"run{crash}")
+        if crash:
+            crashing_run(crash, **options)
+        capsys.readouterr()
+        train_run(**options)
+        said = capsys.readouterr().out
+        told.append(re.findall(r"held-out loss +(\S+) (?:->|before,) (\S+)", said))
+    assert told[0] == told[1] and len(set(told[0])) == 1 and len(told[0]) == 2
 
 
 def test_resume_takes_a_chosen_checkpoint_into_a_new_folder(train_run, crashing_run, saving, tmp_path):
@@ -194,9 +241,10 @@ def test_resuming_another_run_is_refused_with_what_differs(
     for message, changed in others.items():
         with pytest.raises(UserError, match=message.strip()) as raised:
             train_run(**{**saving, **changed})
-        assert "is of another run" in str(
-            raised.value
-        ) and "What may change: answer_pattern, base, base_placement" in str(raised.value)
+        said = str(raised.value)
+        assert "is of another run" in said and ("a run of another length is a new run" in said) == ("steps" in changed)
+        free = said.partition("What may change: ")[2].split(", ")
+        assert {"answer_pattern", "base_placement"} <= {*free} and not {"steps", "density", "base"} & {*free}
     assert before == sorted((file, file.stat().st_mtime_ns) for file in (tmp_path / "run").rglob("step_*/*"))
 
 
@@ -284,7 +332,7 @@ def test_the_limit_of_left_out_steps_holds_over_a_resume(train_run, crashing_run
 # --- signals ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("moment", ["step", "evaluation"])
 def test_a_signal_saves_and_stops_and_the_run_goes_on(
     number, moment, train_run, saving, tmp_path, pairs_file, monkeypatch
@@ -303,12 +351,12 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on(
             os.kill(os.getpid(), number)
         return original(*arguments)
 
-    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, signalling)
         with pytest.raises(Interrupted, match=f"{number.name}: saved after step"):
             train_run(**options)
-    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1))
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     run = train_run(**options)
     assert losses(run) == losses(whole)
     assert steps_of(run, "eval") == steps_of(whole, "eval") == [0, 3, 6]

@@ -46,3 +46,26 @@ def test_the_folder_is_free_once_its_owner_is_dead(holder, tmp_path):
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     RunFolder(tmp_path).lock()
+
+
+def test_a_folder_that_cannot_be_written_is_one_error_before_anything_is_read(tmp_path, train_run, monkeypatch):
+    monkeypatch.setattr("scale_sft.training.inputs.read_inputs", lambda *_: pytest.fail("inputs were read"))
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path) and access(path, mode))
+    with pytest.raises(UserError, match=f"^output_dir: .* cannot be written: no permission in {tmp_path}$"):
+        train_run(output_dir=str(tmp_path / "deep" / "run"))
+
+
+def test_a_folder_that_turns_out_not_to_be_writable_is_one_error():
+    with pytest.raises(UserError, match="^output_dir: /proc/no/run cannot be written: "):
+        RunFolder("/proc/no/run").lock()  # nobody may, root neither
+
+
+def test_without_a_writable_cache_tokenised_data_is_kept_in_the_run_and_that_is_said(
+    train_run, monkeypatch, tmp_path, capsys
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("scale_sft.training.inputs.cache_folder", lambda _: tmp_path / "file" / "scale_sft")
+    run = train_run(steps=1)
+    assert f"cannot be written (Not a directory); tokenised data is kept in {run / 'cache'}" in capsys.readouterr().out
+    assert list((run / "cache").rglob("manifest.json"))

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from scale_sft import train
-from scale_sft.adapters.format import load_adapter
+from scale_sft.adapters.format import Adapter
 from scale_sft.data.micro_batches import collate
 from scale_sft.errors import UserError
 from scale_sft.model.loss import token_loss_sum
@@ -31,7 +31,7 @@ def records(run: Path, kind: str) -> list[dict]:
 
 def dense_deltas(run: Path) -> Tensor:
     """All deltas of an adapter laid into zeros, one weight after the other."""
-    adapter = load_adapter(run / "adapter")
+    adapter = Adapter.load(run / "adapter")
     return torch.cat(
         [
             torch.zeros(shape[0] * shape[1]).index_put_((adapter.indices[name].long(),), adapter.deltas[name])
@@ -164,7 +164,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_deltas(
     with pytest.raises(UserError, match=rf"^step {step}: the loss is (nan|inf).* at learning rate 0\.0\d+") as error:
         train_run(method=method, lr_schedule="constant", warmup_fraction=0)
     assert "\n" not in str(error.value) and str(tmp_path / "run" / "adapter") in str(error.value)
-    saved = load_adapter(tmp_path / "run" / "adapter")
+    saved = Adapter.load(tmp_path / "run" / "adapter")
     assert torch.equal(torch.cat(list(saved.deltas.values())), good[step - 1])
 
 
@@ -177,7 +177,7 @@ def test_a_learning_rate_far_too_high_is_one_error_with_nothing_broken_saved(tra
             train_run(
                 method=method, learning_rate=1e6, lr_schedule="constant", warmup_fraction=0, output_dir=str(output)
             )
-        load_adapter(output / "adapter")
+        Adapter.load(output / "adapter")
 
 
 def test_deltas_that_have_overflowed_are_not_saved_as_a_good_state(session, tmp_path) -> None:
@@ -232,6 +232,7 @@ LINES = {
     "targets.jsonl": '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": ""}\n',
 }
 BAD_INPUT = {
+    "tracker": (["--tracker", "wnadb"], "tracker: unknown 'wnadb'; did you mean 'wandb'?"),
     "option": (["--densty", "0.1"], "unknown option --densty; did you mean 'density'?"),
     "density 0": (["--density", "0"], "density: got 0.0, must lie in (0, 1]"),
     "negative density": (["--density", "-0.5"], "density: got -0.5, must lie in (0, 1]"),
@@ -242,7 +243,7 @@ BAD_INPUT = {
     "a total too small": (["--density", "none", "--tunable_weights", "13"], "tunable_weights: got 13, "),
     "target": (["--target_modules", "query"], "target_modules: 'query' matches no layer; this model has q_proj (2x)"),
     "tied target": (["--base", "GPT2", "--target_modules", "lm_head"], "'lm_head' is tied"),
-    "regular expression": (["--target_modules", "q_(proj"], "is no regular expression"),
+    "regular expression": (["--target_modules", "q_(proj"], "regular expression: missing )"),
     "missing data": (["--train_data", "MISSING.jsonl"], "MISSING.jsonl"),
     "empty data": (["--train_data", "empty.jsonl"], "empty.jsonl is empty"),
     "data that is not JSON": (["--train_data", "broken.jsonl"], "broken.jsonl, line 2: not JSON"),

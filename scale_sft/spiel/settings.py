@@ -1,0 +1,68 @@
+"""What the method is to do, and who does it: the settings of a `SparseFineTuning`, and its back ends.
+
+Shapes: O rows, I columns of a weight; K active entries, C candidates, k up for replacement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import drop_grow as in_torch
+from .drop_grow import Exchange
+from .moments import Moments, float32_moments
+from .recorder import Products, Select
+from .topk import top_k_magnitude
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """What one run of the method does, whatever hardware does it. Lengths and dates are the schedule's."""
+
+    method: str = "ag"
+    """`ag` (SFT-AG), `ma` (SFT-MA) or `static` (chosen once by gradient)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's moments (`ag`, `static`)."""
+    eps: float = 1e-8
+    """Added to AdamW's denominator, or under SM3's root (`ma`)."""
+    weight_decay: float = 0.0
+    """Decoupled decay of the deltas towards zero."""
+    candidate_ratio: float = 1.0
+    """C / K: candidates for growth per active entry."""
+    drop_criterion: str = "magnitude"
+    """`magnitude`, or `change` since the last reallocation, for which the store must keep a reference."""
+    max_grad_norm: float | None = None
+    """Clip the norm of all active gradients to this and scale candidates along; None: never."""
+
+
+class Exchanges(Protocol):
+    """Drop and grow for one weight: the functions of `drop_grow`, or others that find the same exchange."""
+
+    def exchange_by_gradient(
+        self, indices: Tensor, scores: Tensor, candidates: Tensor, mean: Tensor, k: int
+    ) -> Exchange: ...
+
+    def exchange_by_accumulators(
+        self, indices: Tensor, scores: Tensor, row: Tensor, col: Tensor, k: int
+    ) -> Exchange: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backends:
+    """Who computes what, and in how many bytes. The defaults are plain torch in one process."""
+
+    select: Select = top_k_magnitude
+    """Choose candidates from one weight's gradient, summed over all ranks."""
+    products: Products | None = None
+    """Compute entries of a weight's gradient; None: pick them from the whole product."""
+    exchanges: Exchanges = in_torch
+    """Drop and grow the entries of one weight."""
+    moments: Moments = float32_moments
+    """How AdamW keeps its moments."""
+    gradient_dtype: torch.dtype = torch.float32
+    """Of the recorded gradients: float32 or bfloat16."""
+    reuse_buffer: bool = True
+    """Form every dense gradient of a step in one buffer."""
