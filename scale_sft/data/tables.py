@@ -89,9 +89,9 @@ class Reading:
     @staticmethod
     def _csv_lines(lines: Iterable[bytes], path: Path) -> Iterator[str]:
         for number, raw in enumerate(lines, start=1):
-            if b"\0" in raw:
-                raise UserError(f"data: {path}, line {number}: holds a NUL byte at column {raw.index(0) + 1}")
             text = decode(raw, path, number)
+            if "\0" in text:
+                raise UserError(f"data: {path}, line {number}: holds a NUL byte at column {raw.index(0) + 1}")
             yield text.removeprefix("\ufeff") if number == 1 else text
 
     def _text(self, path: Path) -> Iterator[Row]:
