@@ -65,6 +65,11 @@ def load_tokenizer(config: ModelConfig) -> Any:
         )
     except (OSError, ValueError) as error:
         raise UserError(f"base: '{config.base}' has no tokenizer that loads: {first_line(error)}") from None
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"base: the tokenizer of '{config.base}' has neither an end nor a padding token, expected one of "
+            "them. Fix: set eos_token in its tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

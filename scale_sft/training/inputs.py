@@ -20,6 +20,7 @@ from scale_sft.data.batches import BatchOrder, batches_of_rank
 from scale_sft.data.cache import cache_folder, load_examples
 from scale_sft.data.chat import use_template
 from scale_sft.data.examples import Examples
+from scale_sft.data.fit import refuse_misfit
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.distributed.tracking import refuse_unknown_tracker
 from scale_sft.distributed.world import World
@@ -78,8 +79,8 @@ def read_inputs(config: Config) -> Inputs:
     """Read and check everything but the weights.
 
     Raises:
-        UserError: see `load_model_config`, `find_targets`, `budget_of`, `load_examples`; or the batch does not divide
-            over the ranks.
+        UserError: see `load_model_config`, `find_targets`, `budget_of`, `load_examples`, `refuse_misfit`; or the batch
+            does not divide over the ranks.
     """
     refuse_unknown_tracker(config.run.tracker)
     model_config = load_model_config(config.model)
@@ -99,6 +100,8 @@ def read_inputs(config: Config) -> Inputs:
     held_out = None
     if data.eval_data:
         held_out = load_examples(data.eval_data, "eval", tokenizer, data, data.max_eval_examples)
+    refuse_misfit(tokenizer, model_config, train, held_out)
+    notes = (*notes, *dict.fromkeys((*train.notes, *(held_out.notes if held_out else ()))))
     total = None if run.steps else math.ceil((run.epochs or 1) * len(train))
     order = BatchOrder(len(train), run.global_batch_size, run.seed, total)
     return Inputs(
