@@ -1,4 +1,4 @@
-"""What is read and checked before any process group or weight: cheap checks come before expensive loads."""
+"""Everything that is read and checked before any process group or weight: cheap checks before expensive loads."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from scale_sft.data.batches import BatchOrder, batches_of_rank
 from scale_sft.data.cache import cache_folder, load_examples
 from scale_sft.data.chat import use_template
 from scale_sft.data.examples import Examples
+from scale_sft.data.fit import refuse_misfit
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.distributed.tracking import refuse_unknown_tracker
 from scale_sft.distributed.world import World
@@ -33,7 +34,7 @@ from scale_sft.planning.placement import Placement, choose_placement
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known before any process group or weight: tokenizer, examples, model configuration, lengths."""
+    """The known facts before any process group or weight: tokenizer, examples, model configuration, lengths."""
 
     config: Config
     tokenizer: Any
@@ -46,7 +47,7 @@ class Inputs:
     steps: int
     placement: Placement
     row_tokens: int | None  # length of packed rows; None: one sequence per row
-    notes: tuple[str, ...] = ()  # what was done otherwise than usual
+    notes: tuple[str, ...] = ()  # for the user: what is done differently from what was asked
 
     def digests(self) -> dict[str, str]:
         """Digest the configuration and the tokenised data (SHA-256): ranks that differ must not train together."""
@@ -78,8 +79,8 @@ def read_inputs(config: Config) -> Inputs:
     """Read and check everything but the weights.
 
     Raises:
-        UserError: see `load_model_config`, `find_targets`, `budget_of`, `load_examples`; or the batch does not divide
-            over the ranks.
+        UserError: see `load_model_config`, `find_targets`, `budget_of`, `load_examples`, `refuse_misfit`; or the batch
+            does not divide over the ranks.
     """
     refuse_unknown_tracker(config.run.tracker)
     model_config = load_model_config(config.model)
@@ -99,6 +100,8 @@ def read_inputs(config: Config) -> Inputs:
     held_out = None
     if data.eval_data:
         held_out = load_examples(data.eval_data, "eval", tokenizer, data, data.max_eval_examples)
+    refuse_misfit(tokenizer, model_config, train, held_out)
+    notes = (*notes, *dict.fromkeys((*train.notes, *(held_out.notes if held_out else ()))))
     total = None if run.steps else math.ceil((run.epochs or 1) * len(train))
     order = BatchOrder(len(train), run.global_batch_size, run.seed, total)
     return Inputs(
@@ -118,7 +121,7 @@ def read_inputs(config: Config) -> Inputs:
 
 
 def _with_writable_cache(data: DataConfig, run: Path) -> tuple[DataConfig, tuple[str, ...]]:
-    """Keep tokenised data in the run's folder where the usual cache cannot be written; returns what to say about it."""
+    """Keep tokenised data in the run's folder if the usual cache cannot be written; returns notes for the user."""
     usual = cache_folder(data)
     if data.cache_dir:
         return data, ()

@@ -451,13 +451,13 @@ def _assert_at_most(limit, race, peer, floor=None):
     pytest.fail(f"{race.base.case.dtype}: of the time of {peer} ours take {found}, at most {allowed:.2f} was promised")
 
 
-@pytest.mark.slow
+@pytest.mark.hardware
 @pytest.mark.timeout(600)
 def test_our_step_takes_hardly_longer_than_dense_forward_and_backward(quick_race):
     _assert_at_most(OF_FULL, quick_race, "full")
 
 
-@pytest.mark.slow
+@pytest.mark.hardware
 @pytest.mark.timeout(600)
 def test_our_step_is_faster_than_lora_or_hardly_slower_than_any_adapter_must_be(quick_race):
     _assert_at_most(OF_LORA[quick_race.base.case.dtype], quick_race, "peft-lora", _floor(quick_race))
@@ -494,7 +494,7 @@ def least_shares(one_thread):
     return measure
 
 
-@pytest.mark.slow
+@pytest.mark.hardware
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("method", ["ag", "ma"])
 def test_optimizer_and_reallocation_with_its_proposal_are_a_small_part_of_a_step(least_shares, method):
@@ -502,7 +502,7 @@ def test_optimizer_and_reallocation_with_its_proposal_are_a_small_part_of_a_step
     assert found["optimizer"] <= OPTIMIZER and found["reallocation, proposal included"] <= REALLOCATION, found
 
 
-@pytest.mark.slow
+@pytest.mark.hardware
 @pytest.mark.timeout(600)
 def test_a_reallocation_of_momentum_approximation_has_no_other_cost(least_shares):
     """SFT-AG has: the gradients of as many candidates as there are active entries, in 5 of 20 steps."""

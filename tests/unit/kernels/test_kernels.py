@@ -148,7 +148,8 @@ def test_without_a_gpu_there_is_only_the_plain_path_and_triton_is_not_imported()
 
 
 @needs_triton
-@pytest.mark.slow
+@pytest.mark.interpreter
+@pytest.mark.timeout(600)
 def test_all_kernels_are_exact_in_tritons_interpreter() -> None:
     """The tests of tests/gpu, in a process of their own: Triton looks for the switch when it is imported."""
     command = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu"]
