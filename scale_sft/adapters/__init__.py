@@ -1,6 +1,7 @@
 """The result of a run: save, apply, swap, merge, export.
 
 format              the adapter folder
+trained             the adapter of a model in training
 apply               into a model's weights and out again
 live                adapters on a resident model, swapped while it serves
 arithmetic          add, scale, negate, intersect, prune, overlap

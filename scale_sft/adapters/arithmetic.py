@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scale_sft.data.turn_ends import INFO_KEY
 from scale_sft.errors import UserError
 from scale_sft.model.fingerprints import combine_fingerprints
 from scale_sft.spiel.topk import in_sorted, top_k_sorted
@@ -126,6 +127,10 @@ def _info(operation: str, adapters: Sequence[Adapter], **settings: Any) -> dict[
         info["base_hash"] = combine_fingerprints(
             {n: (int(v[:16], 16), int(v[16:], 16)) for n, v in prints.items()}, shapes
         )
+    for key in ("chat_template", INFO_KEY):  # what a merged model needs to talk, where all operands agree on it
+        values = [adapter.info.get(key) for adapter in adapters]
+        if values[0] is not None and all(value == values[0] for value in values):
+            info[key] = values[0]
     info["method"] = operation
     operands = [
         adapter.info.get("made_from") or {"method": adapter.info.get("method"), "base_hash": adapter.info["base_hash"]}

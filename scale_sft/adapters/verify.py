@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError
+from scale_sft.model.loading import silence_progress_bars
 
 from .apply import apply_adapter
 from .base_files import locate_base
@@ -39,6 +40,7 @@ def verify(
     """
     from transformers import AutoModelForCausalLM
 
+    silence_progress_bars()
     require_verifiable(adapter, to)
     output = Path(output).expanduser()
     with opened(adapter) as content:
