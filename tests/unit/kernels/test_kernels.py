@@ -302,7 +302,7 @@ def test_the_paths_that_were_chosen_are_kept_by_a_checkpoint(train_run, tmp_path
     clock = Clock(plain=1.0, fast=0.5)
     monkeypatch.setattr(choice, "paths_of", lambda device: {name: clock.path(name) for name in clock.seconds})
     monkeypatch.setattr(choice, "_EventTimer", lambda device: clock)
-    monkeypatch.setattr("scale_sft.training.assemble.fuses", lambda *_: False)
+    monkeypatch.setattr("scale_sft.model.sparse_model.fuses", lambda *_: False)
     options = {"kernels": "auto", "save_every_steps": 2, "output_dir": str(tmp_path / "run"), "keep_last": 9}
     run = train_run(**options)
     kept = json.loads((run / "checkpoints" / "step_000002" / "state.json").read_text())["gradient_paths"]
