@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ from scale_sft.errors import UserError
 
 if TYPE_CHECKING:
     from scale_sft.data.examples import Examples
+from .commands import Commands
 
 
 @click.command(cls=SuggestingCommand)
@@ -28,6 +30,8 @@ def preprocess(recipe: str | None, refresh: bool, **options: str | None) -> None
     Runs with the same data, tokenizer and options reuse the result.
     """
     for split, examples, seconds in _load(load_sections(recipe, options), refresh=refresh):
+        for note in examples.notes:
+            click.echo(f"note: {note}", err=True)
         total = examples.all_tokens(range(len(examples)))
         click.echo(
             f"{split}_data: {examples.source}: {len(examples):,} examples, {total:,} tokens, "
@@ -36,7 +40,7 @@ def preprocess(recipe: str | None, refresh: bool, **options: str | None) -> None
         )
 
 
-@click.group()
+@click.group(cls=Commands)
 def data() -> None:
     """Inspect the data of a recipe."""
 
@@ -76,7 +80,9 @@ def _load(sections: dict[str, Any], *, refresh: bool = False) -> Iterator[tuple[
     for split, source, limit in wanted:
         if source:
             began = time.perf_counter()
-            examples = load_examples(source, split, tokenizer, config, limit, progress=True, refresh=refresh)
+            examples = load_examples(
+                source, split, tokenizer, config, limit, progress=sys.stderr.isatty(), refresh=refresh
+            )
             yield split, examples, time.perf_counter() - began
 
 
