@@ -218,6 +218,7 @@ def run_training(config: Config) -> RunResult:
     from scale_sft.distributed.cluster import Cluster
     from scale_sft.distributed.world import World, refuse_lonely_launchers
     from scale_sft.training.inputs import read_inputs
+    from scale_sft.training.result import RunResult
     from scale_sft.training.run_folder import RunFolder
 
     refuse_lonely_launchers()
@@ -225,7 +226,7 @@ def run_training(config: Config) -> RunResult:
     if done := run.finished(config):
         if World.from_environment().rank == 0:
             print(done)
-        return None
+        return RunResult.read(run, save_merged=config.run.save_merged)
     run.refuse_if_taken(config)
     interruption = Interruption()
     with interruption.handled():

@@ -40,9 +40,9 @@ def locate_base(adapter: Adapter, base: str | None = None) -> Path:
     try:
         return Path(snapshot_download(location, revision=adapter.info.get("revision"), allow_patterns=patterns))
     except Exception as error:  # hub errors are many; all mean that the base is out of reach
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
-            f"base: '{location}' is not a folder here, and the hub did not give it: {reason.rstrip(".")}. "
+            f"base: '{location}' is not a folder here, and the hub did not give it: {reason}. "
             "Fix: say where the base is (--base)"
         ) from None
 

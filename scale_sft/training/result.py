@@ -36,6 +36,25 @@ class RunResult:
             merged=run.merged if session.inputs.config.run.save_merged else None,
         )
 
+    @classmethod
+    def read(cls, run: RunFolder, *, save_merged: bool) -> RunResult:
+        """Describe a finished run by its files alone."""
+        records = list(read_metrics(run.path / METRICS_FILE))
+        steps = next(record["step"] for record in reversed(records) if record["event"] == "end")
+        held_out = {
+            record["step"]: Evaluation(record["loss"], record["target_tokens"], record.get("exact_match"))
+            for record in records
+            if record["event"] == "eval"
+        }
+        return cls(
+            output_dir=run.path,
+            adapter=run.adapter,
+            steps=steps,
+            before=held_out.get(0),
+            after=held_out.get(steps),
+            merged=run.merged if save_merged else None,
+        )
+
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl: one per logged step, reallocation and evaluation, each with its `event`."""
