@@ -224,10 +224,11 @@ def run(recipe: str | Path | Config | None = None, /, **options: Any) -> RunResu
 
 
 def run_training(config: Config) -> RunResult:
-    """Run a configuration from start to end: inputs, ranks, model, loop, files."""
+    """Run a configuration from start to end: inputs, ranks, model, loop, files. A finished run is only described."""
     from scale_sft.distributed.cluster import Cluster
     from scale_sft.distributed.world import World, refuse_lonely_launchers
     from scale_sft.training.inputs import read_inputs
+    from scale_sft.training.result import RunResult
     from scale_sft.training.run_folder import RunFolder
 
     refuse_lonely_launchers()
@@ -235,7 +236,7 @@ def run_training(config: Config) -> RunResult:
     if done := run.finished(config):
         if World.from_environment().rank == 0:
             print(done)
-        return None
+        return RunResult.of_finished(run)
     run.refuse_if_taken(config)
     interruption = Interruption()
     with interruption.handled():

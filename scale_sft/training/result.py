@@ -36,7 +36,20 @@ class RunResult:
             merged=run.merged if session.inputs.config.run.save_merged else None,
         )
 
+    @classmethod
+    def of_finished(cls, run: RunFolder) -> RunResult:
+        """Read the result of a run that had finished earlier from its files."""
+        records = read_metrics(run.path / METRICS_FILE)
+        steps = next(record["step"] for record in reversed(records) if record["event"] == "end")
+        held_out = {
+            record["step"]: Evaluation(record["loss"], record["target_tokens"], record.get("exact_match"))
+            for record in records
+            if record["event"] == "eval"
+        }
+        merged = run.merged if run.merged.is_dir() else None
+        return cls(run.path, run.adapter, steps, held_out.get(0), held_out.get(steps), merged)
+
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl: one per logged step, reallocation and evaluation, each with its `event`."""
-        return list(read_metrics(self.output_dir / METRICS_FILE))
+        return read_metrics(self.output_dir / METRICS_FILE)
