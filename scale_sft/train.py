@@ -42,39 +42,34 @@ def train(session, metrics, checkpoints) -> None:
     """
     from scale_sft.training.best import best_step, hopeless
 
-    tuning, cluster, order = session.tuning, session.cluster, session.inputs.order
+    optimizer, cluster = session.optimizer, session.cluster
     evaluate_if_due(session, metrics, checkpoints.run)
     for step in range(session.step + 1, session.inputs.steps + 1):
         if hopeless(session.evaluations, session.step, session.inputs.config.run.early_stopping_steps):
             metrics.note(f"stopped: the held-out loss has not fallen since step {best_step(session.evaluations)}")
             return
         began = time.perf_counter()
-        learning_rate = session.learning_rate.at(step)
-        batch = order.batch(step)
 
         # --- forward and backward over the micro-batches: the recorder receives the gradients -----------------
-        tuning.begin_step(step)
-        loss, tokens = forward_backward(session, batch)
-        cluster.sum_(tuning.recorder.flat)
-        grad_norm = tuning.clip().item()
+        optimizer.begin()
+        loss, tokens = forward_backward(session, session.inputs.order.batch(step))
+        optimizer.reduce()
+        grad_norm = optimizer.clip().item()
         if step == 1:
             refuse_dead_gradients(session)
 
         # --- update, drop, grow ---------------------------------------------------------------------------------
-        finite = finite_or_stop(session, metrics, checkpoints, step, learning_rate, loss, grad_norm)
+        finite = finite_or_stop(session, metrics, checkpoints, loss, grad_norm)
         if finite:
-            session.update(learning_rate)
-        if tuning.schedule.reallocates_at(step):
-            reallocate(session, metrics, step)
-        if not (finite and session.fused) or tuning.schedule.reallocates_at(step):
-            session.resident.write()
-        session.step = step
+            optimizer.update()
+        reallocate(session, metrics, step)
+        optimizer.end()
 
         if finite:
             metrics.step(
                 step,
                 loss=loss,
-                learning_rate=learning_rate,
+                learning_rate=optimizer.learning_rate,
                 grad_norm=grad_norm,
                 tokens=tokens["all"],
                 target_tokens=tokens["target"],
@@ -109,15 +104,11 @@ def forward_backward(session, batch: list[int]) -> tuple[float, dict[str, int]]:
 
 
 def reallocate(session, metrics, step: int) -> None:
-    """Drop and grow in every weight, then prove that all ranks did the same."""
+    """Drop and grow in every weight where the schedule says so, and record what that did."""
     began = time.perf_counter()
-    tuning = session.tuning
-    if not tuning.can_reallocate:
-        tuning.recorder.close_estimation()
+    turnover, tuning = session.optimizer.reallocate(), session.tuning
+    if turnover is None:
         return
-    session.resident.settle()
-    turnover = tuning.reallocate(step, session.resident)
-    session.cluster.check_identical(tuning.digests, f"the deltas after reallocation {turnover.number}")
     metrics.reallocation(
         step,
         number=turnover.number,
@@ -131,9 +122,7 @@ def reallocate(session, metrics, step: int) -> None:
     )
 
 
-def finite_or_stop(
-    session, metrics, checkpoints, step: int, learning_rate: float, loss: float, grad_norm: float
-) -> bool:
+def finite_or_stop(session, metrics, checkpoints, loss: float, grad_norm: float) -> bool:
     """A loss or gradient that is no number: False, the step is left out, while that is allowed; otherwise the run ends.
 
     Raises:
@@ -142,7 +131,8 @@ def finite_or_stop(
     tuning, run, config = session.tuning, checkpoints.run, session.inputs.config.run
     if isfinite(loss) and isfinite(grad_norm) and tuning.candidates_are_finite:
         return True
-    tuning.discard_step()
+    session.optimizer.discard()
+    step, learning_rate = session.step + 1, session.optimizer.learning_rate
     batch = ", ".join(map(str, session.inputs.order.batch(step)))
     what = f"step {step}: the loss is {loss} and the gradient norm {grad_norm} at learning rate {learning_rate:.3g}"
     if not bool(tuning.store.flat.isfinite().all()):
@@ -224,7 +214,7 @@ def run(recipe: str | Path | Config | None = None, /, **options: Any) -> RunResu
 
 
 def run_training(config: Config) -> RunResult:
-    """Run a configuration from start to end: inputs, ranks, model, loop, files. A finished run is only described."""
+    """Run a configuration from start to end: inputs, ranks, model, loop, files."""
     from scale_sft.distributed.cluster import Cluster
     from scale_sft.distributed.world import World, refuse_lonely_launchers
     from scale_sft.training.inputs import read_inputs
@@ -236,7 +226,7 @@ def run_training(config: Config) -> RunResult:
     if done := run.finished(config):
         if World.from_environment().rank == 0:
             print(done)
-        return RunResult.of_finished(run)
+        return RunResult.read(run, save_merged=config.run.save_merged)
     run.refuse_if_taken(config)
     interruption = Interruption()
     with interruption.handled():

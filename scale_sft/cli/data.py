@@ -30,6 +30,8 @@ def preprocess(recipe: str | None, refresh: bool, **options: str | None) -> None
     Runs with the same data, tokenizer and options reuse the result.
     """
     for split, examples, seconds in _load(load_sections(recipe, options), refresh=refresh):
+        for note in examples.notes:
+            click.echo(f"note: {note}", err=True)
         total = examples.all_tokens(range(len(examples)))
         click.echo(
             f"{split}_data: {examples.source}: {len(examples):,} examples, {total:,} tokens, "

@@ -154,7 +154,7 @@ def _wrong_with_path(text: str) -> str | None:
     """Refuse what does not expand: it would become a folder of that name."""
     path = _expanded(text).partition("?")[0]
     if path.startswith("~"):
-        return f"got {text!r}, but there is no such user as {path.split('/')[0]}"
+        return f"got {text!r}, but this machine has no user {path.split('/')[0][1:]!r}"
     if not os.path.exists(path) and (unset := re.search(r"\$(?:\{(\w+)\}|(\w+))", path)):
         return f"got {text!r}, but the environment variable {unset[1] or unset[2]} is not set"
     return None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,13 +30,15 @@ class BatchOrder:
     global_batch_size: int
     seed: int
     total_examples: int | None = None  # where the run stops, in examples seen; None: never
+    _orders: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)  # the last epoch's
 
     def steps(self) -> int:
-        """Optimizer steps until `total_examples` have been seen."""
+        """Count the optimizer steps until `total_examples` have been seen."""
+        assert self.total_examples is not None, "a run without an end has no number of steps"
         return math.ceil(self.total_examples / self.global_batch_size)
 
     def batch(self, step: int) -> list[int]:
-        """Examples of global batch `step` (counted from 1)."""
+        """Return the examples of global batch `step` (counted from 1)."""
         first = (step - 1) * self.global_batch_size
         last = first + self.global_batch_size
         if self.total_examples is not None:
@@ -44,13 +46,11 @@ class BatchOrder:
         return [int(self._epoch(place // self.examples)[place % self.examples]) for place in range(first, last)]
 
     def _epoch(self, epoch: int) -> Tensor:
-        if self._cache.get("epoch") != epoch:
+        if epoch not in self._orders:
             order = torch.randperm(self.examples, generator=seeded_generator(self.seed, "data order", str(epoch)))
-            self._cache.update(epoch=epoch, order=order)
-        return self._cache["order"]
-
-    def __post_init__(self):
-        object.__setattr__(self, "_cache", {})
+            self._orders.clear()
+            self._orders[epoch] = order
+        return self._orders[epoch]
 
 
 def batches_of_rank(
@@ -67,7 +67,7 @@ def batches_of_rank(
     pad_id: int,
     device: torch.device,
 ) -> Iterator[dict[str, Tensor]]:
-    """The micro-batches of one rank in a global batch, ready for the model.
+    """Yield the micro-batches of one rank in a global batch, ready for the model.
 
     Args:
         first: sequences, over all ranks, of the first micro-step; None: as many as in any other.
@@ -75,11 +75,18 @@ def batches_of_rank(
             micro-batch. Only the order inside the global batch changes, which the loss does not depend on.
         row_tokens: pack into rows of so many tokens; None: one sequence per row.
     """
-    share = {"rank": rank, "world_size": world_size, "micro_batch_size": micro_batch_size, "first": first}
     if row_tokens:
-        for rows in packed_micro_batches(examples, batch, row_tokens=row_tokens, **share):
+        for rows in packed_micro_batches(
+            examples,
+            batch,
+            row_tokens=row_tokens,
+            rank=rank,
+            world_size=world_size,
+            micro_batch_size=micro_batch_size,
+            first=first,
+        ):
             yield collate_packed(examples, rows, pad_id, device, flat=flat)
         return
     order = batch if keep_order or first else longest_first(examples, batch)
-    for members in micro_batches(order, **share):
+    for members in micro_batches(order, rank, world_size, micro_batch_size, first):
         yield collate(examples, members, pad_id, device)

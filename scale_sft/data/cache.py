@@ -22,9 +22,11 @@ from scale_sft.version import __version__
 
 from .examples import Examples
 from .formats import ENCODED, Encoder
-from .sources import Part, Source, open_sources, parse_sources
+from .notes import Notes
+from .opening import Part, open_sources
+from .sources import Source, parse_sources
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 BATCH_ROWS = 1000
 ROWS_PER_WORKER = 20_000
 """Below this many rows per process, starting processes costs more than it saves."""
@@ -40,49 +42,56 @@ def load_examples(
     progress: bool = False,
     refresh: bool = False,
 ) -> Examples:
-    """Tokenised and masked examples of one or several sources (see `data_sources`), from the cache where they are.
+    """Tokenise and mask the examples of one or several sources (see `sources`), or take them from the cache.
 
     Args:
         split: 'train' or 'eval': which of the shipped examples 'demo' means, and the default split of hub data.
         limit: use only so many rows.
-        refresh: tokenise anew even if the cache has them.
+        refresh: tokenise again even if the cache has them.
 
     Raises:
         UserError: data that is missing, broken (with file and line) or leaves no token to learn from.
     """
-    from filelock import FileLock
-
     sources = parse_sources(source, split)
     name = source if isinstance(source, str) else ", ".join(source)
     key = cache_key(sources, split, tokenizer, config, limit)
     root = cache_folder(config)
-    folder, failure = root / key, root / f"{key}.error"
-    arrived = time.time()
+    work = (sources, split, tokenizer, config, limit, progress)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        if refresh or not (folder / "manifest.json").exists():
-            with FileLock(root / f"{key}.lock"):
-                if failure.exists() and failure.stat().st_mtime >= arrived:  # the process before met it just now
-                    raise UserError(failure.read_text(encoding="utf-8"))
-                made = folder / "manifest.json"
-                if not made.exists() or (refresh and made.stat().st_mtime < arrived):
-                    _build_or_tell(folder, failure, sources, split, tokenizer, config, limit, progress)
+        _make(root, key, work, refresh)
     except OSError as error:
         raise UserError(f"cache_dir: {root} cannot be used: {error}; choose another folder with cache_dir") from None
-    return _open(folder, name, config)
+    return _open(root / key, name, config)
+
+
+def _make(root: Path, key: str, work: tuple[Any, ...], refresh: bool) -> None:
+    """Build the cache folder `key`, unless it is there or another process does."""
+    from filelock import FileLock
+
+    folder, failure = root / key, root / f"{key}.error"
+    arrived = time.time()
+    made = folder / "manifest.json"
+    if made.exists() and not refresh:
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f"{key}.lock"):
+        if failure.exists() and failure.stat().st_mtime >= arrived:  # the process before met it just now
+            raise UserError(failure.read_text(encoding="utf-8"))
+        if not made.exists() or (refresh and made.stat().st_mtime < arrived):
+            _build_or_tell(folder, failure, *work)
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where tokenised data is kept: `cache_dir`, or scale_sft/ in the cache of Hugging Face (HF_HOME)."""
+    """Return where tokenised data is kept: `cache_dir`, or scale_sft/ in the cache of Hugging Face (HF_HOME)."""
     if config.cache_dir:
-        return Path(config.cache_dir)
+        return Path(config.cache_dir).expanduser()
     from datasets.config import HF_CACHE_HOME
 
     return Path(HF_CACHE_HOME) / "scale_sft"
 
 
 def cache_key(sources: Sequence[Source], split: str, tokenizer: Any, config: DataConfig, limit: int | None) -> str:
-    """32 hex digits over everything that the encoded examples depend on."""
+    """Return 32 hex digits over everything that the encoded examples depend on."""
     content = {
         "format": CACHE_FORMAT,
         "version": __version__,
@@ -98,7 +107,7 @@ def cache_key(sources: Sequence[Source], split: str, tokenizer: Any, config: Dat
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
-    """Hash of a tokenizer's vocabulary and rules, special tokens and chat template."""
+    """Hash a tokenizer's vocabulary and rules, special tokens and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules: Any = None
     if backend is not None:
@@ -133,28 +142,33 @@ def _build(
     limit: int | None,
     progress: bool,
 ) -> None:
-    """Encode everything into a folder beside, which takes its name once it is complete."""
+    """Encode everything into a folder next to it, which takes its name once it is complete."""
     work = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
+        notes, rows = Notes(work / "notes"), work / "rows"
         with _progress_bars(progress):
-            parts = open_sources(sources, split, limit, config.streaming)
-            encoded = [_encode(part, n, work, tokenizer, config) for n, part in enumerate(parts)]
-        files = [[Path(file["filename"]).name for file in rows.cache_files] for rows in encoded]
-        manifest = {"files": [file for part in files for file in part], "sources": [source.name for source in sources]}
-        write_json(work / "manifest.json", manifest)
+            parts = open_sources(sources, split, limit, config.streaming, scratch=rows, notes=notes)
+            encoded = [_encode(part, n, work, tokenizer, config, notes) for n, part in enumerate(parts)]
+        files = [Path(file["filename"]).name for part in encoded for file in part.cache_files]
+        said = notes.all()
+        for spent in (rows, work / "notes"):
+            shutil.rmtree(spent, ignore_errors=True)
+        names = [source.name for source in sources]
+        write_json(work / "manifest.json", {"files": files, "sources": names, "notes": said})
         shutil.rmtree(folder, ignore_errors=True)
         work.replace(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _encode(part: Part, number: int, work: Path, tokenizer: Any, config: DataConfig) -> Any:
-    """One part, encoded by `datasets.map` into Arrow files of the folder `work`."""
+def _encode(part: Part, number: int, work: Path, tokenizer: Any, config: DataConfig, notes: Notes) -> Any:
+    """Encode one part by `datasets.map` into Arrow files of the folder `work`."""
     import datasets
 
-    encoder = Encoder(part, tokenizer, max_length=config.max_length, loss_on=config.loss_on)
+    assert config.max_length is not None
+    encoder = Encoder(part, tokenizer, max_length=config.max_length, loss_on=config.loss_on, notes=notes)
     ints = datasets.List(datasets.Value("int32"))
     features = dict(zip(ENCODED, (ints, ints, datasets.Value("int32"), datasets.Value("int32")), strict=True))
     rows = len(part.rows)
@@ -200,14 +214,14 @@ def _open(folder: Path, name: str, config: DataConfig) -> Examples:
     import datasets
 
     try:
-        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-        rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(folder / file)) for file in files])
-    except (OSError, ValueError, KeyError) as error:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        files = [datasets.Dataset.from_file(str(folder / file)) for file in manifest["files"]]
+        examples = Examples(datasets.concatenate_datasets(files), name, notes=tuple(manifest["notes"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cache_dir: {folder} is damaged ({error!r:.100}); remove that folder") from None
-    examples = Examples(rows, name)
     if not len(examples):
         raise UserError(
-            f"data: {name}: no token to learn from is left: the prompt of each of its {len(rows):,} examples fills "
-            f"max_length ({config.max_length}); raise max_length"
+            f"data: {name}: no token to learn from is left: the prompt of each of its {examples.dropped:,} examples "
+            f"fills max_length ({config.max_length}); raise max_length"
         )
     return examples

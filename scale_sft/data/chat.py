@@ -5,6 +5,7 @@ Spans are half-open pairs of character positions in the rendered text.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +15,11 @@ from scale_sft.errors import UserError, first_line
 from scale_sft.files import ASSETS
 
 from .turn_ends import special_tokens
+from .turns import Chat
 
 SHIPPED_TEMPLATES = ASSETS / "templates"
-ROLES = ("system", "developer", "user", "assistant", "tool")
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_LOOKS_LIKE_A_MARK = re.compile(r"<.+>|\[.+\]")
 
 Span = tuple[int, int]
 Where = Callable[[int], str]
@@ -50,41 +52,15 @@ def has_marks(template: str) -> bool:
     return bool(_MARKS.search(template))
 
 
-def check_turns(turns: Any, where: Callable[[], str]) -> list[dict[str, Any]]:
-    """The turns of one conversation, without empty fields; `where` is asked for its place only if something is wrong.
-
-    Raises:
-        UserError: it is no list of turns with a known role and a text.
-    """
-    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        got = "nothing" if turns is None else f"{type(turns).__name__} {turns!r:.40}"
-        raise UserError(f"{where()}: expected a list of turns, got {got}")
-    return [_check_turn(turn, number, where) for number, turn in enumerate(turns, start=1)]
-
-
-def _check_turn(turn: Any, number: int, where: Callable[[], str]) -> dict[str, Any]:
-    if not isinstance(turn, Mapping):
-        raise UserError(f"{where()}: turn {number} is {type(turn).__name__}, expected role and content")
-    turn = {key: value for key, value in turn.items() if value is not None}
-    if "from" in turn and "value" in turn and "role" not in turn:
-        raise UserError(f"{where()}: turn {number} has from and value; rename them to role and content")
-    if turn.get("role") not in ROLES:
-        role = repr(turn.get("role"))[:40]
-        raise UserError(f"{where()}: turn {number} has the unknown role {role}; expected {', '.join(ROLES)}")
-    if not isinstance(turn.get("content"), str) and "tool_calls" not in turn:
-        kind = type(turn.get("content")).__name__
-        raise UserError(f"{where()}: the content of turn {number} ({turn['role']}) is {kind}, expected text")
-    return turn
-
-
 def render(
-    conversations: Sequence[Sequence[Mapping]], tokenizer: Any, where: Where, *, marks: bool | None = None
+    chats: Sequence[Chat], tokenizer: Any, where: Where, *, marks: bool | None = None, unlearned: bool = False
 ) -> tuple[list[str], list[list[Span]]]:
-    """Texts of a batch of conversations, and the spans of their assistant turns with the tokens that end them.
+    """Write a batch of conversations; find the spans of the turns that are learned, with the tokens that end them.
 
     Args:
         marks: take the spans from the template's generation marks, or by comparing prefixes; default: from the marks
             where there are any.
+        unlearned: find the assistant turns that are not learned instead.
 
     Raises:
         UserError: there is no template, it refuses a conversation, or it rewrites earlier turns and has no marks.
@@ -97,44 +73,55 @@ def render(
         )
     if marks is None:
         marks = isinstance(template, str) and has_marks(template)
-    return _by_marks(conversations, tokenizer, where) if marks else _by_prefixes(conversations, tokenizer, where)
+    wanted = [sorted(chat.unlearned & {*chat.replies()}) if unlearned else chat.learned() for chat in chats]
+    return (_by_marks if marks else _by_prefixes)(chats, wanted, tokenizer, where)
 
 
-def prompt_length(turns: Sequence[Mapping], tokenizer: Any, where: Where) -> int:
-    """Characters of the text that asks for an answer to `turns`."""
-    return len(write([list(turns)], tokenizer, where, ask=True)[0])
-
-
-def _by_marks(conversations: Sequence, tokenizer: Any, where: Where) -> tuple[list[str], list[list[Span]]]:
+def _by_marks(
+    chats: Sequence[Chat], wanted: list[list[int]], tokenizer: Any, where: Where
+) -> tuple[list[str], list[list[Span]]]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     texts, spans = [], []
-    for number, turns in enumerate(conversations):
+    for number, (chat, turns) in enumerate(zip(chats, wanted, strict=True)):
         try:
             text, marked = render_jinja_template(
-                conversations=[turns],
+                conversations=[chat.turns],
                 chat_template=tokenizer.chat_template,
                 return_assistant_tokens_mask=True,
-                **tokenizer.special_tokens_map,
+                **{**tokenizer.special_tokens_map, **chat.options},
             )
         except Exception as error:  # jinja's, and whatever the template raises
             raise UserError(f"{where(number)}: the chat template refuses it: {first_line(error)}") from None
         texts += text
-        spans.append([(start, stop) for start, stop in marked[0] if stop > start])
+        found, replies = marked[0], chat.replies()
+        if turns != replies:
+            if len(found) != len(replies):
+                raise UserError(
+                    f"{where(number)}: the chat template marks {len(found)} stretches as generated, but there are "
+                    f"{len(replies)} turns of the assistant; which of them has weight 0 cannot be told"
+                )
+            found = [found[replies.index(turn)] for turn in turns]
+        spans.append([(start, stop) for start, stop in found if stop > start])
     return texts, spans
 
 
-def _by_prefixes(conversations: Sequence, tokenizer: Any, where: Where) -> tuple[list[str], list[list[Span]]]:
+def _by_prefixes(
+    chats: Sequence[Chat], wanted: list[list[int]], tokenizer: Any, where: Where
+) -> tuple[list[str], list[list[Span]]]:
     """What a turn adds is the difference of the texts up to it (asking for an answer) and with it."""
-    whole = write(conversations, tokenizer, where)
-    replies = [(c, n) for c, turns in enumerate(conversations) for n, turn in enumerate(turns) if _is_reply(turn)]
-    place = lambda m: where(replies[m][0])
-    before = write([conversations[c][:n] for c, n in replies], tokenizer, place, ask=True)
-    last = {c: len(turns) for c, turns in enumerate(conversations)}
-    inner = [(c, n) for c, n in replies if n + 1 < last[c]]  # the text up to the last turn is the whole
-    after = dict(zip(inner, write([conversations[c][: n + 1] for c, n in inner], tokenizer, place), strict=True))
-    ends = [text for text in special_tokens(tokenizer).values() if text]
-    spans: list[list[Span]] = [[] for _ in conversations]
+    whole = write(chats, tokenizer, where)
+    replies = [(c, n) for c, turns in enumerate(wanted) for n in turns]
+
+    def place(reply: int) -> str:
+        return where(replies[reply][0])
+
+    before = write([chats[c].first(n) for c, n in replies], tokenizer, place, ask=True)
+    inner = [(c, n) for c, n in replies if n + 1 < len(chats[c].turns)]  # the text up to the last turn is the whole
+    cut = write([chats[c].first(n + 1) for c, n in inner], tokenizer, lambda m: where(inner[m][0]))
+    after = dict(zip(inner, cut, strict=True))
+    ends = _end_tokens(tokenizer)
+    spans: list[list[Span]] = [[] for _ in chats]
     for (c, n), start in zip(replies, before, strict=True):
         stop = after.get((c, n), whole[c])
         if not (whole[c].startswith(stop) and stop.startswith(start)):
@@ -146,30 +133,40 @@ def _by_prefixes(conversations: Sequence, tokenizer: Any, where: Where) -> tuple
     return whole, spans
 
 
-def _is_reply(turn: Mapping) -> bool:
-    return turn["role"] == "assistant"
+def _end_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Texts of what may end a turn: special tokens, and other added ones that look like marks."""
+    added = {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
+    marks = {text for text in added if _LOOKS_LIKE_A_MARK.fullmatch(text)}
+    return tuple(text for text in {*special_tokens(tokenizer).values(), *marks} if text.strip())
 
 
-def _end_of_turn(added: str, ends: Sequence[str]) -> int:
+def _end_of_turn(added: str, ends: tuple[str, ...]) -> int:
     """Length of a turn up to and with the token that ends it: white space between turns is never generated."""
     bare = added.rstrip()
-    return len(bare) if any(bare.endswith(end) for end in ends) else len(added)
+    return len(bare) if bare.endswith(ends) else len(added)
 
 
-def write(conversations: Sequence, tokenizer: Any, where: Where, ask: bool = False) -> list[str]:
-    """The texts of a batch of conversations; `ask` ends each with what asks for an answer.
+def write(chats: Sequence[Chat], tokenizer: Any, where: Where, ask: bool = False) -> list[str]:
+    """Write a batch of conversations; `ask` ends each with what asks for an answer.
 
     Raises:
         UserError: the template refuses a conversation.
     """
-    if not conversations:
-        return []
-    try:
-        return tokenizer.apply_chat_template(list(conversations), tokenize=False, add_generation_prompt=ask)
-    except Exception:  # find the one that is refused
-        for number, turns in enumerate(conversations):
-            try:
-                tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
-            except Exception as error:  # jinja's, and whatever the template raises
-                raise UserError(f"{where(number)}: the chat template refuses it: {first_line(error)}") from None
-        raise
+    texts = [""] * len(chats)
+    groups: dict[str, list[int]] = {}
+    for n, chat in enumerate(chats):
+        groups.setdefault(json.dumps(chat.options, sort_keys=True) if chat.options else "", []).append(n)
+    for members in groups.values():
+        options: Mapping[str, Any] = {**chats[members[0]].options, "tokenize": False, "add_generation_prompt": ask}
+        try:
+            written = tokenizer.apply_chat_template([chats[n].turns for n in members], **options)
+        except Exception:  # find the one that is refused
+            for n in members:
+                try:
+                    tokenizer.apply_chat_template(chats[n].turns, **options)
+                except Exception as error:  # jinja's, and whatever the template raises
+                    raise UserError(f"{where(n)}: the chat template refuses it: {first_line(error)}") from None
+            raise
+        for n, text in zip(members, written, strict=True):
+            texts[n] = text
+    return texts

@@ -18,10 +18,11 @@ class Examples:
         rows: columns input_ids, spans (start, stop, start, stop ... of the tokens that count), length (before it was
             cut to max_length) and targets (how many tokens count; rows with 0 are left out).
         source: where they come from, for messages.
+        notes: what a user should know of the data.
     """
 
-    def __init__(self, rows: Any, source: str):
-        self.source = source
+    def __init__(self, rows: Any, source: str, notes: tuple[str, ...] = ()):
+        self.source, self.notes = source, notes
         self._data = rows
         numbers = rows.with_format("numpy")
         targets, whole = (np.asarray(numbers[name][:], dtype=np.int64) for name in ("targets", "length"))
@@ -59,7 +60,7 @@ class Examples:
 
     def subset(self, members: Sequence[int]) -> Examples:
         """Some of these examples, in the order given."""
-        return Examples(self._data.select(self._kept[np.asarray(members, dtype=np.int64)]), self.source)
+        return Examples(self._data.select(self._kept[np.asarray(members, dtype=np.int64)]), self.source, self.notes)
 
     def digest(self) -> str:
         """SHA-256 over all tokens and spans: 64 hex digits."""
@@ -69,6 +70,13 @@ class Examples:
                 sha.update(lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64))
                 sha.update(lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64))
         return sha.hexdigest()
+
+    def largest_token(self) -> int:
+        """The largest token id; -1 where there is no token."""
+        import pyarrow.compute
+
+        largest = (pyarrow.compute.max(lists.flatten()).as_py() for lists in _columns(self._data, "input_ids"))
+        return max((token for token in largest if token is not None), default=-1)
 
     def target_tokens(self, members: Sequence[int]) -> int:
         """How many tokens of these examples count; the first of a sequence is never predicted."""

@@ -5,214 +5,245 @@
     alpaca              instruction, input (may be missing or empty), output
     text                one text
 
-Spans are half-open pairs of positions. An encoded example is [bos] prompt completion [eos] for texts, and what the chat
-template writes for conversations; it is cut at its end to max_length.
+Spans are half-open pairs of positions. An encoded example is what the tokenizer's own call makes of prompt +
+completion, with one end token, for texts, and what the chat template writes for conversations; it is cut at its end
+to max_length.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from scale_sft.errors import UserError
 
-from .chat import Span, check_turns, prompt_length, render, write
-from .sources import COLUMNS, Part
+from .chat import Span, render, write
+from .notes import Notes
+from .opening import Part
+from .sources import FORMATS, OF_OTHER_TOOLS, recognise
+from .tokens import TextTokenizer
+from .turns import Chat, calls, check_turns, earlier_turns, with_columns
 
 ENCODED = ("input_ids", "spans", "length", "targets")
 """Columns of an encoded example: ids; the spans that count, as start, stop, start, stop ...; its length before it was
 cut; how many tokens count after that (0: dropped)."""
-
-
-def recognise(columns: Sequence[str], part: Part) -> str:
-    """The format of a source: as it says, or from its columns.
-
-    Raises:
-        UserError: the columns fit no format, or not the one that was asked for.
-    """
-    have = {name for name in COLUMNS if part.source.columns.get(name, name) in columns}
-    needs = {
-        "messages": {"messages"},
-        "prompt_completion": {"prompt", "completion"},
-        "alpaca": {"instruction", "output"},
-        "text": {"text"},
-    }
-    asked = part.source.format
-    for name, wanted in needs.items():
-        if asked in (None, name) and wanted <= have:
-            return name
-    expected = (
-        " and ".join(sorted(needs[asked]))
-        if asked
-        else ("messages; prompt and completion; instruction, input and output; or text")
-    )
-    raise UserError(
-        f"data: {part.origin}: expected the fields {expected}; got {', '.join(columns) or 'none'}. Name other columns "
-        "like this: FILE?prompt=question&completion=answer"
-    )
+Example = tuple[list[int], list[Span]]
+"""Token ids, and which of them count."""
+Record = Mapping[str, Any]
 
 
 class Encoder:
     """Turns batches of rows of one part into encoded examples; see ENCODED."""
 
-    def __init__(self, part: Part, tokenizer: Any, *, max_length: int, loss_on: str):
+    def __init__(self, part: Part, tokenizer: Any, *, max_length: int, loss_on: str, notes: Notes | None = None):
         self.part, self.tokenizer, self.max_length, self.loss_on = part, tokenizer, max_length, loss_on
-        self.format = recognise(part.rows.column_names, part)
-        self.columns = part.source.columns
+        self.texts = TextTokenizer(tokenizer)
+        self.notes = notes or Notes()
+        self.format = recognise(part.columns, part.source, part.origin)
         if self.format == "text" and loss_on != "all":
             raise UserError(
                 f"data: {part.origin} holds plain text, in which no token follows a prompt; with loss_on {loss_on} "
                 "none would count: set loss_on all"
             )
+        used = {part.source.column(name) for names in FORMATS[self.format] for name in names}
+        self._unused([name for name in part.columns if name in OF_OTHER_TOOLS and name not in used])
 
     def __call__(self, rows: Mapping[str, list], places: list[int]) -> dict[str, list]:
-        """Encoded examples of the rows at `places` of the part.
+        """Encode the rows at `places` of the part.
 
         Raises:
             UserError: a row is broken; the message has its file and line.
         """
-        column = lambda name: rows.get(self.columns.get(name, name)) or [None] * len(places)
-        if self.format == "text":
-            whole = self._texts(column("text"), "text", places)
-            ids, spans = self._pairs([""] * len(whole), whole)
-        elif self.format == "messages":
-            ids, spans = self._conversations(column("messages"), [0] * len(places), places)
-        elif self.format == "alpaca":
-            ids, spans = self._alpaca(column("instruction"), column("input"), column("output"), places)
-        elif any(isinstance(value, list) for value in (*column("prompt"), *column("completion"))):
-            ids, spans = self._turns_after_turns(column("prompt"), column("completion"), places)
-        else:
-            prompts = self._texts(column("prompt"), "prompt", places)
-            ids, spans = self._pairs(prompts, self._texts(column("completion"), "completion", places, empty=False))
-        return self._cut(ids, spans)
+        records = [json.loads(text) for text in rows["row"]]
+        return self._cut(getattr(self, f"_{self.format}")(records, places))
 
     def where(self, place: int) -> str:
         return f"data: {self.part.where(place)}"
 
-    def _texts(self, values: list, name: str, places: list[int], empty: bool = True) -> list[str]:
-        for place, value in zip(places, values, strict=True):
-            if not isinstance(value, str):
-                kind = "missing" if value is None else f"{type(value).__name__}, expected text"
-                raise UserError(f"{self.where(place)}: field '{name}' is {kind}")
-            if not value and not empty:
-                raise UserError(f"{self.where(place)}: no token to learn from: its {name} is empty; remove it")
-        return values
+    def _where_in(self, place: int, field: str) -> str:
+        return f"{self.where(place)}: {field}"
 
-    def _pairs(self, prompts: list[str], completions: list[str]) -> tuple[list, list[list[Span]]]:
-        """[bos] prompt completion [eos]; the completion and its end count."""
-        tokenizer, everything = self.tokenizer, self.loss_on == "all"
-        first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-        last = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        pieces, _ = self._tokenise([*prompts, *completions])
-        ids, spans = [], []
-        for before, after in zip(pieces[: len(prompts)], pieces[len(prompts) :], strict=True):
-            ids.append([*first, *before, *after, *last])
-            spans.append([(0 if everything else len(first) + len(before), len(ids[-1]))])
-        return ids, spans
+    def _unused(self, columns: Sequence[str]) -> None:
+        if columns:
+            named = ", ".join(f"'{name}'" for name in columns)
+            self.notes.add(f"data: {self.part.origin}: not used with format {self.format}: {named}")
 
-    def _alpaca(self, instructions: list, inputs: list, outputs: list, places: list[int]) -> tuple[list, list]:
-        """A conversation of two turns where the tokenizer has a chat template, otherwise text under headings."""
-        asked = self._texts(instructions, "instruction", places)
-        more = self._texts([text or "" for text in inputs], "input", places)
-        answers = self._texts(outputs, "output", places, empty=False)
-        if not self.tokenizer.chat_template:
-            prompts = [
-                f"### Instruction:\n{ask}\n\n" + (f"### Input:\n{text}\n\n" if text else "") + "### Response:\n"
-                for ask, text in zip(asked, more, strict=True)
-            ]
-            return self._pairs(prompts, answers)
-        chats = [
-            [
-                {"role": "user", "content": f"{ask}\n\n{text}" if text else ask},
-                {"role": "assistant", "content": answer},
-            ]
-            for ask, text, answer in zip(asked, more, answers, strict=True)
-        ]
+    def _get(self, record: Record, name: str) -> Any:
+        return record.get(self.part.source.column(name))
+
+    def _read(self, record: Record, name: str, place: int, empty: bool = True) -> str:
+        """Return a text of a record."""
+        value = self._get(record, name)
+        if not isinstance(value, str):
+            kind = "missing" if value is None else f"{type(value).__name__}, expected text"
+            fix = " in quotes" if isinstance(value, int | float) and not isinstance(value, bool) else ""
+            raise UserError(f"{self.where(place)}: field '{self.part.source.column(name)}' is {kind}{fix}")
+        if not value and not empty:
+            raise UserError(f"{self.where(place)}: no token to learn from: its {name} is empty; remove it")
+        return value
+
+    def _text(self, records: list[Record], places: list[int]) -> list[Example]:
+        wholes = [self._read(record, "text", place) for record, place in zip(records, places, strict=True)]
+        return self._pairs([""] * len(wholes), wholes, places)
+
+    def _messages(self, records: list[Record], places: list[int]) -> list[Example]:
+        chats = []
+        for record, place in zip(records, places, strict=True):
+            chat = check_turns(self._get(record, "messages"), partial(self.where, place))
+            chats.append(self._with_columns(chat, record, place))
         return self._conversations(chats, [0] * len(chats), places)
 
-    def _turns_after_turns(self, prompts: list, completions: list, places: list[int]) -> tuple[list, list]:
+    def _prompt_completion(self, records: list[Record], places: list[int]) -> list[Example]:
+        """Two texts, or lists of turns: each row as it is, whatever its neighbours are."""
+        kinds = [
+            any(isinstance(self._get(record, name), list) for name in ("prompt", "completion")) for record in records
+        ]
+        examples: dict[int, Example] = {}
+        for turns, encode in ((True, self._after_turns), (False, self._after_text)):
+            members = [n for n, kind in enumerate(kinds) if kind is turns]
+            if members:
+                encoded = encode([records[n] for n in members], [places[n] for n in members])
+                examples |= zip(members, encoded, strict=True)
+        return [examples[n] for n in range(len(records))]
+
+    def _after_text(self, records: list[Record], places: list[int]) -> list[Example]:
+        prompts, completions = [], []
+        for record, place in zip(records, places, strict=True):
+            prompts.append(self._read(record, "prompt", place))
+            completions.append(self._read(record, "completion", place, empty=False))
+            for name in FORMATS["prompt_completion"][1]:
+                if self._get(record, name):
+                    self._unused([self.part.source.column(name)])
+        return self._pairs(prompts, completions, places)
+
+    def _pairs(self, prompts: list[str], completions: list[str], places: list[int]) -> list[Example]:
+        """Prompt and completion as one text; the completion and the end count."""
+        wholes = [before + after for before, after in zip(prompts, completions, strict=True)]
+        examples = []
+        encoded = self.texts.encode(wholes, lambda n: self.where(places[n]))
+        for prompt, whole, text in zip(prompts, wholes, encoded, strict=True):
+            ids, added = self.texts.framed(text.ids, whole)
+            start = 0 if self.loss_on == "all" else added + text.tokens_of((len(prompt), len(whole)))[0]
+            examples.append((ids, [(start, len(ids))]))
+        return examples
+
+    def _alpaca(self, records: list[Record], places: list[int]) -> list[Example]:
+        """A conversation of two turns where the tokenizer has a chat template, otherwise text under headings."""
+        chats, prompts, answers = [], [], []
+        template = bool(self.tokenizer.chat_template)
+        for record, place in zip(records, places, strict=True):
+            ask = self._read(record, "instruction", place)
+            more = self._read(record, "input", place) if self._get(record, "input") is not None else ""
+            answer = self._read(record, "output", place, empty=False)
+            if template:
+                question = {"role": "user", "content": f"{ask}\n\n{more}" if more else ask}
+                earlier = earlier_turns(self._get(record, "history"), partial(self.where, place))
+                chat = Chat([*earlier, question, {"role": "assistant", "content": answer}])
+                chats.append(self._with_columns(chat, record, place))
+                continue
+            for name in ("system", "history", "tools", "chat_template_kwargs"):
+                if self._get(record, name):
+                    raise UserError(
+                        f"{self.where(place)}: field '{name}' needs a chat template, but the base's tokenizer has "
+                        "none; choose one with chat_template"
+                    )
+            heading = f"### Input:\n{more}\n\n" if more else ""
+            prompts.append(f"### Instruction:\n{ask}\n\n{heading}### Response:\n")
+            answers.append(answer)
+        if template:
+            return self._conversations(chats, [0] * len(chats), places)
+        return self._pairs(prompts, answers, places)
+
+    def _after_turns(self, records: list[Record], places: list[int]) -> list[Example]:
         """Lists of turns as prompt and completion; a text among them is one turn."""
-        as_turns = lambda value, role: [{"role": role, "content": value}] if isinstance(value, str) else value
-        chats, starts = [], []
-        for place, prompt, completion in zip(places, prompts, completions, strict=True):
-            before = check_turns(as_turns(prompt, "user"), lambda place=place: f"{self.where(place)}: prompt")
-            after = lambda place=place: f"{self.where(place)}: completion"
-            chats.append(before + check_turns(as_turns(completion, "assistant"), after))
-            only_completion = self.loss_on == "completion"
-            where = lambda _, place=place: self.where(place)
-            starts.append(prompt_length(before, self.tokenizer, where) if only_completion else 0)
+        chats, prompts = [], []
+        for record, place in zip(records, places, strict=True):
+            halves = []
+            for name, role in (("prompt", "user"), ("completion", "assistant")):
+                value = self._get(record, name)
+                turns = [{"role": role, "content": value}] if isinstance(value, str) else value
+                halves.append(check_turns(turns, partial(self._where_in, place, name)))
+            first, second = halves
+            unlearned = first.unlearned | {len(first.turns) + n for n in second.unlearned}
+            chats.append(self._with_columns(Chat(first.turns + second.turns, unlearned), record, place))
+            prompts.append(chats[-1].first(len(chats[-1].turns) - len(second.turns)))
+        starts = [0] * len(chats)
+        if self.loss_on == "completion":
+            starts = [len(text) for text in write(prompts, self.tokenizer, lambda n: self.where(places[n]), ask=True)]
         return self._conversations(chats, starts, places)
 
-    def _conversations(self, chats: list, starts: list[int], places: list[int]) -> tuple[list, list[list[Span]]]:
-        """Conversations through the chat template; of the assistant turns those from character `starts[n]` on count."""
-        where = lambda n: self.where(places[n])
-        everything = self.loss_on == "all"
-        chats = [check_turns(turns, lambda n=n: where(n)) for n, turns in enumerate(chats)]
-        for n, turns in enumerate(chats):
-            if not everything and not any(turn["role"] == "assistant" and turn.get("content") for turn in turns):
+    def _with_columns(self, chat: Chat, record: Record, place: int) -> Chat:
+        system, tools, settings = (self._get(record, name) for name in ("system", "tools", "chat_template_kwargs"))
+        chat = with_columns(chat, system, tools, settings, partial(self.where, place))
+        template = self.tokenizer.chat_template
+        if isinstance(template, str):  # what the template never mentions, it does not write
+            for key in chat.options:
+                if key not in template:
+                    self.notes.add(f"data: {self.part.origin}: the chat template does not use '{key}'")
+            for number, turn in enumerate(chat.turns, start=1):
+                if len(turn) > 2 or "content" not in turn:
+                    self._refuse_unwritten(turn, template, number, place)
+        return chat
+
+    def _refuse_unwritten(self, turn: Mapping[str, Any], template: str, number: int, place: int) -> None:
+        for key in turn:
+            if key in ("role", "content") or key in template:
+                continue
+            if calls(turn) and key in ("tool_calls", "function_call"):
                 raise UserError(
-                    f"{where(n)}: no token to learn from: the conversation has no assistant turn with a text"
+                    f"{self.where(place)}: turn {number} has {key}, which the chat template does not write; choose "
+                    "another with chat_template"
                 )
-        if everything:
-            texts, spans = write(chats, self.tokenizer, where), []
+            self.notes.add(f"data: {self.part.origin}: the chat template does not write '{key}' of turns")
+
+    def _conversations(self, chats: list[Chat], starts: list[int], places: list[int]) -> list[Example]:
+        """Conversations through the chat template; of the learned turns those from character `starts[n]` on count."""
+
+        def where(n: int) -> str:
+            return self.where(places[n])
+
+        everything = self.loss_on == "all"
+        for n, chat in enumerate(chats):
+            turns = [chat.turns[turn] for turn in chat.learned()]
+            if not everything and not any(turn.get("content") or calls(turn) for turn in turns):
+                reason = "the conversation has no assistant turn with a text or a tool call"
+                if chat.replies() and chat.unlearned:
+                    reason = "its assistant turns have weight 0 or train false; remove the conversation"
+                raise UserError(f"{where(n)}: no token to learn from: {reason}")
+        spans: list[list[Span]] = [[] for _ in chats]
+        if everything and not any(chat.unlearned for chat in chats):
+            texts = write(chats, self.tokenizer, where)
         else:
-            texts, spans = render(chats, self.tokenizer, where)
-        ids, encodings = self._tokenise(texts, places=not everything)
-        if everything:
-            return ids, [[(0, len(row))] for row in ids]
-        tokens = []
-        for n, (row, start) in enumerate(zip(spans, starts, strict=True)):
-            kept = [span for span in row if span[1] > start]
-            if encodings is not None:
-                tokens.append([_token_span(encodings[n], span) for span in kept])
-            else:
-                tokens.append([self._token_span_by_prefix(ids[n], texts[n], span, where(n)) for span in kept])
-        return ids, tokens
+            texts, spans = render(chats, self.tokenizer, where, unlearned=everything)
+        examples = []
+        for text, row, start in zip(self.texts.encode(texts, where), spans, starts, strict=True):
+            tokens = [text.tokens_of(span) for span in row if span[1] > start]
+            found = [span for span in tokens if span[0] < span[1]]
+            examples.append((text.ids, _between(found, len(text.ids)) if everything else found))
+        return examples
 
-    def _tokenise(self, texts: list[str], places: bool = False) -> tuple[list[list[int]], list[Any] | None]:
-        """Ids of texts without special tokens; with `places`, encodings that know where each token stands, if this
-        tokenizer has them. Straight to the Rust tokenizer: the dictionaries that transformers makes cost a third.
-        """
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"], None
-        backend.no_truncation()
-        backend.no_padding()
-        encode = backend.encode_batch if places else backend.encode_batch_fast
-        encodings = encode(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings], encodings
-
-    def _token_span_by_prefix(self, ids: list[int], text: str, span: Span, where: str) -> Span:
-        """The same for a tokenizer that does not tell where its tokens stand: by encoding what comes before."""
-        ends = []
-        for cut in span:
-            before = self.tokenizer(text[:cut], add_special_tokens=False)["input_ids"]
-            if ids[: len(before)] != before:
-                raise UserError(f"{where}: a token runs over the edge of an assistant turn, which cannot be told apart")
-            ends.append(len(before))
-        return ends[0], ends[1]
-
-    def _cut(self, ids: list[list[int]], spans: list[list[Span]]) -> dict[str, list]:
+    def _cut(self, examples: list[Example]) -> dict[str, list]:
         """Cut to max_length; an example that keeps no target token is left empty."""
         encoded: dict[str, list] = {name: [] for name in ENCODED}
         limit = self.max_length
-        for row, counted in zip(ids, spans, strict=True):
-            flat, targets = [], 0
-            for start, stop in counted:
+        for ids, spans in examples:
+            flat: list[int] = []
+            targets = 0
+            for start, stop in spans:
                 stop = min(stop, limit)
                 if start < stop:
                     flat += (start, stop)
                     targets += stop - max(start, 1)  # the first token of a sequence is never predicted
-            encoded["input_ids"].append(row[:limit] if targets > 0 else [])
+            encoded["input_ids"].append(ids[:limit] if targets > 0 else [])
             encoded["spans"].append(flat if targets > 0 else [])
-            encoded["length"].append(len(row))
+            encoded["length"].append(len(ids))
             encoded["targets"].append(max(targets, 0))
         return encoded
 
 
-def _token_span(encoding: Any, span: Span) -> Span:
-    """The tokens of an encoding that hold any of the characters of a span."""
-    start, stop = span
-    first = next((t for c in range(start, stop) if (t := encoding.char_to_token(c)) is not None), None)
-    last = next((t for c in range(stop - 1, start - 1, -1) if (t := encoding.char_to_token(c)) is not None), None)
-    return (0, 0) if first is None or last is None else (first, last + 1)
+def _between(spans: list[Span], length: int) -> list[Span]:
+    """Everything in [0, length) but some spans."""
+    edges = [0, *(place for span in spans for place in span), length]
+    return list(zip(edges[::2], edges[1::2], strict=True))

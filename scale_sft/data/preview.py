@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,16 +21,28 @@ BINS = 10
 def show_examples(
     examples: Examples, tokenizer: Any, *, title: str, first: int, count: int, console: Console | None = None
 ) -> None:
-    """Print examples `first`, `first` + 1 ...; the tokens that count are green and, without colours, in «quotes»."""
+    r"""Print examples `first`, `first` + 1 ...; the tokens that count are green and, without colours, in «quotes».
+
+    A terminal that cannot show a character gets its escape, such as \xe9, and ASCII for bars and quotes.
+    """
     console = console or Console()
     total = len(examples)
     targets = examples.target_tokens(range(total))
-    console.rule(f"{title}: {examples.source}")
+    bar, quotes = _signs(console.encoding)
+    shown = lambda text: text.encode(console.encoding, "backslashreplace").decode(console.encoding)
+    console.rule(shown(f"{title}: {examples.source}"))
+    for note in examples.notes:
+        console.print(Text(shown(f"note: {note}")), soft_wrap=True)
     for n in range(first, min(first + count, total)):
         console.print(f"[dim]example {n}: {examples.lengths[n]} tokens, {examples.target_tokens([n])} count[/dim]")
-        console.print(marked(examples, tokenizer, n, quotes=not console.is_terminal), soft_wrap=True)
+        text = Text()
+        for piece, counts in pieces(examples, tokenizer, n):
+            piece = shown(piece)
+            piece = f"{quotes[0]}{piece}{quotes[1]}" if counts and not console.is_terminal else piece
+            text.append(piece, style=COUNTS if counts else None)
+        console.print(text, soft_wrap=True)
     console.rule("lengths in tokens")
-    console.print(histogram(examples.lengths), highlight=False)
+    console.print(histogram(examples.lengths, bar), highlight=False)
     tokens = examples.all_tokens(range(total))
     console.print(
         f"{total:,} examples, {tokens:,} tokens, {targets:,} count ({targets / tokens:.0%}); {examples.truncated:,} "
@@ -39,23 +52,27 @@ def show_examples(
     )
 
 
-def marked(examples: Examples, tokenizer: Any, n: int, *, quotes: bool) -> Text:
-    """One example as text; stretches of tokens that count in colour and, with `quotes`, in «»."""
+def _signs(encoding: str) -> tuple[str, tuple[str, str]]:
+    """Choose a bar and quotes that an encoding has."""
+    try:
+        "█«»".encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return "#", ("<<", ">>")
+    return "█", ("«", "»")
+
+
+def pieces(examples: Examples, tokenizer: Any, n: int) -> Iterator[tuple[str, bool]]:
+    """Yield one example as stretches of text, and whether their tokens count."""
     ids, labels = examples.tokens(n)
     edges = np.flatnonzero(np.diff((labels != IGNORED).astype(np.int8))) + 1
-    text = Text()
     for piece in np.split(np.arange(len(ids)), edges):
-        counts = labels[piece[0]] != IGNORED
-        decoded = tokenizer.decode(ids[piece])
-        text.append(f"«{decoded}»" if counts and quotes else decoded, style=COUNTS if counts else None)
-    return text
+        yield tokenizer.decode(ids[piece]), bool(labels[piece[0]] != IGNORED)
 
 
-def histogram(lengths: np.ndarray) -> str:
-    """Counts of lengths [N] in bins of equal width, as bars."""
+def histogram(lengths: np.ndarray, bar: str = "█") -> str:
+    """Draw counts of lengths [N] in bins of equal width, as bars."""
     counts, edges = np.histogram(lengths, bins=min(BINS, int(np.ptp(lengths)) + 1))
     lines = []
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
-        bar = "█" * round(BAR_WIDTH * count / counts.max())
-        lines.append(f"{low:8.0f} to {high:6.0f} {count:9,} {bar}")
+        lines.append(f"{low:8.0f} to {high:6.0f} {count:9,} {bar * round(BAR_WIDTH * count / counts.max())}")
     return "\n".join(lines)

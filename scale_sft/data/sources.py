@@ -1,9 +1,7 @@
-"""Where examples come from: files, folders and hub data sets, opened with `datasets`; errors name the file and line.
+"""Where examples come from, as options write it: NAME or NAME?key=value&key=value.
 
-A source is written NAME or NAME?key=value&key=value:
-
-    data/train.jsonl                                         a file: .json, .jsonl, .csv, .parquet, .txt
-    data/                                                    all such files of a folder, in the order of their names
+    data/train.jsonl                                         a file; see `folders` for the endings that are read
+    data/                                                    all such files of a folder and its sub-folders
     openai/gsm8k?subset=main&split=train[:1000]              a hub data set
     allenai/tulu-v2-sft-mixture?keep=dataset:flan_v2         only the rows whose column `dataset` is flan_v2
     more.csv?format=prompt_completion&prompt=question&completion=reply&weight=0.5
@@ -16,25 +14,39 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from scale_sft.config.options import DEMO
 from scale_sft.config.spelling import unknown
-from scale_sft.errors import UserError, first_line
+from scale_sft.errors import UserError
 from scale_sft.files import ASSETS
-from scale_sft.spiel.seeding import seeded_generator
 
-from .jsonl import refuse_unreadable_json
+from .folders import Finding, find_files, is_data_file
 
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-FORMATS = ("messages", "prompt_completion", "alpaca", "text")
-COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output", "text")
+_OF_PROMPTS = ("system", "tools", "history", "chat_template_kwargs")
+FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "messages": (("messages",), ("system", "tools", "chat_template_kwargs")),
+    "prompt_completion": (("prompt", "completion"), ("system", "tools", "chat_template_kwargs")),
+    "alpaca": (("instruction", "output"), ("input", *_OF_PROMPTS)),
+    "text": (("text",), ()),
+}
+"""The columns that each format must have, and those that it may have."""
+COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output", "text", *_OF_PROMPTS)
+OF_OTHER_TOOLS = (
+    *_OF_PROMPTS,
+    "functions",
+    "system_prompt",
+    "documents",
+    "images",
+    "videos",
+    "audio",
+    "weight",
+    "train",
+)
+"""Columns that change the prompt or the loss elsewhere: where they are not used, that is said once."""
 _KEYS = ("subset", "split", "revision", "weight", "format", "keep", *COLUMNS)
 
 
@@ -54,51 +66,67 @@ class Source:
     @property
     def path(self) -> Path | None:
         """Its file or folder; None for a hub data set."""
-        path = Path(self.name)
-        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", self.name) and path.suffix not in BUILDERS
+        path = Path(self.name).expanduser()
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", self.name) and not is_data_file(path)
         return None if hub and not path.exists() else path
 
+    def column(self, name: str) -> str:
+        """What the data calls one of COLUMNS."""
+        return self.columns.get(name, name)
+
     def identity(self) -> list[Any]:
-        """What tells it from others: of files their paths, sizes and times; of hub data name and revision."""
-        own = [
-            self.subset,
-            self.split,
-            self.revision,
-            self.weight,
-            self.format,
-            self.keep,
-            sorted(self.columns.items()),
-        ]
+        """Return what tells it from others: of files their paths, sizes and times; of hub data name and revision."""
+        columns = sorted(self.columns.items())
+        own = [self.subset, self.split, self.revision, self.weight, self.format, self.keep, columns]
         if self.path is None:
             return [self.name, *own]
-        return [
-            [[str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files_of(self)],
-            *own,
-        ]
+        stats = [(file, file.stat()) for file in find_files(self.path).identity]
+        return [[[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats], *own]
 
 
-@dataclass
-class Part:
-    """Some rows of one source: a `datasets.Dataset`, and where each of them stands in its file."""
+def recognise(columns: Iterable[str], source: Source, origin: str) -> str:
+    """Return the format of some rows: as the source says, or from their columns.
 
-    rows: Any
-    origin: str
-    numbers: Sequence[int]  # of each row: its place among the rows of `origin`, from 0
-    source: Source
+    Raises:
+        UserError: the columns fit no format, or not the one that was asked for.
+    """
+    columns = list(columns)
+    have = {name for name in COLUMNS if source.column(name) in columns}
+    for name, (needed, _) in FORMATS.items():
+        if source.format in (None, name) and have.issuperset(needed):
+            return name
+    expected = "messages; prompt and completion; instruction, input and output; or text"
+    if source.format:
+        expected = " and ".join(FORMATS[source.format][0])
+    raise UserError(
+        f"data: {origin}: expected the fields {expected}; got {', '.join(columns) or 'none'}. Name other columns "
+        "like this: FILE?prompt=question&completion=answer"
+    )
 
-    def select(self, places: Sequence[int]) -> Part:
-        """The rows at `places` (each in [0, rows))."""
-        return Part(self.rows.select(places), self.origin, [self.numbers[place] for place in places], self.source)
 
-    def where(self, row: int) -> str:
-        """'FILE, line N' of a row; 'NAME, example N' where there are no lines."""
-        number = int(self.numbers[row])
-        line = _line_of(Path(self.origin), number) if self.origin.endswith((".jsonl", ".json")) else None
-        return f"{self.origin}, line {line}" if line else f"{self.origin}, example {number + 1}"
+def needed_columns(columns: Iterable[str], source: Source, origin: str) -> list[str]:
+    """Return those of the columns that a source uses: of its format, and that of `keep`.
+
+    Raises:
+        UserError: see `recognise`; or there is no such column to keep rows by.
+    """
+    columns = list(columns)
+    if source.keep and source.keep[0] not in columns:
+        column = source.keep[0]
+        raise UserError(f"data: {origin}: {unknown(f'column {column!r}', column, columns)}")
+    needed, more = FORMATS[recognise(columns, source, origin)]
+    used = {source.column(name) for name in (*needed, *more)} | ({source.keep[0]} if source.keep else set())
+    return [column for column in columns if column in used]
+
+
+def is_kept(record: Mapping[str, Any], keep: tuple[str, str]) -> bool:
+    """Whether the value of a record in a column is written like that: as Python or as JSON writes it."""
+    value, wanted = record.get(keep[0]), keep[1]
+    return str(value) == wanted or (isinstance(value, bool | None) and json.dumps(value) == wanted)
 
 
 def parse_sources(written: str | Sequence[str], split: str) -> list[Source]:
-    """The sources of an option value; `split` ('train' or 'eval') says which of the shipped data 'demo' means.
+    """Read an option value; `split` ('train' or 'eval') says which of the shipped data 'demo' means.
 
     Raises:
         UserError: an unknown key, a value that does not fit it, or a file that does not exist.
@@ -106,8 +134,18 @@ def parse_sources(written: str | Sequence[str], split: str) -> list[Source]:
     sources = [_parse(text.strip(), split) for text in ([written] if isinstance(written, str) else written)]
     for source in sources:
         if source.path is not None:
-            files_of(source)
+            find_files(source.path)
     return sources
+
+
+def files_of(source: Source) -> Finding:
+    """Find the files of a local source.
+
+    Raises:
+        UserError: there are none.
+    """
+    assert source.path is not None, source
+    return find_files(source.path)
 
 
 def _parse(text: str, split: str) -> Source:
@@ -121,14 +159,9 @@ def _parse(text: str, split: str) -> Source:
         if not given or not value:
             raise UserError(f"data: source '{text}': expected {key}=VALUE, got '{item}'")
         if key == "weight":
-            try:
-                values[key] = float(value)
-            except ValueError:
-                values[key] = math.nan
-            if not 0 < values[key] < math.inf:
-                raise UserError(f"data: source '{text}': weight is '{value}', expected a number above 0")
+            values[key] = _weight(value, text)
         elif key == "format" and value not in FORMATS:
-            raise UserError(f"data: source '{text}': {unknown(f'format {value!r}', value, FORMATS)}")
+            raise UserError(f"data: source '{text}': {unknown(f'format {value!r}', value, tuple(FORMATS))}")
         elif key == "keep":
             column, colon, wanted = value.partition(":")
             if not colon:
@@ -141,197 +174,11 @@ def _parse(text: str, split: str) -> Source:
     return Source(name, **values)
 
 
-def files_of(source: Source) -> list[Path]:
-    """The files of a local source. Raises UserError: there are none."""
-    path = source.path
-    expected = f"expected {', '.join(BUILDERS)}"
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in BUILDERS and file.is_file())
-        if not files:
-            raise UserError(f"data: folder {path} holds no data files; {expected}")
-        return files
-    if not path.exists():
-        raise UserError(f"data: no such file: {path}")
-    if path.suffix not in BUILDERS:
-        raise UserError(f"data: {path}: {expected}, a folder of them, or the id of a hub data set")
-    if not path.stat().st_size:
-        raise UserError(f"data: {path} is empty; expected one example per line")
-    return [path]
-
-
-def open_sources(sources: Sequence[Source], split: str, limit: int | None, streaming: bool) -> list[Part]:
-    """All rows that a run uses, weights applied; of several sources a limit takes from each by its share.
-
-    Args:
-        limit: how many rows to use; None for all.
-        streaming: read only the first `limit` rows, whatever the size of the data (needs a limit).
-
-    Raises:
-        UserError: what is missing, empty or unreadable, with file and line where there is one.
-    """
-    if streaming and limit is None:
-        raise UserError("streaming: reads only the first examples of large data; say how many: max_train_examples")
-    opened = [_open(source, split, limit if streaming else None) for source in sources]
-    sizes = [sum(len(part.rows) for part in parts) for parts in opened]
-    places = [_weighted(size, source) for size, source in zip(sizes, sources, strict=True)]
-    if limit is not None:
-        basis = [source.weight for source in sources] if streaming else [len(order) for order in places]
-        places = [order[:share] for order, share in zip(places, _shares(limit, basis), strict=True)]
-    chosen = []
-    for parts, order in zip(opened, places, strict=True):
-        first = 0
-        for part in parts:
-            inside = order[(order >= first) & (order < first + len(part.rows))] - first
-            if len(inside):
-                chosen.append(part if _all_of(inside, part) else part.select(inside))
-            first += len(part.rows)
-    return chosen
-
-
-def _all_of(places: np.ndarray, part: Part) -> bool:
-    return len(places) == len(part.rows) and bool((np.diff(places) == 1).all())
-
-
-def _weighted(size: int, source: Source) -> np.ndarray:
-    """Places of a source of `size` rows in one epoch. The random part depends on nothing but the source's name."""
-    whole, fraction = divmod(source.weight, 1.0)
-    some = round(fraction * size)
-    extra = torch.randperm(size, generator=seeded_generator(0, "mixture", source.name))[:some].sort().values.numpy()
-    return np.concatenate([*(np.arange(size) for _ in range(int(whole))), extra]).astype(np.int64)
-
-
-def _shares(limit: int, sizes: Sequence[float]) -> list[int]:
-    """`limit` cut in proportion to `sizes`; what rounding leaves goes to the largest remainders, in order."""
-    exact = [limit * size / sum(sizes) for size in sizes]
-    shares = [math.floor(part) for part in exact]
-    for n in sorted(range(len(sizes)), key=lambda n: shares[n] - exact[n])[: limit - sum(shares)]:
-        shares[n] += 1
-    return shares
-
-
-def _open(source: Source, split: str, first_rows: int | None) -> list[Part]:
-    if source.path is None:
-        rows = _hub(source, split, first_rows)
-        parts = [Part(rows, source.name, range(len(rows)), source)]
-    else:
-        parts = []
-        for file in files_of(source):
-            rows = _file(file, first_rows)
-            parts.append(Part(rows, str(file), range(len(rows)), source))
-        parts = _slice(parts, source) if source.split else parts
-    if source.keep:
-        parts = [part.select(_matching(part, *source.keep)) for part in parts]
-    if not sum(len(part.rows) for part in parts):
-        raise UserError(f"data: {source.name} holds no examples" + (f" with {source.keep}" if source.keep else ""))
-    return parts
-
-
-def _matching(part: Part, column: str, value: str) -> np.ndarray:
-    if column not in part.rows.column_names:
-        raise UserError(f"data: {part.origin}: {unknown(f'column {column!r}', column, part.rows.column_names)}")
-    return np.flatnonzero([str(item) == value for item in part.rows[column]])
-
-
-def _slice(parts: list[Part], source: Source) -> list[Part]:
-    """The rows that a split like 'train[:1000]' or 'train[50%:]' names, counted over all files."""
-    import datasets
-
-    total = sum(len(part.rows) for part in parts)
+def _weight(value: str, text: str) -> float:
     try:
-        pieces = datasets.ReadInstruction.from_spec(source.split).to_absolute({source.split.partition("[")[0]: total})
-    except (ValueError, AssertionError) as error:
-        raise UserError(f"data: {source.name}: split '{source.split}' is not understood: {first_line(error)}") from None
-    low, high = pieces[0].from_ or 0, total if pieces[0].to is None else pieces[0].to
-    chosen, first = [], 0
-    for part in parts:
-        start, stop = max(low - first, 0), min(high - first, len(part.rows))
-        chosen.append(part.select(range(start, stop) if start < stop else range(0)))
-        first += len(part.rows)
-    return chosen
-
-
-def _hub(source: Source, split: str, first_rows: int | None) -> Any:
-    import datasets
-
-    wanted = source.split or ("train" if split == "train" else "test")
-    try:
-        rows = datasets.load_dataset(
-            source.name, source.subset, split=wanted, revision=source.revision, streaming=first_rows is not None
-        )
-    except Exception as error:  # the hub's, the network's and the readers' errors have no common class
-        raise UserError(
-            f"data: '{source.name}' is neither a file here nor a data set that the hub gave (subset "
-            f"{source.subset or 'default'}, split {wanted}): {first_line(error)}"
-        ) from None
-    return rows if first_rows is None else _taken(rows, first_rows)
-
-
-def _file(path: Path, first_rows: int | None) -> Any:
-    """The rows of a file as a `datasets.Dataset`."""
-    import datasets
-
-    if not path.stat().st_size:
-        raise UserError(f"data: {path} is empty; expected one example per line")
-    if BUILDERS[path.suffix] == "json" and first_rows is None:
-        refuse_unreadable_json(path)
-    verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said below, once
-    try:
-        builder = BUILDERS[path.suffix]
-        rows = datasets.load_dataset(builder, data_files=str(path), split="train", streaming=first_rows is not None)
-        rows = rows if first_rows is None else _taken(rows, first_rows)
-    except Exception as error:  # datasets wraps whatever its reader met; say which line it was
-        broken = _broken_line(path) if BUILDERS[path.suffix] == "json" else None
-        raise UserError(broken or f"data: {path}: not readable: {first_line(error.__cause__ or error)}") from None
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-    if not len(rows):
-        raise UserError(f"data: {path} holds no examples")
-    return rows
-
-
-def _taken(stream: Any, count: int) -> Any:
-    import datasets
-
-    return datasets.Dataset.from_list(list(stream.take(count)))
-
-
-def _broken_line(path: Path) -> str | None:
-    """Which line of a JSON Lines file is not a JSON object, and why."""
-    objects = 0
-    fields: dict[str, str] = {}
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            where = f"data: {path}, line {number}"
-            if b"\0" in raw:
-                return f"{where}: holds a NUL byte at column {raw.index(0) + 1}; the file is damaged: write it anew"
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                row = json.loads(line) if line.strip() else {}
-            except UnicodeDecodeError as error:
-                return f"{where}: not UTF-8: {error.reason} at byte {error.start + 1}"
-            except json.JSONDecodeError as error:
-                return f"{where}: not JSON: {error.msg} at column {error.colno}"
-            if not isinstance(row, dict):
-                return f"{where}: expected a JSON object, got {type(row).__name__}"
-            for key, value in row.items():
-                kind = type(value).__name__
-                if value is not None and fields.setdefault(key, kind) != kind:
-                    return f"{where}: field '{key}' is {kind}, earlier {fields[key]}"
-            objects += bool(row)
-    return None if objects else f"data: {path} holds no examples"
-
-
-def _line_of(path: Path, number: int) -> int | None:
-    """The line of the row `number` (from 0) of a JSON Lines file; None where the file is one JSON value."""
-    with path.open("rb") as lines:
-        found = -1
-        for line, raw in enumerate(lines, start=1):
-            if not raw.strip():
-                continue
-            if found < 0 and not raw.lstrip(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
-                return None
-            found += 1
-            if found == number:
-                return line
-    return None
+        weight = float(value)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise UserError(f"data: source '{text}': weight is '{value}', expected a number above 0")
+    return weight

@@ -15,6 +15,7 @@ from scale_sft.config.options import DataConfig, ModelConfig
 from scale_sft.data.cache import load_examples
 from scale_sft.data.chat import use_template
 from scale_sft.data.examples import Examples
+from scale_sft.data.fit import refuse_misfit
 from scale_sft.data.turn_ends import INFO_KEY, with_end
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.errors import UserError
@@ -79,6 +80,7 @@ def evaluate_model(
     examples = None
     if data.eval_data:
         examples = load_examples(data.eval_data, "eval", tokenizer, data, data.max_eval_examples)
+    refuse_misfit(tokenizer, loaded, examples or None)
     sharded = model_config.base_placement == "shard"
     dtype = resolve_dtype(model_config, loaded)
     cluster = Cluster.start(sharded=sharded, dtype=dtype, ds_config=model_config.ds_config)

@@ -65,6 +65,11 @@ def load_tokenizer(config: ModelConfig) -> Any:
         )
     except (OSError, ValueError) as error:
         raise UserError(f"base: '{config.base}' has no tokenizer that loads: {first_line(error)}") from None
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"base: the tokenizer of '{config.base}' has neither an end nor a padding token, expected one of "
+            "them. Fix: set eos_token in its tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -112,7 +117,7 @@ def load_base(
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
-            **(quantization.loading(device) if quantization else {}),
+            **(quantization.loading(device or torch.device("cpu")) if quantization else {}),
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base: '{config.base}' does not load: {first_line(error)}") from None
@@ -134,7 +139,7 @@ def silence_progress_bars() -> None:
     logging.disable_progress_bar()
 
 
-def enable_checkpointing(model: nn.Module) -> None:
+def enable_checkpointing(model: Any) -> None:
     """Recompute each block in the backward pass (non-reentrant: the reentrant way loses gradients silently)."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})  # the second name is that of earlier versions

@@ -37,19 +37,25 @@ class RunResult:
         )
 
     @classmethod
-    def of_finished(cls, run: RunFolder) -> RunResult:
-        """Read the result of a run that had finished earlier from its files."""
-        records = read_metrics(run.path / METRICS_FILE)
+    def read(cls, run: RunFolder, *, save_merged: bool) -> RunResult:
+        """Describe a finished run by its files alone."""
+        records = list(read_metrics(run.path / METRICS_FILE))
         steps = next(record["step"] for record in reversed(records) if record["event"] == "end")
         held_out = {
             record["step"]: Evaluation(record["loss"], record["target_tokens"], record.get("exact_match"))
             for record in records
             if record["event"] == "eval"
         }
-        merged = run.merged if run.merged.is_dir() else None
-        return cls(run.path, run.adapter, steps, held_out.get(0), held_out.get(steps), merged)
+        return cls(
+            output_dir=run.path,
+            adapter=run.adapter,
+            steps=steps,
+            before=held_out.get(0),
+            after=held_out.get(steps),
+            merged=run.merged if save_merged else None,
+        )
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl: one per logged step, reallocation and evaluation, each with its `event`."""
-        return read_metrics(self.output_dir / METRICS_FILE)
+        return list(read_metrics(self.output_dir / METRICS_FILE))

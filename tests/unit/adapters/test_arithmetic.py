@@ -45,6 +45,14 @@ def test_a_weighted_sum_is_the_dense_sum_rounded_once(three) -> None:
         assert torch.equal(dense(result, name), wanted.float().double())
 
 
+def test_template_and_end_of_turn_outlive_arithmetic_where_all_operands_agree(three) -> None:
+    for adapter, end in zip(three, (7, 7, 8), strict=True):
+        adapter.info.update(chat_template="{{ messages }}", end_token_id=end)
+    results = [arithmetic.scale(three[0], 2), arithmetic.add(three[:2], [1, 1]), arithmetic.add(three, [1, 1, 1])]
+    assert [result.info.get("end_token_id") for result in results] == [7, 7, None]
+    assert all(result.info["chat_template"] == "{{ messages }}" for result in results)
+
+
 def test_adding_the_negative_leaves_zeros_and_negating_twice_nothing_new(three) -> None:
     first = three[0]
     negative = arithmetic.scale(first, -1)

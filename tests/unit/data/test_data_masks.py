@@ -12,6 +12,7 @@ import pytest
 from scale_sft.config.options import DataConfig
 from scale_sft.data.cache import load_examples
 from scale_sft.data.chat import SHIPPED_TEMPLATES, render, use_template
+from scale_sft.data.turns import Chat
 from scale_sft.errors import UserError
 from scale_sft.model.loss import IGNORED
 
@@ -107,7 +108,7 @@ def test_exactly_the_assistants_words_and_end_tokens_count(family, marks, tokeni
 @pytest.mark.parametrize("family", ["llama2", "llama3", "chatml", "mistral", "gemma", "zephyr", "tulu"])
 def test_generation_marks_and_prefixes_find_the_same_spans(family, tokenizer):
     made = with_template(tokenizer, family, marks=True)
-    chats = [conversation(turns)["messages"] for turns in (ONE, TWO)]
+    chats = [Chat(conversation(turns)["messages"]) for turns in (ONE, TWO)]
     assert render(chats, made, str, marks=True) == render(chats, made, str, marks=False)
 
 

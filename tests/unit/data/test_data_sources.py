@@ -9,7 +9,8 @@ import pytest
 
 from scale_sft.config.options import DataConfig
 from scale_sft.data.cache import load_examples
-from scale_sft.data.sources import open_sources, parse_sources
+from scale_sft.data.opening import open_sources
+from scale_sft.data.sources import parse_sources
 from scale_sft.errors import UserError
 
 ROW = b'{"prompt": "a", "completion": "b"}'
@@ -41,7 +42,10 @@ def file(tmp_path):
     ("lines", "message"),
     [
         (ROW + b'\n{"prompt": "a", "compl\n' + ROW, r"rows\.jsonl, line 2: not JSON"),
-        (ROW + b'\n\n{"prompt": 5, "completion": "b"}\n', r"rows\.jsonl, line 3: field 'prompt' is int, earlier str"),
+        (
+            ROW + b'\n\n{"prompt": 5, "completion": "b"}\n',
+            r"rows\.jsonl, line 3: field 'prompt' is int, expected text in quotes",
+        ),
         (ROW + b'\n{"prompt": 5, "completion": "b"}\n', r"rows\.jsonl, line 2: field 'prompt' is int, expected text"),
         (ROW + b'\n{"prompt": "a"}\n', r"rows\.jsonl, line 2: field 'completion' is missing"),
         (ROW + b'\n{"prompt": "a", "completion": ""}\n', r"rows\.jsonl, line 2: .* its completion is empty"),
@@ -117,7 +121,7 @@ def test_csv_parquet_text_and_folders_of_them_are_read(file, load, tokenizer, tm
     texts = [tokenizer.decode(examples.tokens(n)[0]) for n in range(len(examples))]
     assert texts == ["<s>ab</s>", "<s>a,\n2b</s>", "<s>cd</s>", "<s>ab</s>"]
     assert len(load(file("one\ntwo\n", "lines.txt"), loss_on="all")) == 2
-    with pytest.raises(UserError, match="example 2: field 'completion' is missing"):
+    with pytest.raises(UserError, match="line 3: no token to learn from: its completion is empty"):
         load(file("prompt,completion\na,b\nc,\n", "holes.csv"))
 
 
@@ -127,15 +131,16 @@ def numbered(file, name: str, count: int) -> str:
     )
 
 
-def prompts(sources, limit=None, streaming=False) -> list[str]:
-    return [
-        row
-        for part in open_sources(parse_sources(sources, "train"), "train", limit, streaming)
-        for row in part.rows["prompt"]
-    ]
+@pytest.fixture
+def prompts(tmp_path):
+    def get(sources, limit=None, streaming=False) -> list[str]:
+        parts = open_sources(parse_sources(sources, "train"), "train", limit, streaming, scratch=tmp_path / "scratch")
+        return [json.loads(row)["prompt"] for part in parts for row in part.rows["row"]]
+
+    return get
 
 
-def test_sources_are_mixed_by_weight(file):
+def test_sources_are_mixed_by_weight(file, prompts):
     a, b = numbered(file, "a.jsonl", 8), numbered(file, "b.jsonl", 4)
     mixed = prompts([f"{a}?weight=0.5", f"{b}?weight=2"])
     assert len(mixed) == 12
@@ -144,12 +149,12 @@ def test_sources_are_mixed_by_weight(file):
     assert mixed == prompts([f"{a}?weight=0.5", f"{b}?weight=2"])
 
 
-def test_a_limit_takes_from_each_source_by_its_share(file):
+def test_a_limit_takes_from_each_source_by_its_share(file, prompts):
     a, b = numbered(file, "a.jsonl", 8), numbered(file, "b.jsonl", 4)
     assert prompts([a, b], limit=6) == [f"a.jsonl{n}" for n in range(4)] + ["b.jsonl0", "b.jsonl1"]
 
 
-def test_slices_count_over_the_files_of_a_folder(file, tmp_path):
+def test_slices_count_over_the_files_of_a_folder(file, tmp_path, prompts):
     (tmp_path / "two").mkdir()
     numbered(file, "two/a.jsonl", 4), numbered(file, "two/b.jsonl", 4)
     assert prompts(f"{tmp_path}/two?split=train[3:6]") == ["two/a.jsonl3", "two/b.jsonl0", "two/b.jsonl1"]
@@ -166,7 +171,7 @@ def test_rows_can_be_kept_by_a_column_and_still_know_their_lines(file, load):
         load(f"{source}?keep=kid:y")
 
 
-def test_streaming_reads_only_the_first_examples(file):
+def test_streaming_reads_only_the_first_examples(file, prompts):
     rows = b"".join(ROW.replace(b"a", b"%d" % n) + b" " * 1000 + b"\n" for n in range(40_000))
     source = str(file(rows + b"broken\n"))
     assert prompts(source, limit=20, streaming=True) == [str(n) for n in range(20)]
