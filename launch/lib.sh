@@ -54,9 +54,25 @@ explain_install_failure() {
     die "the installation failed: $reason${network:+; network: $network} (whole log: $install_log)"
 }
 
+# Say what pip is doing, out of its log, until killed: on a terminal one line that changes, else a line now and then.
+show_install() {
+    local line began=$SECONDS said=$SECONDS
+    while kill -0 $$ 2>/dev/null; do
+        sleep 1 >/dev/null 2>&1
+        line=$(grep -E '^ *(Collecting|Downloading|Using cached|Building|Preparing|Installing)' "$install_log" |
+            tail -n 1 | sed 's/^ *//' | cut -c 1-60 || true)
+        if [ -t 1 ]; then
+            printf '\r\033[K%s s  %s' $((SECONDS - began)) "$line"
+        elif [ $((SECONDS - said)) -ge 15 ]; then
+            said=$SECONDS
+            say "$((SECONDS - began)) s  $line"
+        fi
+    done
+}
+
 # ensure_venv EXTRA: after it, $python runs in an environment that holds the pinned packages and this project.
 ensure_venv() {
-    local extra=$1 stamp=$venv/.installed unfinished=$venv/.unfinished base
+    local extra=$1 stamp=$venv/.installed unfinished=$venv/.unfinished base shower status=0
     if [ ! -e "$unfinished" ] && [ -x "$python" ] && grep -qxF "$(stamp_line "$extra")" "$stamp" 2>/dev/null; then
         return
     fi
@@ -72,10 +88,14 @@ ensure_venv() {
     fi
     touch "$unfinished"
     say "installing the pinned packages: a few minutes (log: $install_log)"
-    trap 'say "interrupted while installing: run it again to start over" >&2; exit 130' INT TERM
+    show_install & shower=$!
+    trap 'kill "$shower" 2>/dev/null; say "interrupted while installing: run it again to start over" >&2; exit 130' INT TERM
     PIP_USER=0 "$python" -m pip install --no-input --disable-pip-version-check --progress-bar off \
-        --constraint "$root/constraints.txt" --editable "$root${extra:+[$extra]}" >> "$install_log" 2>&1 ||
-        explain_install_failure
+        --constraint "$root/constraints.txt" --editable "$root${extra:+[$extra]}" >> "$install_log" 2>&1 || status=$?
+    kill "$shower" 2>/dev/null || true
+    wait "$shower" 2>/dev/null || true
+    if [ -t 1 ]; then printf '\r\033[K'; fi
+    [ "$status" -eq 0 ] || explain_install_failure
     trap - INT TERM
     # The test extra contains the plain installation.
     { stamp_line ""; if [ -n "$extra" ]; then stamp_line "$extra"; fi; } > "$stamp"

@@ -80,10 +80,12 @@ def new_folder(output: str | Path, what: str) -> Iterator[Path]:
     """
     path = Path(output).expanduser()
     with disk_errors_in_one_line(what, path):
-        path = path.resolve()
+        path = Path(os.path.realpath(path))
         exists = path.exists()
         work = path / _PARTIAL if exists else path.with_name(f".{path.name}.partial")
-        if exists and (not path.is_dir() or any(entry.name not in _IGNORED for entry in path.iterdir())):
+        if path.is_symlink() or (exists and not path.is_dir()):
+            raise UserError(f"{what}: output {output} is not a folder; choose a new one")
+        if exists and any(entry.name not in _IGNORED for entry in path.iterdir()):
             raise UserError(f"{what}: output folder {output} is not empty; choose a new one")
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)

@@ -1,15 +1,20 @@
-"""Algorithm 1 of the paper over a real model: update, drop, grow. The entry point of `accelerate launch`.
+"""Algorithm 1 of the paper over a real model: update, drop, grow. The entry point of every run.
 
-accelerate launch scale_sft/train.py --config RECIPE [--option value ...]
+scale-sft train --config demo [--nproc N] [--option value ...]
+accelerate launch scale_sft/train.py --config demo [--option value ...]      in a clone
+accelerate launch -m scale_sft.train --config demo [--option value ...]      installed
+scale_sft.train("demo", steps=20)                                            in Python: this module is callable
 """
 
 from __future__ import annotations
 
-import errno
 import sys
 import time
+from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if __package__ in (None, ""):  # run as a file: its folder must not hide libraries, its package must be found
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -20,7 +25,10 @@ from scale_sft.config.click_options import SuggestingCommand, with_config_option
 from scale_sft.config.loading import load
 from scale_sft.config.options import Config
 from scale_sft.distributed.signals import Interrupted, Interruption
-from scale_sft.errors import UserError
+from scale_sft.errors import UserError, explain
+
+if TYPE_CHECKING:
+    from scale_sft.training.result import RunResult
 
 
 def train(session, metrics, checkpoints) -> None:
@@ -34,39 +42,34 @@ def train(session, metrics, checkpoints) -> None:
     """
     from scale_sft.training.best import best_step, hopeless
 
-    tuning, cluster, order = session.tuning, session.cluster, session.inputs.order
+    optimizer, cluster = session.optimizer, session.cluster
     evaluate_if_due(session, metrics, checkpoints.run)
     for step in range(session.step + 1, session.inputs.steps + 1):
         if hopeless(session.evaluations, session.step, session.inputs.config.run.early_stopping_steps):
             metrics.note(f"stopped: the held-out loss has not fallen since step {best_step(session.evaluations)}")
             return
         began = time.perf_counter()
-        learning_rate = session.learning_rate.at(step)
-        batch = order.batch(step)
 
         # --- forward and backward over the micro-batches: the recorder receives the gradients -----------------
-        tuning.begin_step(step)
-        loss, tokens = forward_backward(session, batch)
-        cluster.sum_(tuning.recorder.flat)
-        grad_norm = tuning.clip().item()
+        optimizer.begin()
+        loss, tokens = forward_backward(session, session.inputs.order.batch(step))
+        optimizer.reduce()
+        grad_norm = optimizer.clip().item()
         if step == 1:
             refuse_dead_gradients(session)
 
         # --- update, drop, grow ---------------------------------------------------------------------------------
-        finite = finite_or_stop(session, metrics, checkpoints, step, learning_rate, loss, grad_norm)
+        finite = finite_or_stop(session, metrics, checkpoints, loss, grad_norm)
         if finite:
-            session.update(learning_rate)
-        if tuning.schedule.reallocates_at(step):
-            reallocate(session, metrics, step)
-        if not (finite and session.fused) or tuning.schedule.reallocates_at(step):
-            session.resident.write()
-        session.step = step
+            optimizer.update()
+        reallocate(session, metrics, step)
+        optimizer.end()
 
         if finite:
             metrics.step(
                 step,
                 loss=loss,
-                learning_rate=learning_rate,
+                learning_rate=optimizer.learning_rate,
                 grad_norm=grad_norm,
                 tokens=tokens["all"],
                 target_tokens=tokens["target"],
@@ -101,15 +104,11 @@ def forward_backward(session, batch: list[int]) -> tuple[float, dict[str, int]]:
 
 
 def reallocate(session, metrics, step: int) -> None:
-    """Drop and grow in every weight, then prove that all ranks did the same."""
+    """Drop and grow in every weight where the schedule says so, and record what that did."""
     began = time.perf_counter()
-    tuning = session.tuning
-    if not tuning.can_reallocate:
-        tuning.recorder.close_estimation()
+    turnover, tuning = session.optimizer.reallocate(), session.tuning
+    if turnover is None:
         return
-    session.resident.settle()
-    turnover = tuning.reallocate(step, session.resident)
-    session.cluster.check_identical(tuning.digests, f"the deltas after reallocation {turnover.number}")
     metrics.reallocation(
         step,
         number=turnover.number,
@@ -123,9 +122,7 @@ def reallocate(session, metrics, step: int) -> None:
     )
 
 
-def finite_or_stop(
-    session, metrics, checkpoints, step: int, learning_rate: float, loss: float, grad_norm: float
-) -> bool:
+def finite_or_stop(session, metrics, checkpoints, loss: float, grad_norm: float) -> bool:
     """A loss or gradient that is no number: False, the step is left out, while that is allowed; otherwise the run ends.
 
     Raises:
@@ -134,7 +131,8 @@ def finite_or_stop(
     tuning, run, config = session.tuning, checkpoints.run, session.inputs.config.run
     if isfinite(loss) and isfinite(grad_norm) and tuning.candidates_are_finite:
         return True
-    tuning.discard_step()
+    session.optimizer.discard()
+    step, learning_rate = session.step + 1, session.optimizer.learning_rate
     batch = ", ".join(map(str, session.inputs.order.batch(step)))
     what = f"step {step}: the loss is {loss} and the gradient norm {grad_norm} at learning rate {learning_rate:.3g}"
     if not bool(tuning.store.flat.isfinite().all()):
@@ -198,11 +196,29 @@ def measurements(cluster) -> dict[str, int]:
     return {"memory_bytes": take_peak_bytes(cluster.device), **traffic}
 
 
-def run_training(config: Config) -> None:
-    """A whole run: inputs, ranks, model, loop, files."""
+def run(recipe: str | Path | Config | None = None, /, **options: Any) -> RunResult:
+    """Train; this is what `scale_sft.train(...)` and the command line call.
+
+    Args:
+        recipe: name of a shipped recipe, path of a YAML file, or a whole `Config`; None: the options alone.
+        **options: any option of a recipe by its name; it wins over the recipe.
+
+    Raises:
+        UserError: an option, file or model is not as it must be; the message says what to change.
+
+    Example:
+        >>> result = scale_sft.train("demo", steps=20, output_dir="runs/short")
+        >>> print(result.before.loss, result.after.loss, result.adapter)
+    """
+    return run_training(load(recipe, options))
+
+
+def run_training(config: Config) -> RunResult:
+    """Run a configuration from start to end: inputs, ranks, model, loop, files."""
     from scale_sft.distributed.cluster import Cluster
     from scale_sft.distributed.world import World, refuse_lonely_launchers
     from scale_sft.training.inputs import read_inputs
+    from scale_sft.training.result import RunResult
     from scale_sft.training.run_folder import RunFolder
 
     refuse_lonely_launchers()
@@ -210,7 +226,7 @@ def run_training(config: Config) -> None:
     if done := run.finished(config):
         if World.from_environment().rank == 0:
             print(done)
-        return
+        return RunResult.read(run, save_merged=config.run.save_merged)
     run.refuse_if_taken(config)
     interruption = Interruption()
     with interruption.handled():
@@ -224,14 +240,15 @@ def run_training(config: Config) -> None:
             timeout_seconds=config.run.collective_timeout_seconds,
             interruption=interruption,
         ) as cluster:
-            run_on(cluster, inputs, run)
+            return run_on(cluster, inputs, run)
 
 
-def run_on(cluster, inputs, run) -> None:
-    """A run over ranks that are there already."""
+def run_on(cluster, inputs, run) -> RunResult:
+    """Run over ranks that have already been started."""
     from scale_sft.training import lifecycle as outcome
     from scale_sft.training.assemble import assemble
     from scale_sft.training.checkpoints import Checkpoints
+    from scale_sft.training.result import RunResult
 
     cluster.on_main(run.lock)
     session = assemble(inputs, cluster)
@@ -249,38 +266,53 @@ def run_on(cluster, inputs, run) -> None:
                 failure = checkpoints.save(metrics)
                 if failure:
                     raise UserError(f"{stop}: {failure}") from None
-                saved = f"saved after step {session.step} in {run.path}; start again to go on"
+                saved = f"saved after step {session.step} in {run.path}; run the same command again to resume"
                 raise Interrupted(f"{stop}: {saved}") from None
         outcome.finish(session, metrics, run)
+    return RunResult.of(session, run)
 
 
-@click.command(cls=SuggestingCommand, context_settings={"max_content_width": 110})
-@with_config_options
-def main(recipe: str | None, **options: str | None) -> None:
-    r"""Fine-tune a causal language model sparsely: a frozen base, a few per cent of its weights moved.
-
-    \b
-    accelerate launch scale_sft/train.py --config scale_sft/recipes/demo.yaml
-    accelerate launch --config_file launch/zero3_8gpu.yaml scale_sft/train.py --config RECIPE --density 0.01
-
-    Options come from the recipe; any given here win over it.
-    """
+def run_and_exit(recipe: str | None, options: Mapping[str, Any]) -> NoReturn:
+    """Train, then end the process: with status 0, or with one line of error and the status that belongs to it."""
     from scale_sft.distributed.exit import end_process, leave
 
     try:
-        run_training(load(recipe, options))
+        run(recipe, **options)
         end_process()
     except UserError as error:
         leave(str(error))
     except Interrupted as stop:
         leave(str(stop), stop.status, patience_seconds=3)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        leave(f"the disk is full: {error}; make room and start again: the run goes on from its last checkpoint")
+        leave(f"{explain(error)}. Fix that and run the same command again: it resumes from its last checkpoint")
     except KeyboardInterrupt:
-        leave("interrupted", 130)
+        leave("interrupted", 130, patience_seconds=3)
 
+
+@click.command(cls=SuggestingCommand, context_settings={"max_content_width": 110})
+@with_config_options
+def main(recipe: str | None, **options: str | None) -> None:
+    r"""Fine-tune a causal language model sparsely: freeze the base, train a few per cent of its weights.
+
+    \b
+    accelerate launch scale_sft/train.py --config demo
+    accelerate launch --config_file launch/zero3_8gpu.yaml scale_sft/train.py --config RECIPE --density 0.01
+
+    Options come from the recipe; any given here win over it. `scale-sft train` is the same without accelerate's own
+    messages.
+    """
+    run_and_exit(recipe, options)
+
+
+class _Callable(ModuleType):
+    """This module, callable: `scale_sft.train("demo")` next to `from scale_sft.train import main`."""
+
+    def __call__(self, recipe: str | Path | Config | None = None, /, **options: Any) -> RunResult:
+        return run(recipe, **options)
+
+
+_Callable.__call__.__doc__ = run.__doc__
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     main()

@@ -34,7 +34,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
 
 
 def require_fit(weights: Mapping[str, nn.Parameter], adapter: Adapter) -> dict[str, nn.Parameter]:
-    """The weights that an adapter belongs to, by name, out of all weights of a model.
+    """Find the weights that an adapter belongs to, by name, among all weights of a model.
 
     Raises:
         UserError: one is missing, or of another shape or dtype; or the adapter belongs to a quantised base.
@@ -61,7 +61,7 @@ def require_fit(weights: Mapping[str, nn.Parameter], adapter: Adapter) -> dict[s
 
 
 def undo_adapter(model: nn.Module, adapter: Adapter, kept: Mapping[str, Tensor]) -> None:
-    """Give the weights the base values back that `apply_adapter` returned."""
+    """Write the base values that `apply_adapter` returned back into the weights."""
     weights = dict(model.named_parameters())
     for name, values in kept.items():
         entries = weights[name].data.view(-1)
@@ -69,10 +69,10 @@ def undo_adapter(model: nn.Module, adapter: Adapter, kept: Mapping[str, Tensor])
 
 
 def require_base(prints: Mapping[str, tuple[int, int]], adapter: Adapter, what: str = "") -> None:
-    """Raises UserError if the fingerprints of the target weights are not those that the adapter was trained on.
+    """Raise UserError if the fingerprints of the target weights are not those that the adapter was trained on.
 
     Args:
-        what: is wrong then, in words; without it, that this is not the adapter's base.
+        what: the message in that case; default: that this is not the adapter's base.
     """
     found, expected = combine_fingerprints(prints, adapter.shapes), adapter.info["base_hash"]
     if found != expected:

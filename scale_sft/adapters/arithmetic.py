@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scale_sft.data.turn_ends import INFO_KEY
 from scale_sft.errors import UserError
 from scale_sft.model.fingerprints import combine_fingerprints
 from scale_sft.spiel.topk import in_sorted, top_k_sorted
@@ -25,13 +26,13 @@ Combine = Callable[[list[tuple[Tensor, Tensor]]], tuple[Tensor, Tensor]]
 
 
 def add(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
-    """The weighted sum of adapters, on the union of their entries.
+    """Add adapters, weighted, on the union of their entries.
 
     Args:
         weights: one factor per adapter; default: all 1.
 
     Raises:
-        UserError: the adapters are of different bases, or the number of weights is another.
+        UserError: the adapters are of different bases, or the number of weights is not that of the adapters.
     """
     factors = list(weights) if weights else [1.0] * len(adapters)
     if len(factors) != len(adapters):
@@ -51,14 +52,14 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> 
 
 
 def scale(adapter: Adapter, factor: float) -> Adapter:
-    """All deltas times `factor`; -1 negates the task, 0.5 goes half the way."""
+    """Multiply all deltas by `factor`; -1 steers away from the task, 0.5 halves its effect on the weights."""
     return _combine(
         "scale", [adapter], lambda found: (found[0][0], (found[0][1].double() * factor).float()), factor=factor
     )
 
 
 def intersect(adapters: Sequence[Adapter]) -> Adapter:
-    """The first adapter's deltas, at the entries that all the others have too."""
+    """Keep the first adapter's deltas at the entries that all the others have too."""
 
     def combine(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         (indices, deltas), *others = found
@@ -71,7 +72,7 @@ def intersect(adapters: Sequence[Adapter]) -> Adapter:
 
 
 def difference(adapters: Sequence[Adapter]) -> Adapter:
-    """The first adapter's deltas, at the entries that none of the others has."""
+    """Keep the first adapter's deltas at the entries that none of the others has."""
 
     def combine(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         (indices, deltas), *others = found
@@ -115,7 +116,7 @@ def _combine(operation: str, adapters: Sequence[Adapter], combine: Combine, **se
 
 
 def _info(operation: str, adapters: Sequence[Adapter], **settings: Any) -> dict[str, Any]:
-    """Provenance of a result; the hash of its base covers the weights of all operands."""
+    """Collect the provenance of a result; the hash of its base covers the weights of all operands."""
     first = adapters[0].info
     known = ("base", "revision", "dtype", "base_hash", "rounding_rule")
     info = {key: first[key] for key in known if key in first}
@@ -126,6 +127,10 @@ def _info(operation: str, adapters: Sequence[Adapter], **settings: Any) -> dict[
         info["base_hash"] = combine_fingerprints(
             {n: (int(v[:16], 16), int(v[16:], 16)) for n, v in prints.items()}, shapes
         )
+    for key in ("chat_template", INFO_KEY):  # what a merged model needs to talk, where all operands agree on it
+        values = [adapter.info.get(key) for adapter in adapters]
+        if values[0] is not None and all(value == values[0] for value in values):
+            info[key] = values[0]
     info["method"] = operation
     operands = [
         adapter.info.get("made_from") or {"method": adapter.info.get("method"), "base_hash": adapter.info["base_hash"]}
@@ -135,7 +140,7 @@ def _info(operation: str, adapters: Sequence[Adapter], **settings: Any) -> dict[
 
 
 def require_one_base(adapters: Sequence[Adapter]) -> None:
-    """Raises UserError if adapters were not trained on the same base, as far as their hashes tell.
+    """Raise UserError if adapters were not trained on the same base, as far as their hashes tell.
 
     Weights that two adapters share must have the same fingerprint; adapters that share none must name the same base.
     """
@@ -162,7 +167,7 @@ def require_one_base(adapters: Sequence[Adapter]) -> None:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two adapters have in common in one weight, or in several together."""
+    """The entries that two adapters have in common in one weight, or in several together."""
 
     first: int  # entries
     second: int
@@ -183,7 +188,7 @@ class Overlap:
 
 
 def overlap(first: Adapter, second: Adapter) -> dict[str, Overlap]:
-    """Overlap of two adapters by weight name, over the weights of either."""
+    """Compute the overlap of two adapters by weight name, over the weights of either."""
     require_one_base([first, second])
     rows = {}
     for name, (o, i) in ({**first.shapes, **second.shapes}).items():

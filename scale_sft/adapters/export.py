@@ -15,8 +15,9 @@ from scale_sft.model.loading import base_location
 from scale_sft.model.resident import WeightPart, read_entries
 
 from .apply import require_base
+from .base_files import BaseFiles, locate_base
 from .format import Adapter, absolute_base, opened
-from .merge import BaseFiles, locate_base, merge
+from .merge import merge
 from .model_card import write_card
 from .peft import Exported, write_shira, write_supertuning
 
@@ -126,7 +127,9 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False) -
     try:
         address = hub.create_repo(repository, private=private, exist_ok=True)
         hub.upload_folder(
-            repo_id=repository, folder_path=str(folder), commit_message="Sparse fine-tuning with scale_sft"
+            repo_id=repository,
+            folder_path=str(Path(folder).expanduser()),
+            commit_message="Sparse fine-tuning with scale_sft",
         )
     except Exception as error:  # hub errors are many; all mean that it was not uploaded
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -128,18 +128,18 @@ class Adapter:
 
 
 def opened(adapter: str | Path | Adapter) -> AbstractContextManager[Adapter]:
-    """An adapter for a `with` block: as it is, or read from its folder a weight at a time."""
+    """Give an adapter to a `with` block: as it is, or read from its folder one weight at a time."""
     return nullcontext(adapter) if isinstance(adapter, Adapter) else Adapter.open(adapter)
 
 
 def absolute_base(base: str) -> str:
-    """The absolute path of a base that is a local folder; `demo` and hub ids as they are."""
+    """Make the path of a base that is a local folder absolute; `demo` and hub ids stay as they are."""
     folder = Path(base).expanduser()
     return os.path.abspath(folder) if base != DEMO and folder.is_dir() else base
 
 
 def _read_config(folder: Path) -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
-    """Shapes by weight name and the rest of adapter_config.json."""
+    """Read shapes by weight name and the rest of adapter_config.json."""
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise UserError(f"adapter: {folder} holds no {file}; expected the adapter/ folder of a run")
@@ -175,7 +175,7 @@ class _Stored(Mapping[str, Tensor]):
         return len(self._shapes)
 
     def count(self, name: str) -> int:
-        """K of one weight, without reading it."""
+        """Return K of one weight without reading it."""
         return self._file.shape(f"{name}.{self._kind}")[0]
 
 

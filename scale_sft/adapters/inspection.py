@@ -1,4 +1,4 @@
-"""What an adapter holds: counts, magnitudes, where its entries lie, and where it comes from.
+"""Inspect an adapter: counts, magnitudes, where its entries are, and where it comes from.
 
 Shapes: K active entries of an [O, I] weight.
 """
@@ -32,7 +32,7 @@ class WeightFacts:
     square: float  # sum of squared deltas
     largest: float  # largest |delta|
     zeros: int
-    top_rows: float  # fraction of the entries that lies in the fullest 1 % of the rows (at least one row)
+    top_rows: float  # fraction of the entries that is in the fullest 1 % of the rows (at least one row)
     top_columns: float
 
     @property
@@ -49,7 +49,7 @@ class WeightFacts:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that `scale-sft inspect` shows."""
+    """Everything that `scale-sft inspect` shows."""
 
     folder: str
     info: dict[str, Any]  # provenance: adapter_config.json without what belongs to single weights
@@ -74,7 +74,7 @@ class Inspection:
 
 
 def inspect(folder: str | Path, *, top: int = 10) -> Inspection:
-    """Read an adapter weight by weight and sum it up.
+    """Read an adapter weight by weight and summarise it.
 
     Args:
         top: how many of the most moved entries to name.
@@ -123,7 +123,7 @@ def _facts(indices: Tensor, deltas: Tensor, shape: tuple[int, int]) -> WeightFac
 
 
 def _concentration(places: Tensor, count: int) -> float:
-    """Fraction of `places` [K] in [0, count) that falls on the fullest 1 % of them; evenly spread it is about 0.01."""
+    """Compute the fraction of `places` [K] in [0, count) on the fullest 1 % of them; about 0.01 if evenly spread."""
     if not places.numel():
         return 0.0
     fullest = torch.bincount(places, minlength=count).topk(max(1, int(_TOP_FRACTION * count))).values

@@ -22,7 +22,7 @@ _COLUMNS = ("weights", "active", "density", "norm", "largest", "in 1 % of rows",
 
 
 def print_inspection(found: Inspection, console: Console | None = None) -> None:
-    """Provenance and tables, on the console."""
+    """Print provenance and tables on the console."""
     console = console or Console(width=120, highlight=False)
     for name, value in facts(found).items():
         console.print(f"[bold]{name}[/]: {value}", soft_wrap=True)
@@ -56,7 +56,7 @@ def write_page(found: Inspection, path: Path) -> None:
 
 
 def facts(found: Inspection) -> dict[str, str]:
-    """Provenance and the main figures, by name."""
+    """Collect provenance and the main figures, by name."""
     info, total = found.info, found.total
     quantiles = "  ".join(f"{float(q):.0%} {value:.3g}" for q, value in found.quantiles.items())
     rows = {
@@ -76,7 +76,7 @@ def facts(found: Inspection) -> dict[str, str]:
 
 
 def magnitudes(found: Inspection) -> Figure:
-    """Histogram of |delta| over a logarithmic axis."""
+    """Draw a histogram of |delta| over a logarithmic axis."""
     figure = Figure(figsize=(WIDTH_INCHES, 2.8), layout="constrained")
     ax = figure.subplots()
     values = found.sample[found.sample > 0].numpy()
@@ -89,7 +89,7 @@ def magnitudes(found: Inspection) -> Figure:
 
 
 def densities(found: Inspection) -> Figure:
-    """Density and size of the deltas by layer and kind of module."""
+    """Draw density and size of the deltas by layer and kind of module."""
     kinds = kind_of(found.by_weight)
     layers = sorted({layer_of(name) for name in found.by_weight}, key=lambda n: -1 if n is None else n)
     names = list(dict.fromkeys(kinds.values()))

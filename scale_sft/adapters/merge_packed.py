@@ -26,8 +26,8 @@ from scale_sft.model.resident import WeightPart
 from scale_sft.model.targets import find_targets
 from scale_sft.model.transient import add_delta_
 
+from .base_files import INDEX_FILE, BaseFiles, locate_base
 from .format import Adapter, absolute_base
-from .merge import INDEX_FILE, BaseFiles, locate_base
 
 SHARD_BYTES = 4 << 30
 
@@ -71,7 +71,7 @@ def merge_quantized(
 
 
 def _as_stored(files: BaseFiles, name: str, model: nn.Module) -> Tensor:
-    """A parameter or buffer with the bytes of the base's files; as it was loaded where they have it in another form."""
+    """Read a parameter or buffer from the base's files; as it was loaded where they hold it in another form."""
     path, _, leaf = name.rpartition(".")
     loaded = getattr(model.get_submodule(path), leaf).detach()
     stored = files.find(name)

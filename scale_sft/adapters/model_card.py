@@ -53,10 +53,10 @@ def write_card(
     name: str | None = None,
     licence: str | None = None,
 ) -> Path:
-    """Write README.md for an adapter or what was made of it; settings and results are those of the run next to it.
+    """Write README.md for an adapter or what was made from it, with settings and results of the run next to it.
 
     Args:
-        adapter: the adapter/ folder of a run; of an adapter in memory nothing is known of its run.
+        adapter: the adapter/ folder of a run; an adapter in memory has no run to tell about.
         target: the folder to describe; default: the adapter folder itself.
         form: adapter, shira, supertuning or merged.
         name: what the folder is called once it is finished; default: what it is called now.
@@ -115,7 +115,7 @@ def _card(adapter: Adapter, run: Path | None, folder: str, form: str, licence: s
 
 
 def _front_matter(info: dict[str, Any], form: str, licence: str | None) -> str:
-    """The card's metadata as the hub defines it; without a stated licence the hub shows `unknown`."""
+    """Build the card's metadata as the hub defines it; a licence that is not stated is `unknown`."""
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(
@@ -131,7 +131,7 @@ def _front_matter(info: dict[str, Any], form: str, licence: str | None) -> str:
 
 
 def _licence_of(card: Path) -> str | None:
-    """The licence that a local model card states."""
+    """Read the licence that a local model card states."""
     from huggingface_hub import ModelCard
 
     try:
@@ -149,7 +149,7 @@ def _read_settings(run: Path) -> dict[str, dict[str, Any]]:
 
 
 def _results(run: Path) -> dict[str, str]:
-    """Held-out figures before and after, where the run has them."""
+    """Read held-out figures before and after training, where the run has them."""
     if not (run / METRICS_FILE).is_file():
         return {}
     found = [record for record in read_metrics(run / METRICS_FILE) if record.get("event") == "eval"]

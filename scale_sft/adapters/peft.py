@@ -1,8 +1,8 @@
-"""Adapters for stock PEFT: SHiRA (peft >= 0.17) and Super-Tuning (peft >= 0.21), and the proof that they are right.
+"""Write adapters for stock PEFT: SHiRA (peft >= 0.17) and Super-Tuning (peft >= 0.21).
 
-Both add a sparse delta to a copy of the weight at each forward pass, on `nn.Linear` only, and both want a number of
-entries that one setting gives for all weights. Where a weight has fewer active entries, unused positions with value 0
-fill it up.
+Both add a sparse delta to a copy of the weight at each forward pass, on `nn.Linear` only. In both, one setting for all
+weights determines how many entries each has; a weight with fewer active entries is padded with unused positions of
+value 0.
 SHiRA adds in fp32 and rounds once: (base.float() + delta).to(base.dtype), which is our rule; the deltas are stored as
 they are. Super-Tuning rounds the delta to the base's dtype first; see `exact_addends`.
 """
@@ -39,7 +39,7 @@ class Exported:
 
 
 def write_shira(adapter: Adapter, output: Path, base: str) -> Exported:
-    """A SHiRA adapter: for each weight fp32 `shira_weight` [n] and int32 `shira_indices` [2, n], n = r * (O + I).
+    """Write a SHiRA adapter: for each weight fp32 `shira_weight` [n], int32 `shira_indices` [2, n], n = r * (O + I).
 
     Raises:
         UserError: no rank r fits all weights (r * (O + I) must reach K and not exceed O * I).
@@ -69,7 +69,7 @@ def write_shira(adapter: Adapter, output: Path, base: str) -> Exported:
 
 
 def write_supertuning(adapter: Adapter, output: Path, base: str, base_values: Mapping[str, Tensor]) -> Exported:
-    """A Super-Tuning adapter: for each weight fp32 `supertuning_values` [n] and int32 `supertuning_indices` [n].
+    """Write a Super-Tuning adapter: per weight fp32 `supertuning_values` [n] and int32 `supertuning_indices` [n].
 
     n = int(O * I * (1 - sparsity)) with one sparsity for all weights.
 
@@ -108,7 +108,7 @@ def write_supertuning(adapter: Adapter, output: Path, base: str, base_values: Ma
 
 
 def exact_addends(base: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
-    """What to add to `base` [K], in its own dtype, to get the effective values bit for bit.
+    """Compute what to add to `base` [K], in its own dtype, to get the effective values bit for bit.
 
     A bf16 addend has 8 significant bits; where a delta flips the sign of a larger base value that can be too few. Such
     an entry is added to twice: first -base, which leaves 0, then its effective value.
@@ -131,7 +131,7 @@ def exact_addends(base: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sparsity(needed: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> float:
-    """The largest sparsity that leaves every weight as many entries as it needs, by peft's own rounding."""
+    """Find the largest sparsity at which peft's own rounding leaves every weight the entries it needs."""
     densest = max(needed, key=lambda name: needed[name] / math.prod(shapes[name]))
     density = max(needed[densest], 1) / math.prod(shapes[densest])
     if density > 1:
@@ -149,7 +149,7 @@ def _sparsity(needed: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) 
 def _padded(
     indices: Tensor, values: Tensor, size: int, more: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Entries [K] filled up to [size] with the smallest unused positions at value 0; then `more` entries, if any."""
+    """Pad entries [K] to [size] with the smallest unused positions at value 0; then append `more` entries, if any."""
     indices = indices.long()
     missing = size - indices.numel()
     first = torch.arange(size)  # among the first K + missing positions at least `missing` are unused

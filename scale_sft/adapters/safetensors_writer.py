@@ -1,4 +1,4 @@
-"""safetensors files read and written one tensor at a time, without mapping the file into memory.
+"""Read and write safetensors files one tensor at a time, without mapping the file into memory.
 
 The safetensors library maps whole files, which counts against an address-space limit (ulimit -v), and writes a file
 only from all its tensors at once; here neither reading nor writing needs more memory than the tensor at hand.
@@ -52,7 +52,7 @@ class TensorReader:
                 first, last = entry["data_offsets"]
                 expected = math.prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize
                 if last - first != expected or not 0 <= first <= last <= size - self._start:
-                    raise ValueError(f"'{name}' does not lie within it")
+                    raise ValueError(f"'{name}' is not within it")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
 
@@ -79,7 +79,7 @@ class TensorReader:
         return tuple(self._entries[name]["shape"])
 
     def tensor(self, name: str) -> Tensor:
-        """A copy of one tensor, on the CPU."""
+        """Read a copy of one tensor, on the CPU."""
         first, last = self._entries[name]["data_offsets"]
         if first == last:
             return torch.empty(self.shape(name), dtype=self.dtype(name))
@@ -134,7 +134,7 @@ class TensorWriter:
         self._file.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor; it must have the dtype and shape that was promised."""
+        """Write one tensor, of the dtype and shape given in `specs`."""
         if (tensor.dtype, tuple(tensor.shape)) != self._specs[name]:
             raise ValueError(f"'{name}' is {tensor.dtype} {tuple(tensor.shape)}, promised was {self._specs[name]}")
         self._file.seek(self._start + self._offsets[name])

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError
+from scale_sft.model.loading import silence_progress_bars
 
 from .apply import apply_adapter
+from .base_files import locate_base
 from .format import Adapter, opened
-from .merge import locate_base
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def verify(
     """
     from transformers import AutoModelForCausalLM
 
+    silence_progress_bars()
     require_verifiable(adapter, to)
     output = Path(output).expanduser()
     with opened(adapter) as content:
@@ -97,7 +99,7 @@ def _in_peft(model: nn.Module, adapter: str | Path) -> nn.Module:
 
 
 def probe_inputs(config: Any, device: str) -> list[Tensor]:
-    """Random token ids, the same every time: [3, L] and [1, 1] int64."""
+    """Draw random token ids, the same every time: [3, L] and [1, 1] int64."""
     generator = torch.Generator().manual_seed(0)
     config = config.get_text_config()
     length = min(32, getattr(config, "max_position_embeddings", None) or 32)

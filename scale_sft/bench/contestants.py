@@ -1,4 +1,4 @@
-"""Who takes part in a step: ours on its real code path, PEFT's adapters, dense fine-tuning, and the floor of any adapter.
+"""Contestants of a step: ours on its real code path, PEFT's adapters, dense fine-tuning, and the floor of any adapter.
 
 All start from the same frozen model, compute the same loss on the same batches, and end a step ready for the next one.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from math import isfinite
 from typing import Any, Protocol
@@ -15,18 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from scale_sft.config.options import Config
 from scale_sft.errors import UserError
-from scale_sft.kernels.autotune import GradientPath
-from scale_sft.kernels.cpu.topk import top_k_magnitude
+from scale_sft.model.group import OneProcess
 from scale_sft.model.loss import token_loss_sum
-from scale_sft.model.packed_weights import PlainWeight, packed_weights
-from scale_sft.model.quantization import Quantization
-from scale_sft.model.resident import ResidentDeltas, WeightPart
-from scale_sft.model.targets import attach_taps, find_targets
-from scale_sft.model.transient import TransientDeltas, attach_transient_taps
-from scale_sft.training.assemble import build_tuning, fuses
-from scale_sft.training.inputs import budget_of
+from scale_sft.model.sparse_model import SparseModel
+from scale_sft.model.sparse_settings import SparseSettings
+from scale_sft.model.targets import find_targets
 
 from .workload import RUN_STEPS, Base, Batches, Case
 
@@ -61,55 +54,25 @@ class Contestant(Protocol):
         """One whole optimizer step on micro-batch `number`; returns the loss."""
 
 
-@dataclass(frozen=True)
-class SparseInputs:
-    """What the method of a run is made from."""
-
-    config: Config
-    dtype: torch.dtype
-    quantization: Quantization | None
-    steps: int = RUN_STEPS
-
-
-@dataclass(frozen=True)
-class OneRank:
-    """What the trainer's cluster does where there is but one rank."""
-
-    device: torch.device
-
-    def sum_(self, flat: Tensor) -> None:
-        """Nothing has to be added to the gradients of the only rank."""
-
-    def select_candidates(self, gradient: Tensor, count: int) -> Tensor:
-        """Gradient [N] -> [count] sorted int64: the entries of largest magnitude."""
-        return top_k_magnitude(gradient, count)
-
-
 class Sparse:
-    """Ours: what `assemble` wires and `train` turns, on one rank and without files."""
+    """Ours: the model and the optimizer that the trainer has, in one process and without files."""
 
     def __init__(self, base: Base, method: str):
-        config = dataclasses.replace(base.config, sparse=dataclasses.replace(base.config.sparse, method=method))
-        self.model, self.rank = base.load(), OneRank(base.device)
-        targets = find_targets(self.model, config.sparse.target_modules)
-        shapes = {target.name: target.shape for target in targets}
-        path = GradientPath(base.device) if config.run.kernels == "auto" else None
-        inputs = SparseInputs(config, base.dtype, base.quantization)
-        self.tuning = build_tuning(inputs, shapes, budget_of(config, shapes), self.rank, path)
-        store, record = self.tuning.store, self.tuning.recorder.record_product
-        if base.quantization:
-            packed = packed_weights(self.model, base.dtype, base.device)
-            plain = {t.name: PlainWeight(t.module, t.transposed) for t in targets if t.name not in packed}
-            self.resident = TransientDeltas(store, packed | plain)
-            attach_transient_taps(self.resident, store.names, record)
-        else:
-            attach_taps(targets, record)
-            self.resident = ResidentDeltas(store, {t.name: WeightPart.whole(t.module.weight) for t in targets})
-        self.trainable = store.active
-        self.fused = fuses(config.run.kernels, path, self.tuning, self.resident)
-        if path and path.has_kernels:
-            candidates = {} if method == "ma" else self.tuning.recorder.counts
-            path.measure_store(store, candidates, base.case.micro_batch * base.case.length, base.dtype)
+        config = base.config
+        settings = SparseSettings(
+            sparse=dataclasses.replace(config.sparse, method=method),
+            optimizer=dataclasses.replace(config.optimizer, learning_rate=LEARNING_RATE),
+            total_steps=RUN_STEPS,
+            dtype=base.dtype,
+            quantization=base.quantization,
+            seed=config.run.seed,
+            kernels=config.run.kernels,
+        )
+        self.sparse = SparseModel(base.load(), settings, OneProcess(base.device))
+        self.optimizer = self.sparse.optimizer(LEARNING_RATE)
+        self.sparse.measure_kernels(base.case.micro_batch * base.case.length)
+        self.model, self.tuning, self.resident = self.sparse.model, self.sparse.tuning, self.sparse.carrier
+        self.trainable = self.tuning.store.active
 
     @property
     def plain_step(self) -> int:
@@ -117,39 +80,27 @@ class Sparse:
         return self.tuning.schedule.estimation_steps + 1
 
     def warm_up(self, batches: Batches) -> None:
-        """The first reallocation: after it deltas stand where gradients are large, and have ages that differ."""
+        """Reach the first reallocation: after it deltas stand where gradients are large, and have ages that differ."""
         for number in sorted({1, self.tuning.schedule.estimation_steps}):
             self.step_at(number, batches, number)
 
     def step(self, batches: Batches, number: int) -> float:
-        """A step that updates and does nothing else."""
+        """Do a step that updates and does nothing else."""
         return self.step_at(self.plain_step, batches, number)
 
     def step_at(self, step: int, batches: Batches, number: int) -> float:
-        """What the trainer's loop does at optimizer step `step`, on micro-batch `number`; returns the loss."""
-        tuning = self.tuning
-        tuning.begin_step(step)
+        """Do what the trainer's loop does at optimizer step `step`, on micro-batch `number`; returns the loss."""
+        optimizer = self.optimizer
+        optimizer.begin(step)
         loss = backward(forward(self.model, batches.take(number), batches.target_tokens))
-        self.rank.sum_(tuning.recorder.flat)
-        norm = tuning.clip().item()
-        if not isfinite(norm) or not tuning.candidates_are_finite:
+        optimizer.reduce()
+        norm = optimizer.clip().item()
+        if not isfinite(norm) or not self.tuning.candidates_are_finite:
             raise UserError(f"bench: the gradient norm is {norm}; this base in this dtype overflows on random tokens")
-        self.update()
-        if tuning.schedule.reallocates_at(step):
-            self.resident.settle()
-            tuning.reallocate(step, self.resident)
-        if not self.fused or tuning.schedule.reallocates_at(step):
-            self.resident.write()
+        optimizer.update()
+        optimizer.reallocate()
+        optimizer.end()
         return loss
-
-    def update(self) -> None:
-        """One optimizer step on all deltas; where it is fused, the weights have the new values after it."""
-        if not self.fused:
-            self.tuning.update(LEARNING_RATE)
-            return
-        from scale_sft.model.fused_step import update_and_write
-
-        update_and_write(self.tuning, self.resident, LEARNING_RATE)
 
 
 class Dense:
@@ -186,7 +137,7 @@ def _full(base: Base, *, updates: bool) -> Dense:
 
 
 def _frozen(base: Base) -> Dense:
-    model = base.load()
+    model: Any = base.load()
     model.enable_input_require_grads()  # the output of the embeddings, as the first thing that any adapter changes
     return Dense(model, updates=False)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, cast
 
 _CONTEXT = get_context("spawn")  # a fork would inherit torch's threads
 _PATIENCE_SECONDS = 10
@@ -60,8 +60,8 @@ class Pool:
                 connection, process = self._idle.pop() if self._idle else self._start()
                 self._busy[connection] = process, waiting.popleft()
                 connection.send(self._busy[connection][1])
-            for connection in wait(list(self._busy)):
-                yield self._take(connection)
+            for ready in wait(list(self._busy)):
+                yield self._take(cast(Connection, ready))
 
     def _start(self) -> tuple[Connection, BaseProcess]:
         own, other = _CONTEXT.Pipe()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError
+from scale_sft.kernels.backends import exchanges_of
 from scale_sft.kernels.cpu.topk import top_k_magnitude
 from scale_sft.model.resident import ResidentDeltas, WeightPart
 from scale_sft.reporting.plots import Plot
@@ -24,7 +25,6 @@ from scale_sft.spiel.deltas import DeltaStore
 from scale_sft.spiel.schedules import Phase, ReallocationSchedule
 from scale_sft.spiel.seeding import seeded_generator
 from scale_sft.spiel.settings import Backends, MethodSettings
-from scale_sft.training.assemble import exchanges_of
 
 from .page import Part, part_of_groups
 from .peak import available_bytes, peak_of, seconds_of
@@ -131,7 +131,8 @@ class Bench:
     def record(self, phase: Phase) -> None:
         """What the recorder does with the dense gradient of one backward pass."""
         self.tuning.recorder.begin_step(phase)
-        self.tuning.recorder.record(NAME, self.gradient)
+        if self.gradient is not None:
+            self.tuning.recorder.record(NAME, self.gradient)
 
     def estimate(self) -> None:
         """One more term of the candidates' running estimates."""

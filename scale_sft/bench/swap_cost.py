@@ -16,9 +16,9 @@ from pathlib import Path
 import click
 import torch
 
+from scale_sft.adapters.base_files import locate_base
 from scale_sft.adapters.format import Adapter
 from scale_sft.adapters.live import load_adapter
-from scale_sft.adapters.merge import locate_base
 
 
 def seconds_of(work: Callable[[], object], repetitions: int) -> float:

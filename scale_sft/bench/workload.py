@@ -21,10 +21,9 @@ from scale_sft.data.micro_batches import collate
 from scale_sft.errors import UserError
 from scale_sft.model.loading import base_location, enable_checkpointing, load_base, load_model_config, resolve_dtype
 from scale_sft.model.quantization import resolve_quantization
-from scale_sft.model.targets import find_targets
+from scale_sft.model.targets import budget_of, find_targets
 from scale_sft.planning.footprint import empty_model
 from scale_sft.spiel.seeding import seeded_generator
-from scale_sft.training.inputs import budget_of
 
 RUN_STEPS = 2000  # of the run that a measured step of ours belongs to
 
@@ -122,7 +121,8 @@ class Base:
         if self.random and self.quantization:
             if self._written is None:  # bitsandbytes quantises what is loaded from files
                 self._written = tempfile.TemporaryDirectory(prefix="scale-sft-bench-")
-                self._make().save_pretrained(self._written.name)
+                made: Any = self._make()
+                made.save_pretrained(self._written.name)
             config = dataclasses.replace(config, base=self._written.name)
         elif self.random:
             model = self._make().requires_grad_(False).train()
@@ -150,7 +150,7 @@ class Base:
         """The rank whose trainable parameters equal ours, or come nearest to them where a density was given."""
         if self.case.rank:
             return self.case.rank
-        active = budget_of(self.config, self.shapes)
+        active = budget_of(self.config.sparse, self.shapes)
         return max(1, round(sum(active.values()) / sum(o + i for o, i in self.shapes.values())))
 
 

@@ -94,9 +94,12 @@ def inspect(adapter: Path, as_json: bool, html: Path | None, top: int) -> None:
     found = read(adapter, top=top)
     if html is not None:
         from scale_sft.adapters.inspection_page import write_page
+        from scale_sft.files import disk_errors_in_one_line
 
-        html.parent.mkdir(parents=True, exist_ok=True)
-        write_page(found, html)
+        html = html.expanduser()
+        with disk_errors_in_one_line("inspect", html):
+            html.parent.mkdir(parents=True, exist_ok=True)
+            write_page(found, html)
     if as_json:
         click.echo(json.dumps(found.as_document(), indent=2, ensure_ascii=False))
     elif html is not None:

@@ -13,15 +13,17 @@ from scale_sft.errors import UserError
 
 _ADAPTER = click.Path(path_type=Path)
 _OUTPUT = click.option("--output", required=True, type=_ADAPTER, help="New folder for the resulting adapter.")
+_VERBOSE = click.option("-v", "--verbose", is_flag=True, help="Also print the overlap of each two adapters, per layer.")
 _SEVERAL = click.argument("adapters", nargs=-1, required=True, type=_ADAPTER)
 
 
 @click.command()
 @_SEVERAL
 @_OUTPUT
+@_VERBOSE
 @click.option("--weights", help="One factor per adapter, as in 1,0.5; default: all 1.")
-def add(adapters: tuple[Path, ...], output: Path, weights: str | None) -> None:
-    """Sum ADAPTERS of one base (several tasks in one), weighted, on the union of their entries."""
+def add(adapters: tuple[Path, ...], output: Path, weights: str | None, verbose: bool) -> None:
+    """Add up ADAPTERS of one base, weighted: several tasks in one adapter, on the union of their entries."""
     from scale_sft.adapters import arithmetic
 
     try:
@@ -30,52 +32,59 @@ def add(adapters: tuple[Path, ...], output: Path, weights: str | None) -> None:
         raise UserError(f"add: --weights: got {weights!r}, expected numbers as in 1,0.5") from None
     operands = _read(adapters, at_least=2)
     _save(arithmetic.add(operands, factors), output)
-    _overlaps(adapters, operands)
+    if verbose:
+        _overlaps(adapters, operands)
 
 
 @click.command()
 @click.argument("adapter", type=_ADAPTER)
-@click.option("--factor", required=True, type=float, help="What all deltas are multiplied with.")
+@click.option("--factor", required=True, type=float, help="Number to multiply all deltas by.")
 @_OUTPUT
 def scale(adapter: Path, factor: float, output: Path) -> None:
-    """Multiply all deltas of ADAPTER: 0.5 goes half the way, 2 twice as far."""
+    """Multiply all deltas of ADAPTER: a factor of 0.5 halves its effect on the weights, 2 doubles it."""
     from scale_sft.adapters import arithmetic
 
-    _save(arithmetic.scale(*_read([adapter]), factor), output)
+    (operand,) = _read([adapter])
+    _save(arithmetic.scale(operand, factor), output)
 
 
 @click.command()
 @click.argument("adapter", type=_ADAPTER)
 @_OUTPUT
 def negate(adapter: Path, output: Path) -> None:
-    """Turn ADAPTER round: away from what it has learned."""
+    """Negate ADAPTER, to steer the model away from its task."""
     from scale_sft.adapters import arithmetic
 
-    _save(arithmetic.scale(*_read([adapter]), -1), output)
+    (operand,) = _read([adapter])
+    _save(arithmetic.scale(operand, -1), output)
 
 
 @click.command()
 @_SEVERAL
 @_OUTPUT
-def intersect(adapters: tuple[Path, ...], output: Path) -> None:
-    """Deltas of the first of ADAPTERS, at the entries that all the others have too."""
+@_VERBOSE
+def intersect(adapters: tuple[Path, ...], output: Path, verbose: bool) -> None:
+    """Keep the deltas of the first of ADAPTERS at the entries that all the others have too."""
     from scale_sft.adapters import arithmetic
 
     operands = _read(adapters, at_least=2)
     _save(arithmetic.intersect(operands), output)
-    _overlaps(adapters, operands)
+    if verbose:
+        _overlaps(adapters, operands)
 
 
 @click.command()
 @_SEVERAL
 @_OUTPUT
-def difference(adapters: tuple[Path, ...], output: Path) -> None:
-    """Deltas of the first of ADAPTERS, at the entries that none of the others has."""
+@_VERBOSE
+def difference(adapters: tuple[Path, ...], output: Path, verbose: bool) -> None:
+    """Keep the deltas of the first of ADAPTERS at the entries that none of the others has."""
     from scale_sft.adapters import arithmetic
 
     operands = _read(adapters, at_least=2)
     _save(arithmetic.difference(operands), output)
-    _overlaps(adapters, operands)
+    if verbose:
+        _overlaps(adapters, operands)
 
 
 @click.command()
@@ -86,14 +95,15 @@ def prune(adapter: Path, density: float, output: Path) -> None:
     """Keep only the largest deltas of each weight of ADAPTER."""
     from scale_sft.adapters import arithmetic
 
-    _save(arithmetic.prune(*_read([adapter]), density), output)
+    (operand,) = _read([adapter])
+    _save(arithmetic.prune(operand, density), output)
 
 
 @click.command()
 @_SEVERAL
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with a row per weight.")
 def overlap(adapters: tuple[Path, ...], as_json: bool) -> None:
-    """How many entries each two of ADAPTERS share, and how often with the same sign, per layer."""
+    """Count the entries that each two of ADAPTERS share, and how often with the same sign, per layer."""
     _overlaps(adapters, _read(adapters, at_least=2), as_json)
 
 

@@ -9,9 +9,10 @@ import click
 from . import bench_cost as cli_bench_cost
 from . import bench_quality as cli_bench_quality
 from . import bench_step as cli_bench_step
+from .commands import Commands
 
 
-@click.group()
+@click.group(cls=Commands)
 def bench() -> None:
     """Measure this trainer beside its peers: same model, data, dtype, batch and machine, in one run.
 

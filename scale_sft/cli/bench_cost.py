@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from scale_sft.config.click_options import flattened
+from scale_sft.config.click_options import flattened, option
 
 from .bench_options import OUTPUT, cases_from, several, with_cases
 
@@ -104,31 +104,53 @@ def reallocate(weights: tuple, densities: tuple, methods: tuple, repeats: int, o
 
 @click.command()
 @several("--ranks", "ranks", click.IntRange(1, 1024), "1,2,4", "Numbers of ranks on this machine")
-@click.option("--sharded/--replicated", default=False, show_default="replicated", help="Where the base lies (ZeRO-3).")
+@click.option(
+    "--base_placement",
+    type=click.Choice(["replicate", "shard"]),
+    default="replicate",
+    show_default=True,
+    help="Whole on every rank, or sharded (ZeRO-3).",
+)
+@click.option("--sharded/--replicated", default=None, hidden=True)  # earlier spellings
 @click.option("--weak/--strong", default=True, show_default="weak", help="Same batch for each rank, or of all ranks.")
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Sequences of that batch.")
 @click.option("--base", default="demo", show_default=True, help="Model folder or hub id, or the embedded base.")
-@click.option("--data", default="demo", show_default=True, help="Training data, as train_data of a run.")
-@click.option("--max-length", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens of a sequence.")
+@option(
+    "--train_data",
+    "data",
+    also=["--train-data", "--data"],
+    default="demo",
+    show_default=True,
+    help="Training data, as in a recipe.",
+)
+@option(
+    "--max_length",
+    also=["--max-length"],
+    type=click.IntRange(min=2),
+    default=128,
+    show_default=True,
+    help="Tokens of a sequence.",
+)
 @click.option("--method", type=click.Choice(["ag", "ma"]), default="ag", show_default=True, help="Of the runs.")
 @click.option(
     "--density", type=click.FloatRange(0, 1, min_open=True), default=0.02, show_default=True, help="Of the runs."
 )
 @OUTPUT
-def scale(ranks: tuple, weak: bool, output: Path, **options) -> None:
-    r"""Time, memory and traffic of a step on several ranks, and a model of larger worlds beside them.
+def scale(ranks: tuple, weak: bool, base_placement: str, sharded: bool | None, output: Path, **options) -> None:
+    r"""Time, memory and traffic of a step on several ranks, and a model of larger worlds next to them.
 
     Each number of ranks is a run of its own, started by `accelerate launch` as a user would; it counts for itself.
 
     \b
     scale-sft bench scale --ranks 1,2
-    scale-sft bench scale --ranks 2 --sharded --strong --batch 8
+    scale-sft bench scale --ranks 2 --base_placement shard --strong --batch 8
     """
     from scale_sft.bench.scale import measure as module
     from scale_sft.bench.show import report
 
     counts = sorted(flattened(ranks))
-    worlds = module.Worlds(strong=not weak, **options)
+    shard = base_placement == "shard" if sharded is None else sharded
+    worlds = module.Worlds(strong=not weak, sharded=shard, **options)
     module.check(worlds, counts)
     count = len(counts) + len(module.predicted(worlds, counts))
     report(output, "scale", module.run(worlds, counts), count=count, columns=module.COLUMNS, cells=module.cells)

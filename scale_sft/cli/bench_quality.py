@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from scale_sft.config.click_options import with_options_of
+from scale_sft.config.click_options import SuggestingCommand, option, with_options_of
 from scale_sft.errors import UserError
 
 from .bench_options import OUTPUT
 
 
-@click.command()
+@click.command(cls=SuggestingCommand)
 @click.option("--methods", metavar="A,B,...", help="Contestants; default: all.")
 @click.option(
     "--variant",
@@ -31,17 +31,25 @@ from .bench_options import OUTPUT
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Runs at the best rate.")
 @click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of a run; default: 150, or the recipe's.")
-@click.option(
-    "--rank",
-    "rank_equivalent",
+@option(
+    "--rank_equivalent",
+    also=["--rank-equivalent", "--rank"],
     type=click.IntRange(min=1),
     help="Of LoRA; sparse deltas get as many weights. Default: 2 (the share of the demo's weights that 64 is of 7B's), "
     "or the recipe's rank_equivalent.",
 )
-@click.option(
-    "--global-batch-size", type=click.IntRange(min=1), help="Sequences per step; default: 16, or the recipe's."
+@option(
+    "--global_batch_size",
+    also=["--global-batch-size"],
+    type=click.IntRange(min=1),
+    help="Sequences per step; default: 16, or the recipe's.",
 )
-@click.option("--micro-batch-size", type=click.IntRange(min=1), help="Sequences per forward pass; default: all.")
+@option(
+    "--micro_batch_size",
+    also=["--micro-batch-size"],
+    type=click.IntRange(min=1),
+    help="Sequences per forward pass; default: all.",
+)
 @click.option(
     "--validation-examples",
     type=click.IntRange(min=1),
@@ -75,11 +83,11 @@ def quality(
 
     \b
     scale-sft bench quality
-    scale-sft bench quality --base models/small --train_data train.jsonl --eval_data test.jsonl --rank 16 --steps 500
+    scale-sft bench quality --base models/a --train_data a.jsonl --eval_data b.jsonl --rank_equivalent 16 --steps 500
     scale-sft bench quality --methods ours-ag,peft-lora --variant ag-8bit=ours-ag,moments=int8
 
-    Every finished run is a row in OUTPUT/quality.jsonl, and is not done again: started once more after Ctrl-C, the
-    command goes on. Runs share the cores, so seconds compare with each other only.
+    Every finished run is a row in OUTPUT_DIR/quality.jsonl, and is not done again: started again after Ctrl-C, the
+    command resumes. Runs share the cores, so seconds compare with each other only.
     """
     from scale_sft.bench.page import write_page
     from scale_sft.bench.quality import measure as benchmark
@@ -95,7 +103,7 @@ def quality(
     try:
         rows = benchmark.measure(settings, output, processes=jobs or benchmark.default_processes(), say=click.echo)
     except KeyboardInterrupt:
-        raise UserError(f"interrupted; the runs that were finished are in {output}: start again to go on") from None
+        raise UserError(f"interrupted; finished runs are in {output}: the same command resumes") from None
     table, remarks = benchmark.report(rows)
     _print(table)
     for remark in remarks:

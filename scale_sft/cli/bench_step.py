@@ -51,7 +51,7 @@ from .bench_options import OUTPUT, cases_from, with_cases
 @click.option(
     "--together/--one-by-one",
     default=None,
-    help="All contestants stay in memory, or each is made anew in each round.  [default: together where they fit]",
+    help="All contestants stay in memory, or each is made again in each round.  [default: together where they fit]",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Of torch on a CPU.  [default: torch's]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights, data and order.")
@@ -64,7 +64,7 @@ def step(
 
     \b
     scale-sft bench step
-    scale-sft bench step --dtype bfloat16 --length 512 --contestants ours-ag,peft-lora,full
+    scale-sft bench step --dtype bfloat16 --max_length 512 --contestants ours-ag,peft-lora,full
     """
     import torch
     from rich.console import Console

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import click
 
+from .commands import Commands
 
-@click.group()
+
+@click.group(cls=Commands)
 def checkpoint() -> None:
     """Checkpoints of a run: what is there, and whether it is whole."""
 

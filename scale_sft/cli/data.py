@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ from scale_sft.errors import UserError
 
 if TYPE_CHECKING:
     from scale_sft.data.examples import Examples
+from .commands import Commands
 
 
 @click.command(cls=SuggestingCommand)
@@ -38,7 +40,7 @@ def preprocess(recipe: str | None, refresh: bool, **options: str | None) -> None
         )
 
 
-@click.group()
+@click.group(cls=Commands)
 def data() -> None:
     """Inspect the data of a recipe."""
 
@@ -78,7 +80,9 @@ def _load(sections: dict[str, Any], *, refresh: bool = False) -> Iterator[tuple[
     for split, source, limit in wanted:
         if source:
             began = time.perf_counter()
-            examples = load_examples(source, split, tokenizer, config, limit, progress=True, refresh=refresh)
+            examples = load_examples(
+                source, split, tokenizer, config, limit, progress=sys.stderr.isatty(), refresh=refresh
+            )
             yield split, examples, time.perf_counter() - began
 
 

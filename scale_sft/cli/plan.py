@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import click
@@ -32,17 +33,20 @@ def plan(recipe: str | None, gpus: int, gpu_memory: float | None, shape: str | N
     scale-sft plan --shape 70b --density 0.01 --global_batch_size 64 --gpus 64 --gpu-memory 80
     """
     from scale_sft.config.loading import load
-    from scale_sft.config.recipes import path_of
     from scale_sft.model.loading import load_model_config
     from scale_sft.planning.planner import Planner
     from scale_sft.planning.suggestions import smallest_change
 
     if shape is not None:
         options["base"] = str(_shape_folder(shape))
-    config = load(path_of(recipe) if recipe else None, options)
+    config = load(recipe, options)
     planner = Planner(load_model_config(config.model))
     found = planner.plan(config, gpus=gpus, gpu_memory_gb=gpu_memory)
-    change = None if found.fits else smallest_change(planner, config, gpus=gpus, gpu_memory_gb=gpu_memory)
+    change = (
+        None
+        if found.fits or gpu_memory is None
+        else smallest_change(planner, config, gpus=gpus, gpu_memory_gb=gpu_memory)
+    )
     if as_json:
         click.echo(json.dumps(_document(found, change), indent=2))
     else:
@@ -69,41 +73,60 @@ def _print(found, change, gpus: int, gpu_memory: float | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from scale_sft.planning.planner import GIB
-
     console = Console(width=110, highlight=False)
-    size = lambda count: f"{count / GIB:,.2f} GiB"
     console.print(
-        f"{found.entries / 1e9:.2f} billion weights, {found.active / 1e6:,.1f} million of them trained; base "
-        f"{found.placement} on {gpus} GPU{'s' * (gpus > 1)}"
+        f"{_count(found.entries)} weights, {_count(found.active)} of them trained; base {found.placement} on {gpus} "
+        f"GPU{'s' * (gpus > 1)}"
     )
+    totals = {
+        "peak of a step": found.step_peak,
+        "peak while the base is loaded": found.load_peak,
+        "main memory per rank while loading": found.host_peak,
+    }
     table = Table("memory per GPU at the peak of a step", "", show_edge=False)
     table.columns[1].justify = "right"
+    size = in_one_unit([*found.rows.values(), *totals.values()])
     for name, count in found.rows.items():
         if count:
             table.add_row(name, size(count))
     table.add_section()
-    table.add_row("peak of a step", size(found.step_peak))
-    table.add_row("peak while the base is loaded", size(found.load_peak))
-    table.add_row("main memory per rank while loading", size(found.host_peak))
+    for name, count in totals.items():
+        table.add_row(name, size(count))
     console.print(table)
     if found.traffic:
         traffic = Table("sent by each GPU per optimizer step", "", show_edge=False)
         traffic.columns[1].justify = "right"
+        size = in_one_unit(found.traffic.values())
         for name, count in found.traffic.items():
             traffic.add_row(name, size(count))
         console.print(traffic)
     if found.room is None:
         return
-    told = f"of {size(found.room)} usable on a GPU of {gpu_memory:g} GB"
+    alone = lambda count: in_one_unit([count])(count)
+    usable = max(0, found.room)
+    told = f"{alone(found.peak)} of {alone(usable)} usable on a GPU of {gpu_memory:g} GB"
+    told += f", {alone(abs(usable - found.peak))}"
     if found.fits:
-        console.print(f"fits: {size(found.peak)} {told}, {size(found.room - found.peak)} to spare")
+        console.print(f"fits: {told} to spare")
         return
-    console.print(f"does not fit: {size(found.peak)} {told}, {size(found.peak - found.room)} too much")
+    console.print(f"does not fit: {told} too much")
     if change is None:
         console.print("no single change of batch, checkpointing, placement, length or density makes it fit")
     else:
-        console.print(f"smallest change that fits: {change[0]} ({size(change[1].peak)})")
+        console.print(f"smallest change that fits: {change[0]} ({alone(change[1].peak)})")
+
+
+def in_one_unit(byte_counts: Iterable[float]) -> Callable[[float], str]:
+    """Choose the unit that suits the largest of some numbers of bytes; returns what writes each of them in it."""
+    largest = max(byte_counts, default=0)
+    exponent = 3 if largest >= 2**30 else 2 if largest >= 2**20 else 1
+    return lambda count: f"{count / 1024**exponent:,.2f} {('KiB', 'MiB', 'GiB')[exponent - 1]}"
+
+
+def _count(number: float) -> str:
+    if number >= 1e9:
+        return f"{number / 1e9:.2f} billion"
+    return f"{number / 1e6:,.1f} million" if number >= 1e7 else f"{number:,.0f}"
 
 
 COMMANDS = (plan,)

@@ -9,15 +9,17 @@ import click
 
 from scale_sft.errors import UserError
 
+from .commands import Commands
 
-@click.group()
+
+@click.group(cls=Commands)
 def recipes() -> None:
-    """Recipes that ship with the package: list, show, copy, check."""
+    """List, show, copy and check the recipes that ship with the package."""
 
 
 @recipes.command("ls")
 def list_recipes() -> None:
-    """List the shipped recipes."""
+    """List the shipped recipes, and what each is for."""
     from scale_sft.config import recipes as shipped
 
     found = shipped.names()
@@ -37,24 +39,34 @@ def show(recipe: str) -> None:
 
 @recipes.command("cp")
 @click.argument("recipe")
-@click.argument("target", type=click.Path(path_type=Path))
-def copy(recipe: str, target: Path) -> None:
-    """Copy RECIPE to the file or folder TARGET, to be changed there."""
+@click.argument("target", default=".")
+def copy(recipe: str, target: str) -> None:
+    r"""Copy RECIPE to TARGET, a new file or a folder, to change it there. Nothing is overwritten.
+
+    Without TARGET the copy is ./RECIPE.yaml.
+
+    \b
+    scale-sft recipes cp demo mine.yaml
+    scale-sft train --config mine.yaml --density 0.05
+    """
     from scale_sft.config import recipes as shipped
 
-    click.echo(f"copied to {shipped.copy(recipe, target)}")
+    if target.endswith("/"):
+        Path(target).mkdir(parents=True, exist_ok=True)
+    written = shipped.copy(recipe, Path(target))
+    click.echo(f"wrote {written}; train with it: scale-sft train --config {written}")
 
 
 @recipes.command()
 @click.argument("files", metavar="RECIPE...", nargs=-1, required=True)
 def validate(files: tuple[str, ...]) -> None:
-    """Check each RECIPE (a shipped name or a file) as the trainer would."""
-    from scale_sft.config import recipes as shipped
+    """Check each RECIPE (a shipped name or a file) as the trainer would, and report all mistakes."""
+    from scale_sft.config.loading import load
 
     wrong = []
     for recipe in files:
         try:
-            shipped.validate(recipe)
+            load(recipe, {})
             click.echo(f"{recipe}: valid")
         except UserError as error:
             wrong.append(str(error))

@@ -16,15 +16,16 @@ import yaml
 
 from .options import OPTIONS, SECTIONS, Config, ConfigError
 from .plain_yaml import read_yaml
+from .recipes import path_of
 from .rules import broken_rules
 from .spelling import unknown
 
 
-def load(recipe: str | Path | None, overrides: Mapping[str, Any]) -> Config:
+def load(recipe: str | Path | Config | None, overrides: Mapping[str, Any]) -> Config:
     """Read the configuration of a recipe (YAML); options win over it.
 
     Args:
-        recipe: path of a YAML file, or None for the defaults.
+        recipe: path of a YAML file, name of a shipped recipe, or a whole configuration; None for the defaults.
         overrides: option name -> value, a string (as typed) or already of the right type; None is ignored.
 
     Raises:
@@ -51,15 +52,21 @@ def load_sections(recipe: str | Path | None, overrides: Mapping[str, Any]) -> di
     return sections
 
 
-def _refuse(mistakes: list[str], recipe: str | Path | None) -> None:
+def _refuse(mistakes: list[str], recipe: str | Path | Config | None) -> None:
     if mistakes:
-        where = f" in {recipe}" if recipe else ""
+        where = f" in {recipe}" if isinstance(recipe, (str, Path)) else ""
         raise ConfigError(f"{len(mistakes)} mistake{'s' * (len(mistakes) > 1)}{where}:\n  " + "\n  ".join(mistakes))
 
 
-def _read_sections(recipe: str | Path | None, overrides: Mapping[str, Any], mistakes: list[str]) -> dict[str, Any]:
+def _read_sections(
+    recipe: str | Path | Config | None, overrides: Mapping[str, Any], mistakes: list[str]
+) -> dict[str, Any]:
     """Read all sections of a recipe; options win over it, mistakes are appended."""
-    values: dict[str, Any] = _read_recipe(recipe, mistakes) if recipe is not None else {}
+    values: dict[str, Any] = {}
+    if isinstance(recipe, Config):
+        values = {name: getattr(getattr(recipe, section), name) for name, section in OPTIONS.items()}
+    elif recipe is not None:
+        values = _read_recipe(recipe, mistakes)
     given = {name: value for name, value in overrides.items() if value is not None}
     budgets = ("density", "tunable_weights", "rank_equivalent")
     for alternatives in (budgets, ("steps", "epochs")):  # one given on the command line replaces the recipe's
@@ -76,9 +83,7 @@ def _read_sections(recipe: str | Path | None, overrides: Mapping[str, Any], mist
 def _read_recipe(recipe: str | Path, mistakes: list[str]) -> dict[str, Any]:
     """Read the option values of a YAML file, flattened over its sections."""
     try:
-        tree = read_yaml(Path(recipe).read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        raise ConfigError(f"recipe {recipe}: no such file") from None
+        tree = read_yaml(path_of(recipe).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"recipe {recipe}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -149,7 +154,7 @@ def _wrong_with_path(text: str) -> str | None:
     """Refuse what does not expand: it would become a folder of that name."""
     path = _expanded(text).partition("?")[0]
     if path.startswith("~"):
-        return f"got {text!r}, but there is no such user as {path.split('/')[0]}"
+        return f"got {text!r}, but this machine has no user {path.split('/')[0][1:]!r}"
     if not os.path.exists(path) and (unset := re.search(r"\$(?:\{(\w+)\}|(\w+))", path)):
         return f"got {text!r}, but the environment variable {unset[1] or unset[2]} is not set"
     return None

@@ -1,7 +1,7 @@
 """Every option of a run: name, default, unit, meaning and check, each written once.
 
-A recipe is YAML with one section per dataclass below; every key is a command-line option of the same name too, and the
-command line wins. `load` reports all mistakes together, before anything heavy is imported.
+A recipe is YAML with one section per dataclass below. Every key is also a command-line option, which wins over the
+recipe. `load` reports all mistakes together, before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DEMO = "demo"
 
 
 class ConfigError(UserError):
-    """One or several options are wrong; the message names each with what was got, what was expected and a remedy."""
+    """Options that are wrong; the message names each with its value, what was expected and a remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,8 @@ class ModelConfig:
     revision: str | None = option(None, "Revision (branch, tag or commit) of a hub model.", on_resume="by_effect")
     dtype: str = option(
         "auto",
-        "Dtype of the base and of the computation; auto: as the model is stored (float16 becomes bfloat16), and for a "
-        "quantised base on a GPU bfloat16 where the GPU has it.",
+        "Dtype of the base and of the computation. auto: as the model is stored (float16 becomes bfloat16); for a "
+        "quantised base on a GPU, bfloat16 if the GPU supports it.",
         choices=("auto", "bfloat16", "float32"),
     )
     quantization: str = option(
@@ -49,7 +49,7 @@ class ModelConfig:
     double_quantization: bool = option(True, "Quantise the scales of a 4-bit base too: 0.05 bytes less per weight.")
     base_placement: str = option(
         "auto",
-        "Where the base lies: replicate (whole on every rank), shard (DeepSpeed ZeRO-3), or auto: replicate where it "
+        "Where the base is kept: replicate (whole on every rank), shard (DeepSpeed ZeRO-3), or auto: replicate if it "
         "fits the device, otherwise shard.",
         choices=("auto", "replicate", "shard"),
         on_resume="free",
@@ -65,11 +65,11 @@ class ModelConfig:
     )
     attention: str = option(
         "sdpa",
-        "Attention implementation; on a CPU in bfloat16 eager is the faster one up to 256 tokens.",
+        "Attention implementation. On a CPU in bfloat16, eager is faster up to 256 tokens.",
         choices=("sdpa", "eager", "flash_attention_2", "flex_attention"),
     )
     trust_remote_code: bool = option(
-        False, "Run model code that comes with the base. Only for sources you trust.", on_resume="free"
+        False, "Run model code that comes with the base. Only for sources that you trust.", on_resume="free"
     )
 
 
@@ -125,24 +125,26 @@ class SparseConfig:
     )
     delta_dtype: str = option(
         "float32",
-        "Dtype of the deltas themselves; bfloat16 saves 2 bytes per entry and loses updates that are small beside "
-        "their delta. The update itself is computed in float32.",
+        "Dtype of the deltas; bfloat16 saves 2 bytes per entry and loses updates that are small compared with their "
+        "delta. The update itself is computed in float32.",
         choices=("float32", "bfloat16"),
     )
     proposal_batch_size: int | None = option(
         None,
         "Sequences of the global batch whose gradient proposes candidates (SFT-AG, static); default: the first "
-        "micro-step of all ranks. Set it to get the same candidates however batches are cut into micro-batches.",
+        "micro-step of all ranks. If set, candidates do not depend on how batches are cut into micro-batches.",
         check=at_least(1),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """How the deltas are updated: AdamW for ag and static, SM3 for ma."""
+    """The update of the deltas: AdamW for ag and static, SM3 for ma."""
 
     learning_rate: float = option(
-        1e-3, "Peak learning rate. Sparse deltas want far higher rates.", check=between(0, 1e6, open_low=True)
+        1e-3,
+        "Peak learning rate. Sparse deltas need far higher rates than dense fine-tuning.",
+        check=between(0, 1e6, open_low=True),
     )
     betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay rates of the two moments.", check=two_betas)
     eps: float = option(1e-8, "Added to the denominator (AdamW) or under the root (SM3).", check=above(0))
@@ -152,17 +154,19 @@ class OptimizerConfig:
     )
     moments: str = option(
         "auto",
-        "How AdamW's two moments are kept: float32 (8 bytes per entry), mixed (bfloat16 and float32: 6) or int8 "
-        "(bitsandbytes, blocks of 256: 2); auto: mixed where gradients are computed in 16 bits.",
+        "How AdamW's two moments are stored: float32 (8 bytes per entry), mixed (bfloat16 and float32: 6) or int8 "
+        "(bitsandbytes, blocks of 256: 2). auto: mixed if gradients are computed in 16 bits.",
         choices=("auto", "float32", "mixed", "int8"),
     )
     gradient_dtype: str = option(
         "float32",
         "Dtype in which the entries' gradients are summed over micro-batches and ranks; bfloat16 saves 2 bytes per "
-        "entry and half of what ranks exchange, and loses what is small beside the sum.",
+        "entry and half of the traffic between ranks, and loses what is small compared with the sum.",
         choices=("float32", "bfloat16"),
     )
-    warmup_fraction: float = option(0.03, "Fraction of the steps over which the rate rises.", check=between(0, 1))
+    warmup_fraction: float = option(
+        0.03, "Fraction of the steps over which the learning rate rises.", check=between(0, 1)
+    )
     lr_schedule: str = option(
         "linear", "How the learning rate falls after warm-up.", choices=("linear", "cosine", "constant")
     )
@@ -170,7 +174,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is learned and what is held out."""
+    """The data: what to learn from, and what to hold out."""
 
     train_data: tuple[str, ...] | str = option(
         DEMO,
@@ -188,7 +192,7 @@ class DataConfig:
     )
     max_length: int | None = option(
         None,
-        "Longest example in tokens; longer ones are cut at the end. Default: 2048, or what the base has positions for.",
+        "Longest example in tokens; longer ones are cut at the end. Default: 2048, or the base's number of positions.",
         check=at_least(2),
     )
     loss_on: str = option(
@@ -214,30 +218,30 @@ class DataConfig:
     )
     preprocess_workers: int | None = option(
         None,
-        "Processes that tokenise; default: one per 20,000 examples, as many as there are cores.",
+        "Processes that tokenise; default: one per 20,000 examples, at most one per core.",
         check=at_least(1),
         on_resume="free",
     )
     cache_dir: str | None = option(
         None, "Folder of tokenised data; default: scale_sft/ in the Hugging Face cache.", on_resume="free", path=True
     )
-    max_train_examples: int | None = option(None, "Use only the first so many training examples.", check=at_least(1))
-    max_eval_examples: int | None = option(None, "Use only the first so many held-out examples.", check=at_least(1))
+    max_train_examples: int | None = option(None, "Use only this many training examples, the first.", check=at_least(1))
+    max_eval_examples: int | None = option(None, "Use only this many held-out examples, the first.", check=at_least(1))
     exact_match_examples: int = option(
         0,
-        "Held-out examples to answer by greedy generation and compare with the reference; 0: none.",
+        "How many held-out examples to answer by greedy generation and compare with the reference.",
         check=at_least(0),
     )
     answer_pattern: str | None = option(
         None,
-        "Regular expression that finds the answer to compare in generated and reference text (its last match, and "
-        "there its first group); 'gsm8k' for what follows ####. Default: the whole text.",
+        "Regular expression that finds the answer in generated and reference text (the first group of its last match); "
+        "'gsm8k' for what follows ####. Default: the whole text.",
         check=a_pattern,
         on_resume="free",
     )
     generation_samples: int = option(
         0,
-        "Held-out prompts to answer at every evaluation; the answers go on record and to the tracker.",
+        "How many held-out prompts to answer at every evaluation; answers go to metrics.jsonl and to the tracker.",
         check=at_least(0),
         on_resume="free",
     )
@@ -246,7 +250,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How long, how large the batches, and where the files go."""
+    """The run: its length, its batches and its files."""
 
     steps: int | None = option(None, "Optimizer steps; give this or epochs.", check=at_least(1), on_resume="by_effect")
     epochs: float | None = option(
@@ -266,22 +270,22 @@ class RunConfig:
     )
     seed: int = option(0, "Seed of the initial indices and of the data order.", check=at_least(0))
     output_dir: str = option(
-        "runs/sft", "Folder of the run: new, or that of the run to go on with.", on_resume="free", path=True
+        "runs/sft", "Folder of the run: a new one, or that of a run to resume.", on_resume="free", path=True
     )
     eval_every_steps: int | None = option(
         None,
-        "Evaluate every so many steps as well; default: at the start and at the end.",
+        "Also evaluate every this many steps; default: only at the start and at the end.",
         check=at_least(1),
         on_resume="free",
     )
     keep_best: bool = option(
         True,
-        "With eval_every_steps: keep the adapter of the lowest held-out loss in best_adapter/ as well.",
+        "With eval_every_steps: also keep the adapter of the lowest held-out loss, in best_adapter/.",
         on_resume="free",
     )
     early_stopping_steps: int | None = option(
         None,
-        "Stop when the held-out loss has not fallen for so many steps (with eval_every_steps).",
+        "Stop when the held-out loss has not fallen for this many steps (needs eval_every_steps).",
         check=at_least(1),
         on_resume="free",
     )
@@ -290,7 +294,7 @@ class RunConfig:
     )
     save_every_steps: int | None = option(
         100,
-        "Save a checkpoint every so many steps, and at the last; none: only when a signal stops the run.",
+        "Save a checkpoint every this many steps and after the last; none: only when a signal stops the run.",
         check=at_least(1),
         on_resume="free",
     )
@@ -299,26 +303,26 @@ class RunConfig:
     )
     on_save_failure: str = option(
         "stop",
-        "When a checkpoint cannot be written (disk full): stop with an error, or continue to the next.",
+        "If a checkpoint cannot be written (disk full): stop with an error, or continue without it.",
         choices=("stop", "continue"),
         on_resume="free",
     )
     resume: str = option(
         "auto",
-        "auto: go on from the newest complete checkpoint in output_dir, if any; never: refuse a folder that holds one; "
-        "or the folder of a checkpoint (or of a run) to go on from.",
+        "auto: resume from the newest complete checkpoint in output_dir, if any; never: refuse a folder that holds a "
+        "run; or the folder of a checkpoint (or of a run) to resume from.",
         on_resume="free",
         path=True,
     )
     skip_nonfinite_steps: int = option(
         0,
-        "How many steps whose loss or gradient norm is no finite number are left out before the run stops.",
+        "How many steps with a NaN or infinite loss or gradient to skip before stopping.",
         check=at_least(0),
         on_resume="free",
     )
     collective_timeout_seconds: float = option(
         1800.0,
-        "A rank that makes no progress for so long ends the run; longer than any step, evaluation batch or merge.",
+        "End the run when a rank makes no progress for this long; more than any step, evaluation batch or merge takes.",
         check=above(0),
         on_resume="free",
     )
@@ -330,7 +334,7 @@ class RunConfig:
         choices=("off", "cpu", "auto"),
     )
     save_merged: bool = option(
-        False, "Also write the merged model, a plain transformers folder, at the end.", on_resume="free"
+        False, "At the end, also write the merged model, a plain transformers folder.", on_resume="free"
     )
     tracker: str | None = option(
         None,
@@ -341,7 +345,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A run, completely."""
+    """All options of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)

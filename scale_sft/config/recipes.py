@@ -1,15 +1,13 @@
-"""The recipes that ship with the package: find, show, copy and check them."""
+"""The recipes that ship with the package: find, describe and copy them."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from scale_sft.errors import UserError
-from scale_sft.files import PACKAGE
+from scale_sft.files import PACKAGE, write_text
 
-from .loading import load
-from .options import Config
+from .options import ConfigError
 from .spelling import unknown
 
 FOLDER = PACKAGE / "recipes"
@@ -20,43 +18,49 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def path_of(recipe: str) -> Path:
-    """The file behind a name or a path; a name of a shipped recipe goes first.
+def path_of(recipe: str | Path) -> Path:
+    """Find the file behind a name or a path.
+
+    `demo` is the shipped recipe; `demo.yaml` and `./demo` are files of yours, if they exist.
 
     Raises:
-        UserError: there is neither; names the nearest recipe.
+        ConfigError: there is neither; names the nearest recipe.
     """
-    for path in (FOLDER / f"{recipe.removesuffix('.yaml')}.yaml", Path(recipe)):
-        if path.is_file():
-            return path
-    raise UserError(unknown(f"recipe '{recipe}' (and no such file)", recipe, names()))
+    name, own = str(recipe), Path(recipe).expanduser()
+    shipped = name.removesuffix(".yaml")
+    if name in names():
+        return FOLDER / f"{name}.yaml"
+    if own.exists() and not own.is_dir():  # a pipe is welcome
+        return own
+    if shipped in names():
+        return FOLDER / f"{shipped}.yaml"
+    if own.suffix or own.name != name:
+        raise ConfigError(f"recipe {recipe}: no such file; shipped recipes have names: {', '.join(names())}")
+    raise ConfigError(unknown(f"recipe '{name}' (and no such file)", name, names()))
 
 
 def summary(path: Path) -> str:
-    """The first line of the comment that a recipe begins with."""
-    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-    return first.lstrip("# ").strip() if first.startswith("#") else ""
+    """Return what a recipe is for: the sentence that its opening comment begins with."""
+    words: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#") or line.startswith("#  "):  # code, or the lines that launch it
+            break
+        words.append(line.lstrip("# ").strip())
+        if words[-1].endswith((".", ":")):
+            break
+    return " ".join(words)
 
 
 def copy(recipe: str, target: Path) -> Path:
-    """Copy a recipe to a file, or into a folder under its own name.
+    """Copy a recipe to a new file, or into a folder under its own name; returns the file.
 
     Raises:
-        UserError: no such recipe, or the file is there already.
+        UserError: no such recipe, or the file exists.
     """
     source = path_of(recipe)
     target = target / source.name if target.is_dir() else target
     if target.exists():
-        raise UserError(f"recipes: {target} is there already; choose another name")
+        raise UserError(f"recipes cp: {target} exists and is not overwritten. Fix: name another file")
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    write_text(target, source.read_text(encoding="utf-8"))
     return target
-
-
-def validate(recipe: str) -> Config:
-    """Read a recipe as the trainer would.
-
-    Raises:
-        UserError: everything that is wrong with it, in one message.
-    """
-    return load(path_of(recipe), {})

@@ -13,7 +13,7 @@ _WORDS = {int: "integer", float: "number", bool: "boolean", str: "string", type(
 
 
 def schema() -> dict[str, Any]:
-    """The schema (draft 2020-12): one object per section, one property per option, unknown keys refused."""
+    """Make the schema (draft 2020-12): one object per section, one property per option, unknown keys refused."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "scale_sft recipe",

@@ -135,5 +135,5 @@ class Ranks:
         if failure is not None:
             raise failure
         if main_reason is not None:
-            raise UserError(f"rank 0 could not go on: {main_reason}")
+            raise UserError(f"rank 0 stopped: {main_reason}")
         return result

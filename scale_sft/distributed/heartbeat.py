@@ -1,6 +1,6 @@
-"""Which rank has stopped making progress: each rank tells the others how far it is, from a thread of its own.
+"""Find the rank that has stopped making progress: each rank tells the others how far it is, from its own thread.
 
-It knows no process group: it gets a key-value store that all ranks share (`set(key, text)`, `get(key) -> bytes`).
+No process group is needed, only a key-value store that all ranks share (`set(key, text)`, `get(key) -> bytes`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _WAITING = ("torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/zero/par
 
 @dataclass(frozen=True)
 class Beat:
-    """What one rank last said."""
+    """The last report of one rank."""
 
     rank: int
     host: str
@@ -34,8 +34,8 @@ class Beat:
     number: int  # of this beat
     marks: int  # collectives that it has begun
     idle_seconds: float  # since the last of them
-    waiting: bool  # its main thread stands in a collective
-    where: str  # innermost place of its main thread outside of libraries
+    waiting: bool  # its main thread is inside a collective
+    where: str  # innermost frame of its main thread outside of libraries
     last_words: str = ""
 
     def __str__(self) -> str:
@@ -44,12 +44,12 @@ class Beat:
 
 
 class Heartbeat:
-    """Beats for this rank, and ends the process when it has been without progress for too long.
+    """The reports of this rank; ends the process after too long without progress.
 
     Args:
         store: shared by all ranks.
-        timeout_seconds: how long a rank may go without `mark` inside a `watched` stretch.
-        give_up: called with the verdict from the thread; the default prints it and ends the process.
+        timeout_seconds: how long a rank may go without `mark` inside a `watching` block.
+        give_up: called with the verdict, from the thread; the default prints it and ends the process.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Heartbeat:
         self.beat()
 
     def start(self) -> None:
-        """Begin; every rank must have been constructed, so that each finds the others in the store."""
+        """Begin; every rank must have made its heartbeat, so that each finds the others in the store."""
         self._thread.start()
 
     @contextmanager
@@ -91,7 +91,7 @@ class Heartbeat:
         self._marked_at = time.monotonic()
 
     def beat(self, last_words: str = "") -> None:
-        """Tell the others how far this rank is."""
+        """Report how far this rank is."""
         self._number += 1
         self._last_words = last_words or self._last_words
         where, waiting = _place_of(self._main)
@@ -129,7 +129,7 @@ class Heartbeat:
                 return
 
     def verdict(self) -> str:
-        """Which rank holds the others up, after listening for a few beats."""
+        """Name the rank that holds the others up, after listening for a few beats."""
         try:
             before = self._listen()
             for _ in range(_LIFELESS_BEATS):
@@ -154,7 +154,7 @@ class Heartbeat:
 
 
 def _place_of(thread: int) -> tuple[str, bool]:
-    """Where a thread stands outside of libraries ('train.py:80 in forward_backward'), and whether in a collective."""
+    """Locate a thread outside of libraries ('train.py:80 in forward_backward'); tell whether it is in a collective."""
     frame = sys._current_frames().get(thread)
     waiting, place = False, "?"
     while frame is not None:
@@ -167,6 +167,6 @@ def _place_of(thread: int) -> tuple[str, bool]:
 
 
 def end_stalled(verdict: str) -> NoReturn:
-    """Say why, and end this process at once: its main thread may stand in a collective that nobody will complete."""
+    """Print why, and end this process at once: its main thread may be in a collective that will never complete."""
     print(f"error: {verdict}", file=sys.stderr, flush=True)
     os._exit(STALLED_STATUS)

@@ -57,6 +57,31 @@ def launch(arguments: Sequence[str]) -> int:
     return 0
 
 
+def launch_here(options: Sequence[str], *, processes: int) -> int:
+    """Train in several processes of this machine, on its GPUs or, without any, on its CPU; returns the exit status.
+
+    A sharded run gets the DeepSpeed settings of launch/zero3_8gpu.yaml or launch/cpu_zero3_2proc.yaml; whether the base
+    is sharded is decided by `base_placement`, in each process.
+
+    Raises:
+        UserError: the machine has GPUs, but fewer.
+    """
+    import torch
+
+    from scale_sft.errors import UserError
+    from scale_sft.files import LAUNCH_FILES
+
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < processes:
+        raise UserError(f"nproc: got {processes}, but this machine has {gpus} GPUs. Fix: --nproc {gpus}")
+    ds_config = LAUNCH_FILES / "ds_configs" / ("zero3.json" if gpus else "zero3_cpu.json")
+    os.environ.setdefault("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(ds_config))
+    if not gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would otherwise look for one, and say so
+    how = LAUNCH_FILES / "launch" / ("multi_gpu.yaml" if gpus else "cpu_2proc.yaml")
+    return launch(["--config_file", str(how), "--num_processes", str(processes), "-m", "scale_sft.train", *options])
+
+
 def _status(exitcode: int, who: str) -> int:
     """The shell's status for a child's exit code; a child that a signal has ended could not say so itself."""
     if exitcode >= 0:

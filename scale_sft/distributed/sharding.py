@@ -200,7 +200,7 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
     """Read a DeepSpeed configuration: the given file, also by the path of a shipped one, or the default ZeRO-3.
 
     Raises:
-        UserError: it is missing, no JSON, not stage 3, or keeps a second copy of the shards (hpZ, NVMe).
+        UserError: it is missing, not JSON, not stage 3, or keeps a second copy of the shards (hpZ, NVMe).
     """
     wanted = Path(path).expanduser() if path else DEFAULT_DS_CONFIG
     found = next((place for place in (wanted, LAUNCH_FILES / wanted) if place.is_file()), None)

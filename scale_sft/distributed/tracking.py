@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from scale_sft.config.spelling import unknown
-from scale_sft.errors import UserError
+from scale_sft.errors import UserError, first_line
 
 Log: TypeAlias = Callable[[dict[str, "float | str"], int], None]
 """Takes values by name, and the step that they belong to."""
@@ -37,13 +37,22 @@ def open_tracker(accelerator: Any, name: str, settings: Mapping[str, Any]) -> Lo
         accelerator: Accelerate's.
         name: of the project.
         settings: hyper-parameters, shown with the run.
+
+    Raises:
+        UserError: a tracker does not start.
     """
     if not accelerator.log_with:
         return None
     flat = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in settings.items()}
     boards = [kind for kind in accelerator.log_with if str(kind) == "tensorboard"]
     # TensorBoard would show hyper-parameters as runs of their own: they go into the one run below
-    accelerator.init_trackers(name, config=None if boards == accelerator.log_with else flat)
+    try:
+        accelerator.init_trackers(name, config=None if boards == accelerator.log_with else flat)
+    except Exception as error:  # no login, no network, no disk: each tracker has errors of its own
+        kinds = ", ".join(map(str, accelerator.log_with))
+        raise UserError(
+            f"tracker: {kinds} does not start: {first_line(error)}. Fix that, or leave tracker out"
+        ) from error
     for board in (tracker for tracker in accelerator.trackers if tracker.name == "tensorboard"):
         _write_settings(board.tracker, flat)
     return lambda values, step: accelerator.log(values, step=step)

@@ -1,4 +1,4 @@
-"""A merged model back in 4 or 8 bits, and what that costs: small deltas vanish in the rounding.
+"""Quantise a merged model to 4 or 8 bits again and measure the cost: small deltas vanish in the rounding.
 
 Only on request: the step between two values of 4 bits is far larger than most deltas.
 """
@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from scale_sft.adapters.base_files import INDEX_FILE, BaseFiles
 from scale_sft.adapters.format import Adapter
-from scale_sft.adapters.merge import INDEX_FILE, BaseFiles
 from scale_sft.adapters.merge_packed import is_transposed, merge_quantized, unquantized_shapes
 from scale_sft.adapters.model_card import write_card
 from scale_sft.adapters.safetensors_writer import TensorReader, TensorWriter
@@ -42,7 +42,7 @@ SMALL_FILES = (".json", ".jinja", ".model", ".txt")
 
 @dataclass(frozen=True)
 class Loss:
-    """What writing a merged model into few bits did to its deltas."""
+    """The cost of writing a merged model into few bits, in deltas and held-out loss."""
 
     kind: str
     active: int  # entries where the merged model differs from the base
@@ -67,7 +67,7 @@ def merge_into_few_bits(adapter_folder: str | Path, output: str | Path, kind: st
         kind: nf4, fp4 or int8.
 
     Returns:
-        What was written and what was lost, for people.
+        A text that says what was written and what was lost.
 
     Raises:
         UserError: see `merge_quantized`; or the adapter's base was not quantised.
@@ -124,7 +124,7 @@ def _replace_tensors(saved: TensorReader, files: BaseFiles, names: Mapping[str, 
 
 
 def _load(folder: Path, kind: str = "none") -> Any:
-    """A merged model as transformers loads it in bfloat16, quantised where `kind` says so."""
+    """Load a merged model in bfloat16, quantised where `kind` says so."""
     config = ModelConfig(base=str(folder), dtype="bfloat16", quantization=kind)
     model_config = load_model_config(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -134,7 +134,7 @@ def _load(folder: Path, kind: str = "none") -> Any:
 def _measure(
     merged: Path, packed: Mapping[str, PackedWeight], adapter: Adapter, kept: Mapping[str, Tensor]
 ) -> tuple[int, int, float, float]:
-    """Active and undone entries, error of the deltas and of the weights: see `Loss`."""
+    """Count active and undone entries and compute the errors of the deltas and of the weights: see `Loss`."""
     reference = unquantized_shapes(ModelConfig(base=str(merged)))
     active = undone = 0
     delta_error = delta_norm = weight_error = weight_norm = 0.0
@@ -158,9 +158,9 @@ def _measure(
 
 
 def _held_out_losses(recipe: Path, merged: Path, quantized: nn.Module, kind: str) -> str:
-    """Both models on the held-out data of the run, where that is still there and the models fit."""
+    """Evaluate both models on the held-out data of the run, if it is still there and the models fit."""
     if not recipe.is_file():
-        return f"not measured: there is no {recipe.name} of the run beside the adapter"
+        return f"not measured: the run's {recipe.name} is not next to the adapter"
     try:
         examples, size, pad = _held_out_data(recipe, merged)
     except UserError as error:
@@ -177,7 +177,7 @@ def _held_out_losses(recipe: Path, merged: Path, quantized: nn.Module, kind: str
 
 
 def _held_out_data(recipe: Path, merged: Path) -> tuple[Examples, int, int]:
-    """Held-out examples of a run, its batch size for evaluation and the padding token.
+    """Load the held-out examples of a run; returns them, its batch size for evaluation and the padding token.
 
     Raises:
         UserError: the run has none, or they are gone.

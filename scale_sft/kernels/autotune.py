@@ -132,12 +132,12 @@ class GradientPath:
         timer = self._timer or _EventTimer(self.device)
         works = {name: partial(path, left, right, wanted) for name, path in self.paths.items() if name not in refused}
         seconds = {name: timer(work) for name, work in works.items()}
-        trials = {name: [] for name in works if seconds[name] <= HOPELESS * seconds[PLAIN]}
+        trials: dict[str, list[float]] = {name: [] for name in works if seconds[name] <= HOPELESS * seconds[PLAIN]}
         for _ in range(REPEATS):
             for name, times in trials.items():
                 times.append(timer(works[name]))
         seconds |= {name: statistics.median(times) for name, times in trials.items()}
-        fastest = min(seconds, key=seconds.get)
+        fastest = min(seconds, key=lambda name: seconds[name])
         chosen = fastest if seconds[fastest] < WORTHWHILE * seconds[PLAIN] else PLAIN
         self.measured[case] = Measurement(chosen, seconds, refused)
         self._chosen[case] = chosen
@@ -164,9 +164,9 @@ class GradientPath:
             except Exception as error:  # whatever a compiler or driver may raise: the plain path remains
                 refused[name] = f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
                 continue
-            error = float((found - expected).norm() / expected.norm())
-            if not error <= LARGEST_ERROR:
-                refused[name] = f"differs from the dense product by {error:.2g} of its norm"
+            distance = float((found - expected).norm() / expected.norm())
+            if not distance <= LARGEST_ERROR:
+                refused[name] = f"differs from the dense product by {distance:.2g} of its norm"
         return refused
 
     def _result_of(self, name: str, left: Tensor, right: Tensor, wanted: Wanted) -> Tensor:
@@ -212,7 +212,7 @@ def paths_of(device: torch.device) -> dict[str, Path]:
     paths: dict[str, Path] = {PLAIN: dense_products, PICKED: picked_entries, SAMPLED: sampled_dots}
     for tile in (*TILES, FP32_TILE):
         name = f"product_{tile.block_r}x{tile.block_c}x{tile.block_t}"
-        paths[name] = lambda left, right, wanted, tile=tile: product_entries(left, right, wanted, tile)
+        paths[name] = partial(product_entries, tile=tile)
     return paths
 
 

@@ -8,6 +8,10 @@ resident        deltas written into the weights
 transient       deltas added to a dequantised weight for one product
 fingerprints    hashes of the base
 fused_step      update and write in one pass
+group           the processes that train one model together
+sparse_settings how a model is trained sparsely
+sparse_model    a model whose target weights carry deltas; shared by trainer, benchmarks and API
+sparse_optimizer  the owner of an optimizer step
 loss            cross entropy of the target tokens
 memory          memory of this process
 """

@@ -14,7 +14,7 @@ from scale_sft.kernels.cpu import compile as native
 from scale_sft.kernels.operands import Written
 from scale_sft.spiel.algorithm import SparseFineTuning
 from scale_sft.spiel.moments import DenseMoment
-from scale_sft.spiel.optimizers import SM3, AdamW
+from scale_sft.spiel.optimizers import AdamW
 
 from .resident import ResidentDeltas
 from .transient import TransientDeltas
@@ -37,8 +37,7 @@ def why_not(tuning: SparseFineTuning, carrier: ResidentDeltas | TransientDeltas)
 
 
 def update_and_write(tuning: SparseFineTuning, carrier: ResidentDeltas | TransientDeltas, learning_rate: float) -> None:
-    """One optimizer step on all deltas, one more term of the candidates' estimates, and all effective values of weights
-    that hold them.
+    """Move all deltas, add one term to the candidates' estimates, and write the effective values into the weights.
 
     Gradients are those of the recorder, summed over ranks and clipped. Nothing waits for the device.
     """
@@ -50,18 +49,38 @@ def update_and_write(tuning: SparseFineTuning, carrier: ResidentDeltas | Transie
     else:
         from scale_sft.kernels.gpu.updates import adamw_write, sm3_write
     optimizer, store = tuning.optimizer, tuning.store
-    if isinstance(optimizer, AdamW):
-        tables = optimizer.count_gradient(learning_rate)
     decay = 1 - learning_rate * optimizer.weight_decay
+    table = optimizer.count_gradient(learning_rate) if isinstance(optimizer, AdamW) else None
     for delta, gradients in zip(store, _of_each(tuning), strict=True):
-        common = {"decay": decay, "eps": optimizer.eps, "entries": delta.entries}
-        common["written"] = Written(*resident.held(delta.name)) if resident else None
-        state = optimizer.state_of(delta.name)
-        if isinstance(optimizer, SM3):
-            sm3_write(delta.deltas, gradients, state["row"], state["col"], learning_rate=learning_rate, **common)
+        state, deltas, entries = optimizer.state_of(delta.name), delta.deltas, delta.entries
+        written = Written(*resident.held(delta.name)) if resident else None
+        if table is None or not isinstance(optimizer, AdamW):
+            sm3_write(
+                deltas,
+                gradients,
+                state["row"],
+                state["col"],
+                learning_rate=learning_rate,
+                decay=decay,
+                eps=optimizer.eps,
+                entries=entries,
+                written=written,
+            )
             continue
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        adamw_write(delta.deltas, gradients, *moments, delta.cohort, *tables, betas=optimizer.betas, **common)
+        adamw_write(
+            deltas,
+            gradients,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            delta.cohort,
+            table[0],
+            table[1],
+            decay=decay,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            entries=entries,
+            written=written,
+        )
     if resident:
         resident.written()
 

@@ -105,10 +105,8 @@ def load_base(
         UserError: the weights do not load as a causal language model.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-
+    silence_progress_bars()
     dtype = resolve_dtype(config, model_config)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -119,7 +117,7 @@ def load_base(
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
-            **(quantization.loading(device) if quantization else {}),
+            **(quantization.loading(device or torch.device("cpu")) if quantization else {}),
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base: '{config.base}' does not load: {first_line(error)}") from None
@@ -134,7 +132,14 @@ def load_base(
     return model if device is None else model.to(device)
 
 
-def enable_checkpointing(model: nn.Module) -> None:
+def silence_progress_bars() -> None:
+    """Stop transformers from drawing bars ("Loading weights") in the middle of our own output."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def enable_checkpointing(model: Any) -> None:
     """Recompute each block in the backward pass (non-reentrant: the reentrant way loses gradients silently)."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})  # the second name is that of earlier versions

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +27,37 @@ def is_quantized_layer(module: nn.Module) -> bool:
     return type(module).__name__ in FOUR_BIT_LAYERS + EIGHT_BIT_LAYERS
 
 
+def is_four_bit(module: nn.Module) -> bool:
+    """Whether a quantised layer keeps 4 bits; otherwise 8."""
+    return type(module).__name__ in FOUR_BIT_LAYERS
+
+
+def _state_of(name: str, module: Any) -> Any:
+    """The scales of a quantised layer; nothing is changed.
+
+    Raises:
+        UserError: there are none, or the weight was repacked, so that it cannot be dequantised.
+    """
+    weight, kind = module.weight, type(module).__name__
+    if is_four_bit(module):
+        state = getattr(weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise UserError(
+                f"quantization: bitsandbytes has repacked {name!r} in an evaluation here, expected weights "
+                "as they were loaded. Fix: attach the model before its first forward pass"
+            )
+    else:
+        state = getattr(weight, "SCB", None)
+        if state is None:  # a forward pass moves them
+            state = getattr(getattr(module, "state", None), "SCB", None)
+    if state is None:
+        raise UserError(
+            f"quantization: the {kind} layer of '{name}' holds no scales, so it cannot be "
+            "dequantised; expected a layer that bitsandbytes has quantised"
+        )
+    return state
+
+
 class PackedWeight:
     """The quantised weight [O, I] of one layer, before or after its packed parameter was cut into shards.
 
@@ -39,27 +73,31 @@ class PackedWeight:
 
     transposed = False  # also of GPT-2's Conv1D, whose weight is turned round when it is quantised
 
-    def __init__(self, name: str, module: nn.Module, dtype: torch.dtype, device: torch.device):
+    def __init__(self, name: str, module: Any, dtype: torch.dtype, device: torch.device):
         self.module, self.dtype = module, dtype
         self.shape = (module.out_features, module.in_features)
-        self.four_bit = type(module).__name__ in FOUR_BIT_LAYERS
-        weight = module.weight
-        state = getattr(weight, "quant_state" if self.four_bit else "SCB", None)
-        if state is None:
-            raise UserError(
-                f"quantization: the {type(module).__name__} layer of '{name}' holds no scales, so it cannot be "
-                "dequantised; expected a layer that bitsandbytes has quantised"
-            )
+        self.four_bit = is_four_bit(module)
+        state = _state_of(name, module)
+        self.state: Any = None
+        self.scales: Any = None
         if self.four_bit:
             # On processors with AVX512-bf16 the layer would repack its weight in place in the first evaluation, under
             # ZeRO-3 into the gathered copy only, which corrupts it.
+            self._repacks = getattr(module, "support_avx512bf16_for_cpu", False)
             module.support_avx512bf16_for_cpu = False
             state.to(device)
             state.dtype = dtype  # dequantise straight into the compute dtype: one copy, one rounding
-            self.state, self.scales = state, None
+            self.state = state
         else:
-            self.state, self.scales = None, state.to(device=device, dtype=torch.float32)
-            weight.CB = weight.SCB = None  # a second reference would keep the whole weight beside its shard
+            self.scales = state.to(device=device, dtype=torch.float32)
+            module.weight.CB = module.weight.SCB = None  # a second reference would keep the whole weight, not its shard
+
+    def give_back(self) -> None:
+        """Let the layer compute by itself again."""
+        if self.four_bit:
+            self.module.support_avx512bf16_for_cpu = self._repacks
+        elif getattr(self.module.state, "CB", None) is None:
+            self.module.weight.CB, self.module.weight.SCB = self.module.weight.data, self.scales
 
     def dequantize(self, packed: Tensor) -> Tensor:
         """[P] packed bytes of the whole weight -> a new tensor [O, I] in the compute dtype."""
@@ -96,8 +134,12 @@ class PackedWeight:
         for number, tensor in enumerate(self._state_tensors(), start=1):
             start = number << 48  # far from the places of the packed entries
             flat = tensor.detach().contiguous().view(-1)
-            prints.append(fingerprint(WeightPart(lambda flat=flat: flat, start, start + flat.numel())))
+            prints.append(fingerprint(WeightPart(partial(_same, flat), start, start + flat.numel())))
         return sum(a for a, _ in prints) & _MASK64, sum(b for _, b in prints) & _MASK64
+
+
+def _same(flat: Tensor) -> Tensor:
+    return flat
 
 
 class PlainWeight:
@@ -105,7 +147,7 @@ class PlainWeight:
 
     state_bytes = 0
 
-    def __init__(self, module: nn.Module, transposed: bool):
+    def __init__(self, module: Any, transposed: bool):
         self.module, self.transposed = module, transposed
 
     def dequantize(self, stored: Tensor) -> Tensor:
@@ -123,14 +165,12 @@ def packed_weights(model: nn.Module, dtype: torch.dtype, device: torch.device) -
     Raises:
         UserError: there is none, or one that cannot be dequantised.
     """
-    found = {
-        f"{path}.weight": PackedWeight(f"{path}.weight", module, dtype, device)
-        for path, module in model.named_modules()
-        if is_quantized_layer(module)
-    }
-    if not found:
+    layers = {f"{path}.weight": module for path, module in model.named_modules() if is_quantized_layer(module)}
+    if not layers:
         raise UserError("quantization: this model has no layers that bitsandbytes can quantise")
-    return found
+    for name, module in layers.items():  # all of them before the first is changed
+        _state_of(name, module)
+    return {name: PackedWeight(name, module, dtype, device) for name, module in layers.items()}
 
 
 def cast_the_rest(model: nn.Module, dtype: torch.dtype) -> None:

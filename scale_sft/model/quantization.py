@@ -91,7 +91,7 @@ def resolve_quantization(config: ModelConfig, model_config: Any) -> Quantization
         return Quantization(config.quantization, config.double_quantization, torch.uint8, on_disk=False)
     stored = stored if isinstance(stored, Mapping) else stored.to_dict()
     method = stored.get("quant_method", "bitsandbytes")
-    method = getattr(method, "value", method)
+    method = str(getattr(method, "value", method))
     eight = bool(stored.get("load_in_8bit"))
     if not method.startswith("bitsandbytes") or stored.get("llm_int8_has_fp16_weight"):
         raise UserError(

@@ -7,7 +7,8 @@ sorted, so the entries of a part are one slice of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -114,8 +115,11 @@ class ResidentDeltas:
         self.written()
 
     def held(self, name: str) -> tuple[Tensor, Tensor, int, int]:
-        """What this process holds of one weight: its part, 1-D, in place; base values [E] of the active entries there;
-        the flat index of the part's first entry; how many active entries lie before it. After `settle`.
+        """Describe what this process holds of one weight; call it after `settle`.
+
+        Returns:
+            Its part, 1-D, in place; base values [E] of the active entries there; the flat index of the part's first
+            entry; how many active entries come before it.
         """
         part = self.parts[name]
         return part.entries(), self._base[name], part.start, self._where[name].start
@@ -123,6 +127,26 @@ class ResidentDeltas:
     def release(self, delta: SparseDelta) -> None:
         """The base returns to one weight's entries; before they change."""
         write_entries(self.parts[delta.name].entries(), self._local(delta, delta.indices), self._base[delta.name])
+
+    def base_values(self, name: str) -> Tensor:
+        """Values of the base at the active entries of one weight that this process holds: [E] in the base's dtype."""
+        return self._base[name]
+
+    def overwrite(self, delta: SparseDelta, base: Tensor) -> None:
+        """Write values of the base [K] at one weight's entries, whatever it holds there; before `adopt`."""
+        part = self.parts[delta.name]
+        where, entries = part.slice_of(delta.indices), part.entries()
+        local = (delta.indices[where] - part.start).to(entries.device)
+        write_entries(entries, local, base[where].to(entries.device))
+
+    @contextmanager
+    def without(self) -> Iterator[None]:
+        """The weights are the base's for the length of the block."""
+        self.restore()
+        try:
+            yield
+        finally:
+            self.write()
 
     def restore(self) -> None:
         """Give every weight its original bytes back."""

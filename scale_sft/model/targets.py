@@ -9,10 +9,13 @@ import re
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import nn
 
+from scale_sft.config.options import SparseConfig
 from scale_sft.errors import UserError
+from scale_sft.spiel.budgets import budget
 from scale_sft.spiel.taps import Materialize, Record, WeightTap, attach
 
 from .packed_weights import is_quantized_layer
@@ -26,6 +29,11 @@ class Target:
     module: nn.Module
     shape: tuple[int, int]  # of the weight: (out, in); (in, out) for Conv1D; dequantised where it is quantised
     transposed: bool
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The layer's weight as it is kept: whole, in shards or packed."""
+        return cast(nn.Parameter, self.module.weight)
 
     @property
     def numel(self) -> int:
@@ -78,6 +86,22 @@ def find_targets(model: nn.Module, wanted: tuple[str, ...] | str | None) -> list
     ]
 
 
+def budget_of(sparse: SparseConfig, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """K of each weight; a total beyond what the targets hold, or below one entry for each, is an error."""
+    everything, total = sum(o * i for o, i in shapes.values()), sparse.tunable_weights
+    if total and not len(shapes) <= total <= everything:
+        raise UserError(
+            f"tunable_weights: got {total:,}, expected {len(shapes):,} to {everything:,}: the targets are "
+            f"{len(shapes):,} weights of {everything:,} entries, and each gets at least one"
+        )
+    return budget(
+        shapes,
+        density=sparse.density,
+        tunable_weights=sparse.tunable_weights,
+        rank_equivalent=sparse.rank_equivalent,
+    )
+
+
 def attach_taps(targets: list[Target], record: Record, materialize: Materialize = nullcontext) -> None:
     """Route the targets' layers through taps that offer each weight gradient to `record`."""
     for target in targets:
@@ -85,7 +109,7 @@ def attach_taps(targets: list[Target], record: Record, materialize: Materialize 
         attach(tap)
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
+def _shape(module: Any) -> tuple[int, int]:
     """Of the weight: whole where it is sharded, dequantised where it is packed."""
     if is_quantized_layer(module):
         return (module.out_features, module.in_features)

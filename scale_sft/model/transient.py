@@ -6,8 +6,8 @@ else is made. The packed base is only ever read. The second way beside `Resident
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 from torch import Tensor
@@ -65,6 +65,21 @@ class TransientDeltas:
 
     def adopt(self, delta: SparseDelta) -> None:
         """The next effective weight reads the new indices by itself."""
+
+    def overwrite(self, delta: SparseDelta, base: Tensor) -> None:
+        """Do nothing: no weight holds a delta."""
+
+    def restore(self) -> None:
+        """Do nothing: the packed base was never changed."""
+
+    @contextmanager
+    def without(self) -> Iterator[None]:
+        """Effective weights are those of the base for the length of the block."""
+        deltas, self._deltas = self._deltas, {}
+        try:
+            yield
+        finally:
+            self._deltas = deltas
 
     def with_states(self, prints: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         """Fingerprints of whole weights from those of their packed bytes."""

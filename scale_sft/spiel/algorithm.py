@@ -205,7 +205,9 @@ class SparseFineTuning:
             return f"an entry is of a cohort that never was: there are {cohorts}"
         return None
 
-    def load_state(self, step: int, states: Iterable[tuple[str, Mapping[str, Tensor]]], counters: Mapping) -> None:
+    def load_state(
+        self, step: int, states: Iterable[tuple[str, Mapping[str, Tensor]]], counters: Mapping[str, list[int]]
+    ) -> None:
         """Go on after `step` from what `state_of` and `counters` gave; the carrier must release and adopt around it."""
         self.cohort_steps = list(counters["cohort_steps"])
         self.optimizer.load_counters(counters)

@@ -17,6 +17,7 @@ def budget(
     `density`: K = floor(density * N). `tunable_weights`: a total, spread uniformly. `rank_equivalent`:
     K = r * (O + I), the trainable parameters of LoRA of rank r. Never fewer than 1 nor more than N.
     """
+    wanted: dict[str, int] = {}
     if [density, tunable_weights, rank_equivalent].count(None) != 2:
         raise ValueError("a budget needs exactly one of density, tunable_weights, rank_equivalent")
     size: Callable[[int, int], int] = lambda o, i: o * i
@@ -24,7 +25,7 @@ def budget(
         wanted = {name: rank_equivalent * (o + i) for name, (o, i) in shapes.items()}
     elif density is not None:
         wanted = {name: int(density * size(*shape)) for name, shape in shapes.items()}
-    else:
+    elif tunable_weights is not None:
         wanted = _spread(tunable_weights, {name: size(*shape) for name, shape in shapes.items()})
     return {name: max(1, min(wanted[name], size(*shapes[name]))) for name in shapes}
 

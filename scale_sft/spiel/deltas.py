@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,5 +157,6 @@ def digest(*tensors: Tensor) -> str:
     sha = hashlib.sha256()
     for tensor in tensors:
         sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        sha.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy())
+        held: Any = tensor.detach().contiguous().cpu().view(torch.uint8).numpy()
+        sha.update(held)
     return sha.hexdigest()

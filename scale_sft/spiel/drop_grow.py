@@ -44,7 +44,7 @@ def drop_scores(delta: SparseDelta, criterion: str) -> Tensor:
     `magnitude`: |delta|, the paper's text and the authors' code. `change`: |delta - delta at the last reallocation|,
     the paper's Algorithm 1 (line 10).
     """
-    if criterion == "change":
+    if criterion == "change" and delta.reference is not None:
         return (delta.deltas.float() - delta.reference.float()).abs()
     return delta.deltas.abs()
 

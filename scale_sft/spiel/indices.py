@@ -56,7 +56,7 @@ class Entries:
     def flat(self) -> Tensor:
         """[K] flat indices, int32 (int64 where O * I does not fit), made anew."""
         if self._rows is not None:
-            return self._first_of_rows().add_(self._rows[1].to(self.dtype))
+            return _first_of_rows(*self._rows, self.shape, self.dtype).add_(self._rows[1].to(self.dtype))
         gaps = self._gaps.to(self.dtype)
         if self._far:
             gaps.index_add_(0, *self._far)
@@ -66,7 +66,7 @@ class Entries:
         """(row_starts [O + 1] int32, columns [K] uint16, or int32 where I > 65,536): kept from now on, not the gaps."""
         if self._rows is None:
             self._rows = self._compressed()
-            self._gaps = self._far = None
+            self._gaps, self._far = self._gaps.new_empty(0), None
         return self._rows
 
     def _compressed(self) -> tuple[Tensor, Tensor]:
@@ -89,13 +89,6 @@ class Entries:
             columns = torch.sub(flat[part], rows, alpha=width)
             yield part, rows.long(), columns.long()
 
-    def _first_of_rows(self) -> Tensor:
-        """[K]: the flat index at which the row of each entry begins. No int64 copy is made."""
-        sums = torch.zeros(self.count + 1, dtype=self.dtype, device=self._rows[1].device)
-        of_row = torch.full((), self.shape[1], dtype=self.dtype, device=sums.device).expand(self.shape[0] - 1)
-        sums.index_add_(0, self._rows[0][1:-1], of_row)  # rows without entries add up where the next one begins
-        return sums.cumsum_(0)[:-1]
-
     @property
     def tensors(self) -> list[Tensor]:
         """What is kept."""
@@ -112,3 +105,11 @@ def pieces(count: int, size: int | None = None) -> Iterator[slice]:
     size = size or PIECE_ENTRIES
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
+
+
+def _first_of_rows(starts: Tensor, columns: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Flat index at which the row of each entry begins: [K]. No int64 copy is made."""
+    sums = torch.zeros(columns.numel() + 1, dtype=dtype, device=columns.device)
+    of_row = torch.full((), shape[1], dtype=dtype, device=sums.device).expand(shape[0] - 1)
+    sums.index_add_(0, starts[1:-1], of_row)  # rows without entries add up where the next one begins
+    return sums.cumsum_(0)[:-1]

@@ -203,6 +203,8 @@ class AdamW:
 
     def follow(self, delta: SparseDelta, exchange: Exchange, candidates: Candidates | None) -> None:
         """Move the moments with the entries; grown ones are seeded from their estimates (section 3.2)."""
+        if candidates is None:
+            raise ValueError(f"weight '{delta.name}': an exchange by gradient needs its candidates")
         picked, everything = exchange.grown_candidates, slice(0, delta.active)
         estimates = (candidates.mean, candidates.mean_square)
         for moment, beta, estimate in zip((self.exp_avg, self.exp_avg_sq), self.betas, estimates, strict=True):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class WeightTap:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Any,
         name: str,
         record: Record | None,
         *,
@@ -73,7 +74,7 @@ class WeightTap:
             return dy @ (weight.t() if self.transposed else weight)
 
     def factors(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-        """(left [T, R], right [T, C]) of dW = left^T right in the layout of the weight, from x [..., I], dy [..., O]."""
+        """Factors (left [T, R], right [T, C]) of dW = left^T right as the weight lies, from x [..., I], dy [..., O]."""
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         return (x, dy) if self.transposed else (dy, x)
 
@@ -82,7 +83,7 @@ class _TappedLinear(torch.autograd.Function):
     """The layer's forward under autograd. Only the input is kept: never the weight, nor anything of its size."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, anchor: Tensor, tap: WeightTap) -> Tensor:
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, tap: WeightTap) -> Tensor:
         # `anchor` requires a gradient and gets none: it makes backward run where x needs no gradient (first layer).
         ctx.tap = tap
         if tap.record is not None:
@@ -90,7 +91,7 @@ class _TappedLinear(torch.autograd.Function):
         return tap.output(x)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
         saved = ctx.saved_tensors  # first: with checkpointing the block is recomputed here
         tap = ctx.tap
         dx = tap.input_gradient(dy) if ctx.needs_input_grad[0] else None
@@ -101,9 +102,16 @@ class _TappedLinear(torch.autograd.Function):
 
 def attach(tap: WeightTap) -> None:
     """Route the module's forward through the tap; on the instance, so that other libraries' hooks stay in place."""
-    tap.module.forward = types.MethodType(lambda _, x: tap.forward(x), tap.module)
+
+    def forward(module: nn.Module, x: Tensor) -> Tensor:
+        return tap.forward(x)
+
+    forward.before = tap.module.__dict__.get("forward")  # type: ignore[attr-defined]
+    tap.module.forward = types.MethodType(forward, tap.module)
 
 
 def detach(module: nn.Module) -> None:
-    """Undo `attach`: the module has its class's forward again."""
-    module.__dict__.pop("forward", None)
+    """Undo `attach`: the module has the forward that it had before."""
+    before = getattr(module.__dict__.pop("forward", None), "before", None)
+    if before is not None:
+        module.forward = before

@@ -9,4 +9,5 @@ checkpoint_listing  `scale-sft checkpoint`
 run_folder          the output folder, claimed by one process at a time
 best                the best adapter, early stopping
 lifecycle           what a run says at its start and leaves at its end
+result              what a run hands to whoever started it from Python
 """

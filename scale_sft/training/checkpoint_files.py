@@ -2,7 +2,7 @@
 
     checkpoints/step_000120/
       tensors_00001.safetensors ...   for each weight `<name>/<kind>`; several files where they are large
-      state.json                      what is no tensor
+      state.json                      everything that is not a tensor
       manifest.json                   sizes and SHA-256 of the others and of itself; written last
 
 A checkpoint is written under a temporary name in `checkpoints/`, flushed to disk, and renamed. Only safetensors and
@@ -41,16 +41,16 @@ _MANIFEST_KEYS = {"format", "step", "saved_at", "scale_sft_version", "torch_vers
 
 
 class Damaged(UserError):
-    """A checkpoint is incomplete or not what was written; the message says which file and why."""
+    """An incomplete checkpoint, or one that is not what was written; the message names the file and the reason."""
 
 
 class SaveFailed(UserError):
-    """A checkpoint could not be written; the ones before it are as they were."""
+    """A failed save; earlier checkpoints are intact."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One folder `step_...`, as it is found."""
+    """A folder `step_...` as it was found, with the problem that makes it useless, if any."""
 
     path: Path
     step: int
@@ -80,11 +80,11 @@ def write_checkpoint(
 
     Args:
         weights: (name, tensors by kind) of each weight; consumed one at a time.
-        state: JSON content beside the tensors.
-        shard_bytes: a file is closed once it holds as much.
+        state: JSON content next to the tensors.
+        shard_bytes: close a file once it holds this much.
 
     Raises:
-        SaveFailed: the disk is full or not writable; nothing of this checkpoint stays behind.
+        SaveFailed: the disk is full or not writable; nothing of this checkpoint is left.
     """
     path = folder / f"step_{step:06d}"
     work = folder / f".{path.name}.{os.getpid()}.tmp"
@@ -99,7 +99,7 @@ def write_checkpoint(
         _write_json(work / STATE, state)
         _write_json(work / MANIFEST, _manifest(work, step, active_entries))
         sync_folder(work)
-        if path.exists():  # damaged, or of a run that went on from an older checkpoint
+        if path.exists():  # damaged, or of a run that resumed from an older checkpoint
             os.rename(path, folder / f".{path.name}.{os.getpid()}.replaced.tmp")
         os.rename(work, path)
         sync_folder(folder)
@@ -107,14 +107,14 @@ def write_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(work, ignore_errors=True)
         raise SaveFailed(
-            f"checkpoint: {path} could not be written: {error}. Earlier checkpoints are intact; make room, or save "
-            "elsewhere (output_dir)"
+            f"checkpoint: {path} could not be written: {error}. Earlier checkpoints are intact. Fix: free some "
+            "space, or choose another output_dir"
         ) from None
     return inspect(path)
 
 
 def _shards(weights: Iterable[tuple[str, Mapping[str, Tensor]]], limit: int) -> Iterable[dict[str, Tensor]]:
-    """Groups of whole weights, on the CPU, each of about `limit` bytes: never more than one of them in memory."""
+    """Group whole weights, on the CPU, into about `limit` bytes each; only one group is in memory at a time."""
     group: dict[str, Tensor] = {}
     for name, tensors in weights:
         group |= {f"{name}/{kind}": tensor.detach().cpu().contiguous() for kind, tensor in tensors.items()}
@@ -150,7 +150,7 @@ def _manifest(folder: Path, step: int, active_entries: int) -> dict[str, Any]:
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of a manifest's content but for the seal itself."""
+    """Compute the SHA-256 of a manifest's content without the seal itself."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -167,7 +167,7 @@ def _sha256(file: Path) -> str:
 
 
 def find_checkpoints(folder: Path) -> list[Checkpoint]:
-    """All checkpoints in a `checkpoints/` folder, the newest first; sizes are checked, checksums are not."""
+    """List all checkpoints in a `checkpoints/` folder, newest first; sizes are checked, checksums are not."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _FOLDER.fullmatch(path.name)]
@@ -185,10 +185,10 @@ def inspect(path: Path) -> Checkpoint:
 
 
 def verify(path: Path) -> Checkpoint:
-    """A complete look at one checkpoint: manifest, sizes, checksums, and that the tensor files open.
+    """Check all of one checkpoint: manifest, sizes, checksums, and that the tensor files open.
 
     Raises:
-        Damaged: names the first file that is missing or not as it was written.
+        Damaged: names the first file that is missing or not what was written.
     """
     checkpoint = inspect(path)
     if checkpoint.problem:
@@ -204,9 +204,9 @@ def verify(path: Path) -> Checkpoint:
 
 
 def _checked_manifest(path: Path, step: int) -> dict[str, Any]:
-    """The manifest of a checkpoint, after everything that can be checked without reading the other files."""
+    """Read the manifest of a checkpoint and check everything that does not need the other files' content."""
     if not path.is_dir() or path.is_symlink():
-        raise Damaged(f"{path} is no folder")
+        raise Damaged(f"{path} is not a folder")
     if not any(path.iterdir()):
         raise Damaged(f"{path} is empty")
     file = path / MANIFEST
@@ -215,7 +215,7 @@ def _checked_manifest(path: Path, step: int) -> dict[str, Any]:
     try:
         manifest = read_json(file)
         if set(manifest) != _MANIFEST_KEYS | {"sha256"} or manifest["sha256"] != _seal(manifest):
-            raise Damaged(f"{file} is not as it was written")
+            raise Damaged(f"{file} is not what was written")
         if manifest["format"] != FORMAT:
             raise Damaged(f"{file}: format is {manifest['format']!r}, expected {FORMAT!r}")
         if manifest["step"] != step or type(manifest["active_entries"]) is not int:
@@ -227,7 +227,7 @@ def _checked_manifest(path: Path, step: int) -> dict[str, Any]:
         raise Damaged(f"{file} lists no {STATE} or no tensors")
     for name, size in listed.items():
         if not _FILE.fullmatch(name):
-            raise Damaged(f"{file}: '{name}' is no file of a checkpoint")
+            raise Damaged(f"{file}: '{name}' is not a file of a checkpoint")
         if not (path / name).is_file() or (path / name).is_symlink():
             raise Damaged(f"{path / name} is missing")
         if (path / name).stat().st_size != size:
@@ -236,10 +236,10 @@ def _checked_manifest(path: Path, step: int) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
-        Damaged: it is not readable, no JSON, or no object.
+        Damaged: it is not readable, not JSON, or not an object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -254,7 +254,7 @@ class TensorFiles:
     """The tensors of a verified checkpoint, read one at a time.
 
     Raises:
-        Damaged: a file is no safetensors file, or two hold the same tensor.
+        Damaged: a file is not in safetensors format, or two hold the same tensor.
     """
 
     def __init__(self, checkpoint: Checkpoint):
@@ -277,7 +277,7 @@ class TensorFiles:
             self.kinds.setdefault(weight, []).append(kind)
 
     def read(self, name: str) -> dict[str, Tensor]:
-        """All tensors of one weight by kind, on the CPU."""
+        """Read all tensors of one weight by kind, to the CPU."""
         try:
             return {kind: self._handles[f"{name}/{kind}"].get_tensor(f"{name}/{kind}") for kind in self.kinds[name]}
         except (SafetensorError, OSError) as error:
@@ -288,7 +288,7 @@ class TensorFiles:
 
 
 def prune(folder: Path, keep_last: int) -> None:
-    """Remove what is older than the `keep_last` newest complete checkpoints."""
+    """Remove everything older than the `keep_last` newest complete checkpoints."""
     found = find_checkpoints(folder)
     complete = [checkpoint.step for checkpoint in found if not checkpoint.problem]
     if len(complete) < keep_last:
@@ -296,11 +296,11 @@ def prune(folder: Path, keep_last: int) -> None:
     for checkpoint in found:
         if checkpoint.step < complete[keep_last - 1]:
             doomed = folder / f".{checkpoint.path.name}.{os.getpid()}.removed.tmp"
-            os.rename(checkpoint.path, doomed)  # first, so that a half removed one is never taken for a checkpoint
+            os.rename(checkpoint.path, doomed)  # first, so that a half-removed one is never taken for a checkpoint
     sweep(folder)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes have left under temporary names; only while the run is locked."""
+    """Remove what killed processes left under temporary names; only while the run is locked."""
     for path in folder.glob(".step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)

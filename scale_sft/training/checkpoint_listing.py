@@ -1,4 +1,4 @@
-"""What `scale-sft checkpoint ls` and `verify` show."""
+"""The listing of `scale-sft checkpoint ls` and `verify`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HEADER = ("step", "MiB", "active entries", "bytes per entry", "saved at", "stat
 
 
 def checkpoints_in(folder: Path) -> list[Checkpoint]:
-    """The checkpoints of a run's folder, of a `checkpoints/` folder, or the one that `folder` is; newest first.
+    """Find the checkpoints of a run, of a `checkpoints/` folder, or the one that `folder` is; newest first.
 
     Raises:
         UserError: there is none.
@@ -24,12 +24,12 @@ def checkpoints_in(folder: Path) -> list[Checkpoint]:
     inner = folder / "checkpoints"
     found = find_checkpoints(inner if inner.is_dir() else folder)
     if not found:
-        raise UserError(f"checkpoint: {folder} holds none; expected a run, its checkpoints/, or a step_... of it")
+        raise UserError(f"checkpoint: {folder} holds none, expected a run, its checkpoints/, or a step_... in it")
     return found
 
 
 def verified(checkpoint: Checkpoint) -> Checkpoint:
-    """The same after all of it has been read, with the problem that came up, if any."""
+    """Read all of a checkpoint; return it with the problem that came up, if any."""
     try:
         return verify(checkpoint.path)
     except Damaged as problem:
@@ -37,7 +37,7 @@ def verified(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def table(found: Sequence[Checkpoint], good: str) -> str:
-    """One line per checkpoint, columns aligned; `good` is said of those without a problem."""
+    """Format one line per checkpoint, columns aligned; `good` is the state of those without a problem."""
     rows = [_HEADER]
     for one in found:
         figures = ("?", "?", "?", "?")

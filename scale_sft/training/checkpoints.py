@@ -1,8 +1,8 @@
 """Save and resume a run: all that the next step needs, bit for bit, and nothing of the base.
 
-The state is the same on every rank, so the main rank writes it and shares what it reads: neither the number of ranks
-nor the placement of the base enters, and a run may go on with others. Data order and initial indices depend on nothing
-but seed and step; no global random state is used. File format: `checkpoint_files`.
+The state is the same on every rank, so the main rank writes it and shares what it reads. A run may resume on another
+number of ranks and with another placement of the base. Data order and initial indices depend only on seed and step; no
+global random state is used. File format: `checkpoint_files`.
 """
 
 from __future__ import annotations
@@ -53,43 +53,37 @@ _STATE_KEYS = {
 
 
 class Checkpoints:
-    """Saves and resumes one run; made and called on all ranks alike."""
+    """The checkpoints of one run; every method is called by all ranks."""
 
     def __init__(self, session: Session, run: RunFolder):
         self.session, self.run = session, run
         self._saved_step: int | None = None
-        self._files: TensorFiles | None = None  # of the checkpoint to go on from; on the main rank
+        self._files: TensorFiles | None = None  # of the checkpoint to resume from; on the main rank
 
     # --- resume -------------------------------------------------------------------------------------------------
 
     def resume(self) -> list[str]:
-        """Bring the session to the state after the step it goes on from; returns what is to be told about it.
+        """Bring the session to the state of the checkpoint that it resumes from; returns notes for the user.
 
         Raises:
-            UserError: there were checkpoints but none is complete, or the checkpoint is of another run.
+            UserError: there are checkpoints but none is complete, or the checkpoint is of another run.
         """
         session = self.session
         notes, state, layout = session.cluster.on_main(self._read)
         if state is None:
             return notes
-        session.resident.settle()
-        for delta in session.tuning.store:
-            session.resident.release(delta)
-        session.tuning.load_state(state["step"], self._shared(layout), state["counters"])
+        session.sparse.load_state(state["step"], self._shared(layout), state["counters"])
         self._files = None
-        for delta in session.tuning.store:
-            session.resident.adopt(delta)
-        session.resident.write()
-        session.step = self._saved_step = state["step"]
+        session.optimizer.steps = self._saved_step = state["step"]
         session.skipped_steps = state["skipped_steps"]
-        if session.gradient_path:
-            session.gradient_path.load_state(state["gradient_paths"])
+        if session.sparse.gradient_path:
+            session.sparse.gradient_path.load_state(state["gradient_paths"])
         session.evaluations = {entry.pop("step"): Evaluation(**entry) for entry in state["evaluations"]}
         session.cluster.check_identical(session.tuning.digests, f"the state that was loaded for step {session.step}")
         return notes
 
     def _read(self) -> tuple[list[str], dict[str, Any] | None, dict[str, dict[str, tuple]]]:
-        """On the main rank: choose a checkpoint, and check all of it before anything is touched."""
+        """Choose a checkpoint on the main rank, and check all of it before anything is touched."""
         sweep(self.run.checkpoints)
         checkpoint, notes = choose_checkpoint(self.run, self.session.inputs.config.run.resume)
         if checkpoint is None:
@@ -99,8 +93,9 @@ class Checkpoints:
         differences = differing(state["identity"], self._identity())
         if differences:
             raise UserError(
-                f"resume: {checkpoint.path} is of another run; it differs in:\n  " + "\n  ".join(differences) + "\nUse "
-                "the same, or another output_dir"
+                f"resume: {checkpoint.path} is of another run; it differs in:\n  "
+                + "\n  ".join(differences)
+                + "\nFix: use the same, or another output_dir"
                 + NEW_LENGTH * (state["identity"].get("total steps") != self.session.inputs.steps)
                 + f". What may change: {', '.join(sorted(FREE))}"
             )
@@ -109,21 +104,21 @@ class Checkpoints:
         notes.append(f"resumed from {checkpoint.path}: {state['step']} of {self.session.inputs.steps} steps are done")
         now = _proposal_sequences(self.session)
         if state["ranks"] != self.session.cluster.size:
-            notes.append(f"it was saved by {state['ranks']} ranks, goes on with {self.session.cluster.size}")
+            notes.append(f"saved on {_ranks(state['ranks'])}; resuming on {self.session.cluster.size}")
         if state["proposal_sequences"] != now:
             notes.append(
-                f"candidates are proposed by {now} sequences, before by {state['proposal_sequences']}; "
-                f"--proposal_batch_size {state['proposal_sequences']} from the start would have kept that"
+                f"candidates are proposed by {now} sequences, until now by {state['proposal_sequences']}; "
+                f"--proposal_batch_size {state['proposal_sequences']} keeps that number on any number of ranks"
             )
         return notes, state, layout
 
     def _checked_layout(
         self, checkpoint: Checkpoint, files: TensorFiles, state: Mapping
     ) -> dict[str, dict[str, tuple]]:
-        """(shape, dtype) of every tensor by weight and kind; all tensors are what the method can go on from."""
+        """Check that the method can resume from all tensors; returns their (shape, dtype) by weight and kind."""
         tuning = self.session.tuning
         if set(files.kinds) != set(tuning.store.names):
-            raise Damaged(f"{checkpoint.path}: its tensors are not those of the weights that it names")
+            raise Damaged(f"{checkpoint.path}: its tensors are not those of the weights it names")
         own = tuning.counters()
         cohorts = len(state["counters"].get("cohort_steps", []))
         due = [0] + [step for step in tuning.schedule.reallocations() if step <= state["step"]]
@@ -141,14 +136,18 @@ class Checkpoints:
         return layout
 
     def _shared(self, layout: Mapping[str, Mapping[str, tuple]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """(name, tensors) of each weight on every rank, one weight at a time."""
+        """Share (name, tensors) of each weight with every rank, one weight at a time."""
         for name, kinds in layout.items():
             yield name, self.session.cluster.share(kinds, self._files.read(name) if self._files else {})
 
     # --- save ---------------------------------------------------------------------------------------------------
 
     def save_if_due(self, metrics: Any) -> None:
-        """Save after every `save_every_steps` steps and after the last."""
+        """Save after every `save_every_steps` steps and after the last.
+
+        Raises:
+            UserError: saving failed, and `on_save_failure` is stop; or see `save`.
+        """
         step, every = self.session.step, self.session.inputs.config.run.save_every_steps
         if every and (step % every == 0 or step == self.session.inputs.steps):
             failure = self.save(metrics)
@@ -156,16 +155,16 @@ class Checkpoints:
                 raise UserError(failure)
 
     def save(self, metrics: Any) -> str | None:
-        """Save the state after the session's step, unless that is done; returns why it could not be written, or None.
+        """Save the state after the session's step, unless it is saved already; returns why that failed, or None.
 
         Raises:
-            UserError: the ranks' states differ, or hold what is no finite number.
+            UserError: the ranks' states differ, or hold NaN or infinity.
         """
         session, step = self.session, self.session.step
         if self._saved_step == step:
             return None
         if not session.tuning.is_finite():
-            raise UserError(f"step {step}: the deltas have overflowed and are not saved: lower learning_rate")
+            raise UserError(f"step {step}: the deltas have overflowed and are not saved. Fix: lower learning_rate")
         began = time.perf_counter()
         session.cluster.check_identical(session.tuning.digests, f"the state after step {step}")
         size, failure = session.cluster.on_main(self._write)
@@ -177,7 +176,7 @@ class Checkpoints:
         return None
 
     def _write(self) -> tuple[int, str | None]:
-        """On the main rank: write, then remove what is too old. Returns the size in bytes, or what went wrong."""
+        """Write on the main rank, then remove what is too old; returns the size in bytes, or what went wrong."""
         session = self.session
         tuning, config = session.tuning, session.inputs.config
         state = {
@@ -189,7 +188,7 @@ class Checkpoints:
             "skipped_steps": session.skipped_steps,
             "ranks": session.cluster.size,
             "proposal_sequences": _proposal_sequences(session),
-            "gradient_paths": session.gradient_path.state() if session.gradient_path else {},
+            "gradient_paths": session.sparse.gradient_path.state() if session.sparse.gradient_path else {},
         }
         weights = ((name, tuning.state_of(name)) for name in tuning.store.names)
         try:
@@ -200,7 +199,7 @@ class Checkpoints:
         return saved.bytes, None
 
     def _identity(self) -> dict[str, Any]:
-        """What a run must have in common with a checkpoint to go on from it, as plain JSON."""
+        """Collect what a run must have in common with a checkpoint to resume from it, as plain JSON."""
         session = self.session
         inputs, store = session.inputs, session.tuning.store
         sections = dataclasses.asdict(inputs.config).values()
@@ -216,7 +215,7 @@ class Checkpoints:
 
 
 def choose_checkpoint(run: RunFolder, resume: str) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to go on from, verified, and what is to be told; None: the run starts afresh.
+    """Choose the checkpoint to resume from, verified; returns it with notes for the user. None: start from step 0.
 
     Raises:
         UserError: there are checkpoints, but none is complete; or `resume` names a folder without any.
@@ -241,14 +240,14 @@ def choose_checkpoint(run: RunFolder, resume: str) -> tuple[Checkpoint | None, l
         raise UserError(f"resume: {folder} holds no checkpoint; expected a folder step_... or the folder of a run")
     if run.has_record("checkpoint"):
         raise UserError(f"resume: the run in {run.path} has saved checkpoints, but {folder} holds none. {_AFRESH}")
-    return None, ["no checkpoint: starts afresh"] if run.is_used() else []
+    return None, ["no checkpoint: starting from step 0"] if run.is_used() else []
 
 
-_AFRESH = "Put one back, or start afresh in another output_dir."
+_AFRESH = "Fix: put one back, or start over in another output_dir."
 
 
 def differing(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line per thing in which two identities differ."""
+    """Describe each difference between two identities in one line."""
     lines = []
     for key in sorted({*stored, *now}):
         old, new = stored.get(key), now.get(key)
@@ -263,7 +262,7 @@ def differing(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _checked_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The JSON state of a verified checkpoint, every field of its kind.
+    """Read the JSON state of a verified checkpoint, every field of its type.
 
     Raises:
         Damaged: it is not what this version writes.
@@ -289,12 +288,16 @@ def _checked_state(checkpoint: Checkpoint) -> dict[str, Any]:
     except (TypeError, AttributeError) as error:
         raise Damaged(f"{file} is damaged: {error}") from None
     if not right:
-        raise Damaged(f"{file} is damaged: a field is not of its kind")
+        raise Damaged(f"{file} is damaged: a field has another type")
     return state
 
 
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' * (count > 1)}"
+
+
 def _proposal_sequences(session: Session) -> int:
-    """How many sequences of the global batch propose candidates."""
+    """Count the sequences of the global batch that propose candidates."""
     config = session.inputs.config
     micro = config.run.micro_batch_size
     everything = config.run.global_batch_size

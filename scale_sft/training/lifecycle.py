@@ -1,4 +1,4 @@
-"""What a run tells and leaves: its description at the start; adapter, report, merged model and summary at the end."""
+"""The start and the end of a run: its description; its adapter, report, merged model and summary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .session import Session
 
 
 def open_metrics(session: Session, run: RunFolder) -> Metrics | NullMetrics:
-    """The record keeper: a real one on the main rank, elsewhere one that does nothing."""
+    """Open the record of the run on the main rank; elsewhere return one that does nothing."""
     if not session.cluster.is_main:
         return NullMetrics()
     import dataclasses
@@ -38,7 +38,7 @@ def open_metrics(session: Session, run: RunFolder) -> Metrics | NullMetrics:
 
 
 def describe(session: Session, metrics: Metrics | NullMetrics) -> None:
-    """Say what will be trained, on what, with how much memory."""
+    """Print what will be trained, on which data, with how much memory."""
     inputs, config, store = session.inputs, session.inputs.config, session.tuning.store
     entries = sum(target.numel for target in session.targets)
     load_peaks = session.cluster.gather_objects(session.load_peak_bytes)
@@ -49,7 +49,7 @@ def describe(session: Session, metrics: Metrics | NullMetrics) -> None:
     rows = {
         "base": f"{config.model.base} ({str(inputs.dtype).removeprefix('torch.')}{_kept(inputs)})",
         "placement": f"{inputs.placement.name} ({inputs.placement.reason})",
-        "loading": f"{max(load_peaks) / 2**20:,.0f} MiB at most on a rank",
+        "loading": f"{max(load_peaks) / 2**20:,.0f} MiB at the peak, on the rank with most",
         "method": config.sparse.method,
         "active entries": f"{store.active:,} of {entries:,} in {len(store)} weights ({store.active / entries:.2%})",
         "delta state": f"{state_bytes / 2**20:.1f} MiB ({state_bytes / store.active:.1f} bytes per active entry)",
@@ -61,21 +61,21 @@ def describe(session: Session, metrics: Metrics | NullMetrics) -> None:
 
 
 def _kept(inputs: Inputs) -> str:
-    """How a quantised base is kept, and what was not done to it."""
+    """Say how a quantised base is kept, and what was not done to it."""
     if inputs.quantization is None:
         return ""
     return f"; linear layers in {inputs.quantization}, nothing raised to float32"
 
 
 def _cut(examples: Examples) -> str:
-    """How many training examples max_length has cut or dropped."""
+    """Count the training examples that max_length cut or dropped."""
     if not examples.truncated + examples.dropped:
         return ""
     return f"; {examples.truncated:,} cut to max_length, {examples.dropped:,} dropped (no target token left)"
 
 
 def _kinds(session: Session) -> list[dict[str, str]]:
-    """One row per kind of layer and shape."""
+    """Make one row per kind of layer and shape."""
     kinds: dict[tuple[str, tuple[int, int]], list[str]] = {}
     for target in session.targets:
         kinds.setdefault((target.name.split(".")[-2], target.shape), []).append(target.name)
@@ -96,7 +96,7 @@ def _kinds(session: Session) -> list[dict[str, str]]:
 
 
 def finish(session: Session, metrics: Metrics | NullMetrics, run: RunFolder) -> None:
-    """Save the adapter, the report and, if asked for, the merged model; sum up."""
+    """Save the adapter, the report and, if asked for, the merged model; print a summary."""
     cluster, config = session.cluster, session.inputs.config
     cluster.check_identical(session.tuning.digests, "the deltas at the end")
     session.check_packed_base()
@@ -127,7 +127,7 @@ def finish(session: Session, metrics: Metrics | NullMetrics, run: RunFolder) -> 
 
 
 def _totals(session: Session) -> dict[str, Any]:
-    """Per weight: counts by cohort and size of the deltas, for the report."""
+    """Count entries by cohort and measure the deltas of each weight, for the report."""
     store, cohorts = session.tuning.store, len(session.tuning.cohort_steps)
     per_weight = {
         delta.name: {

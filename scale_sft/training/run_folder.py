@@ -74,7 +74,8 @@ class RunFolder:
             raise UserError(f"output_dir: {self.path} is a file. Fix: choose a folder")
         existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-            raise UserError(f"output_dir: {self.path} cannot be written: no permission in {existing}")
+            why = f"no permission in {existing}" if existing.is_dir() else f"{existing} is a file"
+            raise UserError(f"output_dir: {self.path} cannot be written: {why}. Fix: choose another folder")
         present = next((name for name in OWN_FILES if (self.path / name).exists()), None)
         if present is None:
             return
@@ -100,16 +101,16 @@ class RunFolder:
         if not (self.path / "config.yaml").exists():
             return " without its configuration"
         changed = self._changed(config, MAY_CHANGE)
-        return f" with another {', '.join(changed)}" if changed else None
+        return f" that differs in {', '.join(changed)}" if changed else None
 
     def _why_not_this_one(self, config: Config) -> str:
         """Say what keeps a finished run from being the one that is asked for."""
         changed = self._changed(config, FREE)
         if changed:
             length = NEW_LENGTH * bool({"steps", "epochs"} & {*changed})
-            return f", with another {', '.join(changed)}{length}"
+            return f" and differs in {', '.join(changed)}{length}"
         if config.run.save_merged and not self.merged.is_dir():
-            return f", without a merged model (scale-sft merge {self.adapter} {self.merged} writes it)"
+            return f" without a merged model (scale-sft merge {self.adapter} {self.merged} writes it)"
         return ""
 
     def _changed(self, config: Config, ignored: frozenset[str]) -> list[str]:

@@ -30,6 +30,7 @@ from scale_sft.data.micro_batches import micro_batches
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.distributed.exit import end_process
 from scale_sft.errors import UserError
+from scale_sft.kernels.backends import exchanges_of
 from scale_sft.model.loading import load_base, load_model_config
 from scale_sft.model.loss import token_loss_sum
 from scale_sft.model.resident import ResidentDeltas
@@ -38,7 +39,6 @@ from scale_sft.spiel.algorithm import SparseFineTuning
 from scale_sft.spiel.deltas import DeltaStore
 from scale_sft.spiel.schedules import ReallocationSchedule
 from scale_sft.spiel.settings import Backends, MethodSettings
-from scale_sft.training.assemble import exchanges_of
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
-def test_bytes_that_two_ranks_count_are_those_of_the_model(sharded: bool, hf_home, monkeypatch) -> None:
+def test_two_ranks_measure_the_bytes_of_the_model_and_their_time_in_collectives(
+    sharded: bool, hf_home, monkeypatch
+) -> None:
     monkeypatch.setenv("HF_HOME", str(hf_home))
     worlds = scale.Worlds(sharded=sharded, batch=2, max_length=64)
     scale.check(worlds, [2])
@@ -18,5 +20,5 @@ def test_bytes_that_two_ranks_count_are_those_of_the_model(sharded: bool, hf_hom
     modelled = scale.modelled(Planner(load_model_config(worlds.config(2).model)), worlds, 2)
     counted = {purpose: measured["payload_bytes"][purpose] for purpose in ("gradients", "proposal")}
     assert counted == pytest.approx(modelled["modelled_payload_bytes"], rel=1e-3)
-    assert 0 < measured["step_seconds"] < measured["cycle_seconds"]
+    assert 0 < measured["collective_seconds"] < measured["step_seconds"] < measured["cycle_seconds"]
     assert ("gathering of the base" in modelled["sent_bytes"]) == sharded

@@ -71,9 +71,9 @@ def test_in_bfloat16_rounding_moves_a_few_indices_between_numbers_of_ranks_and_t
         a, b = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two))
         names = [name for name in a if name.endswith(".indices")]
         shared = sum(len(set(a[name].tolist()) & set(b[name].tolist())) for name in names)
-        assert shared / sum(a[name].numel() for name in names) > 0.8
+        assert shared / sum(a[name].numel() for name in names) > 0.95
         for mine, theirs in zip(steps_of(one), steps_of(two), strict=True):
-            assert theirs["loss"] == pytest.approx(mine["loss"], rel=0.02)
+            assert theirs["loss"] == pytest.approx(mine["loss"], rel=0.03)
 
 
 def test_candidates_do_not_depend_on_the_cut_into_micro_batches_when_their_number_is_given(launch_runs):

@@ -45,3 +45,41 @@ def replay_trace(arguments: list[str]) -> None:
 
     sys.argv = ["run_trace.py", *arguments]
     runpy.run_path("tests/conformance/run_trace.py", run_name="__main__")
+
+
+def plain_loop(method: str, folder: str) -> None:
+    """A loop over `scale_sft.attach`: this rank's share of each batch, and what came of it into a file."""
+    import os
+    from pathlib import Path
+
+    from transformers import AutoModelForCausalLM
+
+    import scale_sft
+
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1:
+        torch.distributed.init_process_group("gloo")
+    base = Path(scale_sft.__file__).parent / "assets" / "demo" / "base"
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    sparse = scale_sft.attach(
+        model,
+        method=method,
+        density=0.02,
+        total_steps=8,
+        update_interval_steps=3,
+        estimation_steps=2,
+        max_grad_norm=1.0,
+    )
+    optimizer = sparse.optimizer(lr=1e-2)
+    for number in range(1, 9):
+        rows = torch.randint(0, model.config.vocab_size, (4, 24), generator=torch.Generator().manual_seed(number)).chunk(size)[rank]
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+    sparse.save(Path(folder) / f"adapter{size}")
+    store = sparse.tuning.store
+    found = {"indices": {d.name: d.indices for d in store}, "deltas": {d.name: d.deltas.clone() for d in store}}
+    found["saved"] = (Path(folder) / f"adapter{size}" / "adapter_model.safetensors").stat().st_size
+    torch.save(found, Path(folder) / f"{rank}of{size}.pt")
+    if size > 1:
+        torch.distributed.destroy_process_group()
+    end_process()

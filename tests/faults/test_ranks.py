@@ -81,7 +81,7 @@ def test_a_checkpoint_of_two_sharded_ranks_goes_on_with_others(ranks, placement,
         assert finish(start(settings, log)) == 0, log.read_text()[-6000:]
     else:
         assert ended(start_ranks(ranks, settings, log)) == [0] * ranks, log.read_text()[-6000:]
-    assert f"saved by 2 ranks, goes on with {ranks}" in log.read_text()
+    assert f"saved on 2 ranks; resuming on {ranks}" in log.read_text()
     after = {step: batch for step, batch in batches(before).items() if step > 6}
     assert batches(tmp_path / "run") == after
     for mine, theirs in zip(losses(tmp_path / "run"), losses(before)[6:], strict=True):

@@ -1,6 +1,6 @@
 """Recorded entries of a weight gradient, by kernels, against the dense gradient.
 
-On a GPU, or in Triton's interpreter on a CPU: `tests/unit/test_kernels.py` runs this folder there, in a process of its
+On a GPU, or in Triton's interpreter on a CPU: `tests/unit/kernels/test_kernels.py` runs this folder there, in a process of its
 own, because TRITON_INTERPRET has to be set before anything imports Triton.
 """
 

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,17 @@ FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("
 METHOD = [name for name in FILES if name.startswith("spiel/")]
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def imports(path: Path) -> set[str]:
     """Absolute names of all modules that a file imports, wherever in it; `from a import b` gives a and a.b."""
     package = ["scale_sft", *path.relative_to(PACKAGE).parts[:-1]]
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -32,9 +39,10 @@ def within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
+@cache
 def used_names(path: Path) -> set[str]:
     """Dotted names such as `torch.distributed.all_reduce` that occur in a file's expressions."""
-    return {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    return {ast.unparse(node) for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)}
 
 
 def test_there_is_something_to_check() -> None:
@@ -77,7 +85,7 @@ def test_nothing_imports_the_entry_point(file: str) -> None:
 
 def test_the_main_loop_reads_like_the_algorithm() -> None:
     """At most about 40 lines of code."""
-    tree = ast.parse(FILES["train.py"].read_text())
+    tree = tree_of(FILES["train.py"])
     loop = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
     lines = FILES["train.py"].read_text().splitlines()[loop.body[1].lineno - 1 : loop.end_lineno]
     assert len([line for line in lines if line.strip() and not line.strip().startswith("#")]) <= 45
@@ -87,5 +95,31 @@ def test_the_main_loop_reads_like_the_algorithm() -> None:
 def test_a_package_names_each_of_its_modules(file: str) -> None:
     """The docstring of a package is its table of contents."""
     path = FILES[file]
-    contents = ast.get_docstring(ast.parse((path.parent / "__init__.py").read_text(encoding="utf-8"))) or ""
+    contents = ast.get_docstring(tree_of(path.parent / "__init__.py")) or ""
     assert re.search(rf"\b{path.stem}\b", contents)
+
+
+MOST_LINES, MOST_PARAMETERS = 400, 7
+
+
+def test_files_are_short() -> None:
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()}
+    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
+def parameters(constructor: ast.FunctionDef) -> int:
+    """What a caller can give to `__init__`: all but self; *args and **kwargs count as one each."""
+    given = constructor.args
+    named = [*given.posonlyargs, *given.args, *given.kwonlyargs][1:]
+    return len(named) + (given.vararg is not None) + (given.kwarg is not None)
+
+
+def test_constructors_written_by_hand_take_few_parameters() -> None:
+    """More of them belong into small dataclasses."""
+    found = {}
+    for name, path in FILES.items():
+        for kind in ast.walk(tree_of(path)):
+            for part in kind.body if isinstance(kind, ast.ClassDef) else ():
+                if isinstance(part, ast.FunctionDef) and part.name == "__init__":
+                    found[f"{name}: {kind.name}"] = parameters(part)
+    assert found and {name: count for name, count in found.items() if count > MOST_PARAMETERS} == {}

@@ -73,10 +73,21 @@ def test_an_output_becomes_what_was_asked_for(tmp_path: Path, monkeypatch: pytes
     assert not list(tmp_path.rglob("*partial*")) and not (tmp_path / "here" / "~").exists()
 
 
-@pytest.mark.parametrize("make", [lambda at: at.write_text("x"), lambda at: _folder(at, "something")])
-def test_an_output_that_holds_something_is_refused_before_the_work(tmp_path: Path, make) -> None:
-    make(tmp_path / "out")
-    with pytest.raises(UserError, match="is not empty"), new_folder(tmp_path / "out", "test"):
+REFUSED = {  # name: (make it, return the output to ask for; what the error says)
+    "a file": (lambda at: (at / "out").write_text("x") and at / "out", "is not a folder"),
+    "a folder with something in it": (lambda at: _folder(at / "out", "something"), "is not empty"),
+    "a link to such a folder": (lambda at: _link(_folder(at / "out", "something"), at / "link"), "is not empty"),
+    "a link to itself": (lambda at: _link(at / "link", at / "link"), "is not a folder"),
+    "a path below a file": (lambda at: (at / "file").write_text("x") and at / "file" / "out", "was not written"),
+    "a name that is too long": (lambda at: at / ("x" * 300), "was not written"),
+}
+
+
+@pytest.mark.parametrize("place", REFUSED)
+def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path: Path, place: str) -> None:
+    make, message = REFUSED[place]
+    output = make(tmp_path)
+    with pytest.raises(UserError, match=message), new_folder(output, "test"):
         pytest.fail("the work began")
 
 

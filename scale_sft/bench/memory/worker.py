@@ -35,8 +35,12 @@ def measure(name: str, case: Case, device: torch.device) -> dict[str, Any]:
     batches = Batches(case, base.model_config.vocab_size, device)
     for number in range(WARM_UP_STEPS):  # code that is loaded late, threads, caches of libraries
         contestant.step(batches, number)
-    measured = _ours if isinstance(contestant, Sparse) else _dense
-    outside, inside = measured(name, contestant, batches, device)
+    outside: dict[str, Any]
+    inside: dict[str, Any] | None = None
+    if isinstance(contestant, Sparse):
+        outside, inside = _ours(name, contestant, batches, device)
+    elif isinstance(contestant, Dense):
+        outside, inside = _dense(name, contestant, batches, device)
     return {
         "trainable": contestant.trainable,
         "base_bytes": base.bytes,

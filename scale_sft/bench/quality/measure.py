@@ -147,7 +147,10 @@ def _checked(settings: Settings) -> dict[str, Any]:
         for name, value in section.items()
         if name not in _OF_ONE_RUN and (name in _COUNTED or name not in MAY_CHANGE)
     }
-    digests = {"train_digest": inputs.train.digest()[:16], "eval_digest": inputs.eval.digest()[:16]}
+    digests = {
+        "train_digest": inputs.train.digest()[:16],
+        "eval_digest": inputs.eval.digest()[:16] if inputs.eval else "",
+    }
     return _plain({**options, **digests, "validation_examples": settings.validation_examples})
 
 

@@ -48,12 +48,14 @@ def build(kind: str, inputs: Inputs, cluster: Cluster) -> tuple[nn.Module, list[
     return model, [weight for weight in model.parameters() if weight.requires_grad]
 
 
-def _with_peft(kind: str, model: nn.Module, targets: list[Target], rank: int, seed: int) -> nn.Module:
+def _with_peft(kind: str, model: nn.Module, targets: list[Target], rank: int | None, seed: int) -> nn.Module:
     """LoRA of the rank on the same linear layers (alpha twice the rank, no dropout); IA3 where PEFT puts it."""
     require_peft()
     from peft import IA3Config, LoraConfig, get_peft_model
 
     if kind == "peft-lora":
+        if rank is None:
+            raise UserError("rank_equivalent: got none, expected LoRA's rank. Fix: give rank_equivalent")
         layers = [target.name.removesuffix(".weight") for target in targets]
         adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, task_type="CAUSAL_LM")
     else:
@@ -92,11 +94,12 @@ def train_peer(
     )
     for step in range(1, inputs.steps + 1):
         batch = inputs.order.batch(step)
-        target_tokens, total = inputs.train.target_tokens(batch), 0.0
+        target_tokens = inputs.train.target_tokens(batch)
+        total = torch.zeros((), device=cluster.device)
         for micro_batch in inputs.micro_batches(batch, cluster):
-            loss = token_loss_sum(model, micro_batch) / target_tokens
-            loss.backward()
-            total += loss.detach()
+            share = token_loss_sum(model, micro_batch) / target_tokens
+            share.backward()
+            total += share.detach()
         loss = float(total)
         norm = float(nn.utils.clip_grad_norm_(weights, options.max_grad_norm or math.inf))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -111,7 +114,7 @@ def train_peer(
 def _update(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], masters: list[Tensor]) -> None:
     """One step on the masters with the gradients of the weights, which are then gone."""
     for weight, master in zip(weights, masters, strict=True):
-        if master is not weight:
+        if master is not weight and weight.grad is not None:
             master.grad = weight.grad.float()
     optimizer.step()
     for weight, master in zip(weights, masters, strict=True):

@@ -79,7 +79,7 @@ def watch(clock: Clock) -> None:
         clock.begin(step)
         begin_step(tuning, step)
 
-    SparseFineTuning.begin_step = begin
+    setattr(SparseFineTuning, "begin_step", begin)  # noqa: B010
 
 
 def main() -> None:

@@ -19,10 +19,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from scale_sft.bench import contestants
-from scale_sft.bench.contestants import OneRank, Sparse
+from scale_sft.bench.contestants import Sparse
 from scale_sft.bench.workload import Base, Batches
 from scale_sft.kernels.cpu.sampled_columns import SampledColumns
+from scale_sft.model.group import OneProcess
 from scale_sft.model.resident import ResidentDeltas
+from scale_sft.model.sparse_optimizer import SparseOptimizer
 from scale_sft.model.transient import TransientDeltas
 from scale_sft.spiel.algorithm import SparseFineTuning
 from scale_sft.spiel.recorder import GradientRecorder
@@ -41,12 +43,12 @@ _PIECES: tuple[tuple[Any, str, str], ...] = (
     (GradientRecorder, "begin_step", GATHER),
     (GradientRecorder, "record_product", GATHER),
     (SampledColumns, "__call__", DW),
-    (OneRank, "sum_", ALL_REDUCE),
+    (OneProcess, "sum_", ALL_REDUCE),
     (SparseFineTuning, "clip", "optimizer"),
-    (Sparse, "update", "optimizer"),
+    (SparseOptimizer, "update", "optimizer"),
     (ResidentDeltas, "write", "write"),
     (GradientRecorder, "end_step", "estimate"),
-    (OneRank, "select_candidates", "propose"),
+    (OneProcess, "select_candidates", "propose"),
     (SparseFineTuning, "reallocate", "reallocate"),
 )
 """Owner, name of a function there, and the piece that its time belongs to.
@@ -91,7 +93,7 @@ class Stopwatch:
         synchronize(self.device)
         now = time.perf_counter()
         if self._running:
-            self.seconds[self._running[-1]] += now - self._since
+            self.seconds.update({self._running[-1]: now - self._since})
         self._since = now
 
 

@@ -11,7 +11,7 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import ERROR, getLogger
@@ -77,7 +77,7 @@ def run(
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"bench: out of memory in {describe(base.case.settings())}: {first_line(error)} Take "
-                "--one-by-one, fewer --contestants, or a smaller --micro-batch or --length"
+                "--one-by-one, fewer --contestants, or a smaller --micro_batch_size or --max_length"
             ) from None
         rows += _add(race, results, console)
     return rows
@@ -255,7 +255,7 @@ def _add(race: Race, results: Results, console: Console) -> list[dict[str, Any]]
     return rows
 
 
-def show(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """Print the rows of one case as a table, and the breakdown of our own steps as another."""
     columns, lines = table_of(rows)
     console.print(_rich(columns, lines))

@@ -45,6 +45,14 @@ def test_a_weighted_sum_is_the_dense_sum_rounded_once(three) -> None:
         assert torch.equal(dense(result, name), wanted.float().double())
 
 
+def test_template_and_end_of_turn_outlive_arithmetic_where_all_operands_agree(three) -> None:
+    for adapter, end in zip(three, (7, 7, 8), strict=True):
+        adapter.info.update(chat_template="{{ messages }}", end_token_id=end)
+    results = [arithmetic.scale(three[0], 2), arithmetic.add(three[:2], [1, 1]), arithmetic.add(three, [1, 1, 1])]
+    assert [result.info.get("end_token_id") for result in results] == [7, 7, None]
+    assert all(result.info["chat_template"] == "{{ messages }}" for result in results)
+
+
 def test_adding_the_negative_leaves_zeros_and_negating_twice_nothing_new(three) -> None:
     first = three[0]
     negative = arithmetic.scale(first, -1)
@@ -128,7 +136,9 @@ def test_random_adapters_overlap_as_by_chance(three) -> None:
 def test_commands_write_adapters_with_their_provenance(folders, tmp_path) -> None:
     a, b, _ = folders
     result = command("add", a, b, "--weights", "1,0.5", "--output", tmp_path / "sum")
-    assert result.exit_code == 0 and "overlap of" in result.output and "same sign" in result.output
+    assert result.exit_code == 0 and result.output.count("\n") == 1
+    told = command("add", a, b, "--output", tmp_path / "plain", "--verbose").output
+    assert "overlap of" in told and "same sign" in told
     for operation, *options in (("scale", "--factor", 2), ("negate",), ("prune", "--density", 0.1)):
         done = command(operation, tmp_path / "sum", *options, "--output", tmp_path / operation)
         assert done.exit_code == 0, done.output

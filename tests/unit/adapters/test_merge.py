@@ -103,6 +103,18 @@ def test_a_damaged_file_is_named(tiny_model, tmp_path, adapter) -> None:
         merge(adapter, tmp_path / "merged", str(cut))
 
 
+@pytest.mark.parametrize("content", [None, "{", "[1]", "\udcff"])
+def test_a_base_without_a_sound_config_is_an_error_before_the_work(tiny_model, tmp_path, adapter, content) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model("llama", "bfloat16"), base)
+    (base / "config.json").unlink()
+    if content is not None:
+        (base / "config.json").write_text(content, errors="surrogateescape")
+    with pytest.raises(UserError, match=r"base: .*config.json"):
+        merge(adapter, tmp_path / "merged", str(base))
+    assert not (tmp_path / "merged").exists()
+
+
 def test_files_written_tensor_by_tensor_are_safetensors(tmp_path) -> None:
     tensors = {
         "a": torch.arange(6).view(2, 3), "b": torch.rand(5).bfloat16(), "empty": torch.empty(0, dtype=torch.int32),

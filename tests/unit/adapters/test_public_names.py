@@ -1,8 +1,11 @@
 """What `import scale_sft` gives for adapters: one meaning per name, and everything says what it is."""
 
 import pydoc
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,3 +91,16 @@ def test_a_base_that_is_not_a_folder_here_keeps_its_name(folder, tmp_path, base)
     adapter = Adapter.load(folder)
     Adapter(adapter.indices, adapter.deltas, adapter.shapes, {**adapter.info, "base": base}).save(tmp_path / "a")
     assert Adapter.load(tmp_path / "a").info["base"] == base
+
+
+def test_the_examples_of_the_documentation_run(tiny_model, tmp_path, monkeypatch, capsys) -> None:
+    """The Python blocks of docs/adapters.md, one after the other, where the paths in them exist."""
+    shutil.copytree(tiny_model("llama", "bfloat16"), tmp_path / "BASE")
+    for seed, name in enumerate(("runs/demo/adapter", "run/adapter", "other/adapter")):
+        make_adapter(tmp_path / "BASE", tmp_path / name, dtype="bfloat16", seed=seed)
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[3] / "docs" / "adapters.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= 3
+    exec("\n".join(blocks), {})
+    assert "<Adapter: " in capsys.readouterr().out and (tmp_path / "merged" / "config.json").is_file()

@@ -126,13 +126,6 @@ def test_far_more_ranks_than_cores_are_refused(worlds: scale.Worlds, monkeypatch
         scale.check(worlds, [1, 9])
 
 
-@pytest.mark.distributed
-@pytest.mark.timeout(300)
-def test_two_ranks_tell_how_long_they_are_in_collectives(worlds: scale.Worlds) -> None:
-    found = scale.measure(worlds, 2)
-    assert 0 < found["collective_seconds"] < found["step_seconds"]
-
-
 def test_ranks_that_fail_say_why(worlds: scale.Worlds) -> None:
     words = [sys.executable, "-c", "import sys; print('error: the base is gone'); sys.exit(1)"]
     with pytest.raises(UserError, match="^here: ended with status 1: error: the base is gone$"):

@@ -231,7 +231,9 @@ def test_home_and_environment_are_expanded_in_every_path(name: str, text: str, m
     tree.setdefault(OPTIONS[name], {})[name] = text
     for config in (load(recipe(tree), {}), load(None, {"density": "0.1", name: text})):
         assert getattr(getattr(config, OPTIONS[name]), name) == "/somewhere/x"
-    assert f"{name}: got '~no-such-user/x', but there is no such user" in mistakes({name: "~no-such-user/x"})
+    assert f"{name}: got '~no-such-user/x', but this machine has no user 'no-such-user'" in mistakes(
+        {name: "~no-such-user/x"}
+    )
     assert f"{name}: got '$NO_SUCH/x', but the environment variable NO_SUCH is not" in mistakes({name: "$NO_SUCH/x"})
 
 

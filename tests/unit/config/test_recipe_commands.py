@@ -11,8 +11,9 @@ from scale_sft.config import recipes
 from scale_sft.config.loading import load
 from scale_sft.config.options import OPTIONS, SECTIONS
 from scale_sft.config.schema import schema
+from scale_sft.errors import UserError
 
-GOOD = "# A first recipe.\n# For the demo.\nsparse:\n  density: 0.02\nrun:\n  steps: 3\n"
+GOOD = "# A first recipe,\n# for the demo.\n#   scale-sft train --config first\nsparse:\n  density: 0.02\nrun:\n  steps: 3\n"
 
 
 @pytest.fixture
@@ -32,20 +33,63 @@ def command(*arguments):
 
 def test_recipes_that_ship_are_valid() -> None:
     for name in recipes.names():
-        recipes.validate(name)
+        load(name, {})
         assert recipes.summary(recipes.path_of(name)), f"{name} does not say what it is for"
 
 
 def test_recipes_are_listed_with_what_they_are_for(shipped) -> None:
-    assert command("recipes", "ls").output.splitlines()[0] == "first   A first recipe."
+    assert command("recipes", "ls").output.splitlines()[0] == "first   A first recipe, for the demo."
 
 
 def test_a_recipe_is_shown_copied_and_checked(shipped, tmp_path) -> None:
     assert command("recipes", "show", "first").output == GOOD
     assert command("recipes", "cp", "first", tmp_path / "mine.yaml").exit_code == 0
     assert (tmp_path / "mine.yaml").read_text() == GOOD
-    assert "there already" in command("recipes", "cp", "first", tmp_path / "mine.yaml").output
+    (tmp_path / "mine.yaml").write_text("# mine")
+    assert "not overwritten" in command("recipes", "cp", "first", tmp_path / "mine.yaml").output
+    assert (tmp_path / "mine.yaml").read_text() == "# mine"
+    (tmp_path / "mine.yaml").write_text(GOOD)
     assert command("recipes", "validate", "first", tmp_path / "mine.yaml").exit_code == 0
+
+
+def test_a_copy_without_a_target_is_a_new_file_here_and_says_so(shipped, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command("recipes", "cp", "first").output.startswith("wrote first.yaml;")
+    assert command("recipes", "cp", "first", "new/").exit_code == 0
+    assert (tmp_path / "new" / "first.yaml").read_text() == (tmp_path / "first.yaml").read_text() == GOOD
+
+
+def test_a_name_is_a_shipped_recipe_and_a_path_a_file_if_there_is_one(shipped, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ours = shipped / "first.yaml"
+    assert [recipes.path_of(name) for name in ("first", "first.yaml")] == [ours, ours]
+    for own in ("first", "first.yaml"):
+        (tmp_path / own).write_text("# own")
+    assert [recipes.path_of(name) for name in ("first", "first.yaml", "./first")] == [
+        ours, Path("first.yaml"), Path("first"),
+    ]  # fmt: skip
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert recipes.path_of("~/first.yaml") == tmp_path / "first.yaml"
+    for wrong, told in (("frist", "did you mean 'first'"), ("no/first.yaml", "no such file"), ("first.yml", "first")):
+        with pytest.raises(UserError, match=told):
+            recipes.path_of(wrong)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", "secnd"),
+        ("data", "show", "--config", "secnd"),
+        ("preprocess", "--config", "secnd"),
+        ("eval", "--config", "secnd"),
+        ("bench", "quality", "--config", "secnd"),
+        ("train", "--config", "secnd"),
+    ],
+)
+def test_every_command_that_takes_a_recipe_takes_it_by_name(shipped, arguments) -> None:  # fmt: skip
+    result = command(*arguments)
+    assert result.exit_code == 1
+    assert "did you mean 'second'" in result.stderr
 
 
 def test_a_wrong_recipe_is_refused_with_all_its_mistakes(shipped, tmp_path) -> None:

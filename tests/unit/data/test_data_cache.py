@@ -91,8 +91,8 @@ def test_nothing_is_left_behind_by_a_failure_and_its_message_is_told_to_those_wh
 
 _WAITER = """
 import sys
-from scale_sft.config import DataConfig
-from scale_sft import data_cache
+from scale_sft.config.options import DataConfig
+from scale_sft.data import cache as data_cache
 from transformers import AutoTokenizer
 real = data_cache._build
 data_cache._build = lambda *arguments: (print("worked", flush=True), real(*arguments))

@@ -148,7 +148,8 @@ def test_without_a_gpu_there_is_only_the_plain_path_and_triton_is_not_imported()
 
 
 @needs_triton
-@pytest.mark.slow
+@pytest.mark.interpreter
+@pytest.mark.timeout(600)
 def test_all_kernels_are_exact_in_tritons_interpreter() -> None:
     """The tests of tests/gpu, in a process of their own: Triton looks for the switch when it is imported."""
     command = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu"]
@@ -301,7 +302,7 @@ def test_the_paths_that_were_chosen_are_kept_by_a_checkpoint(train_run, tmp_path
     clock = Clock(plain=1.0, fast=0.5)
     monkeypatch.setattr(choice, "paths_of", lambda device: {name: clock.path(name) for name in clock.seconds})
     monkeypatch.setattr(choice, "_EventTimer", lambda device: clock)
-    monkeypatch.setattr("scale_sft.training.assemble.fuses", lambda *_: False)
+    monkeypatch.setattr("scale_sft.model.sparse_model.fuses", lambda *_: False)
     options = {"kernels": "auto", "save_every_steps": 2, "output_dir": str(tmp_path / "run"), "keep_last": 9}
     run = train_run(**options)
     kept = json.loads((run / "checkpoints" / "step_000002" / "state.json").read_text())["gradient_paths"]

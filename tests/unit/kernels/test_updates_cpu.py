@@ -1,6 +1,7 @@
 """Updates in one pass, in C, against the plain ones, and the weights that they write."""
 
 import json
+from typing import ClassVar
 
 import pytest
 import torch
@@ -197,7 +198,7 @@ def test_state_of_another_dtype_or_with_gaps_is_refused(kind):
 class Run:
     """Two weights, of which this process holds all or one part each, trained on random gradients."""
 
-    shapes = {"a": (20, 30), "b": (7, 50)}
+    shapes: ClassVar = {"a": (20, 30), "b": (7, 50)}
 
     def __init__(self, method: str, dtype: torch.dtype, part: slice = slice(None)):
         self.weights = {

@@ -14,7 +14,7 @@ SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), *sorted((ROOT / "launch").gl
 ACCELERATE_CONFIGS = sorted((ROOT / "launch").glob("*.yaml"))
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 SYSTEM_TOOLS = ("bash", "awk", "basename", "cat", "cksum", "cp", "cut", "df", "dirname", "env", "grep", "mkdir", "rm",
-                "sed", "tail", "touch")  # fmt: skip
+                "sed", "sleep", "tail", "touch")  # fmt: skip
 
 # Stands in for a Python 3.10+: makes "virtual environments" with a copy of itself and notes what it is asked to do.
 FAKE_PYTHON = """#!/usr/bin/env bash
@@ -24,7 +24,7 @@ case "$*" in
     *venv*--clear*) for venv; do :; done; rm -rf "$venv"; mkdir -p "$venv/bin"; cp "$0" "$venv/bin/python" ;;
     *pip*--version*) exit 0 ;;
     *pip*install*) echo "$*" >> "$CALLS"; echo "some noise"; echo "$FAKE_PIP_ERROR"; [ -z "$FAKE_PIP_ERROR" ] ;;
-    *accelerate.commands.launch*) echo "$*"; while [ "$1" != --output_dir ]; do shift; done; mkdir -p "$2" ;;
+    *launcher.py*) echo "$*"; while [ "$1" != --output_dir ]; do shift; done; mkdir -p "$2/merged"; exit "${FAKE_STATUS:-0}" ;;
     *) exit 9 ;;
 esac
 """
@@ -109,11 +109,27 @@ def test_quickstart_shows_the_last_error_of_pip_and_where_its_log_is(quickstart,
 def test_quickstart_installs_once_and_gives_every_run_its_own_folder(quickstart, project):
     first = quickstart("--steps", "3")
     assert first.returncode == 0, first.stderr
-    assert first.stdout.rstrip().endswith("--steps 3")
+    [started] = [line for line in first.stdout.splitlines() if "launcher.py" in line]
+    assert started.endswith("--steps 3")
     second = quickstart()
     assert second.returncode == 0, second.stderr
     assert sorted(folder.name for folder in (project / "runs").iterdir()) == ["demo", "demo-2"]
     assert quickstart.installations() == 1
+
+
+def test_quickstart_ends_with_commands_that_name_what_the_run_has_left(quickstart, project):
+    told = quickstart().stdout
+    assert f"source '{project}/.venv/bin/activate'" in told
+    assert f"scale-sft inspect '{project}/runs/demo/adapter'" in told
+    assert "mine/merged" in quickstart("--output_dir", "mine").stdout
+    assert "scale-sft train --config demo" in told
+
+
+@pytest.mark.parametrize("status", ["1", "75", "143"])
+def test_quickstart_ends_with_the_status_of_the_trainer_and_proposes_nothing_then(quickstart, status):
+    failed = quickstart(FAKE_STATUS=status)
+    assert failed.returncode == int(status)
+    assert "What next" not in failed.stdout
 
 
 def test_quickstart_installs_again_when_the_pins_change(quickstart, project):

@@ -58,3 +58,8 @@ def test_another_recipe_is_taken_from_the_current_folder(script, tmp_path):
     (tmp_path / "mine.yaml").write_text("")
     arguments = script("mine.yaml", SCALE_SFT_ALLOW_CPU="1").stdout.splitlines()
     assert arguments[arguments.index("--config") + 1] == "mine.yaml"
+
+
+def test_a_shipped_recipe_goes_by_its_name(script):
+    arguments = script("llama2_13b_ma", SCALE_SFT_ALLOW_CPU="1").stdout.splitlines()
+    assert arguments[arguments.index("--config") + 1] == "llama2_13b_ma"

@@ -270,8 +270,8 @@ def test_a_base_that_is_quantised_on_disk_loads_as_it_is(train_run, tiny_model, 
     mine = train_run(base=str(tmp_path / "stored"), output_dir=str(tmp_path / "a"), log_every_steps=1, steps=3)
     other = train_run(quantization=kind, output_dir=str(tmp_path / "b"), log_every_steps=1, steps=3)
     assert_same_run(mine, other)
+    wrong = next(k for k in KINDS if k != kind)
     with pytest.raises(UserError, match=f"stored in {kind} already"):
-        wrong = next(k for k in KINDS if k != kind)
         train_run(base=str(tmp_path / "stored"), quantization=wrong, output_dir=str(tmp_path / "c"))
 
 

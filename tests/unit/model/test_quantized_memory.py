@@ -1,6 +1,6 @@
 """Peak memory of a training step on a quantised base beside bfloat16, by the allocator's own record.
 
-pytest -m slow -s tests/unit/test_quantized_memory.py     # prints the figures
+pytest -m slow -s tests/unit/model/test_quantized_memory.py     # prints the figures
 """
 
 from pathlib import Path

@@ -144,9 +144,9 @@ def test_training_forward_passes_cost_what_those_of_the_stock_model_cost(session
     for model in (run.model, stock):
         saved: list[Tensor] = []
         keep = lambda tensor, saved=saved: saved.append(tensor) or tensor
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            with Operations(set(), []) as operations:
-                token_loss_sum(model, batch)
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, Operations(set(), []) as operations:
+            token_loss_sum(model, batch)
         sizes = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
         found.append((operations.names, sum(sizes.values())))
     (own_names, own_bytes), (stock_names, stock_bytes) = found

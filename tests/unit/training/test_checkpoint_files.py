@@ -80,10 +80,10 @@ DAMAGES = {
         "tensors_00003.safetensors is missing",
     ),
     "missing manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
-    "changed manifest": (change_the_manifest, "manifest.json is not as it was written"),
+    "changed manifest": (change_the_manifest, "manifest.json is not what was written"),
     "no JSON": (lambda path: (path / "manifest.json").write_bytes(b"\xff\x00{"), "manifest.json is damaged"),
     "empty folder": (lambda path: [file.unlink() for file in path.iterdir()], "is empty"),
-    "path outside": (escape, "'../secret.safetensors' is no file of a checkpoint"),
+    "path outside": (escape, "'../secret.safetensors' is not a file of a checkpoint"),
     "pickle": (lambda path: (path / "manifest.json").write_bytes(pickle.dumps({})), "manifest.json is damaged"),
 }
 

@@ -59,6 +59,7 @@ def test_a_killed_run_resumes_to_the_bits_of_the_old_uninterrupted_one(old, meth
     assert found.keys() == wanted.keys()
     same = torch.equal if SAME_MACHINE else lambda a, b: torch.allclose(a, b, rtol=1e-3, atol=1e-6)
     assert all(same(found[name], wanted[name]) for name in wanted)
+    assert (old / method / "merged" / "README.md").is_file()
     wanted = EXPECTED["losses"][method]
     records = read_metrics(old / method / "metrics.jsonl")
     losses = [record["loss"] for record in records if record["event"] == "step"]

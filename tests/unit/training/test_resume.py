@@ -116,13 +116,13 @@ def test_a_checkpoint_is_small_and_holds_nothing_of_the_base(train_run, saving, 
 def test_a_run_that_never_saved_starts_afresh_and_says_so(stop_at, train_run, crashing_run, saving, capsys):
     crashing_run(stop_at, **saving)
     run = train_run(**saving)
-    assert "no checkpoint: starts afresh" in capsys.readouterr().out
+    assert "no checkpoint: starting from step 0" in capsys.readouterr().out
     assert steps_of(run) == [1, 2, 3, 4, 5, 6]
 
 
 def test_another_run_that_never_saved_is_not_overwritten(train_run, crashing_run, saving):
     crashing_run(2, **saving)
-    with pytest.raises(UserError, match="already holds a run .* with another seed"):
+    with pytest.raises(UserError, match="already holds a run .* that differs in seed"):
         train_run(**saving, seed=5)
 
 
@@ -172,9 +172,9 @@ def test_a_finished_run_started_again_by_the_same_command_says_so_and_does_nothi
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"seed": 5}, "that is finished, with another seed"),
-        ({"density": 0.06}, "that is finished, with another density"),
-        ({"steps": 8}, r"with another steps \(a run of another length is a new run"),
+        ({"seed": 5}, "that is finished and differs in seed"),
+        ({"density": 0.06}, "that is finished and differs in density"),
+        ({"steps": 8}, r"differs in steps \(a run of another length is a new run"),
         ({"save_merged": True}, r"without a merged model \(scale-sft merge .*/adapter .*/merged writes it\)"),
         ({"resume": "never"}, "and resume is never"),
     ],

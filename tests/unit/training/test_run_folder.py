@@ -52,7 +52,7 @@ def test_a_folder_that_cannot_be_written_is_one_error_before_anything_is_read(tm
     monkeypatch.setattr("scale_sft.training.inputs.read_inputs", lambda *_: pytest.fail("inputs were read"))
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path) and access(path, mode))
-    with pytest.raises(UserError, match=f"^output_dir: .* cannot be written: no permission in {tmp_path}$"):
+    with pytest.raises(UserError, match=f"^output_dir: .* cannot be written: no permission in {tmp_path}. Fix: "):
         train_run(output_dir=str(tmp_path / "deep" / "run"))
 
 

@@ -182,9 +182,10 @@ def test_a_learning_rate_far_too_high_is_one_error_with_nothing_broken_saved(tra
 
 def test_deltas_that_have_overflowed_are_not_saved_as_a_good_state(session, tmp_path) -> None:
     run, folder = session(), RunFolder(tmp_path / "run")
+    run.optimizer.steps = 6
     run.tuning.store["model.layers.0.mlp.up_proj.weight"].deltas[3] = torch.inf
     with pytest.raises(UserError, match="the deltas of step 6 have overflowed and are not saved"):
-        train.finite_or_stop(run, NullMetrics(), Checkpoints(run, folder), 7, 0.1, float("nan"), 1.0)
+        train.finite_or_stop(run, NullMetrics(), Checkpoints(run, folder), float("nan"), 1.0)
     assert not folder.adapter.exists()
 
 
@@ -193,7 +194,7 @@ def test_a_candidates_gradient_that_is_no_number_stops_the_run_too(session, tmp_
     run.tuning.begin_step(1)
     run.tuning.recorder.flat[-1] = torch.nan
     with pytest.raises(UserError, match="^step 1: "):
-        train.finite_or_stop(run, NullMetrics(), Checkpoints(run, folder), 1, 0.1, 2.0, 1.0)
+        train.finite_or_stop(run, NullMetrics(), Checkpoints(run, folder), 2.0, 1.0)
 
 
 def test_a_weight_that_no_gradient_reaches_is_named_at_step_1(train_run, tiny_model, tmp_path) -> None:

@@ -1,0 +1,330 @@
+"""A frozen model whose target weights carry sparse deltas: what the trainer, the benchmarks and the Python API share.
+
+Shapes: O rows, I columns of a weight; K active entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scale_sft.errors import UserError
+from scale_sft.kernels.backends import exchanges_of, gradient_path_of, products_of
+from scale_sft.kernels.cpu import compile as native
+from scale_sft.kernels.moments import moments_of, resolve_moments
+from scale_sft.spiel.algorithm import SparseFineTuning
+from scale_sft.spiel.deltas import DeltaStore
+from scale_sft.spiel.settings import Backends
+from scale_sft.spiel.taps import detach as remove_tap
+
+from . import fused_step
+from .fingerprints import combine_fingerprints
+from .group import Group
+from .packed_weights import PackedWeight, PlainWeight, packed_weights
+from .resident import ResidentDeltas
+from .sparse_optimizer import SparseOptimizer
+from .sparse_settings import SparseSettings
+from .targets import attach_taps, budget_of, find_targets
+from .transient import TransientDeltas, attach_transient_taps
+
+PARAMETER = "sparse_deltas"
+"""Name under which a model's `parameters()` list the deltas of an attached `SparseModel`."""
+
+
+Save = Callable[["SparseModel", Path], None]
+"""Writes the deltas of a sparse model into an adapter folder."""
+
+
+class SparseModel:
+    """A frozen transformers model whose target weights carry sparse deltas.
+
+        >>> sparse = scale_sft.attach(model, density=0.01, total_steps=1000)
+        >>> optimizer = sparse.optimizer(lr=1e-2)
+        >>> for batch in batches:
+        ...     model(**batch).loss.backward()
+        ...     optimizer.step()
+        >>> sparse.save("adapter")
+
+    Made by `scale_sft.attach`. Weights of a plain base hold the deltas (effective = base + delta, rounded once), so
+    the model is used as before; a base in 4 or 8 bits adds them to each dequantised weight.
+
+    Args:
+        model: with its weights; everything in it is frozen.
+        settings: the method, its budget and its targets.
+        group: the processes that train it, and how they hold the base.
+        save: writes adapter folders; None: `save` is not available.
+
+    Raises:
+        UserError: no target, a budget that the targets cannot have, or a layer that cannot carry a delta; the model is
+            as it was.
+    """
+
+    def __init__(self, model: nn.Module, settings: SparseSettings, group: Group, save: Save | None = None):
+        self.settings, self.group, self._save = settings, group, save
+        self.targets = find_targets(model, settings.sparse.target_modules)
+        self.shapes = {target.name: target.shape for target in self.targets}
+        self.gradient_path = gradient_path_of(group.device, settings.kernels)
+        self.tuning = self._method()
+        self.exposed = False
+        self._optimizer: SparseOptimizer | None = None
+        self._hooks: list[Any] = []
+        self._away = False  # inside `base`
+        self._trained = [weight for weight in model.parameters() if weight.requires_grad]
+        packed = self._packed(model) if settings.quantization else None
+        self._tapped = list(packed.values()) if packed else self.targets
+        model.requires_grad_(False)
+        try:
+            self.carrier = self._wire(model, packed)
+        except BaseException:
+            self._untap()
+            self._thaw()
+            raise
+        steps_fuse = group.gather_objects(self._fuses())  # or ranks would differ in the last bits
+        self.fused = all(steps_fuse)
+        self.parameter = self._make_parameter()
+
+    # --- made once ----------------------------------------------------------------------------------------------
+
+    def _method(self) -> SparseFineTuning:
+        settings, sparse, device = self.settings, self.settings.sparse, self.group.device
+        schedule = settings.reallocations
+        store = DeltaStore(
+            self.shapes,
+            budget_of(sparse, self.shapes),
+            seed=settings.seed,
+            device=device,
+            cohorts=len(schedule.reallocations()),
+            keep_reference=sparse.drop_criterion == "change",
+            dtype=getattr(torch, sparse.delta_dtype),
+        )
+        backends = Backends(
+            select=self.group.select_candidates,
+            products=products_of(self.gradient_path, device, settings.kernels),
+            exchanges=exchanges_of(device, settings.kernels),
+            moments=moments_of(resolve_moments(settings.optimizer.moments, settings.dtype)),
+            gradient_dtype=getattr(torch, settings.optimizer.gradient_dtype),
+            reuse_buffer=settings.quantization is None,  # next to a dequantised copy, memory is for one gradient only
+        )
+        return SparseFineTuning(store, settings.method, schedule, backends)
+
+    def _packed(self, model: nn.Module) -> dict[str, PackedWeight | PlainWeight]:
+        """All quantised weights, and targets that are not; before the packed ones are cut into shards."""
+        packed: dict[str, PackedWeight | PlainWeight] = {}
+        packed |= packed_weights(model, self.settings.dtype, self.group.device)
+        packed |= {t.name: PlainWeight(t.module, t.transposed) for t in self.targets if t.name not in packed}
+        return packed
+
+    def _wire(self, model: nn.Module, packed: dict | None) -> ResidentDeltas | TransientDeltas:
+        """Tap the layers, place the model, take its fingerprints, and put the deltas into it."""
+        store, group = self.tuning.store, self.group
+        transient = None
+        if packed is None:
+            attach_taps(self.targets, self._record, group.materialize)
+        else:
+            transient = TransientDeltas(store, packed, group.materialize)
+            attach_transient_taps(transient, store.names, self._record)
+        self.model = group.prepare(model)
+        self.parts = {target.name: group.part_of(target.weight) for target in self.targets}
+        self.prints = self.fingerprints(transient)
+        return transient or ResidentDeltas(store, self.parts, group.settle, group.written)
+
+    def _fuses(self) -> bool:
+        path, device = self.gradient_path, self.group.device
+        return fuses(self.settings.kernels, device, path is not None and path.has_kernels) and (
+            fused_step.why_not(self.tuning, self.carrier) is None
+        )
+
+    def _make_parameter(self) -> nn.Parameter:
+        """A parameter for all deltas: themselves, or without memory where gradients are of another dtype."""
+        flat, dtype = self.tuning.store.flat, self.tuning.recorder.dtype
+        if flat.dtype is not dtype:  # torch wants a gradient to be of its parameter's dtype
+            flat = torch.zeros((), dtype=dtype, device=flat.device).expand(flat.shape)
+        # DistributedDataParallel would wait for its gradient; `step` sums it over processes itself
+        return nn.Parameter(flat, requires_grad=self.group.size == 1)
+
+    # --- what the base is ---------------------------------------------------------------------------------------
+
+    def fingerprints(self, transient: TransientDeltas | None = None) -> dict[str, tuple[int, int]]:
+        """Fingerprint each target weight as it is now; of quantised ones the packed bytes and the scales."""
+        prints = self.group.fingerprints(self.parts)
+        return transient.with_states(prints) if transient else prints
+
+    @property
+    def base_hash(self) -> str:
+        """64 hex digits over the target weights of the base."""
+        return combine_fingerprints(self.prints, self.shapes)
+
+    def check_base(self, what: str) -> None:
+        """Prove that the weights without their deltas are still the base's.
+
+        Raises:
+            UserError: they are not; `what` explains, then the two hashes follow.
+        """
+        transient = self.carrier if isinstance(self.carrier, TransientDeltas) else None
+        found = combine_fingerprints(self.fingerprints(transient), self.shapes)
+        if found != self.base_hash:
+            raise UserError(f"{what}: got hash {found[:16]}..., expected {self.base_hash[:16]}...")
+
+    # --- one step -----------------------------------------------------------------------------------------------
+
+    def optimizer(self, lr: float | None = None) -> SparseOptimizer:
+        """Make the optimizer of the deltas: the model has one.
+
+        Args:
+            lr: learning rate, for you or a scheduler of torch to change; None: that of each step from the options
+                learning_rate, warmup_fraction and lr_schedule.
+
+        Raises:
+            UserError: there is one already, or the model was detached.
+        """
+        self.require_attached("optimizer")
+        if self._optimizer is not None:
+            raise UserError(
+                "optimizer: got a second call, expected one per attached model. Fix: keep the first optimizer, or "
+                "detach() and attach the model again"
+            )
+        self._optimizer = SparseOptimizer(self, self.settings.learning_rates if lr is None else lr)
+        return self._optimizer
+
+    def _record(self, name: str, left: Tensor, right: Tensor) -> None:
+        """Receive the factors of one weight's gradient in a backward pass: see `Record`."""
+        if self.exposed:
+            if self._away:
+                raise UserError("backward: got a call inside sparse.base(), expected it outside: deltas are trained")
+            if self._optimizer is None:
+                raise UserError("backward: got no optimizer. Fix: call sparse.optimizer(lr=...) before the first step")
+            self._optimizer.receive()
+        self.tuning.recorder.record_product(name, left, right)
+
+    def measure_kernels(self, tokens: int) -> None:
+        """Find the fastest way to each weight's gradient for micro-batches of so many tokens; before the first step."""
+        if self.gradient_path and self.gradient_path.has_kernels:
+            counts = {} if self.tuning.method == "ma" else self.tuning.recorder.counts
+            self.gradient_path.measure_store(self.tuning.store, counts, tokens, self.settings.dtype)
+
+    def load_state(
+        self,
+        step: int,
+        states: Iterable[tuple[str, Mapping[str, Tensor]]],
+        counters: Mapping[str, list[int]],
+        base: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Continue after `step` from what `tuning.state_of` and `tuning.counters` gave.
+
+        Args:
+            step: optimizer steps that are done.
+            states: (name, tensors) of each weight.
+            counters: what outlives a step and is not a tensor.
+            base: values of the base at the indices of `states` by name, [K] in its dtype, where the weights may hold
+                other deltas than those that are attached.
+        """
+        carrier, store = self.carrier, self.tuning.store
+        carrier.settle()
+        for delta in store:
+            carrier.release(delta)
+        self.tuning.load_state(step, states, counters)
+        for delta in store:
+            if base:
+                carrier.overwrite(delta, base[delta.name])
+            carrier.adopt(delta)
+        carrier.write()
+
+    # --- the Python API -----------------------------------------------------------------------------------------
+
+    def expose(self) -> None:
+        """List the deltas among the model's parameters, and open steps by themselves: what `attach` promises."""
+        self.exposed = True
+        self.model.register_parameter(PARAMETER, self.parameter)
+        self._hooks = [
+            self.model.register_state_dict_post_hook(_leave_out),
+            self.model.register_load_state_dict_post_hook(_do_not_miss),
+        ]
+
+    @contextmanager
+    def base(self) -> Iterator[nn.Module]:
+        """The model without its deltas, bit for bit, for the length of a `with` block; O(K).
+
+            >>> with sparse.base():
+            ...     before = model(**batch).loss
+
+        Raises:
+            UserError: the model was detached.
+        """
+        self.require_attached("base")
+        with self.carrier.without():
+            self._away = True
+            try:
+                yield self.model
+            finally:
+                self._away = False
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the deltas as an adapter folder, as a run of `scale-sft train` does; returns the folder.
+
+            >>> sparse.save("adapter")  # then: scale-sft merge adapter merged
+
+        Raises:
+            UserError: the model was detached, or the folder cannot be written.
+        """
+        self.require_attached("save")
+        if self._save is None:
+            raise UserError("save: got a model without a writer, expected one made by scale_sft.attach")
+        self._save(self, Path(folder))
+        return Path(folder)
+
+    def detach(self) -> nn.Module:
+        """Give the model its base back, bit for bit, and let go of it; returns it."""
+        self.require_attached("detach")
+        self.carrier.restore()
+        self._untap()
+        if self.exposed:
+            del self.model._parameters[PARAMETER]
+        for hook in self._hooks:
+            hook.remove()
+        self._thaw()
+        self._tapped, self._hooks = [], []
+        return self.model
+
+    def _untap(self) -> None:
+        for tapped in self._tapped:
+            remove_tap(tapped.module)
+            if isinstance(tapped, PackedWeight):
+                tapped.give_back()
+
+    def _thaw(self) -> None:
+        """Let what was trainable before be trainable again."""
+        for weight in self._trained:
+            weight.requires_grad_(True)
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model still carries the deltas."""
+        return bool(self._tapped)
+
+    def require_attached(self, what: str) -> None:
+        """Raise UserError after `detach`, and inside `base`."""
+        if not self.attached:
+            raise UserError(f"{what}: got a model that was detached. Fix: scale_sft.attach it again")
+        if self._away:
+            raise UserError(f"{what}: got a call inside sparse.base(), expected it outside of the `with` block")
+
+
+def fuses(kernels: str, device: torch.device, has_kernels: bool) -> bool:
+    """Whether deltas shall be updated and written in one pass, where that is possible."""
+    return native.asked_for(device, kernels) or has_kernels
+
+
+def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Keep the deltas out of a state dict: the weights hold them already, and the base has no such entry."""
+    state.pop(prefix + PARAMETER, None)
+
+
+def _do_not_miss(module: nn.Module, incompatible: Any) -> None:
+    """Accept a state dict without the deltas, which none has."""
+    missing = incompatible.missing_keys
+    missing[:] = [key for key in missing if key.rpartition(".")[2] != PARAMETER]

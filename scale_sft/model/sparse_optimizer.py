@@ -1,0 +1,329 @@
+"""The owner of an optimizer step: Algorithm 1 after the backward passes, as a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from math import isfinite
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from scale_sft.errors import UserError
+from scale_sft.spiel.algorithm import SparseFineTuning, Turnover
+from scale_sft.spiel.schedules import LearningRateSchedule, Phase
+
+from .fused_step import update_and_write
+from .group import Group
+from .resident import ResidentDeltas
+from .sparse_settings import SparseSettings
+from .targets import Target
+from .transient import TransientDeltas
+
+
+class Sparse(Protocol):
+    """What a step needs of a `SparseModel`."""
+
+    settings: SparseSettings
+    group: Group
+    tuning: SparseFineTuning
+    targets: list[Target]
+    carrier: ResidentDeltas | TransientDeltas
+    parameter: nn.Parameter
+    fused: bool
+
+    @property
+    def base_hash(self) -> str: ...
+
+    def check_base(self, what: str) -> None: ...
+
+    def require_attached(self, what: str) -> None: ...
+
+    def load_state(
+        self,
+        step: int,
+        states: Iterable[tuple[str, Mapping[str, Tensor]]],
+        counters: Mapping[str, list[int]],
+        base: Mapping[str, Tensor] | None = None,
+    ) -> None: ...
+
+
+class SparseOptimizer(torch.optim.Optimizer):
+    """AdamW or SM3 over the deltas of a `SparseModel`, with drop and grow where the schedule says so.
+
+        >>> optimizer = sparse.optimizer(lr=1e-2)
+        >>> model(**batch).loss.backward()
+        >>> optimizer.step()
+
+    Gradients come from the backward passes themselves and add up until `step`; `param_groups[0]["lr"]` is read by
+    each step, so torch's schedulers work, and so does `clip_grad_norm_(model.parameters(), ...)`. With several
+    processes `step` averages gradients over them, as DistributedDataParallel would.
+
+    The trainer turns the same step piece by piece: `begin`, backward passes, `reduce`, `clip`, `update`, `reallocate`,
+    `end`.
+
+    Args:
+        sparse: the model and its deltas.
+        learning_rate: a number, which the caller may change between steps; or a schedule, which sets each step's.
+    """
+
+    def __init__(self, sparse: Sparse, learning_rate: float | LearningRateSchedule):
+        self.sparse, self.tuning = sparse, sparse.tuning
+        self.schedule = learning_rate if isinstance(learning_rate, LearningRateSchedule) else None
+        self.steps = 0
+        """Optimizer steps that are done."""
+        self.number: int | None = None  # of the step that is open
+        self.turnovers: list[Turnover] = []
+        """Reallocations since the optimizer was made."""
+        self._received = False  # the open step has gradients
+        self._stale = False  # the weights do not hold the present deltas
+        self._untouched: tuple[int, Tensor] | None = None  # version and norm of the gradients after a backward pass
+        rate = learning_rate.at(1) if isinstance(learning_rate, LearningRateSchedule) else learning_rate
+        if not rate >= 0:
+            raise UserError(f"lr: got {rate}, expected a number of at least 0")
+        super().__init__([sparse.parameter], {"lr": rate})
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next update."""
+        return float(self.param_groups[0]["lr"])
+
+    # --- the pieces of a step -----------------------------------------------------------------------------------
+
+    def begin(self, number: int | None = None) -> None:
+        """Open step `number` (counted from 1; default: the next): gradients start at zero, a phase may open."""
+        self.number = self.steps + 1 if number is None else number
+        self.tuning.begin_step(self.number)
+        self._received, self._untouched = False, None
+        if self.schedule:
+            self.param_groups[0]["lr"] = self.schedule.at(min(self.number, self.schedule.total_steps))
+
+    def reduce(self, *, average: bool = False) -> None:
+        """Sum what the backward passes recorded over all processes, or average it."""
+        flat, group = self.tuning.recorder.flat, self.sparse.group
+        group.sum_(flat)
+        if average and group.size > 1:
+            flat.div_(group.size)
+
+    def clip(self) -> Tensor:
+        """Clip by option max_grad_norm; returns the norm before that, an fp32 scalar."""
+        return self.tuning.clip()
+
+    def update(self) -> None:
+        """Move all deltas, and add one term to the candidates' estimates (line 6 of Algorithm 1, Eq. 8)."""
+        if self.sparse.fused:
+            update_and_write(self.tuning, self.sparse.carrier, self.learning_rate)
+        else:
+            self.tuning.update(self.learning_rate)
+            self._stale = True
+
+    def discard(self) -> None:
+        """Take nothing from the open step's gradients: neither an update nor an estimate."""
+        self.tuning.discard_step()
+
+    def reallocate(self) -> Turnover | None:
+        """Drop and grow where the schedule says so (lines 9 to 16); None elsewhere.
+
+        Raises:
+            UserError: the processes' deltas differ afterwards.
+        """
+        tuning, carrier = self.tuning, self.sparse.carrier
+        number = self._open_number()
+        if not tuning.schedule.reallocates_at(number):
+            return None
+        if not tuning.can_reallocate:
+            tuning.recorder.close_estimation()
+            return None
+        carrier.settle()
+        turnover = tuning.reallocate(number, carrier)
+        self._stale = True
+        self.sparse.group.check_identical(tuning.digests, f"the deltas after reallocation {turnover.number}")
+        return turnover
+
+    def end(self) -> None:
+        """Write the deltas into the weights where `update` has not done so, and close the step."""
+        if self._stale:
+            self.sparse.carrier.write()
+            self._stale = False
+        self.steps = self._open_number()
+        self._close()
+
+    def _close(self) -> None:
+        self.number, self._received, self._untouched = None, False, None
+        self.sparse.parameter.grad = None
+
+    def _open_number(self) -> int:
+        if self.number is None:
+            raise UserError("step: got no gradient since the last step. Fix: call loss.backward() before step()")
+        return self.number
+
+    # --- torch's optimizer --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Reduce over processes, clip, update, drop and grow, write.
+
+        Args:
+            closure: computes the loss and its gradients again; returned by `step` is its result.
+
+        Raises:
+            UserError: no backward pass came before, the gradient is not finite (nothing was changed), or the model was
+                detached or moved.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._require_usable()
+        self._scale_candidates()
+        self.reduce(average=True)
+        norm = self.clip().item()
+        if not isfinite(norm) or not self.tuning.candidates_are_finite:
+            number = self.number
+            self.zero_grad()
+            raise UserError(
+                f"step {number}: the norm of the gradient is {norm}, expected finite numbers; nothing was changed. "
+                "Fix: lower the learning rate, or look at this batch"
+            )
+        self.update()
+        turnover = self.reallocate()
+        if turnover:
+            self.turnovers.append(turnover)
+        self.end()
+        self._tell_the_end()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget what backward passes have recorded since the last step."""
+        if self._received:
+            self.discard()
+        self._close()
+
+    def receive(self) -> None:
+        """Prepare for the gradient of one weight that a backward pass is about to record."""
+        recorder, parameter = self.tuning.recorder, self.sparse.parameter
+        if self._received and parameter.grad is None:  # model.zero_grad() was called
+            self.zero_grad()
+        if self.number is None:
+            self.begin()
+        if parameter.grad is None:
+            parameter.grad = recorder.gradients
+        if recorder.phase is not Phase.OFF and (self._untouched is not None or not self._received):
+            self._untouched = None
+            torch.autograd.Variable._execution_engine.queue_callback(self._note_norm)
+        self._received = True
+
+    def _note_norm(self) -> None:
+        """Remember the gradients' norm at the end of a backward pass: see `_scale_candidates`."""
+        if self.number is not None:
+            flat, gradients = self.tuning.recorder.flat, self.tuning.recorder.gradients
+            self._untouched = flat._version, torch.linalg.vector_norm(gradients, dtype=torch.float32)
+
+    def _scale_candidates(self) -> None:
+        """Scale candidates' gradients as the caller has scaled the active ones, which are all that it sees.
+
+        `clip_grad_norm_` and gradient scalers multiply the parameter's gradient; estimates (Eq. 8) must follow.
+        """
+        recorder = self.tuning.recorder
+        if self._untouched is None or recorder.flat._version == self._untouched[0]:
+            return
+        before, now = self._untouched[1], torch.linalg.vector_norm(recorder.gradients, dtype=torch.float32)
+        recorder.flat[self.tuning.store.active :] *= torch.where(before > 0, now / before, 1.0)
+
+    def _require_usable(self) -> None:
+        sparse = self.sparse
+        sparse.require_attached("step")
+        if not self._received or sparse.parameter.grad is None:
+            raise UserError("step: got no gradient since the last step. Fix: call loss.backward() before step()")
+        weight = sparse.targets[0].weight
+        if weight.device != self.tuning.store.device:
+            raise UserError(
+                f"step: the model is on {weight.device}, its deltas are on {self.tuning.store.device}. Fix: move the "
+                "model to its device before scale_sft.attach"
+            )
+
+    def _tell_the_end(self) -> None:
+        total = self.sparse.settings.total_steps
+        if self.steps == total + 1:
+            warnings.warn(
+                f"total_steps: got a step beyond {total}; deltas are trained further, without drop and grow. Fix: "
+                "attach with as many total_steps as you train",
+                stacklevel=4,
+            )
+
+    # --- saved and resumed --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copy all that the next step needs: deltas, moments, ages, candidates, and the base values under the deltas.
+
+        Raises:
+            UserError: between a backward pass and its step; gradients are not saved.
+        """
+        if self._received:
+            raise UserError("state_dict: got gradients that no step has used. Fix: call step() or zero_grad() before")
+        tuning, carrier = self.tuning, self.sparse.carrier
+        weights = {name: {k: t.clone() for k, t in tuning.state_of(name).items()} for name in tuning.store.names}
+        base = {}
+        if isinstance(carrier, ResidentDeltas):
+            base = {name: carrier.base_values(name).clone() for name in tuning.store.names}
+        state = {
+            "steps": self.steps,
+            "identity": self._identity(),
+            "counters": tuning.counters(),
+            "weights": weights,
+            "base": base,
+        }
+        return {"state": state, "param_groups": super().state_dict()["param_groups"]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from what `state_dict` gave, bit for bit; before it, nothing is changed unless all of it fits.
+
+        The weights may be those of the base, or hold the deltas of the state, as a model has that a trainer saved along
+        with its optimizer.
+
+        Raises:
+            UserError: the state is of another method, base or budget, or damaged.
+        """
+        state = state_dict.get("state", {})
+        self._require_fit(state)
+        resumes = state["steps"] != self.steps
+        self.zero_grad()
+        self.sparse.load_state(state["steps"], state["weights"].items(), state["counters"], state["base"])
+        self.steps = state["steps"]
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        if resumes and isinstance(self.sparse.carrier, ResidentDeltas):
+            with self.sparse.carrier.without():
+                self.sparse.check_base(
+                    "load_state_dict: the weights of the model are not those of its base with these deltas. Fix: load "
+                    "the base again, attach, and load this state"
+                )
+
+    def _require_fit(self, state: dict[str, Any]) -> None:
+        """Raise UserError unless a state is one of this model, method and budget."""
+        tuning = self.tuning
+        parts = {"steps", "identity", "counters", "weights", "base"}
+        if set(state) != parts:
+            raise UserError(
+                f"load_state_dict: got a state of {', '.join(map(str, state)) or 'nothing'}, expected one that a "
+                "SparseOptimizer has saved"
+            )
+        for what, own in self._identity().items():
+            found = state["identity"].get(what)
+            if found != own:
+                raise UserError(f"load_state_dict: {what}: got a state of {found}, expected {own}. Fix: attach alike")
+        cohorts = len(state["counters"]["cohort_steps"])
+        for name in tuning.store.names:
+            wrong = tuning.wrong_with_state(name, state["weights"].get(name, {}), state["steps"], cohorts)
+            if wrong:
+                raise UserError(f"load_state_dict: weight '{name}': {wrong}. Fix: attach with the budget of the state")
+
+    def _identity(self) -> dict[str, Any]:
+        """What a state and the model that loads it must have in common."""
+        settings = self.sparse.settings
+        return {
+            "method": settings.sparse.method,
+            "total_steps": settings.total_steps,
+            "hash of the target weights": self.sparse.base_hash,
+            "active entries": self.tuning.store.active,
+        }

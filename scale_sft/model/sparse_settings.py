@@ -1,0 +1,65 @@
+"""All that decides how a model is trained sparsely, whatever the data and the processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from scale_sft.config.options import OptimizerConfig, SparseConfig
+from scale_sft.spiel.schedules import LearningRateSchedule, ReallocationSchedule
+from scale_sft.spiel.settings import MethodSettings
+
+from .quantization import Quantization
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseSettings:
+    """All that decides how a model is trained sparsely, whatever the data."""
+
+    sparse: SparseConfig
+    optimizer: OptimizerConfig
+    total_steps: int
+    dtype: torch.dtype
+    """Of the computation; of an unquantised base also of its weights."""
+    quantization: Quantization | None = None
+    seed: int = 0
+    """Of the initial indices."""
+    kernels: str = "cpu"
+    """`off`, `cpu` or `auto`, as the option of that name."""
+
+    @property
+    def reallocations(self) -> ReallocationSchedule:
+        """When entries are dropped and grown, and how many."""
+        return ReallocationSchedule(
+            total_steps=self.total_steps,
+            update_interval_steps=self.sparse.update_interval_steps,
+            estimation_steps=self.sparse.estimation_steps,
+            initial_replacement_fraction=self.sparse.initial_replacement_fraction,
+            replacement_schedule=self.sparse.replacement_schedule,
+            only_first=self.sparse.method == "static",
+            estimates=self.sparse.method != "ma",
+        )
+
+    @property
+    def learning_rates(self) -> LearningRateSchedule:
+        """The learning rate of each step, from the options."""
+        return LearningRateSchedule(
+            peak=self.optimizer.learning_rate,
+            total_steps=self.total_steps,
+            warmup_fraction=self.optimizer.warmup_fraction,
+            decay=self.optimizer.lr_schedule,
+        )
+
+    @property
+    def method(self) -> MethodSettings:
+        """What the method does."""
+        return MethodSettings(
+            method=self.sparse.method,
+            betas=self.optimizer.betas,
+            eps=self.optimizer.eps,
+            weight_decay=self.optimizer.weight_decay,
+            candidate_ratio=self.sparse.candidate_ratio,
+            drop_criterion=self.sparse.drop_criterion,
+            max_grad_norm=self.optimizer.max_grad_norm,
+        )
