@@ -156,7 +156,7 @@ class SparseFineTuning:
     # --- what the next step needs -------------------------------------------------------------------------------
 
     def state_of(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors of one weight that outlive a step, including candidates in an estimation phase, as views."""
+        """Return one weight's tensors that outlive a step, as views; in an estimation phase, candidates too."""
         return {**self.store[name].state(), **self._moving_state_of(name)}
 
     def _moving_state_of(self, name: str) -> dict[str, Tensor]:
@@ -208,7 +208,7 @@ class SparseFineTuning:
     def load_state(
         self, step: int, states: Iterable[tuple[str, Mapping[str, Tensor]]], counters: Mapping[str, list[int]]
     ) -> None:
-        """Resume after `step` from the results of `state_of` and `counters`; the carrier must release and adopt around it."""
+        """Resume after `step` from `state_of` and `counters`; the carrier must release before, and adopt after."""
         self.cohort_steps = list(counters["cohort_steps"])
         self.optimizer.load_counters(counters)
         if self._estimating_after(step):

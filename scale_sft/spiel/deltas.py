@@ -47,7 +47,7 @@ class SparseDelta:
 
     @property
     def indices(self) -> Tensor:
-        """The [K] flat indices, sorted, int32 (int64 where O * I does not fit), computed from `entries` at each call."""
+        """The [K] flat indices, sorted, int32 (int64 where O * I does not fit), computed from `entries` each time."""
         return self.entries.flat()
 
     @indices.setter

@@ -215,7 +215,7 @@ class AdamW:
             moment.store(delta.name, everything, exchange.merge(moment.load(delta.name, everything), seed))
 
     def state_of(self, name: str) -> dict[str, Tensor]:
-        """The state tensors of one weight, by name; views, not copies."""
+        """Return the state tensors of one weight, by name; views, not copies."""
         kept = {"exp_avg": self.exp_avg.state(name), "exp_avg_sq": self.exp_avg_sq.state(name)}
         return {moment + suffix: tensor for moment, state in kept.items() for suffix, tensor in state.items()}
 
@@ -259,7 +259,7 @@ class SM3:
         """Move nothing: the accumulators belong to rows and columns, not to entries."""
 
     def state_of(self, name: str) -> dict[str, Tensor]:
-        """The state tensors of one weight, by name; views, not copies."""
+        """Return the state tensors of one weight, by name; views, not copies."""
         return {"row": self.row[name], "col": self.col[name]}
 
     def counters(self) -> dict[str, list[int]]:

@@ -69,9 +69,9 @@ def bottom_k_sorted(scores: Tensor, k: int) -> Tensor:
 
 
 def _sampled_floor(values: Tensor, k: int) -> float:
-    """Estimate, from a strided sample, a magnitude that slightly more than k entries reach; 0 if a sample cannot tell.
+    """Estimate from a strided sample a magnitude that slightly more than k entries reach; 0 if it cannot tell.
 
-    The stride is odd: widths of weights are multiples of large powers of two, and an even stride would see few columns.
+    The stride is odd: widths of weights are multiples of powers of two, and an even one would see few columns.
     """
     n = values.numel()
     if n <= SAMPLE_ENTRIES:
@@ -195,7 +195,7 @@ def _from_bits(bits: int, like: Tensor) -> Tensor:
 
 
 def _reached_per_row(row: Tensor, columns: Tensor, threshold: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Count per row the descending `columns` [I + 1, the last NaN] for which fl(row[i] * column) >= threshold: [O] int64.
+    """Count per row the descending `columns` [I + 1, last NaN] for which fl(row[i] * column) >= threshold: [O] int64.
 
     The count is known to be in [low, high], both [O]: the closer they are, the fewer steps this takes.
     """
