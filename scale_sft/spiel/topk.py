@@ -88,8 +88,8 @@ def _sampled_floor(values: Tensor, k: int) -> float:
 def _entries_from(values: Tensor, floor: float, k: int) -> tuple[Tensor, Tensor]:
     """Collect indices (ascending) and magnitudes of entries of magnitude >= floor: all that can be in the top k.
 
-    Once many more than `k` entries have gathered, they are cut to the top k so far, and from then on only entries larger
-    than the smallest of them count. As ties go to the smaller index, an entry left out cannot come back.
+    Once many more than `k` entries have gathered, they are cut to the top k so far, and from then on only entries
+    larger than the smallest of them count. As ties go to the smaller index, an entry left out cannot come back.
     """
     found, magnitudes, gathered, full = [], [], 0, False
     for start in range(0, values.numel(), CHUNK_ENTRIES):

@@ -189,7 +189,7 @@ DOTS(dots_wide_pairs, 1, 1)
 
    pairs: the factors are bf16, not fp32. wide: columns are int32, not uint16.
    starts[n] [R + 1]: the first entry of each row of list n in columns[n] [K] and out[n] [K].
-   buffer: a buffer of (R + C) * BLOCK words. */
+   buffer: (R + C) * BLOCK words. */
 void column_products(const char *left, const char *right, long tokens, long rows, long width, int pairs, int lists,
                      const int32_t *const *starts, const void *const *columns, int wide, float *const *out,
                      uint32_t *buffer, int threads) {
