@@ -17,7 +17,7 @@ IGNORED = -100
 """Label of a token that does not count."""
 
 CPU_LOGITS, GPU_LOGITS = 1 << 20, 1 << 23
-"""Logits in fp32 at once: 4 MiB fit a CPU's cache, fewer would leave a GPU idle; at least one row per thread."""
+"""Logits in fp32 at once: 4 MiB fit a CPU's cache, and keep a GPU busy. Each thread gets at least a row."""
 
 
 def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -39,7 +39,7 @@ def cross_entropies(logits: Tensor, places: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: [rows, V] fp32, bf16 or fp16; must not change before the backward pass.
-        places: [T] int64, the rows that predict, without repetition. targets: [T] int64, the tokens they should predict.
+        places: [T] int64, the rows that predict, without repetition. targets: [T] int64, the tokens to predict.
     """
     return _CrossEntropies.apply(logits, places, targets)
 
