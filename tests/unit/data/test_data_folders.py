@@ -41,7 +41,7 @@ def test_a_folder_is_read_whole_in_the_order_of_its_paths(put, read, tokenizer, 
     examples = read(tmp_path / "many")
     assert texts(examples, tokenizer) == [f"<s>{n}.</s>" for n in range(1, 6)]
     (note,) = examples.notes
-    assert note.endswith("passed over ._a.jsonl, .hidden/, License.TXT, README.txt and 2 more")
+    assert note.endswith("passed over ._a.jsonl, .hidden/, License.TXT, README.txt, b.jsonl.zst.not and 1 more")
 
 
 def test_a_folder_of_several_splits_is_read_whole_and_that_is_said(put, read, tmp_path):
