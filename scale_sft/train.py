@@ -62,7 +62,8 @@ def train(session, metrics, checkpoints) -> None:
         finite = finite_or_stop(session, metrics, checkpoints, loss, grad_norm)
         if finite:
             optimizer.update()
-        reallocate(session, metrics, step)
+        if optimizer.reallocates:
+            reallocate(session, metrics, step)
         optimizer.end()
 
         if finite:
@@ -104,7 +105,7 @@ def forward_backward(session, batch: list[int]) -> tuple[float, dict[str, int]]:
 
 
 def reallocate(session, metrics, step: int) -> None:
-    """Drop and grow in every weight where the schedule says so, and record what that did."""
+    """Drop and grow in every weight, and record what that did."""
     began = time.perf_counter()
     turnover, tuning = session.optimizer.reallocate(), session.tuning
     if turnover is None:

@@ -98,7 +98,8 @@ class Sparse:
         if not isfinite(norm) or not self.tuning.candidates_are_finite:
             raise UserError(f"bench: the gradient norm is {norm}; this base in this dtype overflows on random tokens")
         optimizer.update()
-        optimizer.reallocate()
+        if optimizer.reallocates:
+            optimizer.reallocate()
         optimizer.end()
         return loss
 

@@ -122,21 +122,23 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Take nothing from the open step's gradients: neither an update nor an estimate."""
         self.tuning.discard_step()
 
+    @property
+    def reallocates(self) -> bool:
+        """Whether the open step ends with drop and grow."""
+        return self.tuning.schedule.reallocates_at(self._open_number())
+
     def reallocate(self) -> Turnover | None:
-        """Drop and grow where the schedule says so (lines 9 to 16); None elsewhere.
+        """Drop and grow in every weight (lines 9 to 16); None where all steps of the estimation phase were discarded.
 
         Raises:
             UserError: the processes' deltas differ afterwards.
         """
         tuning, carrier = self.tuning, self.sparse.carrier
-        number = self._open_number()
-        if not tuning.schedule.reallocates_at(number):
-            return None
         if not tuning.can_reallocate:
             tuning.recorder.close_estimation()
             return None
         carrier.settle()
-        turnover = tuning.reallocate(number, carrier)
+        turnover = tuning.reallocate(self._open_number(), carrier)
         self._stale = True
         self.sparse.group.check_identical(tuning.digests, f"the deltas after reallocation {turnover.number}")
         return turnover
@@ -187,8 +189,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 "Fix: lower the learning rate, or look at this batch"
             )
         self.update()
-        turnover = self.reallocate()
-        if turnover:
+        if self.reallocates and (turnover := self.reallocate()):
             self.turnovers.append(turnover)
         self.end()
         self._tell_the_end()

@@ -193,7 +193,8 @@ def test_our_step_is_that_of_the_trainer_bit_for_bit(session, case, tiny_model, 
         real.optimizer.clip()
         real.optimizer.param_groups[0]["lr"] = contestants.LEARNING_RATE
         real.optimizer.update()
-        real.optimizer.reallocate()
+        if real.optimizer.reallocates:
+            real.optimizer.reallocate()
         real.optimizer.end()
         assert loss == expected
     assert trainer.tuning.digests() == real.tuning.digests()

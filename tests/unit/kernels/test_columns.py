@@ -224,10 +224,10 @@ def test_a_blank_cc_means_the_usual_compiler(sampled, compiler):
 
 def test_deltas_are_updated_in_c_only_where_all_ranks_can(sampled, session, monkeypatch):
     """The same sums end in other bits in torch, and deltas would drift apart."""
-    assert session().fused
+    assert session().sparse.fused
     others = lambda self, value: [value, False] if isinstance(value, bool) else [value]
     monkeypatch.setattr("scale_sft.distributed.cluster.Cluster.gather_objects", others)
-    assert not session().fused
+    assert not session().sparse.fused
 
 
 def test_one_openmp_runtime_serves_torch_and_the_kernels(sampled):
