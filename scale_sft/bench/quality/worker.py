@@ -133,8 +133,8 @@ def _trained(contestant: Contestant, inputs: Any, cluster: Any) -> tuple[Any, di
 
 def _train_ours(kind: str, inputs: Any, cluster: Any, progress: Progress) -> tuple[Any, int, float]:
     """Through `train.train` and all that it goes through in a run; its files go to a temporary folder."""
-    from scale_sft import train
     from scale_sft.reporting.metrics import NullMetrics
+    from scale_sft.train import train
     from scale_sft.training.assemble import assemble
     from scale_sft.training.checkpoints import Checkpoints
     from scale_sft.training.run_folder import RunFolder
@@ -147,7 +147,7 @@ def _train_ours(kind: str, inputs: Any, cluster: Any, progress: Progress) -> tup
     session.measure_kernels()  # at the start of a run, and no part of its steps
     with TemporaryDirectory() as folder:
         began = time.perf_counter()
-        train.train(session, Metrics(), Checkpoints(session, RunFolder(Path(folder) / "run")))
+        train(session, Metrics(), Checkpoints(session, RunFolder(Path(folder) / "run")))
         return session.model, session.tuning.store.active, time.perf_counter() - began
 
 
