@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scale_sft.errors import UserError
+from scale_sft.errors import UserError, first_line
 from scale_sft.files import write_json
 from scale_sft.model.loading import base_location
 
@@ -40,7 +40,7 @@ def locate_base(adapter: Adapter, base: str | None = None) -> Path:
     try:
         return Path(snapshot_download(location, revision=adapter.info.get("revision"), allow_patterns=patterns))
     except Exception as error:  # hub errors are many; all mean that the base is out of reach
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise UserError(
             f"base: '{location}' is not a folder here, and the hub did not give it: {reason}. "
             "Fix: say where the base is (--base)"

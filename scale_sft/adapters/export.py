@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scale_sft.errors import UserError
+from scale_sft.errors import UserError, first_line
 from scale_sft.files import new_folder
 from scale_sft.model.fingerprints import fingerprint
 from scale_sft.model.loading import base_location
@@ -132,6 +132,5 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False) -
             commit_message="Sparse fine-tuning with scale_sft",
         )
     except Exception as error:  # hub errors are many; all mean that it was not uploaded
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"push-to-hub: '{repository}': {first}; log in with `hf auth login`") from None
+        raise UserError(f"push-to-hub: '{repository}': {first_line(error)}; log in with `hf auth login`") from None
     return str(address)

@@ -1,10 +1,13 @@
 """The `scale-sft` command: one file per group of subcommands, `main` joins them.
 
-adapters     merge, export, inspect
-arithmetic   add, scale, negate, intersect, difference, prune, overlap
-bench        benchmarks: bench_step, bench_cost, bench_quality; bench_options holds what they share
-checkpoints  checkpoint ls, verify
-data         preprocess, data show, eval
-plan         plan
-recipes      recipes, schema
+train         train, in this process or in several
+launch_files  launch-files ls, cp
+adapters      merge, export, inspect
+arithmetic    add, scale, negate, intersect, difference, prune, overlap
+bench         benchmarks: bench_step, bench_cost, bench_quality; bench_options holds what they share
+checkpoints   checkpoint ls, verify
+data          preprocess, data show, eval
+plan          plan
+recipes       recipes, schema
+commands      what every group of commands shares: errors in one line, suggestions, whole descriptions
 """

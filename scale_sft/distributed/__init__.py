@@ -1,6 +1,5 @@
 """Ranks, sharding, failures; the only importer of accelerate, deepspeed and torch.distributed.
 
-launcher    accelerate launch, quietly
 world       what the launcher says
 agreement   what ranks do together: sum, gather, agree
 candidates  the largest entries of a gradient that is summed over ranks

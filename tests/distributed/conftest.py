@@ -24,7 +24,7 @@ COMMON = {
     "max_eval_examples": 24,
     "density": 0.03,
     "learning_rate": 1e-2,
-    "steps": 14,
+    "steps": 11,
     "global_batch_size": 8,
     "update_interval_steps": 4,
     "estimation_steps": 2,

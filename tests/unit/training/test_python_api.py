@@ -24,6 +24,7 @@ def test_it_trains_and_returns_files_and_held_out_results(run_options, pairs_fil
     assert (result.adapter / "config.json").exists() or any(result.adapter.iterdir())
     assert (result.merged / "config.json").is_file()
     assert result.after.loss < result.before.loss
+    assert scale_sft.train(**run_options, eval_data=str(pairs_file), save_merged=True) == result, "it is finished"
     assert [record["step"] for record in result.metrics if record["event"] == "step"][-1] == result.steps
     assert scale_sft.train(**run_options, eval_data=str(pairs_file), save_merged=True) == result, "it is finished"
 
