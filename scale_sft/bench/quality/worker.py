@@ -7,6 +7,7 @@ import gc
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -204,7 +205,5 @@ def _base_bytes(model: Any) -> int:
 def _give_memory_back() -> None:
     """Return what earlier runs in this process have freed, so that its next peak is its own."""
     gc.collect()
-    try:
+    with suppress(OSError, AttributeError):  # another C library: peaks may come out smaller
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):  # another C library: peaks may come out smaller
-        pass
