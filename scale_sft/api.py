@@ -123,7 +123,9 @@ def _check_arguments(total_steps: int, seed: int, kernels: str) -> None:
 def _usable_targets(model: nn.Module, sparse: SparseConfig) -> list:
     """Find the layers to train and check that the model can be attached, without changing it."""
     if PARAMETER in dict(model.named_parameters(recurse=False)):
-        raise UserError("attach: got a model that carries deltas already. Fix: detach() it first, or train those")
+        raise UserError(
+            "attach: got a model that carries deltas already. Fix: use its SparseModel, or detach() it first"
+        )
     targets = find_targets(model, sparse.target_modules)
     away = next((target.name for target in targets if target.weight.is_meta), None)
     if away:

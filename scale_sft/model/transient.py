@@ -1,7 +1,7 @@
 """Transient deltas (section 3.4): the effective weight exists for one product at a time.
 
 Dequantising makes a dense copy anyway; the delta is added to that copy in place, by the same rounding rule as in
-`resident`, without another copy. The packed base is only read. `ResidentDeltas` is the alternative.
+`resident`, without another copy. The packed base is only read. Unquantised bases have `ResidentDeltas`.
 """
 
 from __future__ import annotations
