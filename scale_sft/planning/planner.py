@@ -65,10 +65,11 @@ class Planner:
 
     Args:
         model_config: of transformers; what `load_model_config` gives.
+        counts: K by target weight, where an adapter decides it; None: the budget does.
     """
 
-    def __init__(self, model_config: Any):
-        self.model_config = model_config
+    def __init__(self, model_config: Any, counts: Mapping[str, int] | None = None):
+        self.model_config, self.counts = model_config, counts
         self._facts: dict[Any, Facts] = {}
         self._steps: dict[Any, StepMemory] = {}
 
@@ -101,7 +102,7 @@ class Planner:
         facts, sparse = self.facts(config), config.sparse
         dtype = resolve_dtype(config.model, self.model_config)
         size, quantization = dtype.itemsize, resolve_quantization(config.model, self.model_config)
-        counts = budget(
+        counts = self.counts or budget(
             facts.shapes,
             density=sparse.density,
             tunable_weights=sparse.tunable_weights,
@@ -146,7 +147,7 @@ class Planner:
             room=room,
         )
 
-    def _step(self, config: Config, counts: dict[str, int], gpus: int, dtype: torch.dtype) -> StepMemory:
+    def _step(self, config: Config, counts: Mapping[str, int], gpus: int, dtype: torch.dtype) -> StepMemory:
         model, sequences = config.model, config.run.micro_batch_size or config.run.global_batch_size // gpus
         tokens = max_length(config.data.max_length, self.model_config)
         key = (sequences, tokens, config.sparse, model.gradient_checkpointing, model.attention, dtype)
