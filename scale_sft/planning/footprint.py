@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scale_sft.config.options import Config
+from scale_sft.config.options import Config, SparseConfig
 from scale_sft.kernels.moments import bytes_of_moments, resolve_moments
 from scale_sft.model.quantization import Quantization
 from scale_sft.model.targets import budget_of, find_targets
@@ -124,9 +124,16 @@ def state_bytes(
     }
 
 
+def proposes(sparse: SparseConfig) -> bool:
+    """Tell whether gradients propose candidates at any time."""
+    return sparse.method == "ag" or (sparse.method == "static" and sparse.start_from is None)
+
+
 def candidate_bytes(config: Config, active: int) -> int:
     """Candidates in an estimation phase: at most 4 bytes of index, two estimates, the gradient."""
-    return 0 if config.sparse.method == "ma" else int((12 + _gradient(config)) * config.sparse.candidate_ratio * active)
+    if not proposes(config.sparse):
+        return 0
+    return int((12 + _gradient(config)) * config.sparse.candidate_ratio * active)
 
 
 def _gradient(config: Config) -> int:

@@ -24,7 +24,7 @@ from scale_sft.model.quantization import Quantization, resolve_quantization
 from scale_sft.spiel.budgets import budget
 from scale_sft.spiel.indices import PIECE_ENTRIES
 
-from .footprint import GIB, Facts, candidate_bytes, facts_of, state_bytes, stored_base
+from .footprint import GIB, Facts, candidate_bytes, facts_of, proposes, state_bytes, stored_base
 from .meta_trace import StepMemory, step_memory
 
 DEVICE_RESERVE_BYTES = 1 * GIB
@@ -109,7 +109,7 @@ class Planner:
             rank_equivalent=sparse.rank_equivalent,
         )
         active, largest_k = sum(counts.values()), max(counts.values())
-        candidates = 0 if sparse.method == "ma" else int(sparse.candidate_ratio * active)
+        candidates = int(sparse.candidate_ratio * active) if proposes(sparse) else 0
         largest_target = max(o * i for o, i in facts.shapes.values())
 
         stored, scales = stored_base(facts, size, quantization), _scales(facts, quantization)
@@ -159,7 +159,7 @@ class Planner:
                 tokens=tokens,
                 target_modules=config.sparse.target_modules,
                 active=counts,
-                proposes=config.sparse.method != "ma",
+                proposes=proposes(config.sparse),
                 checkpointing=model.gradient_checkpointing,
                 attention=model.attention,
                 trust_remote_code=model.trust_remote_code,
@@ -210,7 +210,7 @@ def _traffic(config: Config, facts: Facts, counts: Mapping[str, int], gpus: int,
     if gpus == 1:
         return {}
     ring, sparse, active = (gpus - 1) / gpus, config.sparse, sum(counts.values())
-    candidates = 0 if sparse.method == "ma" else int(sparse.candidate_ratio * active)
+    candidates = int(sparse.candidate_ratio * active) if proposes(sparse) else 0
     phase = min(1.0, sparse.estimation_steps / sparse.update_interval_steps)
     each = getattr(torch, config.optimizer.gradient_dtype).itemsize
     found = {"gradients of deltas": int(2 * ring * each * active)}
