@@ -14,9 +14,20 @@ Names are imported when they are first used: `import scale_sft` alone loads no t
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scale_sft.version import __version__ as __version__
+
+if TYPE_CHECKING:  # for editors and type checkers; at run time `train` is a module, which can be called
+    from scale_sft.adapters.format import Adapter as Adapter
+    from scale_sft.adapters.live import load_adapter as load_adapter
+    from scale_sft.adapters.merge import merge as merge
+    from scale_sft.api import attach as attach
+    from scale_sft.errors import UserError as UserError
+    from scale_sft.model.sparse_model import SparseModel as SparseModel
+    from scale_sft.model.sparse_optimizer import SparseOptimizer as SparseOptimizer
+    from scale_sft.train import run as train  # noqa: F401
+    from scale_sft.training.result import RunResult as RunResult
 
 _PUBLIC = {
     "Adapter": "scale_sft.adapters.format",

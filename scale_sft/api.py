@@ -137,7 +137,9 @@ def _check_arguments(total_steps: int, seed: int, kernels: str) -> None:
 def _usable_targets(model: nn.Module, sparse: SparseConfig) -> list:
     """The layers to train, of a model that can be attached; nothing is changed."""
     if PARAMETER in dict(model.named_parameters(recurse=False)):
-        raise UserError("attach: got a model that carries deltas already. Fix: detach() it before, or go on with them")
+        raise UserError(
+            "attach: got a model that carries deltas already. Fix: use its SparseModel, or detach() it first"
+        )
     targets = find_targets(model, sparse.target_modules)
     away = next((target.name for target in targets if target.weight.is_meta), None)
     if away:

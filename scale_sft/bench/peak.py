@@ -80,8 +80,10 @@ def available_bytes(device: torch.device) -> int:
 
 
 def _count_closely(closely: bool) -> None:
-    """Give freed memory back to the system; `closely`: from now on every block of 64 KiB or more when it is freed, and
-    take memory in small pages only. Linux with glibc; elsewhere nothing happens.
+    """Give freed memory back to the system; on Linux with glibc only.
+
+    Args:
+        closely: from now on give back every block of 64 KiB or more when it is freed, and take small pages only.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -83,7 +83,8 @@ def cases(
     if largest.needed_bytes > room:
         fitting = max((case.weights for case in found if case.needed_bytes <= room), default=0)
         raise UserError(
-            f"bench reallocate: a weight of {largest.weights:.0e} entries in {largest.dtype} with {largest.density:.2%} of them "
+            f"bench reallocate: a weight of {largest.weights:.0e} entries in {largest.dtype} "
+            f"with {largest.density:.2%} of them "
             f"active needs {largest.needed_bytes / 2**30:.1f} GiB, {room / 2**30:.1f} GiB are free on {device}; "
             + (f"the largest asked for that fits has {fitting:.0e}" if fitting else "none of those asked for fits")
             + ". Leave larger ones out of --weights"
@@ -236,7 +237,8 @@ def part(rows: list[Row]) -> Part:
         title="One reallocation",
         text=(
             "Time and peak memory of one reallocation of one weight of N entries, K of them active; at the "
-            "first reallocation of a run all of those are up for replacement, later a fifth and less. AG: the candidates "
+            "first reallocation of a run all of those are up for replacement, later a fifth "
+            "and less. AG: the candidates "
             "are chosen from a dense gradient. The peak is what lies above weight, gradient and state; a mask of the "
             "weight would take 1 byte per entry."
         ),

@@ -1,4 +1,4 @@
-"""Results as rows of JSON: what was measured, on which machine, with which versions, at which commit, by which command."""
+"""Results as rows of JSON: the measurement, the machine, versions, the commit and the command."""
 
 from __future__ import annotations
 

@@ -91,7 +91,8 @@ class Base:
         name, (rows, columns) = min(self.shapes.items(), key=lambda item: _largest_rank(*item[1]))
         if rank > _largest_rank(rows, columns):
             raise UserError(
-                f"rank: got {rank}, but {name} [{rows}, {columns}] has fewer entries than LoRA of that rank has parameters "
+                f"rank: got {rank}, but {name} [{rows}, {columns}] has fewer entries "
+                f"than LoRA of that rank has parameters "
                 f"there, so that ours could not train as many; expected at most {_largest_rank(rows, columns)}"
             )
 

@@ -14,7 +14,7 @@ from .commands import Commands
 
 @click.group(cls=Commands)
 def bench() -> None:
-    """Measure this trainer beside its peers: same model, data, dtype, batch and machine, in one run.
+    """Measure this trainer next to its peers: same model, data, dtype, batch and machine, in one run.
 
     Contestants take turns, so that a machine that is busy with other work slows all of them. Each command appends JSON
     rows (machine, versions, commit, command) to a file and writes one HTML page with tables and plots.

@@ -25,7 +25,7 @@ class Count(click.ParamType):
         except ValueError:
             number = float("nan")
         if not self.low <= number <= self.high or number != int(number):
-            self.fail(f"'{value}' is no whole number from {self.low:,} to {self.high:,}", param, ctx)
+            self.fail(f"'{value}' is not a whole number from {self.low:,} to {self.high:,}", param, ctx)
         return int(number)
 
 

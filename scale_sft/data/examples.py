@@ -50,7 +50,7 @@ class Examples:
         return len(self._kept)
 
     def tokens(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Input ids and labels (IGNORED where a token does not count) of one example: two [length] integers."""
+        """Return input ids and labels (IGNORED where a token does not count) of one example: two [length] integers."""
         row = self._rows[int(self._kept[n])]
         ids = np.asarray(row["input_ids"])
         labels = np.full(len(ids), IGNORED, dtype=np.int64)
@@ -59,11 +59,11 @@ class Examples:
         return ids, labels
 
     def subset(self, members: Sequence[int]) -> Examples:
-        """Some of these examples, in the order given."""
+        """Return some of these examples, in the order given."""
         return Examples(self._data.select(self._kept[np.asarray(members, dtype=np.int64)]), self.source, self.notes)
 
     def digest(self) -> str:
-        """SHA-256 over all tokens and spans: 64 hex digits."""
+        """Hash all tokens and spans with SHA-256: 64 hex digits."""
         sha = hashlib.sha256()
         for name in ("input_ids", "spans"):
             for lists in _columns(self._data, name):
@@ -72,7 +72,7 @@ class Examples:
         return sha.hexdigest()
 
     def largest_token(self) -> int:
-        """The largest token id; -1 where there is no token."""
+        """Return the largest token id; -1 without tokens."""
         import pyarrow.compute
 
         largest = (pyarrow.compute.max(lists.flatten()).as_py() for lists in _columns(self._data, "input_ids"))

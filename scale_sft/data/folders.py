@@ -1,7 +1,7 @@
 """Files of examples: which endings are read, what of a folder is passed over, and how compressed files are opened.
 
 A folder is read with its sub-folders, in the order of its paths. Passed over, and said: hidden files, files of other
-endings, and texts such as README.txt that describe the data.
+endings, texts such as README.txt that describe the data, and folders that hold a model.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ def _find_in_folder(root: Path, expected: str) -> Finding:
         here = Path(folder)
         for name in sorted(inner):
             path = here / name
-            if name.startswith(".") or path.is_symlink():
+            if _is_passed_over(path):
                 passed.append(f"{path.relative_to(root)}/")
             elif _is_saved(path):
                 files.append(path)
-        inner[:] = [n for n in inner if not (n.startswith(".") or (here / n).is_symlink() or _is_saved(here / n))]
+        inner[:] = [name for name in inner if not _is_passed_over(here / name) and not _is_saved(here / name)]
         for name in names:
             path = here / name
             about = path.suffix.lower() == ".txt" and name.lower().startswith(_ABOUT_THE_DATA)
@@ -123,6 +123,11 @@ def _is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or all(
         (path / name).is_file() for name in ("dataset_info.json", "state.json")
     )
+
+
+def _is_passed_over(folder: Path) -> bool:
+    """Whether a folder is hidden, a link, or holds a model."""
+    return folder.name.startswith(".") or folder.is_symlink() or (folder / "config.json").is_file()
 
 
 def _some(names: list[str]) -> str:

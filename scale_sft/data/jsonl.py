@@ -23,7 +23,7 @@ def read_json(path: Path) -> Iterator[Row]:
     """Yield the rows of a file.
 
     Raises:
-        UserError: a line is not UTF-8, not JSON or no object; names it.
+        UserError: a line is not UTF-8, not JSON or not an object; names it.
     """
     with opened(path) as lines:
         started = False

@@ -1,4 +1,4 @@
-"""What a user should know of the data and is no error, said once however many processes meet it."""
+"""Remarks on the data that are not errors, given once however many processes meet them."""
 
 from __future__ import annotations
 

@@ -33,15 +33,15 @@ def pack(examples: Examples, members: Sequence[int], row_tokens: int) -> list[Ro
     from bisect import bisect_left, insort
 
     rows: list[Row] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    open_rows: list[tuple[int, int]] = []  # (free tokens, row), sorted
     for n in longest_first(examples, members):
         length = int(examples.lengths[n])
-        place = bisect_left(room, (length, -1))
-        free, row = room.pop(place) if place < len(room) else (row_tokens, len(rows))
+        place = bisect_left(open_rows, (length, -1))
+        free, row = open_rows.pop(place) if place < len(open_rows) else (row_tokens, len(rows))
         if row == len(rows):
             rows.append([])
         rows[row].append(n)
-        insort(room, (free - length, row))
+        insort(open_rows, (free - length, row))
     place_of = {n: place for place, n in enumerate(members)}
     return sorted(rows, key=lambda row: min(place_of[n] for n in row))
 

@@ -7,6 +7,7 @@ Every reader yields (line, record, JSON text of the record or None); line is 0 w
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from .sources import COLUMNS, Source, needed_columns
 
 Row = tuple[int, dict[str, Any], str | None]
 BATCH_ROWS = 1000
+_LINES = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
 
 @dataclass
@@ -92,7 +94,8 @@ class Reading:
             text = decode(raw, path, number)
             if "\0" in text:
                 raise UserError(f"data: {path}, line {number}: holds a NUL byte at column {raw.index(0) + 1}")
-            yield text.removeprefix("\ufeff") if number == 1 else text
+            text = text.removeprefix("\ufeff") if number == 1 else text
+            yield from _LINES.findall(text)  # old Macs end lines with \r alone
 
     def _text(self, path: Path) -> Iterator[Row]:
         (name,) = self.found([self.source.column("text")])
@@ -100,8 +103,9 @@ class Reading:
             for number, raw in enumerate(lines, start=1):
                 text = decode(raw, path, number)
                 text = text.removeprefix("\ufeff") if number == 1 else text
-                if text.strip():
-                    yield number, {name: text.removesuffix("\n").removesuffix("\r")}, None
+                for line in _LINES.findall(text):  # old Macs end lines with \r alone
+                    if line.strip():
+                        yield number, {name: line.rstrip("\r\n")}, None
 
     def _parquet(self, path: Path) -> Iterator[Row]:
         import datasets

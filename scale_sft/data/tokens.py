@@ -140,5 +140,5 @@ def _refuse_surrogates(texts: Sequence[str], where: Callable[[int], str]) -> Non
         except UnicodeEncodeError as error:
             half = f"\\u{ord(text[error.start]):04x}"
             raise UserError(
-                f"{where(n)}: holds {half} without its other half, which is no character. Fix: write both or neither"
+                f"{where(n)}: holds {half}, half of a surrogate pair. Fix: write both halves or neither"
             ) from None

@@ -1,6 +1,6 @@
 """Conversations as data write them: turns with role and content, which of them are learned, what the template gets.
 
-Beside its turns a row may have `system` (a text), `tools` (functions as JSON schemas) and `chat_template_kwargs` (an
+Next to its turns a row may have `system` (a text), `tools` (functions as JSON schemas) and `chat_template_kwargs` (an
 object); a turn may have `weight` (0 or 1) or `train` (false or true). Other fields of turns are the template's.
 """
 
@@ -35,7 +35,7 @@ class Chat:
     unlearned: frozenset[int] = frozenset()
     """Assistant turns that do not count, by number from 0."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What the template gets beside the turns: `tools`, and the row's own settings."""
+    """What the template gets in addition to the turns: `tools`, and the row's own settings."""
 
     def first(self, turns: int) -> Chat:
         """Return the beginning of it."""
@@ -54,7 +54,7 @@ def check_turns(turns: Any, where: Place) -> Chat:
     """Check the turns of one conversation; empty fields are left out. JSON text is taken for what it holds.
 
     Raises:
-        UserError: it is no list of turns with a known role and a text, or a switch of a turn has no clear meaning.
+        UserError: it is not a list of turns with a known role and a text, or a switch of a turn has no clear meaning.
     """
     turns = _unpacked(turns)
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
@@ -149,7 +149,7 @@ def earlier_turns(history: Any, where: Place) -> list[Turn]:
     """Turn the column `history` of LLaMA-Factory, pairs of a question and its answer, into turns.
 
     Raises:
-        UserError: it is no list of pairs of texts.
+        UserError: it is not a list of pairs of texts.
     """
     history = _unpacked(history) or []
     turns: list[Turn] = []

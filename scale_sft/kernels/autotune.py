@@ -62,7 +62,7 @@ class GradientPath:
     """Computes recorded entries by the path that was the fastest when its case was measured, or else the plain one.
 
     Paths differ in the order of fp32 sums, and the plain one rounds dW to the factors' dtype before it gathers. A run
-    that has to go on bit for bit must therefore keep its choices: `state` and `load_state`. Ranks may choose
+    that must resume bit for bit must therefore keep its choices: `state` and `load_state`. Ranks may choose
     differently: what they sum over ranks stays the same on all of them.
 
     Args:
@@ -222,9 +222,7 @@ def _case(rows: int, width: int, tokens: int, entries: int, dtype: torch.dtype) 
 
 
 def _spread_evenly(rows: int, width: int, count: int, generator: torch.Generator) -> Entries:
-    """`count` entries, as many in each row as in any other, at even distances from a random column on; where
-    `generator` is.
-    """
+    """Spread `count` entries evenly over all rows, from a random column on, on the generator's device."""
     device = generator.device
     starts = torch.arange(rows + 1, device=device) * count // rows
     counts = starts.diff()

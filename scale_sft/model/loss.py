@@ -1,7 +1,7 @@
 """Cross entropy of the target tokens of a batch, a few rows of logits at a time.
 
 Of all logits in fp32, their softmax and its gradient, of which a usual loss makes a copy each, only a few rows exist at
-once: beside the logits there is their gradient, both in the dtype of the model.
+once: next to the logits there is only their gradient, both in the dtype of the model.
 Shapes: B sequences, L tokens, V vocabulary; T target tokens.
 """
 
@@ -46,7 +46,7 @@ def cross_entropies(logits: Tensor, places: Tensor, targets: Tensor) -> Tensor:
 
 
 class _CrossEntropies(torch.autograd.Function):
-    """The backward pass makes the softmax anew from the logits."""
+    """Recompute the softmax from the logits in the backward pass."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, places: Tensor, targets: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def take_peak_bytes(device: torch.device) -> int:
-    """As `memory_bytes`; a GPU's peak starts anew after it, so that each step shows its own."""
+    """Take `memory_bytes` and reset a GPU's peak, so that each step shows its own."""
     found = memory_bytes(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -48,7 +48,7 @@ def write_entries(entries: Tensor, indices: Tensor, values: Tensor) -> None:
 class WeightPart:
     """The part of one flattened weight that this process holds.
 
-    `entries()` gives a 1-D view of it, in place; it is asked for anew each time because the storage may move.
+    `entries()` gives a 1-D view of it, in place; it is called each time because the storage may move.
     """
 
     entries: Callable[[], Tensor]

@@ -1,7 +1,7 @@
 """Transient deltas (section 3.4): the effective weight is made for one product at a time and discarded after it.
 
 Dequantising makes a dense copy anyway; the delta is added in place on that copy, by the one rounding rule, and nothing
-else is made. The packed base is only ever read. The second way beside `ResidentDeltas`.
+else is made. The packed base is only ever read. Bases that are not quantised have `ResidentDeltas` instead.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TransientDeltas:
         materialize: gives the whole packed parameter, wherever it is kept.
     """
 
-    bytes = 0  # of state beside the deltas: none
+    bytes = 0  # of state other than the deltas: none
 
     def __init__(
         self,

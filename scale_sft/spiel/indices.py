@@ -54,7 +54,7 @@ class Entries:
         self._rows: tuple[Tensor, Tensor] | None = None
 
     def flat(self) -> Tensor:
-        """[K] flat indices, int32 (int64 where O * I does not fit), made anew."""
+        """[K] flat indices, int32 (int64 where O * I does not fit), made at each call."""
         if self._rows is not None:
             return _first_of_rows(*self._rows, self.shape, self.dtype).add_(self._rows[1].to(self.dtype))
         gaps = self._gaps.to(self.dtype)

@@ -11,7 +11,7 @@ from enum import Enum
 
 
 class Phase(Enum):
-    """What the backward passes of a step record beside the gradients of the active deltas."""
+    """What the backward passes of a step record next to the gradients of the active deltas."""
 
     OFF = "off"
     PROPOSE = "propose"  # the first micro-step chooses the candidates, all micro-steps estimate them

@@ -1,7 +1,7 @@
 """A linear layer whose backward pass offers the weight gradient to a recorder (Eq. 5 and 7).
 
 Resident delta (in the weight itself): the forward pass is the layer's own, no clone, no scatter, no adapter. Transient
-delta (section 3.4): the effective weight is made anew for each forward and each backward pass, and discarded after use.
+delta (section 3.4): the effective weight is made for each forward and each backward pass, and discarded after use.
 The backward pass hands the two factors of dW = dY^T X to the recorder; the frozen weight gets no `.grad`.
 Shapes: T tokens (all leading dimensions), I in, O out.
 """

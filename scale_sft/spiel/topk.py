@@ -69,8 +69,7 @@ def bottom_k_sorted(scores: Tensor, k: int) -> Tensor:
 
 
 def _sampled_floor(values: Tensor, k: int) -> float:
-    """A magnitude that a little more than k entries reach, estimated from a strided sample; 0 where a sample says
-    nothing.
+    """Estimate a magnitude that a little more than k entries reach from a strided sample; 0 where it cannot tell.
 
     The stride is odd: widths of weights are multiples of large powers of two, and an even stride would see few columns.
     """

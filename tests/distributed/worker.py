@@ -72,7 +72,9 @@ def plain_loop(method: str, folder: str) -> None:
     )
     optimizer = sparse.optimizer(lr=1e-2)
     for number in range(1, 9):
-        rows = torch.randint(0, model.config.vocab_size, (4, 24), generator=torch.Generator().manual_seed(number)).chunk(size)[rank]
+        rows = torch.randint(
+            0, model.config.vocab_size, (4, 24), generator=torch.Generator().manual_seed(number)
+        ).chunk(size)[rank]
         model(input_ids=rows, labels=rows).loss.backward()
         optimizer.step()
     sparse.save(Path(folder) / f"adapter{size}")

@@ -124,7 +124,8 @@ def part(rows: list[Row]) -> Part:
     return part_of_groups(
         title="Memory",
         text=(
-            "Above the frozen base. Bytes each: state per trained parameter, gradients included (those of PEFT and dense "
+            "Above the frozen base. Bytes each: state per trained parameter, gradients included "
+            "(those of PEFT and dense "
             "training live inside a step only). Kept: what stays from step to step. Peak of a step: kept, and the most "
             "that forward, backward and update need above it; in the phase: estimation and reallocation too (SFT-MA "
             "has no estimation, only the reallocation). Smallest limit: the least memory, in whole GiB, under which "

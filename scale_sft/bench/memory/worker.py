@@ -25,10 +25,12 @@ OUT_OF_MEMORY = "out of memory"
 
 
 def measure(name: str, case: Case, device: torch.device) -> dict[str, Any]:
-    """Memory of a contestant: `trainable` parameters, `base_bytes`, and `outside` and `inside` (None: there is no
-    estimation phase) with `parts` (bytes that stay from step to step, and gradients), `kept_bytes` (their sum without
-    what a step takes and gives back), `step_bytes` (peak of a step above that) and `peak_bytes` (both: above the frozen
-    base).
+    """Measure the memory of a contestant.
+
+    Returns:
+        `trainable` parameters, `base_bytes`, and `outside` and `inside` (None: there is no estimation phase) with
+        `parts` (bytes that stay from step to step, and gradients), `kept_bytes` (their sum without what a step takes
+        and gives back), `step_bytes` (peak of a step above that) and `peak_bytes` (both, above the frozen base).
     """
     base = Base(case, device)
     contestant = CONTESTANTS[name](base)

@@ -7,6 +7,7 @@ import gc
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -133,8 +134,8 @@ def _trained(contestant: Contestant, inputs: Any, cluster: Any) -> tuple[Any, di
 
 def _train_ours(kind: str, inputs: Any, cluster: Any, progress: Progress) -> tuple[Any, int, float]:
     """Through `train.train` and all that it goes through in a run; its files go to a temporary folder."""
-    from scale_sft import train
     from scale_sft.reporting.metrics import NullMetrics
+    from scale_sft.train import train
     from scale_sft.training.assemble import assemble
     from scale_sft.training.checkpoints import Checkpoints
     from scale_sft.training.run_folder import RunFolder
@@ -147,7 +148,7 @@ def _train_ours(kind: str, inputs: Any, cluster: Any, progress: Progress) -> tup
     session.measure_kernels()  # at the start of a run, and no part of its steps
     with TemporaryDirectory() as folder:
         began = time.perf_counter()
-        train.train(session, Metrics(), Checkpoints(session, RunFolder(Path(folder) / "run")))
+        train(session, Metrics(), Checkpoints(session, RunFolder(Path(folder) / "run")))
         return session.model, session.tuning.store.active, time.perf_counter() - began
 
 
@@ -204,7 +205,5 @@ def _base_bytes(model: Any) -> int:
 def _give_memory_back() -> None:
     """Return what earlier runs in this process have freed, so that its next peak is its own."""
     gc.collect()
-    try:
+    with suppress(OSError, AttributeError):  # another C library: peaks may come out smaller
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):  # another C library: peaks may come out smaller
-        pass

@@ -84,7 +84,8 @@ def check(worlds: Worlds, ranks: Sequence[int]) -> None:
     most = RANKS_PER_CORE * _cores()
     if gpus is None and max(ranks) > most:
         raise UserError(
-            f"--ranks: got {max(ranks)}, but this machine has {_cores()} cores, on which more than {most} ranks only wait "
+            f"--ranks: got {max(ranks)}, but this machine has {_cores()} cores, on which "
+            f"more than {most} ranks only wait "
             f"for each other; give at most {most}: larger worlds are modelled without being run"
         )
     if not (_ROOT / "launch" / "cpu_2proc.yaml").is_file():
@@ -187,8 +188,11 @@ def of_cycle(records: Sequence[Mapping[str, Any]], config: Config) -> dict[str, 
 
 
 def modelled(planner: Planner, worlds: Worlds, ranks: int) -> dict[str, Any]:
-    """`sent_bytes`: what a rank sends per step, by purpose, with ring algorithms; `modelled_payload_bytes`: what it
-    gives into collectives; `modelled_memory_bytes`: its memory at the peak of a step. By `scale-sft plan`.
+    """Ask the planner what a rank sends, gives into collectives and keeps.
+
+    Returns:
+        `sent_bytes` per step by purpose, with ring algorithms; `modelled_payload_bytes` given into collectives;
+        `modelled_memory_bytes` at the peak of a step.
     """
     config = worlds.config(ranks)
     plan = planner.plan(config, gpus=ranks)

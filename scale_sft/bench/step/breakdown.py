@@ -1,8 +1,8 @@
 """Where the time of our own step goes: a pass of its own, with a clock around each piece of the real code path.
 
-The clock wraps functions where they are defined, for the time of the pass only; nothing in the trainer knows of it. Each
-piece is timed exclusively: what it calls and is a piece itself does not count twice. On a GPU every piece starts and
-ends with a synchronisation, so that pieces add up, and the whole is somewhat slower than a step that overlaps them.
+The clock wraps functions where they are defined, for the length of the pass; the trainer knows nothing of it. Each
+piece is timed exclusively: a piece inside another does not count twice. On a GPU every piece starts and ends with a
+synchronisation, so that pieces add up, and the whole is somewhat slower than a step that overlaps them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The kernels for CPUs, in C: compiled for the processor at hand when they are first needed.
+"""The kernels for CPUs, in C, compiled for this processor when they are first needed.
 
-As torch's own compiled operations do, they need a C compiler: gcc, whose OpenMP runtime torch has loaded. Where there is
-none, plain torch does their work.
+Like torch's own compiled operations they need a C compiler: gcc, whose OpenMP runtime torch has loaded. Without one,
+plain torch does their work.
 """
 
 from __future__ import annotations

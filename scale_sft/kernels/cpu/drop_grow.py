@@ -62,6 +62,6 @@ def _in_c(indices: Tensor, k: int, *others: Tensor, floats: Sequence[Tensor]) ->
 
 
 def _rooms(active: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Kept and order, to be returned; room for keys."""
+    """Allocate `kept` and `order`, which are returned, and a buffer for keys."""
     kept, order = torch.empty(active, dtype=torch.bool), torch.empty(active, dtype=torch.int64)
     return kept, order, torch.empty(keys, dtype=torch.int32)

@@ -45,7 +45,7 @@ class SampledColumns:
         if not self.pays(left, right, sum([out.numel() for _, out in wanted])):
             return False
         left, right = left.contiguous(), right.contiguous()
-        room = torch.empty((rows + width) * self._words, dtype=torch.int32)
+        buffer = torch.empty((rows + width) * self._words, dtype=torch.int32)
         sums = [out if out.dtype is torch.float32 else torch.zeros(out.shape, dtype=torch.float32) for _, out in wanted]
         places = [entries.csr() for entries, _ in wanted]
         self._products(
@@ -60,7 +60,7 @@ class SampledColumns:
             addresses([columns for _, columns in places]),
             places[0][1].dtype is torch.int32,
             addresses(sums),
-            room.data_ptr(),
+            buffer.data_ptr(),
             torch.get_num_threads(),
         )
         for (_, out), total in zip(wanted, sums, strict=True):

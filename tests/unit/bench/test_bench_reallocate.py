@@ -79,7 +79,7 @@ def test_the_command_writes_rows_and_a_page_with_both_plots(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("option", "given", "message"),
     [
-        ("--weights", "1e5,many", "'many' is no whole number from 4 to 100,000,000,000"),
+        ("--weights", "1e5,many", "'many' is not a whole number from 4 to 100,000,000,000"),
         ("--density", "2", "2.0 is not in the range 0<x<=1"),
         ("--method", "ag,adam", "'adam' is not one of 'ag', 'ma'"),
     ],

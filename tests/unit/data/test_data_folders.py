@@ -36,11 +36,12 @@ def test_a_folder_is_read_whole_in_the_order_of_its_paths(put, read, tokenizer, 
     put("many/._a.jsonl", b"\0\5\x16\7")
     put("many/.hidden/x.jsonl", row("no"))
     put("many/README.txt", "about")
+    put("many/model/config.json", "{}")
     put("many/License.TXT", "about")
     examples = read(tmp_path / "many")
     assert texts(examples, tokenizer) == [f"<s>{n}.</s>" for n in range(1, 6)]
     (note,) = examples.notes
-    assert note.endswith("passed over ._a.jsonl, .hidden/, License.TXT, README.txt, b.jsonl.zst.not")
+    assert note.endswith("passed over ._a.jsonl, .hidden/, License.TXT, README.txt, b.jsonl.zst.not and 1 more")
 
 
 def test_a_folder_of_several_splits_is_read_whole_and_that_is_said(put, read, tmp_path):

@@ -136,6 +136,39 @@ def test_text_files_lose_their_mark_and_blank_lines_and_nothing_else(put, read, 
     assert texts(read(path, loss_on="all"), tokenizer) == ["<s> one </s>", "<s>two</s>"]
 
 
+def test_lines_of_old_macs_are_lines(put, read, tokenizer, texts):
+    assert texts(read(put("a.txt", b"one\rtwo\r\r"), loss_on="all"), tokenizer) == ["<s>one</s>", "<s>two</s>"]
+    path = put("a.csv", b'prompt,completion\ra,b\r"c\rd",e\r')
+    assert texts(read(path), tokenizer) == ["<s>ab</s>", "<s>c\rde</s>"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("binary", "example 1: field 'prompt' is bytes, expected text"),
+        ("null", "example 2: field 'prompt' is missing"),
+        ("number", "example 1: field 'completion' is int, expected text in quotes"),
+        ("category", None),
+    ],
+)
+def test_parquet_columns_are_text_or_refused(kind, message, put, read, tokenizer, texts, tmp_path):
+    import pyarrow.parquet
+
+    prompt, completion = {
+        "binary": ([b"a"], ["b"]),
+        "null": (["a", None], ["b", "c"]),
+        "number": (["a"], [5]),
+        "category": (pyarrow.array(["a", "a"]).dictionary_encode(), ["b", "b"]),
+    }[kind]
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": prompt, "completion": completion}), path)
+    if message is None:
+        assert texts(read(path), tokenizer) == ["<s>ab</s>"] * 2
+        return
+    with pytest.raises(UserError, match=message):
+        read(path)
+
+
 def test_rows_are_kept_by_what_the_file_says(put, read):
     path = put("rows.csv", "prompt,completion,kind\na,b,01\na,b,1\na,b,NA\n")
     assert [len(read(f"{path}?keep=kind:{kind}")) for kind in ("01", "1", "NA")] == [1, 1, 1]
