@@ -1,4 +1,4 @@
-"""All that decides how a model is trained sparsely, whatever the data and the processes."""
+"""All settings of sparse training that do not depend on data or processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .quantization import Quantization
 
 @dataclass(frozen=True, kw_only=True)
 class SparseSettings:
-    """All that decides how a model is trained sparsely, whatever the data."""
+    """All settings of sparse training, independent of the data."""
 
     sparse: SparseConfig
     optimizer: OptimizerConfig
@@ -27,13 +27,13 @@ class SparseSettings:
     seed: int = 0
     """Of the initial indices."""
     kernels: str = "cpu"
-    """`off`, `cpu` or `auto`, as the option of that name."""
+    """`off`, `cpu` or `auto`, as in the option kernels."""
     start: Mapping[str, int] | None = None
     """Active entries K by weight of the adapter that training starts from; None: K by the budget, at random indices."""
 
     @property
     def reallocations(self) -> ReallocationSchedule:
-        """When entries are dropped and grown, and how many."""
+        """Build the schedule of drop and grow from the options."""
         return ReallocationSchedule(
             total_steps=self.total_steps,
             update_interval_steps=self.sparse.update_interval_steps,
@@ -47,7 +47,7 @@ class SparseSettings:
 
     @property
     def learning_rates(self) -> LearningRateSchedule:
-        """The learning rate of each step, from the options."""
+        """Build the schedule of learning rates from the options."""
         return LearningRateSchedule(
             peak=self.optimizer.learning_rate,
             total_steps=self.total_steps,
@@ -57,7 +57,7 @@ class SparseSettings:
 
     @property
     def method(self) -> MethodSettings:
-        """What the method does."""
+        """Build the method's settings from the options."""
         return MethodSettings(
             method=self.sparse.method,
             betas=self.optimizer.betas,

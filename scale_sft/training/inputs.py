@@ -1,4 +1,4 @@
-"""Everything that is read and checked before any process group or weight: cheap checks before expensive loads."""
+"""Read and check all inputs before any process group or weight: cheap checks before expensive loads."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from .starting import start_of
 
 @dataclass(frozen=True)
 class Inputs:
-    """The known facts before any process group or weight: tokenizer, examples, model configuration, lengths."""
+    """The inputs of a run before any process group or weight: tokenizer, examples, model configuration, lengths."""
 
     config: Config
     tokenizer: Any
@@ -51,7 +51,7 @@ class Inputs:
     placement: Placement
     row_tokens: int | None  # length of packed rows; None: one sequence per row
     start: Start | None = None  # the adapter that the run starts from
-    notes: tuple[str, ...] = ()  # for the user: what is done differently from what was asked
+    notes: tuple[str, ...] = ()  # for the user: deviations from the request
 
     def digests(self) -> dict[str, str]:
         """Digest the configuration and the tokenised data (SHA-256): ranks that differ must not train together."""
@@ -64,7 +64,7 @@ class Inputs:
     def micro_batches(
         self, batch: Sequence[int], cluster: Cluster, *, proposing: bool = False
     ) -> Iterator[dict[str, Tensor]]:
-        """Cut a rank's micro-batches out of a global batch; `proposing` where the first of them proposes candidates."""
+        """Cut a rank's micro-batches from a global batch; `proposing` if the first of them proposes candidates."""
         return batches_of_rank(
             self.train,
             batch,
@@ -81,7 +81,7 @@ class Inputs:
 
 
 def read_inputs(config: Config) -> Inputs:
-    """Read and check everything but the weights.
+    """Read and check everything except the weights.
 
     Raises:
         UserError: see `load_model_config`, `find_targets`, `budget_of`, `start_of`, `Start.refuse_misfit`,
@@ -156,7 +156,7 @@ def _checked_targets(config: Config, model_config: Any, ranks: int) -> dict[str,
 
 
 def refuse_experts(names: Sequence[str]) -> None:
-    """Refuse layers that one rank's tokens may pass and another's not.
+    """Refuse layers that only some ranks' tokens may reach.
 
     Ranks would wait for each other, or exchange the gradients of different experts.
 
@@ -172,7 +172,7 @@ def refuse_experts(names: Sequence[str]) -> None:
 
 
 def flat_rows(config: Config) -> bool:
-    """Tell whether packed rows go into a single one: flash attention cuts sequences only there."""
+    """Return True if packed rows go into a single one: flash attention separates sequences only there."""
     return config.model.attention.startswith("flash")
 
 
