@@ -137,7 +137,9 @@ def finite_or_stop(session, metrics, checkpoints, loss: float, grad_norm: float)
     batch = ", ".join(map(str, session.inputs.order.batch(step)))
     what = f"step {step}: the loss is {loss} and the gradient norm {grad_norm} at learning rate {learning_rate:.3g}"
     if not bool(tuning.store.flat.isfinite().all()):
-        raise UserError(f"{what}; the deltas of step {step - 1} have overflowed and are not saved. Lower learning_rate")
+        raise UserError(
+            f"{what}; the deltas of step {step - 1} have overflowed and are not saved. Fix: lower learning_rate"
+        )
     if len(session.skipped_steps) < config.skip_nonfinite_steps:
         session.skipped_steps.append(step)
         metrics.note(f"{what}; skipped: {len(session.skipped_steps)} of at most {config.skip_nonfinite_steps} steps")
@@ -147,7 +149,7 @@ def finite_or_stop(session, metrics, checkpoints, loss: float, grad_norm: float)
     saved = f"but for a checkpoint: {failure}" if failure else "and as a checkpoint"
     raise UserError(
         f"{what}; the deltas of step {step - 1} are saved in {run.adapter}, {saved}. The batch was examples {batch} "
-        "(counted from 0). Look at them, lower learning_rate, set max_grad_norm, or allow skip_nonfinite_steps"
+        "(counted from 0). Fix: check them, lower learning_rate, set max_grad_norm, or allow skip_nonfinite_steps"
     )
 
 
@@ -158,7 +160,7 @@ def refuse_dead_gradients(session) -> None:
     if missing:
         raise UserError(
             f"target_modules: no gradient reached '{missing[0]}' at step 1 ({len(missing)} of "
-            f"{len(session.tuning.store)} weights); it takes no part in the loss: leave it out"
+            f"{len(session.tuning.store)} weights), so it takes no part in the loss. Fix: leave it out"
         )
 
 
@@ -285,7 +287,7 @@ def run_and_exit(recipe: str | None, options: Mapping[str, Any]) -> NoReturn:
     except Interrupted as stop:
         leave(str(stop), stop.status, patience_seconds=3)
     except OSError as error:
-        leave(f"{explain(error)}. Fix that and run the same command again: it resumes from its last checkpoint")
+        leave(f"{explain(error)}. Fix that and run the same command again: it resumes from the last checkpoint")
     except KeyboardInterrupt:
         leave("interrupted", 130, patience_seconds=3)
 

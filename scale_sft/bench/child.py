@@ -32,10 +32,10 @@ def ask(module: str, request: dict[str, Any], *, what: str, timeout_seconds: flo
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise UserError(f"{what}: no answer within {timeout_seconds:.0f} seconds; try something smaller") from None
+        raise UserError(f"{what}: no answer within {timeout_seconds:.0f} seconds. Fix: try a smaller case") from None
     if done.returncode or not done.stdout.strip():
         if done.returncode == -9:
-            raise UserError(f"{what}: killed by the system, most likely out of memory; try something smaller")
+            raise UserError(f"{what}: killed by the system, most likely out of memory. Fix: try a smaller case")
         lines = done.stderr.strip().splitlines() or ["it printed nothing"]
         raise UserError(f"{what}: ended with status {done.returncode}: {lines[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -154,7 +154,7 @@ def _peft(base: Base, kind: str, *, cast: bool = True, **settings: Any) -> Dense
     try:
         model = peft.get_peft_model(base.load(), config, autocast_adapter_dtype=cast)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"contestants: peft's {kind} cannot adapt this base: {error}; leave it out") from None
+        raise UserError(f"contestants: peft's {kind} cannot adapt this base: {error}. Fix: leave it out") from None
     return Dense(model.train(), updates=True)
 
 

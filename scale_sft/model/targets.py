@@ -73,7 +73,7 @@ def find_targets(model: nn.Module, wanted: tuple[str, ...] | str | None) -> list
         if owners[id(module.weight)] > 1:
             raise UserError(
                 f"target_modules: the weight of '{path}' is tied to another layer (usually the embeddings), which "
-                "would change with it; leave it out"
+                "would change with it. Fix: leave it out"
             )
     return [
         Target(

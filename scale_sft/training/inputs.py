@@ -166,8 +166,8 @@ def refuse_experts(names: Sequence[str]) -> None:
     expert = next((name for name in names if re.search(r"\.experts\.\d+\.", name)), None)
     if expert:
         raise UserError(
-            f"target_modules: '{expert}' is one of several experts, which not every rank's tokens reach in every step; "
-            "leave the experts out (target_modules), or train in one process"
+            f"target_modules: '{expert}' is one of several experts, which not every rank's tokens reach in every step. "
+            "Fix: leave the experts out (target_modules), or train in one process"
         )
 
 
@@ -187,5 +187,5 @@ def _check_batch(config: Config, ranks: int) -> None:
     if proposal and micro and proposal > unit:
         raise UserError(
             f"proposal_batch_size: got {proposal}, but one micro-step of all ranks holds {unit} sequences; candidates "
-            "are proposed by one micro-step. Lower it, or raise micro_batch_size"
+            "are proposed by one micro-step. Fix: lower it, or raise micro_batch_size"
         )

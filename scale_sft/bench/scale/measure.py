@@ -85,13 +85,15 @@ def check(worlds: Worlds, ranks: Sequence[int]) -> None:
     if gpus is None and max(ranks) > most:
         raise UserError(
             f"--ranks: got {max(ranks)}, but this machine has {_cores()} cores, and more than {most} ranks would only "
-            f"wait for each other; give at most {most}: larger worlds are modelled without a run"
+            f"wait for each other. Fix: give at most {most}; larger worlds are modelled without a run"
         )
     if not (_ROOT / "launch" / "cpu_2proc.yaml").is_file():
-        raise UserError("bench scale: needs a checkout of the source, with its folder launch/; this is an installation")
+        raise UserError(
+            "bench scale: got an installed package, expected a clone with its folder launch/. Fix: run it there"
+        )
     odd = [count for count in ranks if worlds.global_batch(count) % count]
     if odd:
-        raise UserError(f"--batch: {worlds.batch} sequences do not divide over {odd[0]} ranks; give a multiple")
+        raise UserError(f"--batch: {worlds.batch} sequences do not divide over {odd[0]} ranks. Fix: give a multiple")
 
 
 def _cores() -> int:

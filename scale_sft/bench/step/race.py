@@ -94,10 +94,14 @@ def _line_up(case: Case, names: Sequence[str] | None) -> list[str]:
 def _refuse_empty(cases: Sequence[Case], names: Sequence[str] | None, line_ups: list[list[str]]) -> None:
     for name in names or ():
         if not any(name in chosen for chosen in line_ups):
-            raise UserError(f"contestants: {name} takes part in no case: {impossible(name, cases[0])}; leave it out")
+            raise UserError(
+                f"contestants: {name} takes part in no case: {impossible(name, cases[0])}. Fix: leave it out"
+            )
     for case, chosen in zip(cases, line_ups, strict=True):
         if not chosen:
-            raise UserError(f"contestants: none of these can take part in {describe(case.settings())}; name others")
+            raise UserError(
+                f"contestants: none of these can take part in {describe(case.settings())}. Fix: name others"
+            )
 
 
 class Times(NamedTuple):
