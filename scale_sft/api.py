@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from scale_sft.adapters.start import Start
 from scale_sft.adapters.trained import trained_adapter
 from scale_sft.config.loading import load_sections, unknown
 from scale_sft.config.options import ModelConfig, OptimizerConfig, SparseConfig
@@ -57,7 +58,8 @@ def attach(
         kernels: `cpu`, `auto` or `off`: see option kernels of `scale-sft train`.
         base: recorded as the adapter's base; default: the path or hub id that the model was loaded from.
         options: every option of sections sparse and optimizer, by name: method, density (default: 0.01),
-            target_modules, update_interval_steps, betas, max_grad_norm, ...
+            target_modules, update_interval_steps, betas, max_grad_norm, ...; with start_from, the folder of an
+            adapter, its deltas are in the model at once, and its entries per weight are the budget.
 
     Raises:
         UserError: an option is wrong, or the model cannot carry deltas; the model is unchanged.
@@ -69,17 +71,28 @@ def attach(
     quantization = _quantization(model, name)
     weight = targets[0].weight
     device = weight.device
+    dtype = _compute_dtype(model) if quantization else weight.dtype
+    start = Start.read(sparse.start_from, sparse.delta_dtype) if sparse.start_from else None
+    if start:
+        start.refuse_misfit(sparse, {target.name: target.shape for target in targets}, dtype, quantization)
     settings = SparseSettings(
         sparse=sparse,
         optimizer=optimizer,
         total_steps=total_steps,
-        dtype=_compute_dtype(model) if quantization else weight.dtype,
+        dtype=dtype,
         quantization=quantization,
         seed=seed,
         kernels=kernels,
+        start=start.counts if start else None,
     )
     ranks = existing_ranks(device)
     made = SparseModel(model, settings, ranks or OneProcess(device), _writer(name))
+    if start:
+        try:
+            start.put_into(made)
+        except BaseException:
+            made.detach()
+            raise
     if ranks:
         ranks.check_identical(lambda: {"base": made.base_hash}, "the base model")
         ranks.check_identical(made.tuning.digests, "the initial deltas")
@@ -88,7 +101,7 @@ def attach(
 
 
 def _sections(options: dict[str, Any]) -> tuple[SparseConfig, OptimizerConfig]:
-    """Sort options into their two sections, with exactly one budget, by default a density."""
+    """Sort options into their two sections, with exactly one budget: given, the adapter's own, or a default density."""
     known = {field.name for kind in (SparseConfig, OptimizerConfig) for field in dataclasses.fields(kind)}
     for name in options:
         if name not in known:
@@ -101,7 +114,8 @@ def _sections(options: dict[str, Any]) -> tuple[SparseConfig, OptimizerConfig]:
     given = [name for name in BUDGETS if options.get(name) is not None]
     if len(given) > 1:
         raise UserError(f"budget: got {' and '.join(given)}, expected one of them. Fix: leave out the others")
-    sections = load_sections(None, options if given else {**options, "density": DEFAULT_DENSITY})
+    decided = given or options.get("start_from") is not None
+    sections = load_sections(None, options if decided else {**options, "density": DEFAULT_DENSITY})
     sparse = sections["sparse"]
     if sparse.estimation_steps > sparse.update_interval_steps:
         raise UserError(

@@ -2,6 +2,7 @@
 
 format              the adapter folder
 trained             the adapter of a model in training
+start               training that starts from an adapter
 apply               into a model's weights and out again
 live                adapters on a resident model, swapped while it serves
 arithmetic          add, scale, negate, intersect, prune, overlap

@@ -40,7 +40,8 @@ def plan(recipe: str | None, gpus: int, gpu_memory: float | None, shape: str | N
     if shape is not None:
         options["base"] = str(_shape_folder(shape))
     config = load(recipe, options)
-    planner = Planner(load_model_config(config.model))
+    model_config = load_model_config(config.model)
+    planner = Planner(model_config, _counts_of_adapter(config, model_config))
     found = planner.plan(config, gpus=gpus, gpu_memory_gb=gpu_memory)
     change = (
         None
@@ -51,6 +52,21 @@ def plan(recipe: str | None, gpus: int, gpu_memory: float | None, shape: str | N
         click.echo(json.dumps(_document(found, change), indent=2))
     else:
         _print(found, change, gpus, gpu_memory)
+
+
+def _counts_of_adapter(config, model_config) -> dict[str, int] | None:
+    """Count the entries per weight of the adapter that the run starts from; None: its budget counts."""
+    if config.sparse.start_from is None:
+        return None
+    from scale_sft.adapters.start import Start
+    from scale_sft.model.loading import resolve_dtype
+    from scale_sft.model.quantization import resolve_quantization
+    from scale_sft.planning.footprint import facts_of
+
+    start = Start.read(config.sparse.start_from, config.sparse.delta_dtype)
+    dtype, quantization = resolve_dtype(config.model, model_config), resolve_quantization(config.model, model_config)
+    start.refuse_misfit(config.sparse, facts_of(config, model_config).shapes, dtype, quantization)
+    return start.counts
 
 
 def _shape_folder(shape: str) -> Path:

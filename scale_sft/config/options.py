@@ -85,7 +85,8 @@ class SparseConfig:
     )
     density: float | None = option(
         None,
-        "Fraction of each target weight that is trained. Exactly one budget must be given.",
+        "Fraction of each target weight that is trained. Exactly one budget must be given (none is needed with "
+        "start_from).",
         check=a_density,
         on_resume="by_effect",
     )
@@ -100,6 +101,14 @@ class SparseConfig:
         "As many trained entries as LoRA of this rank would have: r * (rows + columns).",
         check=at_least(1),
         on_resume="by_effect",
+    )
+    start_from: str | None = option(
+        None,
+        "Folder of a finished adapter to train further in a new run: its indices and deltas are the initial state, its "
+        "entries per weight the budget. Base and targets must be its own; optimizer state starts fresh. ag and ma move "
+        "its indices from the first reallocation on, static keeps them.",
+        on_resume="by_effect",
+        path=True,
     )
     target_modules: tuple[str, ...] | str | None = option(
         None,

@@ -10,7 +10,7 @@ def broken_rules(config: Config) -> list[str]:
     mistakes = []
     sparse, run = config.sparse, config.run
     given = {n: getattr(sparse, n) for n in ("density", "tunable_weights", "rank_equivalent") if getattr(sparse, n)}
-    if len(given) != 1:
+    if len(given) > 1 or not (given or sparse.start_from):
         got = " and ".join(f"{name} {value}" for name, value in given.items()) or "none"
         mistakes.append(
             f"budget: got {got}, expected exactly one of density, tunable_weights, rank_equivalent "

@@ -95,7 +95,7 @@ class SparseModel:
         schedule = settings.reallocations
         store = DeltaStore(
             self.shapes,
-            budget_of(sparse, self.shapes),
+            settings.start or budget_of(sparse, self.shapes),
             seed=settings.seed,
             device=device,
             cohorts=len(schedule.reallocations()),
@@ -233,6 +233,22 @@ class SparseModel:
                 carrier.overwrite(delta, base[delta.name])
             carrier.adopt(delta)
         carrier.write()
+
+    def begin_with(self, entries: Iterable[tuple[str, Tensor, Tensor]]) -> None:
+        """Make the deltas of an adapter the initial state, before the first step; optimizer state stays fresh.
+
+        Args:
+            entries: (name, indices, deltas) of each weight: [K] flat, sorted, unique; [K] of a dtype that fits in the
+                deltas' own. K is that of `settings.start`.
+        """
+        tuning = self.tuning
+
+        def states() -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+            for name, indices, deltas in entries:
+                state = {**tuning.state_of(name), "indices": indices.to(tuning.store[name].entries.dtype)}
+                yield name, {**state, **{kind: deltas for kind in state if kind in ("deltas", "reference")}}
+
+        self.load_state(0, states(), tuning.counters())
 
     # --- the Python API -----------------------------------------------------------------------------------------
 

@@ -326,4 +326,5 @@ class SparseOptimizer(torch.optim.Optimizer):
             "total_steps": settings.total_steps,
             "hash of the target weights": self.sparse.base_hash,
             "active entries": self.tuning.store.active,
+            "start_from": "an adapter" if settings.start else None,  # the first reallocation depends on it
         }

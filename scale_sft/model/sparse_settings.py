@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ class SparseSettings:
     """Of the initial indices."""
     kernels: str = "cpu"
     """`off`, `cpu` or `auto`, as in the option kernels."""
+    start: Mapping[str, int] | None = None
+    """Active entries K by weight of the adapter that training starts from; None: K by the budget, at random indices."""
 
     @property
     def reallocations(self) -> ReallocationSchedule:
@@ -39,6 +42,7 @@ class SparseSettings:
             replacement_schedule=self.sparse.replacement_schedule,
             only_first=self.sparse.method == "static",
             estimates=self.sparse.method != "ma",
+            chosen=self.start is not None,
         )
 
     @property

@@ -5,17 +5,17 @@ All sizes in bytes, per rank.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from scale_sft.config.options import Config
+from scale_sft.config.options import Config, SparseConfig
 from scale_sft.kernels.moments import bytes_of_moments, resolve_moments
 from scale_sft.model.quantization import Quantization
-from scale_sft.model.targets import find_targets
-from scale_sft.spiel.budgets import budget
+from scale_sft.model.targets import budget_of, find_targets
 from scale_sft.spiel.indices import bytes_of_entries
 
 GIB = 1 << 30
@@ -80,17 +80,20 @@ def stored_base(facts: Facts, size: int, quantization: Quantization | None) -> i
 
 
 def footprint(
-    config: Config, model_config: Any, dtype: torch.dtype, quantization: Quantization | None = None
+    config: Config,
+    model_config: Any,
+    dtype: torch.dtype,
+    quantization: Quantization | None = None,
+    counts: Mapping[str, int] | None = None,
 ) -> Footprint:
-    """Compute the footprint from the shapes of the model, without loading it."""
-    facts, sparse = facts_of(config, model_config), config.sparse
+    """Compute the footprint from the shapes of the model, without loading it.
+
+    Args:
+        counts: K by target weight, where an adapter decides it; None: the budget does.
+    """
+    facts = facts_of(config, model_config)
     shapes = facts.shapes
-    counts = budget(
-        shapes,
-        density=sparse.density,
-        tunable_weights=sparse.tunable_weights,
-        rank_equivalent=sparse.rank_equivalent,
-    )
+    counts = counts or budget_of(config.sparse, shapes)
     return Footprint(
         base=stored_base(facts, dtype.itemsize, quantization),
         deltas=sum(state_bytes(config, shapes, counts, dtype, 0 if quantization else 1).values()),
@@ -100,7 +103,7 @@ def footprint(
 
 
 def state_bytes(
-    config: Config, shapes: dict[str, tuple[int, int]], counts: dict[str, int], dtype: torch.dtype, part: float
+    config: Config, shapes: dict[str, tuple[int, int]], counts: Mapping[str, int], dtype: torch.dtype, part: float
 ) -> dict[str, int]:
     """Count the bytes of the deltas and their state, between estimation phases, by purpose.
 
@@ -121,9 +124,16 @@ def state_bytes(
     }
 
 
+def proposes(sparse: SparseConfig) -> bool:
+    """Tell whether gradients propose candidates at any time."""
+    return sparse.method == "ag" or (sparse.method == "static" and sparse.start_from is None)
+
+
 def candidate_bytes(config: Config, active: int) -> int:
     """Count the bytes of candidates in an estimation phase: at most 4 per index, two estimates, the gradient."""
-    return 0 if config.sparse.method == "ma" else int((12 + _gradient(config)) * config.sparse.candidate_ratio * active)
+    if not proposes(config.sparse):
+        return 0
+    return int((12 + _gradient(config)) * config.sparse.candidate_ratio * active)
 
 
 def _gradient(config: Config) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,18 +29,26 @@ class Placement:
 
 
 def choose_placement(
-    config: Config, model_config: Any, dtype: torch.dtype, world: World, quantization: Quantization | None = None
+    config: Config,
+    model_config: Any,
+    dtype: torch.dtype,
+    world: World,
+    quantization: Quantization | None = None,
+    counts: Mapping[str, int] | None = None,
 ) -> Placement:
     """Replicate the base if it and its training state fit a device, otherwise shard it.
 
     A quantised base that fits is replicated too: a step then moves only the gradients of the deltas, and gathering even
     4 bits per weight moves far more. Every rank loads the whole of a base that transformers quantises before DeepSpeed
     cuts it into shards; the reason mentions this.
+
+    Args:
+        counts: K by target weight, where an adapter decides it; None: the budget does.
     """
     asked = config.model.base_placement
     if asked != "auto" and quantization is None:
         return Placement(asked == "shard", "as asked for by base_placement")
-    needs = footprint(config, model_config, dtype, quantization)
+    needs = footprint(config, model_config, dtype, quantization, counts)
     if quantization:
         return _place_quantized(asked, needs, world)
     need = needs.total

@@ -24,7 +24,7 @@ from scale_sft.model.quantization import Quantization, resolve_quantization
 from scale_sft.spiel.budgets import budget
 from scale_sft.spiel.indices import PIECE_ENTRIES
 
-from .footprint import GIB, Facts, candidate_bytes, facts_of, state_bytes, stored_base
+from .footprint import GIB, Facts, candidate_bytes, facts_of, proposes, state_bytes, stored_base
 from .meta_trace import StepMemory, step_memory
 
 DEVICE_RESERVE_BYTES = 1 * GIB
@@ -65,10 +65,11 @@ class Planner:
 
     Args:
         model_config: of transformers, as from `load_model_config`.
+        counts: K by target weight, where an adapter decides it; None: the budget does.
     """
 
-    def __init__(self, model_config: Any):
-        self.model_config = model_config
+    def __init__(self, model_config: Any, counts: Mapping[str, int] | None = None):
+        self.model_config, self.counts = model_config, counts
         self._facts: dict[Any, Facts] = {}
         self._steps: dict[Any, StepMemory] = {}
 
@@ -101,14 +102,14 @@ class Planner:
         facts, sparse = self.facts(config), config.sparse
         dtype = resolve_dtype(config.model, self.model_config)
         size, quantization = dtype.itemsize, resolve_quantization(config.model, self.model_config)
-        counts = budget(
+        counts = self.counts or budget(
             facts.shapes,
             density=sparse.density,
             tunable_weights=sparse.tunable_weights,
             rank_equivalent=sparse.rank_equivalent,
         )
         active, largest_k = sum(counts.values()), max(counts.values())
-        candidates = 0 if sparse.method == "ma" else int(sparse.candidate_ratio * active)
+        candidates = int(sparse.candidate_ratio * active) if proposes(sparse) else 0
         largest_target = max(o * i for o, i in facts.shapes.values())
 
         stored, scales = stored_base(facts, size, quantization), _scales(facts, quantization)
@@ -146,7 +147,7 @@ class Planner:
             room=room,
         )
 
-    def _step(self, config: Config, counts: dict[str, int], gpus: int, dtype: torch.dtype) -> StepMemory:
+    def _step(self, config: Config, counts: Mapping[str, int], gpus: int, dtype: torch.dtype) -> StepMemory:
         model, sequences = config.model, config.run.micro_batch_size or config.run.global_batch_size // gpus
         tokens = max_length(config.data.max_length, self.model_config)
         key = (sequences, tokens, config.sparse, model.gradient_checkpointing, model.attention, dtype)
@@ -158,7 +159,7 @@ class Planner:
                 tokens=tokens,
                 target_modules=config.sparse.target_modules,
                 active=counts,
-                proposes=config.sparse.method != "ma",
+                proposes=proposes(config.sparse),
                 checkpointing=model.gradient_checkpointing,
                 attention=model.attention,
                 trust_remote_code=model.trust_remote_code,
@@ -209,7 +210,7 @@ def _traffic(config: Config, facts: Facts, counts: Mapping[str, int], gpus: int,
     if gpus == 1:
         return {}
     ring, sparse, active = (gpus - 1) / gpus, config.sparse, sum(counts.values())
-    candidates = 0 if sparse.method == "ma" else int(sparse.candidate_ratio * active)
+    candidates = int(sparse.candidate_ratio * active) if proposes(sparse) else 0
     phase = min(1.0, sparse.estimation_steps / sparse.update_interval_steps)
     each = getattr(torch, config.optimizer.gradient_dtype).itemsize
     found = {"gradients of deltas": int(2 * ring * each * active)}

@@ -57,7 +57,7 @@ def _changes(planner: Planner, config: Config, gpus: int) -> Iterator[tuple[str,
     while length > 256:
         length //= 2
         yield f"{said}--max_length {length}", with_(gentle, "data", max_length=length), gpus
-    density = config.sparse.density
+    density = None if config.sparse.start_from else config.sparse.density  # an adapter has the entries it has
     thinner = []
     while density and density > 1e-4:
         density /= 2

@@ -117,6 +117,7 @@ def overview(run: Run) -> dict[str, str]:
     rows = {
         "State": _state(run),
         "Base": run.option("model", "base"),
+        "Started from": run.option("sparse", "start_from"),
         "Method": _method(run.option("sparse", "method")),
         "Budget": _budget(run),
         "Active entries": f"{active:,}{share}" if active else None,
@@ -178,7 +179,7 @@ def _budget(run: Run) -> str | None:
         value = run.option("sparse", key)
         if isinstance(value, int | float):
             return text.format(value)
-    return None
+    return "that of the adapter it started from" if run.option("sparse", "start_from") else None
 
 
 def _before_after(run: Run, key: str, form: str) -> str | None:

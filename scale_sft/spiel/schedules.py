@@ -33,12 +33,13 @@ class ReallocationSchedule:
     replacement_schedule: str = "linear"  # or "cosine"
     only_first: bool = False  # `static`: gradient-selected once at t = G, then fixed
     estimates: bool = True  # False for SFT-MA, which needs no candidates
+    chosen: bool = False  # the first entries are a finished adapter's and not random: `static` keeps them for good
 
     def reallocates_at(self, step: int) -> bool:
         """Return True if drop and grow happen at the end of step `step` (counted from 1)."""
         first, interval = self.estimation_steps, self.update_interval_steps
         if self.only_first:
-            return step == first
+            return step == first and not self.chosen
         return step <= self.total_steps and step >= first and step % interval == first % interval
 
     def phase(self, step: int) -> Phase:
@@ -51,8 +52,11 @@ class ReallocationSchedule:
         return Phase.PROPOSE if ahead == self.estimation_steps - 1 else Phase.ESTIMATE
 
     def replaced(self, step: int, active: int) -> int:
-        """Compute k(t) of Eq. 9: how many of `active` entries are up for replacement at step `step`."""
-        if step == self.estimation_steps:
+        """Compute k(t) of Eq. 9: how many of `active` entries are up for replacement at step `step`.
+
+        All of them at the first reallocation, unless they are `chosen` already.
+        """
+        if step == self.estimation_steps and not self.chosen:
             return active
         progress = step / self.total_steps
         left = 1 - progress if self.replacement_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2

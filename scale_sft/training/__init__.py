@@ -1,6 +1,7 @@
 """One run: inputs, session, checkpoints.
 
 inputs              read and check everything but the weights
+starting            the adapter to start from, or what a checkpoint knows of it
 assemble            from inputs to a session
 session             a run that is ready for its first step
 checkpoints         save and resume, bit for bit

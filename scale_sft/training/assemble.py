@@ -17,10 +17,11 @@ from .session import Session
 
 
 def assemble(inputs: Inputs, cluster: Cluster) -> Session:
-    """Load the base, choose its targets, and set up the method.
+    """Load the base, choose its targets, set up the method, and put in the adapter that the run starts from.
 
     Raises:
-        UserError: the base does not load, targets match nothing, or ranks loaded different weights.
+        UserError: the base does not load or is not that adapter's, targets match nothing, or ranks loaded different
+            weights.
     """
     config = inputs.config
     cluster.check_identical(inputs.digests, "their inputs")
@@ -37,9 +38,12 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
         quantization=quantization,
         seed=config.run.seed,
         kernels=config.run.kernels,
+        start=inputs.start.counts if inputs.start else None,
     )
     sparse = SparseModel(model, settings, cluster)
     cluster.check_identical(lambda: {"base": sparse.base_hash}, "the base model")
+    if inputs.start:
+        inputs.start.put_into(sparse)
     if inputs.row_tokens:
         refuse_leaks(sparse.model, inputs.model_config.vocab_size, cluster.device, flat=flat_rows(config))
     return Session(

@@ -12,7 +12,6 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -35,6 +34,7 @@ from .checkpoint_files import (
     write_checkpoint,
 )
 from .run_folder import NEW_LENGTH, RunFolder
+from .starting import START_DIGEST, TARGETS
 
 if TYPE_CHECKING:
     from .session import Session
@@ -71,6 +71,9 @@ class Checkpoints:
         session = self.session
         notes, state, layout = session.cluster.on_main(self._read)
         if state is None:
+            start = session.inputs.start
+            if start and start.info is None:
+                raise UserError(f"start_from: {start.folder} is gone, and so are the checkpoints. Fix: put one back")
             return notes
         session.sparse.load_state(state["step"], self._shared(layout), state["counters"])
         self._files = None
@@ -209,7 +212,8 @@ class Checkpoints:
             "train_data (digest of its tokens)": inputs.train.digest(),
             "eval_data (digest of its tokens)": inputs.eval.digest() if inputs.eval else None,
             "total steps": inputs.steps,
-            "target weights": {delta.name: [*delta.shape, delta.active] for delta in store},
+            START_DIGEST: inputs.start.digest if inputs.start else None,
+            TARGETS: {delta.name: [*delta.shape, delta.active] for delta in store},
         }
         return json.loads(json.dumps(identity))
 
@@ -222,12 +226,9 @@ def choose_checkpoint(run: RunFolder, resume: str) -> tuple[Checkpoint | None, l
     """
     if resume == "never":
         return None, []
-    folder = run.checkpoints
-    if resume != "auto":
-        folder = Path(resume)
-        if folder.name.startswith("step_"):
-            return verify(folder), []
-        folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    folder = run.checkpoints_of(resume)
+    if folder.name.startswith("step_"):
+        return verify(folder), []
     notes: list[str] = []
     for found in find_checkpoints(folder):
         try:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scale_sft.adapters.start import Start
 from scale_sft.config.loading import to_yaml
 from scale_sft.config.options import Config, DataConfig
 from scale_sft.data.batches import BatchOrder, batches_of_rank
@@ -31,6 +32,8 @@ from scale_sft.model.targets import budget_of, find_targets
 from scale_sft.planning.footprint import empty_model
 from scale_sft.planning.placement import Placement, choose_placement
 
+from .starting import start_of
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -47,6 +50,7 @@ class Inputs:
     steps: int
     placement: Placement
     row_tokens: int | None  # length of packed rows; None: one sequence per row
+    start: Start | None = None  # the adapter that the run starts from
     notes: tuple[str, ...] = ()  # for the user: deviations from the request
 
     def digests(self) -> dict[str, str]:
@@ -54,6 +58,7 @@ class Inputs:
         settings = hashlib.sha256(to_yaml(self.config).encode()).hexdigest()
         placement = hashlib.sha256(self.placement.name.encode()).hexdigest()
         digests = {"the configuration": settings, "base_placement": placement, "train_data": self.train.digest()}
+        digests |= {"start_from": self.start.digest} if self.start else {}
         return digests | ({"eval_data": self.eval.digest()} if self.eval else {})
 
     def micro_batches(
@@ -79,8 +84,8 @@ def read_inputs(config: Config) -> Inputs:
     """Read and check everything except the weights.
 
     Raises:
-        UserError: see `load_model_config`, `find_targets`, `budget_of`, `load_examples`, `refuse_misfit`; or the batch
-            does not divide over the ranks.
+        UserError: see `load_model_config`, `find_targets`, `budget_of`, `start_of`, `Start.refuse_misfit`,
+            `load_examples`, `refuse_misfit`; or the batch does not divide over the ranks.
     """
     refuse_unknown_tracker(config.run.tracker)
     model_config = load_model_config(config.model)
@@ -89,10 +94,16 @@ def read_inputs(config: Config) -> Inputs:
     tokenizer = use_template(load_tokenizer(config.model), data.chat_template)
     world = World.from_environment()
     _check_batch(config, world.size)
-    _check_targets(config, model_config, world.size)
     data = replace(data, max_length=max_length(data.max_length, model_config))
     dtype = resolve_dtype(config.model, model_config)
-    placement = choose_placement(config, model_config, dtype, world, quantization)
+    shapes = _checked_targets(config, model_config, world.size)
+    start = start_of(config)
+    if start:
+        start.refuse_misfit(config.sparse, shapes, dtype, quantization)
+    else:
+        budget_of(config.sparse, shapes)
+    counts = start.counts if start else None
+    placement = choose_placement(config, model_config, dtype, world, quantization, counts)
     if quantization and placement.sharded:
         refuse_corrupting_storage(quantization, dtype)
     data, notes = _with_writable_cache(data, Path(run.output_dir))
@@ -116,6 +127,7 @@ def read_inputs(config: Config) -> Inputs:
         steps=run.steps or order.steps(),
         placement=placement,
         row_tokens=data.max_length if data.packing else None,
+        start=start,
         notes=notes,
     )
 
@@ -135,12 +147,12 @@ def _with_writable_cache(data: DataConfig, run: Path) -> tuple[DataConfig, tuple
         return replace(data, cache_dir=str(own)), (note,)
 
 
-def _check_targets(config: Config, model_config: Any, ranks: int) -> None:
-    """Refuse targets or a budget that the base cannot have, before any weight is loaded."""
+def _checked_targets(config: Config, model_config: Any, ranks: int) -> dict[str, tuple[int, int]]:
+    """Refuse targets that the base cannot have, before any weight is loaded; returns their shapes (O, I)."""
     targets = find_targets(empty_model(config, model_config), config.sparse.target_modules)
-    budget_of(config.sparse, {target.name: target.shape for target in targets})
     if ranks > 1:
         refuse_experts([target.name for target in targets])
+    return {target.name: target.shape for target in targets}
 
 
 def refuse_experts(names: Sequence[str]) -> None:

@@ -48,6 +48,11 @@ def describe(session: Session, metrics: Metrics | NullMetrics) -> None:
     held_out = f", {len(inputs.eval):,} held out" if inputs.eval else ""
     rows = {
         "base": f"{config.model.base} ({str(inputs.dtype).removeprefix('torch.')}{_kept(inputs)})",
+        **(
+            {"start": f"{inputs.start.folder} (its deltas are in the model, optimizer state is fresh)"}
+            if inputs.start
+            else {}
+        ),
         "placement": f"{inputs.placement.name} ({inputs.placement.reason})",
         "loading": f"{max(load_peaks) / 2**20:,.0f} MiB at the peak, on the rank with most",
         "method": config.sparse.method,
@@ -112,12 +117,14 @@ def finish(session: Session, metrics: Metrics | NullMetrics, run: RunFolder) -> 
 
     with cluster.loading_whole():  # merging loads a quantised base once more
         cluster.on_main(write_the_rest)
-    rows: dict[str, Any] = {}
+    start = session.inputs.start
+    rows: dict[str, Any] = {"started from": start.folder} if start else {}
+    of_what = " (base + that adapter)" if start else ""
     before, after = session.evaluations.get(0), session.evaluations.get(session.step)
     if before and after:
-        rows["held-out loss"] = f"{before.loss:.4f} before, {after.loss:.4f} after"
+        rows["held-out loss"] = f"{before.loss:.4f} before{of_what}, {after.loss:.4f} after"
         if after.exact_match is not None:
-            rows["exact match"] = f"{before.exact_match:.1%} before, {after.exact_match:.1%} after"
+            rows["exact match"] = f"{before.exact_match:.1%} before{of_what}, {after.exact_match:.1%} after"
         best = best_step(session.evaluations)
         if best != session.step:
             kept = f": {run.best}" if run.best.exists() else ""

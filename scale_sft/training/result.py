@@ -20,7 +20,7 @@ class RunResult:
     output_dir: Path
     adapter: Path  # folder of the indices and deltas
     steps: int  # optimizer steps done; fewer than asked for where the run stopped early
-    before: Evaluation | None  # held-out results of the base; None without eval_data
+    before: Evaluation | None  # held-out results of the base, or of base + adapter with start_from; None: no eval_data
     after: Evaluation | None  # of the tuned model
     merged: Path | None  # folder of the merged model, with save_merged
 

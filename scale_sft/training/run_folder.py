@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import fcntl
 import os
+import shlex
 import socket
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +32,14 @@ class RunFolder:
         self.merged = self.path / "merged"
         self.checkpoints = self.path / "checkpoints"
         self._lock: IO[str] | None = None
+
+    def checkpoints_of(self, resume: str) -> Path:
+        """Return the folder of checkpoints that option `resume` names, or the single checkpoint (`step_...`)."""
+        if resume == "auto":
+            return self.checkpoints
+        folder = Path(resume)
+        within = folder / "checkpoints"
+        return within if not folder.name.startswith("step_") and within.is_dir() else folder
 
     def is_used(self) -> bool:
         """Tell whether a run has left anything here."""
@@ -81,10 +90,13 @@ class RunFolder:
             return
         reason = self._why_taken(config)
         if reason:
-            raise UserError(
-                f"output_dir: {self.path} already holds a run ({present}){reason}. Fix: choose a new folder, or move "
-                "that one away"
-            )
+            fix = "choose a new folder, or move that one away"
+            if reason.endswith(NEW_LENGTH) and self.adapter.is_dir():
+                fix = (
+                    "train its adapter further in a new run, with --start_from "
+                    f"{shlex.quote(str(self.adapter))} --output_dir NEW; or {fix}"
+                )
+            raise UserError(f"output_dir: {self.path} already holds a run ({present}){reason}. Fix: {fix}")
 
     def _why_taken(self, config: Config) -> str | None:
         resume = config.run.resume

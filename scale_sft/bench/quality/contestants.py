@@ -49,7 +49,9 @@ METHODS = {
 }
 """Default contestants with their default grids: a sparse delta needs far higher rates than a dense weight."""
 
-_SET_BY_THE_BENCH = ("learning_rate", "seed", "steps", "epochs", "density", "tunable_weights", "output_dir", "resume")
+_SET_BY_THE_BENCH = (
+    *("learning_rate", "seed", "steps", "epochs", "density", "tunable_weights", "start_from", "output_dir", "resume"),
+)
 """Options that a variant cannot set: they form the grid, or are the same for all."""
 
 

@@ -133,6 +133,11 @@ def _checked(settings: Settings) -> dict[str, Any]:
     for option, value in (("--rank", config.sparse.rank_equivalent), ("--steps", config.run.steps)):
         if value is None:
             raise UserError(f"{option}: needed, as {settings.recipe} does not set it: it must be the same for all")
+    if config.sparse.start_from:
+        raise UserError(
+            f"start_from: got {config.sparse.start_from}, expected none: peers cannot start from a sparse adapter. "
+            "Fix: leave it out of the recipe"
+        )
     for contestant in settings.contestants:
         try:
             for rate in contestant.learning_rates:

@@ -214,6 +214,7 @@ def test_the_page_shows_the_newest_settings_and_the_newest_row_of_each_run(tmp_p
         (["--variant", "slim=ours-ag,candidate_ratio=much"], "slim: 1 mistake"),
         (["--learning-rates", "full=1e9"], "learning_rate: got 1000000000.0"),
         (["--variant", "slim=ours-ag,learning_rate=1"], "expected option=value"),
+        (["--variant", "slim=ours-ag,start_from=runs/a/adapter"], "expected option=value"),
         (["--variant", "full=ours-ag,candidate_ratio=1"], "the name 'full' is taken"),
         (["--variant", "slim"], "expected NAME=METHOD,option=value"),
         (["--validation-examples", "4000"], "the training data are 2500 examples"),
@@ -223,6 +224,11 @@ def test_what_was_asked_for_wrongly_is_said_before_anything_runs(tmp_path, argum
     result = CliRunner().invoke(main, ["bench", "quality", "--output", str(tmp_path / "out"), *arguments])
     assert result.exit_code == 1 and message in result.stderr
     assert not (tmp_path / "out" / "quality.jsonl").exists()
+
+
+def test_all_contestants_start_from_the_base(settings, measure):
+    with pytest.raises(UserError, match="^start_from: got runs/a/adapter, expected none: peers cannot"):
+        measure(settings(start_from="runs/a/adapter"))
 
 
 def test_a_missing_peft_names_the_extra_before_anything_runs(settings, measure, monkeypatch):

@@ -78,3 +78,12 @@ def test_each_decay_keeps_within_the_peak(decay: str, last: float) -> None:
 def test_a_run_of_one_step_has_a_learning_rate() -> None:
     for fraction in (0.0, 0.03, 1.0):
         assert LearningRateSchedule(peak=1.0, total_steps=1, warmup_fraction=fraction).at(1) == 1.0
+
+
+def test_entries_that_are_chosen_already_are_not_all_replaced_at_the_first_reallocation():
+    fresh, chosen = (schedule(100, 20, 5, chosen=value) for value in (False, True))
+    assert (fresh.replaced(5, 1000), chosen.replaced(5, 1000)) == (1000, 190), "0.2 * (1 - 5 / 100)"
+    assert chosen.reallocations() == fresh.reallocations()
+    static = schedule(100, 20, 5, chosen=True, only_first=True)
+    assert static.reallocations() == []
+    assert all(static.phase(step) is Phase.OFF for step in range(1, 101)), "nothing is proposed or estimated"
