@@ -80,10 +80,14 @@ def attach(
     )
     ranks = existing_ranks(device)
     made = SparseModel(model, settings, ranks or OneProcess(device), _writer(name))
-    if ranks:
-        ranks.check_identical(lambda: {"base": made.base_hash}, "the base model")
-        ranks.check_identical(made.tuning.digests, "the initial deltas")
-    made.expose()
+    try:
+        if ranks:
+            ranks.check_identical(lambda: {"base": made.base_hash}, "the base model")
+            ranks.check_identical(made.tuning.digests, "the initial deltas")
+        made.expose()
+    except BaseException:
+        made.detach()
+        raise
     return made
 
 
@@ -124,7 +128,8 @@ def _usable_targets(model: nn.Module, sparse: SparseConfig) -> list:
     """The layers to train, of a model that can be attached; nothing is changed."""
     if PARAMETER in dict(model.named_parameters(recurse=False)):
         raise UserError(
-            "attach: got a model that carries deltas already. Fix: use the SparseModel that you have, or detach() it first"
+            "attach: got a model that carries deltas already. Fix: use the SparseModel that you have, or detach() it "
+            "first"
         )
     targets = find_targets(model, sparse.target_modules)
     away = next((target.name for target in targets if target.weight.is_meta), None)
