@@ -23,7 +23,7 @@ from .transient import TransientDeltas
 
 
 class Sparse(Protocol):
-    """What a step needs of a `SparseModel`."""
+    """The part of `SparseModel` that a step uses."""
 
     settings: SparseSettings
     group: Group
@@ -50,7 +50,7 @@ class Sparse(Protocol):
 
 
 class SparseOptimizer(torch.optim.Optimizer):
-    """AdamW or SM3 over the deltas of a `SparseModel`, with drop and grow where the schedule says so.
+    """An optimizer, AdamW or SM3, of a `SparseModel`'s deltas, with drop and grow where the schedule says so.
 
         >>> optimizer = sparse.optimizer(lr=1e-2)
         >>> model(**batch).loss.backward()
@@ -61,8 +61,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     processes `step` averages gradients over them, as DistributedDataParallel would, but only then: before it each
     process sees its own, so clip with option max_grad_norm, which is applied to the average.
 
-    The trainer turns the same step piece by piece: `begin`, backward passes, `reduce`, `clip`, `update`, `reallocate`,
-    `end`.
+    The trainer runs the same step in pieces: `begin`, backward passes, `reduce`, `clip`, `update`, `reallocate`, `end`.
 
     Args:
         sparse: the model and its deltas.
@@ -73,8 +72,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         self.sparse, self.tuning = sparse, sparse.tuning
         self.schedule = learning_rate if isinstance(learning_rate, LearningRateSchedule) else None
         self.steps = 0
-        """Optimizer steps that are done."""
-        self.number: int | None = None  # of the step that is open
+        """Completed optimizer steps."""
+        self.number: int | None = None  # of the open step
         self.turnovers: list[Turnover] = []
         """Reallocations since the optimizer was made."""
         self._received = False  # the open step has gradients
@@ -93,7 +92,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     # --- the pieces of a step -----------------------------------------------------------------------------------
 
     def begin(self, number: int | None = None) -> None:
-        """Open step `number` (counted from 1; default: the next): gradients start at zero, a phase may open."""
+        """Open step `number` (counted from 1; default: the next): zero the gradients, open a phase if one begins."""
         self.number = self.steps + 1 if number is None else number
         self.tuning.begin_step(self.number)
         self._received, self._untouched = False, None
@@ -101,14 +100,14 @@ class SparseOptimizer(torch.optim.Optimizer):
             self.param_groups[0]["lr"] = self.schedule.at(min(self.number, self.schedule.total_steps))
 
     def reduce(self, *, average: bool = False) -> None:
-        """Sum what the backward passes recorded over all processes, or average it."""
+        """Sum the recorded gradients over all processes, or average them."""
         flat, group = self.tuning.recorder.flat, self.sparse.group
         group.sum_(flat)
         if average and group.size > 1:
             flat.div_(group.size)
 
     def clip(self) -> Tensor:
-        """Clip by option max_grad_norm; returns the norm before that, an fp32 scalar."""
+        """Clip to the option max_grad_norm; returns the norm before that, an fp32 scalar."""
         return self.tuning.clip()
 
     def update(self) -> None:
@@ -120,7 +119,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             self._stale = True
 
     def discard(self) -> None:
-        """Take nothing from the open step's gradients: neither an update nor an estimate."""
+        """Ignore the open step's gradients: neither update nor estimate."""
         self.tuning.discard_step()
 
     def refuse_dead_gradients(self) -> None:
@@ -135,16 +134,16 @@ class SparseOptimizer(torch.optim.Optimizer):
         if missing:
             raise UserError(
                 f"target_modules: no gradient reached '{missing[0]}' at step 1 ({len(missing)} of "
-                f"{len(tuning.store)} weights); it takes no part in the loss: leave it out"
+                f"{len(tuning.store)} weights), so it takes no part in the loss. Fix: leave it out"
             )
 
     @property
     def reallocates(self) -> bool:
-        """Whether the open step ends with drop and grow."""
+        """True if the open step ends with drop and grow."""
         return self.tuning.schedule.reallocates_at(self._open_number())
 
     def reallocate(self) -> Turnover | None:
-        """Drop and grow in every weight (lines 9 to 16); None where all steps of the estimation phase were discarded.
+        """Drop and grow in every weight (lines 9 to 16); None if all steps of the estimation phase were discarded.
 
         Raises:
             UserError: the processes' deltas differ afterwards.
@@ -160,7 +159,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         return turnover
 
     def end(self) -> None:
-        """Write the deltas into the weights where `update` has not done so, and close the step."""
+        """Write the deltas into the weights, unless `update` has done so, and close the step."""
         if self._stale:
             self.sparse.carrier.write()
             self._stale = False
@@ -183,10 +182,10 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Reduce over processes, clip, update, drop and grow, write.
 
         Args:
-            closure: computes the loss and its gradients again; returned by `step` is its result.
+            closure: computes the loss and its gradients again; `step` returns its result.
 
         Raises:
-            UserError: no backward pass came before, the gradient is not finite, or see `refuse_dead_gradients` (nothing
+            UserError: there was no backward pass, the gradient is not finite, or see `refuse_dead_gradients` (nothing
                 was changed); or the model was detached, moved or cast.
         """
         loss = None
@@ -215,13 +214,13 @@ class SparseOptimizer(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget what backward passes have recorded since the last step."""
+        """Forget the gradients recorded since the last step."""
         if self._received:
             self.discard()
         self._close()
 
     def receive(self) -> None:
-        """Prepare for the gradient of one weight that a backward pass is about to record."""
+        """Prepare to record one weight's gradient in a backward pass."""
         recorder, parameter = self.tuning.recorder, self.sparse.parameter
         if self._received and parameter.grad is None:  # model.zero_grad() was called
             self.zero_grad()
@@ -246,18 +245,18 @@ class SparseOptimizer(torch.optim.Optimizer):
             self._untouched = flat._version, torch.linalg.vector_norm(gradients, dtype=torch.float32)
 
     def _was_changed(self) -> bool:
-        """Whether the caller has written into the gradients of a phase's step since the last backward pass."""
+        """Tell whether the caller has written into the gradients of a phase's step since the last backward pass."""
         return self._untouched is not None and self.tuning.recorder.flat._version != self._untouched[0]
 
     def _take_gradient(self) -> None:
-        """Where the caller has put another tensor in the gradient's place, take over its values."""
+        """Take over the values of a tensor that the caller has put in the gradient's place."""
         parameter, gradients = self.sparse.parameter, self.tuning.recorder.gradients
         if parameter.grad is not None and parameter.grad.data_ptr() != gradients.data_ptr():
             gradients.copy_(parameter.grad)
             parameter.grad = gradients
 
     def _scale_candidates(self) -> None:
-        """Scale candidates' gradients as the caller has scaled the active ones, which are all that it sees.
+        """Scale candidates' gradients by the factor that the caller applied to the active ones, the only ones it sees.
 
         `clip_grad_norm_` and gradient scalers multiply the parameter's gradient; estimates (Eq. 8) must follow.
         """
@@ -301,7 +300,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Copy all that the next step needs: deltas, moments, ages, candidates, and the base values under the deltas.
 
         Raises:
-            UserError: between a backward pass and its step; gradients are not saved.
+            UserError: called between a backward pass and its step; gradients are not saved.
         """
         if self._received:
             raise UserError("state_dict: got gradients that no step has used. Fix: call step() or zero_grad() before")
@@ -320,14 +319,14 @@ class SparseOptimizer(torch.optim.Optimizer):
         return {"state": state, "param_groups": super().state_dict()["param_groups"]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from what `state_dict` gave, bit for bit; a state that does not fit changes nothing.
+        """Resume from a `state_dict`, bit for bit; a state that does not fit changes nothing.
 
-        The weights may be those of the base, or hold the deltas of the state, as a model has that a trainer saved along
-        with its optimizer.
+        The weights may be the base's, or hold the state's deltas, as in a model that a trainer saved along with its
+        optimizer.
 
         Raises:
-            UserError: the state is of another method, base or budget, or damaged; or, after it was loaded, the weights
-                turn out not to be those of its base.
+            UserError: the state belongs to another method, base or budget, or is damaged; or, found after loading, the
+                weights are not those of its base.
         """
         self.sparse.require_attached("load_state_dict")
         state = state_dict.get("state", {})
@@ -345,7 +344,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 )
 
     def _require_fit(self, state: dict[str, Any]) -> None:
-        """Raise UserError unless a state is one of this model, method and budget."""
+        """Raise UserError unless a state belongs to this model, method and budget."""
         tuning, settings = self.tuning, self.sparse.settings
         parts = {"steps", "identity", "counters", "weights", "base"}
         if set(state) != parts:
@@ -372,7 +371,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 raise UserError(f"load_state_dict: weight '{name}': got base values {found}, expected {expected}")
 
     def _identity(self) -> dict[str, Any]:
-        """What a state and the model that loads it must have in common."""
+        """Return the properties that a state and the model loading it must share."""
         settings = self.sparse.settings
         return {
             "method": settings.sparse.method,
