@@ -87,16 +87,16 @@ def attach(
     )
     ranks = existing_ranks(device)
     made = SparseModel(model, settings, ranks or OneProcess(device), _writer(name))
-    if start:
-        try:
+    try:
+        if start:
             start.put_into(made)
-        except BaseException:
-            made.detach()
-            raise
-    if ranks:
-        ranks.check_identical(lambda: {"base": made.base_hash}, "the base model")
-        ranks.check_identical(made.tuning.digests, "the initial deltas")
-    made.expose()
+        if ranks:
+            ranks.check_identical(lambda: {"base": made.base_hash}, "the base model")
+            ranks.check_identical(made.tuning.digests, "the initial deltas")
+        made.expose()
+    except BaseException:
+        made.detach()
+        raise
     return made
 
 

@@ -56,7 +56,7 @@ def train(session, metrics, checkpoints) -> None:
         optimizer.reduce()
         grad_norm = optimizer.clip().item()
         if step == 1:
-            refuse_dead_gradients(session)
+            optimizer.refuse_dead_gradients()
 
         # --- update, drop, grow ---------------------------------------------------------------------------------
         finite = finite_or_stop(session, metrics, checkpoints, loss, grad_norm)
@@ -151,17 +151,6 @@ def finite_or_stop(session, metrics, checkpoints, loss: float, grad_norm: float)
         f"{what}; the deltas of step {step - 1} are saved in {run.adapter}, {saved}. The batch was examples {batch} "
         "(counted from 0). Fix: check them, lower learning_rate, set max_grad_norm, or allow skip_nonfinite_steps"
     )
-
-
-def refuse_dead_gradients(session) -> None:
-    """Refuse, after step 1, weights that received no gradient: they would silently never learn."""
-    received = set().union(*session.cluster.gather_objects(session.tuning.recorder.received))
-    missing = [name for name in session.tuning.store.names if name not in received]
-    if missing:
-        raise UserError(
-            f"target_modules: no gradient reached '{missing[0]}' at step 1 ({len(missing)} of "
-            f"{len(session.tuning.store)} weights), so it takes no part in the loss. Fix: leave it out"
-        )
 
 
 def evaluate_if_due(session, metrics, run) -> None:

@@ -58,7 +58,8 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     Gradients come from the backward passes themselves and add up until `step`; `param_groups[0]["lr"]` is read by
     each step, so torch's schedulers work, and so does `clip_grad_norm_(model.parameters(), ...)`. With several
-    processes `step` averages gradients over them, as DistributedDataParallel would.
+    processes `step` averages gradients over them, as DistributedDataParallel would, but only then: before it each
+    process sees its own, so clip with option max_grad_norm, which is applied to the average.
 
     The trainer runs the same step in pieces: `begin`, backward passes, `reduce`, `clip`, `update`, `reallocate`, `end`.
 
@@ -121,6 +122,21 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Ignore the open step's gradients: neither update nor estimate."""
         self.tuning.discard_step()
 
+    def refuse_dead_gradients(self) -> None:
+        """Refuse weights that no gradient has reached in the first step: they would never learn, silently.
+
+        Raises:
+            UserError: names the first of them.
+        """
+        tuning = self.tuning
+        received = set().union(*self.sparse.group.gather_objects(tuning.recorder.received))
+        missing = [name for name in tuning.store.names if name not in received]
+        if missing:
+            raise UserError(
+                f"target_modules: no gradient reached '{missing[0]}' at step 1 ({len(missing)} of "
+                f"{len(tuning.store)} weights), so it takes no part in the loss. Fix: leave it out"
+            )
+
     @property
     def reallocates(self) -> bool:
         """True if the open step ends with drop and grow."""
@@ -169,15 +185,18 @@ class SparseOptimizer(torch.optim.Optimizer):
             closure: computes the loss and its gradients again; `step` returns its result.
 
         Raises:
-            UserError: there was no backward pass, the gradient is not finite (nothing is changed), or the model was
-                detached or moved.
+            UserError: there was no backward pass, the gradient is not finite, or see `refuse_dead_gradients` (nothing
+                was changed); or the model was detached, moved or cast.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._require_usable()
+        self._take_gradient()
         self._scale_candidates()
+        if self.number == 1:
+            self.refuse_dead_gradients()
         self.reduce(average=True)
         norm = self.clip().item()
         if not isfinite(norm) or not self.tuning.candidates_are_finite:
@@ -205,6 +224,11 @@ class SparseOptimizer(torch.optim.Optimizer):
         recorder, parameter = self.tuning.recorder, self.sparse.parameter
         if self._received and parameter.grad is None:  # model.zero_grad() was called
             self.zero_grad()
+        if self._received:
+            self._take_gradient()
+        if self._was_changed() and not bool(recorder.gradients.any()):  # model.zero_grad(set_to_none=False)
+            self.zero_grad()
+        self._scale_candidates()
         if self.number is None:
             self.begin()
         if parameter.grad is None:
@@ -220,16 +244,28 @@ class SparseOptimizer(torch.optim.Optimizer):
             flat, gradients = self.tuning.recorder.flat, self.tuning.recorder.gradients
             self._untouched = flat._version, torch.linalg.vector_norm(gradients, dtype=torch.float32)
 
+    def _was_changed(self) -> bool:
+        """Tell whether the caller has written into the gradients of a phase's step since the last backward pass."""
+        return self._untouched is not None and self.tuning.recorder.flat._version != self._untouched[0]
+
+    def _take_gradient(self) -> None:
+        """Take over the values of a tensor that the caller has put in the gradient's place."""
+        parameter, gradients = self.sparse.parameter, self.tuning.recorder.gradients
+        if parameter.grad is not None and parameter.grad.data_ptr() != gradients.data_ptr():
+            gradients.copy_(parameter.grad)
+            parameter.grad = gradients
+
     def _scale_candidates(self) -> None:
         """Scale candidates' gradients by the factor that the caller applied to the active ones, the only ones it sees.
 
         `clip_grad_norm_` and gradient scalers multiply the parameter's gradient; estimates (Eq. 8) must follow.
         """
         recorder = self.tuning.recorder
-        if self._untouched is None or recorder.flat._version == self._untouched[0]:
+        if self._untouched is None or not self._was_changed():
             return
         before, now = self._untouched[1], torch.linalg.vector_norm(recorder.gradients, dtype=torch.float32)
         recorder.flat[self.tuning.store.active :] *= torch.where(before > 0, now / before, 1.0)
+        self._untouched = recorder.flat._version, now
 
     def _require_usable(self) -> None:
         sparse = self.sparse
@@ -241,6 +277,12 @@ class SparseOptimizer(torch.optim.Optimizer):
             raise UserError(
                 f"step: the model is on {weight.device}, its deltas are on {self.tuning.store.device}. Fix: move the "
                 "model to its device before scale_sft.attach"
+            )
+        settings = sparse.settings
+        if settings.quantization is None and weight.dtype is not settings.dtype:
+            raise UserError(
+                f"step: the model is in {weight.dtype}, expected {settings.dtype}, in which it was attached. Fix: cast "
+                "the model before scale_sft.attach"
             )
 
     def _tell_the_end(self) -> None:
@@ -277,21 +319,23 @@ class SparseOptimizer(torch.optim.Optimizer):
         return {"state": state, "param_groups": super().state_dict()["param_groups"]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from a `state_dict`, bit for bit; nothing is changed unless all of it fits.
+        """Resume from a `state_dict`, bit for bit; a state that does not fit changes nothing.
 
         The weights may be the base's, or hold the state's deltas, as in a model that a trainer saved along with its
         optimizer.
 
         Raises:
-            UserError: the state belongs to another method, base or budget, or is damaged.
+            UserError: the state belongs to another method, base or budget, or is damaged; or, found after loading, the
+                weights are not those of its base.
         """
+        self.sparse.require_attached("load_state_dict")
         state = state_dict.get("state", {})
         self._require_fit(state)
         resumes = state["steps"] != self.steps
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self.zero_grad()
         self.sparse.load_state(state["steps"], state["weights"].items(), state["counters"], state["base"])
         self.steps = state["steps"]
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         if resumes and isinstance(self.sparse.carrier, ResidentDeltas):
             with self.sparse.carrier.without():
                 self.sparse.check_base(
@@ -301,7 +345,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _require_fit(self, state: dict[str, Any]) -> None:
         """Raise UserError unless a state belongs to this model, method and budget."""
-        tuning = self.tuning
+        tuning, settings = self.tuning, self.sparse.settings
         parts = {"steps", "identity", "counters", "weights", "base"}
         if set(state) != parts:
             raise UserError(
@@ -312,11 +356,19 @@ class SparseOptimizer(torch.optim.Optimizer):
             found = state["identity"].get(what)
             if found != own:
                 raise UserError(f"load_state_dict: {what}: got a state of {found}, expected {own}. Fix: attach alike")
-        cohorts = len(state["counters"]["cohort_steps"])
+        counters, own = state["counters"], tuning.counters()
+        cohorts = len(counters.get("cohort_steps", ()))
+        if set(counters) != set(own) or not cohorts or any(len(counts) != cohorts for counts in counters.values()):
+            raise UserError(f"load_state_dict: counters: got {counters}, expected {', '.join(own)} of one length each")
+        resident = isinstance(self.sparse.carrier, ResidentDeltas)
         for name in tuning.store.names:
             wrong = tuning.wrong_with_state(name, state["weights"].get(name, {}), state["steps"], cohorts)
             if wrong:
                 raise UserError(f"load_state_dict: weight '{name}': {wrong}. Fix: attach with the budget of the state")
+            base, expected = state["base"].get(name), ((tuning.store[name].active,), settings.dtype)
+            if resident and (base is None or (tuple(base.shape), base.dtype) != expected):
+                found = "none" if base is None else f"{tuple(base.shape)} {base.dtype}"
+                raise UserError(f"load_state_dict: weight '{name}': got base values {found}, expected {expected}")
 
     def _identity(self) -> dict[str, Any]:
         """Return the properties that a state and the model loading it must share."""

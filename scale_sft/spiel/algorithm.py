@@ -122,6 +122,8 @@ class SparseFineTuning:
         self.optimizer.begin_cohort()
         replaced = dropped = 0
         for delta in self.store:
+            if self.method != "ma" and delta.name not in self.recorder.candidates:
+                continue  # no gradient has reached this weight in the phase: nothing is known that could grow
             exchange = self._exchange(delta, self.schedule.replaced(step, delta.active))
             self.optimizer.follow(delta, exchange, self.recorder.candidates.get(delta.name))
             carrier.release(delta)

@@ -66,11 +66,12 @@ class WeightTap:
         return functional.linear(x, weight.t() if self.transposed else weight, self.module.bias)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
-        """Compute dX = dY W: [..., O] -> [..., I]."""
+        """Compute dX = dY W: [..., O] -> [..., I], in the dtype of dY."""
         if self.effective_weight is not None:
-            weight = self.effective_weight()
+            weight = self.effective_weight().to(dy.dtype)
             return dy @ (weight.t() if self.transposed else weight)
-        with self.materialize(self.module.weight) as weight:
+        with self.materialize(self.module.weight) as stored:
+            weight = stored.to(dy.dtype)
             return dy @ (weight.t() if self.transposed else weight)
 
     def factors(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,21 +85,26 @@ class WeightTap:
 
 
 class _TappedLinear(torch.autograd.Function):
-    """The layer's forward under autograd. Only the input is kept: never the weight, nor anything of its size."""
+    """The layer's forward under autograd. Only the input is kept: never the weight, nor anything of its size.
+
+    Under torch.autocast the product is of another dtype than input and weight: the input is kept in that dtype, and
+    the backward pass, which autocast does not reach, computes in it too.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, tap: WeightTap) -> Tensor:
         # `anchor` requires a gradient and gets none: it makes backward run where x needs no gradient (first layer).
-        ctx.tap = tap
+        ctx.tap, ctx.dtype = tap, x.dtype
+        y = tap.output(x)
         if tap.record is not None:
-            ctx.save_for_backward(x)
-        return tap.output(x)
+            ctx.save_for_backward(x.to(y.dtype))
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
         saved = ctx.saved_tensors  # must come first: with checkpointing this recomputes the block
         tap = ctx.tap
-        dx = tap.input_gradient(dy) if ctx.needs_input_grad[0] else None
+        dx = tap.input_gradient(dy).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         if tap.record is not None:
             tap.record(tap.name, *tap.factors(saved[0], dy))
         return dx, None, None
@@ -115,7 +121,10 @@ def attach(tap: WeightTap) -> None:
 
 
 def detach(module: nn.Module) -> None:
-    """Undo `attach`: give the module its earlier forward back."""
-    before = getattr(module.__dict__.pop("forward", None), "before", None)
-    if before is not None:
-        module.forward = before
+    """Undo `attach`: give the module its earlier forward back; one without a tap stays as it is."""
+    forward: Any = module.__dict__.get("forward")
+    if not hasattr(forward, "before"):
+        return
+    del module.forward
+    if forward.before is not None:
+        module.forward = forward.before

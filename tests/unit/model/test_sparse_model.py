@@ -138,7 +138,7 @@ def test_clip_grad_norm_clips_the_deltas_and_the_candidates_along(load, delta_dt
             torch.testing.assert_close(tensor.float(), states[1][name][kind].float(), rtol=rtol, atol=1e-9)
 
 
-@pytest.mark.parametrize("forget", ["optimizer", "model"])
+@pytest.mark.parametrize("forget", ["optimizer", "model", "model in place"])
 def test_gradients_that_were_zeroed_leave_no_trace(load, forget) -> None:
     states = []
     for distracted in (True, False):
@@ -148,11 +148,57 @@ def test_gradients_that_were_zeroed_leave_no_trace(load, forget) -> None:
         for number in range(1, 4):
             if distracted:
                 model(**batch(100 + number)).loss.backward()
-                (optimizer if forget == "optimizer" else model).zero_grad()
+                (optimizer if forget == "optimizer" else model).zero_grad(set_to_none=forget != "model in place")
             model(**batch(number)).loss.backward()
             optimizer.step()
         states.append(sparse.tuning.digests())
     assert states[0] == states[1]
+
+
+def test_a_gradient_that_was_replaced_counts_as_one_that_was_changed_in_place(load) -> None:
+    digests = []
+    for replaced in (True, False):
+        model = load()
+        sparse = scale_sft.attach(model, **SCHEDULE)
+        optimizer = sparse.optimizer(lr=1e-2)
+        for number in range(1, 4):
+            for part in (0, 1):
+                model(**batch(2 * number + part)).loss.backward()
+                if replaced:
+                    sparse.parameter.grad = sparse.parameter.grad * 0.5
+                else:
+                    sparse.parameter.grad.mul_(0.5)
+            optimizer.step()
+        digests.append(sparse.tuning.digests())
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_autocast_trains(load, dtype) -> None:
+    """As `TrainingArguments(bf16=True)` does it, mostly with a base in float32."""
+    model = load(dtype)
+    sparse = scale_sft.attach(model, **SCHEDULE)
+    optimizer = sparse.optimizer(lr=1e-2)
+    losses = []
+    for _ in range(6):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**batch(1)).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_weight_that_no_gradient_reaches_is_named_at_the_first_step(load) -> None:
+    model = load()
+    model.spare = nn.ModuleList([nn.Sequential(nn.Linear(8, 8))])
+    sparse = scale_sft.attach(model, **SCHEDULE)
+    optimizer, before = sparse.optimizer(lr=1e-2), sparse.tuning.digests()
+    model(**batch(1)).loss.backward()
+    with pytest.raises(UserError, match=r"no gradient reached 'spare.0.0.weight' at step 1 \(1 of 15 weights\)"):
+        optimizer.step()
+    optimizer.zero_grad()
+    assert sparse.tuning.digests() == before and optimizer.steps == 0
 
 
 # --- saved and resumed ----------------------------------------------------------------------------------------------
@@ -214,6 +260,13 @@ def test_a_state_of_another_budget_method_or_base_is_refused_and_changes_nothing
         fresh = other.optimizer(lr=1e-2)
         with pytest.raises(UserError, match=f"load_state_dict: {what}"):
             fresh.load_state_dict(state)
+        assert other.tuning.digests() == before and fresh.steps == 0
+    damaged = [("base", {}, "got base values none"), ("counters", {}, "counters: got {}")]
+    other = scale_sft.attach(load(), **SCHEDULE)
+    fresh, before = other.optimizer(lr=1e-2), other.tuning.digests()
+    for part, content, message in damaged:
+        with pytest.raises(UserError, match=message):
+            fresh.load_state_dict({**state, "state": {**state["state"], part: content}})
         assert other.tuning.digests() == before and fresh.steps == 0
     with pytest.raises(UserError, match="expected one that a SparseOptimizer has saved"):
         optimizer.load_state_dict(torch.optim.AdamW(load().parameters()).state_dict())
@@ -369,6 +422,35 @@ def test_a_failure_in_the_middle_leaves_nothing_attached(load, monkeypatch) -> N
     assert all(weight.requires_grad for weight in model.parameters())
 
 
+def test_ranks_that_attach_different_bases_are_left_with_their_models(load, monkeypatch) -> None:
+    from scale_sft import api
+    from scale_sft.model.group import OneProcess
+
+    class Disagreeing(OneProcess):
+        def check_identical(self, take_digests, what):
+            raise UserError(f"ranks disagree on {what}")
+
+    monkeypatch.setattr(api, "existing_ranks", Disagreeing)
+    model = load()
+    before = weights(model)
+    with pytest.raises(UserError, match="ranks disagree on the base model"):
+        scale_sft.attach(model, **SCHEDULE)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert all(weight.requires_grad for weight in model.parameters()) and same(weights(model), before)
+
+
+def test_a_model_that_was_cast_is_refused_before_anything_moves(load) -> None:
+    model = load("bfloat16")
+    sparse = scale_sft.attach(model, **SCHEDULE)
+    optimizer, before = sparse.optimizer(lr=1e-2), sparse.tuning.digests()
+    model.float()
+    model(**batch(1)).loss.backward()
+    with pytest.raises(UserError, match=r"the model is in torch.float32, expected torch.bfloat16"):
+        optimizer.step()
+    optimizer.zero_grad()
+    assert sparse.tuning.digests() == before
+
+
 def test_misuse_is_one_error_that_says_what_to_do(load) -> None:
     model = load()
     sparse = scale_sft.attach(model, **SCHEDULE)
@@ -385,8 +467,9 @@ def test_misuse_is_one_error_that_says_what_to_do(load) -> None:
     with pytest.raises(UserError, match="state_dict: got gradients that no step has used"):
         optimizer.state_dict()
     with sparse.base():
-        with pytest.raises(UserError, match=r"inside sparse.base\(\)"):
-            optimizer.step()
+        for call in (optimizer.step, lambda: optimizer.load_state_dict({})):
+            with pytest.raises(UserError, match=r"inside sparse.base\(\)"):
+                call()
         with pytest.raises(UserError, match=r"inside sparse.base\(\)"):
             model(**batch(1)).loss.backward()
     optimizer.step()

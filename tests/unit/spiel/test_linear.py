@@ -76,6 +76,36 @@ def test_gradients_are_those_of_autograd_in_the_layout_of_the_weight(kind: str, 
 
 
 @pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_gradients_are_those_of_autograd_too(kind: str, dtype: torch.dtype) -> None:
+    """Of inputs in either dtype, as norms and layers of a model give them."""
+    layer, recorded = tapped(kind)
+    results = []
+    for has_tap in (True, False):
+        if not has_tap:
+            detach(layer)
+            layer.weight.requires_grad_(True)
+        x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_(True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = layer(x)
+        assert y.dtype is torch.bfloat16
+        y.square().sum().backward()
+        results.append(x.grad)
+    ((_, gradient),) = recorded
+    assert results[0].dtype is dtype
+    torch.testing.assert_close(gradient.float(), layer.weight.grad)
+    torch.testing.assert_close(*results)
+
+
+def test_a_layer_without_a_tap_is_not_detached() -> None:
+    """Other libraries route forward passes on the instance too."""
+    layer = nn.Linear(2, 2)
+    own = layer.forward = lambda x: x
+    detach(layer)
+    assert layer.forward is own
+
+
+@pytest.mark.parametrize("kind", LAYERS)
 def test_the_frozen_weight_gets_no_gradient(kind: str) -> None:
     layer, _ = tapped(kind)
     layer(torch.randn(3, 24)).sum().backward()

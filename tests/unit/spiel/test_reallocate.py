@@ -179,3 +179,30 @@ def test_an_update_and_growth_of_momentum_approximation_make_no_tensor_of_the_we
         turnover = tuning.reallocate(1, Nowhere())
     assert turnover.replaced == active
     assert 0 < largest.entries <= 4 * (sum(shape) + active)  # of 245,760
+
+
+class NoCarrier:
+    """The deltas are in no weight."""
+
+    def write(self) -> None: ...
+
+    def release(self, delta) -> None: ...
+
+    def adopt(self, delta) -> None: ...
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "change"])
+def test_a_weight_that_no_gradient_reaches_in_a_phase_keeps_its_entries(criterion: str) -> None:
+    """As an expert to which no token was routed; the other weight reallocates as ever."""
+    store = DeltaStore({"reached": (4, 6), "missed": (4, 6)}, {"reached": 5, "missed": 5},
+                       keep_reference=criterion == "change")  # fmt: skip
+    schedule = ReallocationSchedule(total_steps=9, update_interval_steps=3, estimation_steps=2)
+    tuning = SparseFineTuning(store, MethodSettings(drop_criterion=criterion), schedule)
+    before = {delta.name: delta.indices for delta in store}
+    for step in (1, 2):
+        tuning.begin_step(step)
+        tuning.recorder.record("reached", torch.randn(4, 6, generator=torch.Generator().manual_seed(step)))
+        tuning.update(0.1)
+    assert tuning.reallocate(2, NoCarrier()).replaced > 0
+    assert not torch.equal(store["reached"].indices, before["reached"])
+    assert torch.equal(store["missed"].indices, before["missed"]) and not store["missed"].cohort.any()
