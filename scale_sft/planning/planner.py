@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from scale_sft.config.options import Config
-from scale_sft.distributed.candidates import PROPOSAL_ENTRIES
+from scale_sft.distributed.candidates import ProposalCost, proposal_cost
 from scale_sft.distributed.sharding import read_ds_config
 from scale_sft.errors import UserError
 from scale_sft.model.fingerprints import CHUNK_ENTRIES
@@ -114,7 +114,7 @@ class Planner:
         stored, scales = stored_base(facts, size, quantization), _scales(facts, quantization)
         step = self._step(config, counts, gpus, dtype)
         gathered = _gathered(config, facts, size, stored) if sharded else 0
-        proposal = 8 * min(largest_target, PROPOSAL_ENTRIES) if gpus > 1 and candidates else 0
+        proposal = max(cost.temporaries for cost in proposal_costs(config, facts, counts, gpus)) if candidates else 0
         dequantised = 2 * largest_target * size if quantization else 0
         held = 0 if quantization else 1 / gpus if sharded else 1
         state = state_bytes(config, facts.shapes, counts, dtype, held)
@@ -190,18 +190,19 @@ def _after_step_bytes(active: int, largest_k: int) -> int:
     return max(28 * min(active, PIECE_ENTRIES), 60 * largest_k)
 
 
-def proposal_bytes(config: Config, facts: Facts, counts: Mapping[str, int], gpus: int) -> tuple[int, int]:
-    """What a rank gives into the reduce-scatter and into the all-gather of one proposal of candidates.
-
-    Each rank gets the sum of one part of a gradient, and offers the top of it: no more than the part has entries.
+def proposal_costs(config: Config, facts: Facts, counts: Mapping[str, int], gpus: int) -> list[ProposalCost]:
+    """Compute what one proposal of candidates costs each rank, for each target weight; nothing where there is one rank.
 
     Args:
+        config: of the run.
+        facts: shapes of the targets.
         counts: K of each target weight.
+        gpus: W.
     """
-    scattered = sum(o * i for o, i in facts.shapes.values())
-    parts = {name: -(-o * i // gpus) for name, (o, i) in facts.shapes.items()}
-    offered = sum(min(int(config.sparse.candidate_ratio * count), parts[name]) for name, count in counts.items())
-    return 4 * scattered, 12 * offered
+    return [
+        proposal_cost(o * i, int(config.sparse.candidate_ratio * counts[name]), gpus)
+        for name, (o, i) in facts.shapes.items()
+    ]
 
 
 def _traffic(config: Config, facts: Facts, counts: Mapping[str, int], gpus: int, gathered_bytes: int) -> dict[str, int]:
@@ -215,8 +216,8 @@ def _traffic(config: Config, facts: Facts, counts: Mapping[str, int], gpus: int,
     found = {"gradients of deltas": int(2 * ring * each * active)}
     if candidates:
         found["gradients of candidates"] = int(2 * ring * each * candidates * phase)
-        scattered, gathered = proposal_bytes(config, facts, counts, gpus)
-        found["proposal of candidates"] = int((ring * scattered + (gpus - 1) * gathered) / sparse.update_interval_steps)
+        sent = sum(cost.sent(gpus) for cost in proposal_costs(config, facts, counts, gpus))
+        found["proposal of candidates"] = int(sent / sparse.update_interval_steps)
     if gathered_bytes:
         micro = config.run.micro_batch_size or config.run.global_batch_size // gpus
         steps = math.ceil(config.run.global_batch_size / (gpus * micro))
