@@ -149,7 +149,8 @@ class Planner:
     def _step(self, config: Config, counts: dict[str, int], gpus: int, dtype: torch.dtype) -> StepMemory:
         model, sequences = config.model, config.run.micro_batch_size or config.run.global_batch_size // gpus
         tokens = max_length(config.data.max_length, self.model_config)
-        key = (sequences, tokens, config.sparse, model.gradient_checkpointing, model.attention, dtype)
+        alone = gpus == 1  # several ranks search together: see `proposal_costs`
+        key = (sequences, tokens, config.sparse, model.gradient_checkpointing, model.attention, dtype, alone)
         if key not in self._steps:
             self._steps[key] = step_memory(
                 self.model_config,
@@ -158,7 +159,7 @@ class Planner:
                 tokens=tokens,
                 target_modules=config.sparse.target_modules,
                 active=counts,
-                proposes=config.sparse.method != "ma",
+                proposes=alone and config.sparse.method != "ma",
                 checkpointing=model.gradient_checkpointing,
                 attention=model.attention,
                 trust_remote_code=model.trust_remote_code,
@@ -199,10 +200,9 @@ def proposal_costs(config: Config, facts: Facts, counts: Mapping[str, int], gpus
         counts: K of each target weight.
         gpus: W.
     """
-    return [
-        proposal_cost(o * i, int(config.sparse.candidate_ratio * counts[name]), gpus)
-        for name, (o, i) in facts.shapes.items()
-    ]
+    shapes = facts.shapes.items()
+    chosen = {name: max(1, min(int(config.sparse.candidate_ratio * counts[name]), o * i)) for name, (o, i) in shapes}
+    return [proposal_cost(o * i, chosen[name], gpus) for name, (o, i) in shapes]
 
 
 def _traffic(config: Config, facts: Facts, counts: Mapping[str, int], gpus: int, gathered_bytes: int) -> dict[str, int]:

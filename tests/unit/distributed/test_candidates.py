@@ -12,34 +12,8 @@ from scale_sft.distributed.agreement import Ranks
 from scale_sft.distributed.candidates import proposal_cost, select_candidates
 from scale_sft.planning.meta_trace import LiveBytes
 from scale_sft.spiel.topk import top_k_magnitude
-from tests.gathered_candidates import gathered_candidates
+from tests.candidate_cases import KINDS, gathered_candidates, summands
 from tests.thread_ranks import ThreadRanks, on_threads
-
-KINDS = ("spread", "ties", "all equal", "broken", "infinite", "zeros of both signs", "small", "in one part")
-
-
-def summands(kind: str, world: int, n: int, dtype: torch.dtype) -> Tensor:
-    """[W, N]: gradients of the ranks whose sums are exact in float32, so that their order does not matter."""
-    generator = torch.Generator().manual_seed(n + world)
-    parts = torch.randint(-200, 201, (world, n), generator=generator).float() / 64
-    if kind == "ties":
-        parts = parts.sign() * 2
-    elif kind == "all equal":
-        parts = torch.full_like(parts, -0.5)
-    elif kind == "broken":
-        parts[-1, n // 3 :: 2] = torch.nan
-        parts[0, :: n // 2 + 1] = -torch.nan
-    elif kind == "infinite":
-        parts[0, ::3] = torch.inf
-        parts[-1, ::3] = -torch.inf  # with the line above no number
-        parts[-1, 1::5] = -torch.inf
-    elif kind == "zeros of both signs":
-        parts = torch.where(parts > 2.5, parts, torch.where(parts > 0, 0.0, -0.0))
-    elif kind == "small":
-        parts *= 2.0**-140  # below the smallest normal number
-    elif kind == "in one part":
-        parts[:, : n // 2] *= 2.0**-20
-    return parts.to(dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)

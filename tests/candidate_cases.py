@@ -1,7 +1,7 @@
-"""Candidates as every rank would choose them from the gathered tops of all: what the exchange must agree with.
+"""Gradients of several ranks, and the candidates that ranks choose from them by gathering the tops of all.
 
-Each rank gathers and sorts W * C entries, so this is only for tests. Shapes: W ranks; N entries of a weight; C
-candidates.
+Each rank gathers and sorts W * C entries, so this is only for tests: what the exchange must agree with.
+Shapes: W ranks; N entries of a weight; C candidates.
 """
 
 from __future__ import annotations
@@ -13,6 +13,32 @@ from scale_sft.distributed.agreement import Ranks
 from scale_sft.kernels.cpu.topk import top_k_magnitude
 from scale_sft.spiel.indices import pieces
 from scale_sft.spiel.topk import top_k_sorted
+
+KINDS = ("spread", "ties", "all equal", "broken", "infinite", "zeros of both signs", "small", "in one part")
+
+
+def summands(kind: str, world: int, n: int, dtype: torch.dtype) -> Tensor:
+    """[W, N]: gradients of the ranks whose sums are exact in float32, so that their order does not matter."""
+    generator = torch.Generator().manual_seed(n + world)
+    parts = torch.randint(-200, 201, (world, n), generator=generator).float() / 64
+    if kind == "ties":
+        parts = parts.sign() * 2
+    elif kind == "all equal":
+        parts = torch.full_like(parts, -0.5)
+    elif kind == "broken":
+        parts[-1, n // 3 :: 2] = torch.nan
+        parts[0, :: n // 2 + 1] = -torch.nan
+    elif kind == "infinite":
+        parts[0, ::3] = torch.inf
+        parts[-1, ::3] = -torch.inf  # with the line above no number
+        parts[-1, 1::5] = -torch.inf
+    elif kind == "zeros of both signs":
+        parts = torch.where(parts > 2.5, parts, torch.where(parts > 0, 0.0, -0.0))
+    elif kind == "small":
+        parts *= 2.0**-140  # below the smallest normal number
+    elif kind == "in one part":
+        parts[:, : n // 2] *= 2.0**-20
+    return parts.to(dtype)
 
 
 def gathered_candidates(ranks: Ranks, gradient: Tensor, count: int, piece_entries: int = 1 << 22) -> Tensor:
