@@ -51,6 +51,14 @@ class Ranks:
         self.traffic_bytes[purpose] += flat.numel() * flat.element_size()
         torch.distributed.all_reduce(flat)
 
+    def sum_parts(self, total: Tensor, flat: Tensor, purpose: str) -> None:
+        """Sum a contiguous tensor [W * n] over the ranks; this rank's n entries of the sum go into `total` [n]."""
+        self.mark()
+        self.traffic_bytes[purpose] += flat.nbytes
+        # newer torch has renamed the call
+        call = getattr(torch.distributed, "reduce_scatter_single", None) or torch.distributed.reduce_scatter_tensor
+        call(total, flat)
+
     def sum_floats(self, *values: float) -> list[float]:
         """Sum a few numbers over the ranks, in double precision."""
         if self.size == 1:

@@ -1,74 +1,230 @@
 """Candidates for growth, chosen over all ranks: the largest entries of a summed gradient that no rank holds whole.
 
-Shapes: W ranks; N entries of a weight, cut into W parts; C candidates.
+Shapes: W ranks; N entries of a weight, cut into W parts of P = ceil(N / W) (the last ones may be shorter, or empty);
+C candidates, of which S are in this rank's part.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from scale_sft.kernels.cpu.topk import top_k_magnitude
 from scale_sft.spiel.indices import pieces
-from scale_sft.spiel.topk import top_k_sorted
 
 from .agreement import Ranks
 
-PROPOSAL_ENTRIES = 1 << 22
-"""Entries of a gradient that are summed over the ranks at a time."""
+PROPOSAL_ENTRIES = 1 << 26
+"""Entries of a gradient that are summed over the ranks at a time: 256 MiB in float32."""
+_DIGITS = (11, 11, 9)
+"""Bits of a key, from the highest: each digit is counted in one collective."""
+_CHUNK_ENTRIES = 1 << 22
+"""Entries of a part that are looked at at a time."""
+_INFINITY = 0x7F800000
+"""Bit pattern of infinity in float32, the largest magnitude that is a number."""
 
 
 def select_candidates(ranks: Ranks, gradient: Tensor, count: int) -> Tensor:
     """Choose the entries of largest magnitude of a gradient summed over the ranks.
 
-    Each rank receives its part of the sum (reduce-scatter, piece by piece, so that no fp32 copy of the whole is made)
-    and takes the top of it; the top of those tops is the top of the whole. The choice is exact, and the same on every
-    rank because all decide on the same gathered values.
+    Each rank receives its part of the sum (reduce-scatter, piece by piece, so that no fp32 copy of the whole is made).
+    Magnitudes become integer keys of the same order; the ranks find the key of the C-th largest digit by digit, from
+    histograms summed over all parts. Then only the indices of what was chosen are exchanged. The choice is exact, and
+    the same on every rank because all decide on the same counts. The host waits for the device once.
 
     Args:
         ranks: the ranks that call this together.
         gradient: [N], this rank's summand.
-        count: C.
+        count: C, 0 <= C <= N.
 
     Returns:
-        Flat indices [C] int64, sorted.
+        Flat indices [C] int64, sorted. Ties go to the smaller index; what is no number (NaN) ranks below any number.
+
+    Raises:
+        ValueError: C is out of range.
     """
-    if ranks.size == 1:
-        return top_k_magnitude(gradient, count)
     n, world = gradient.numel(), ranks.size
-    part = -(-n // world)
-    scores = torch.empty(0, dtype=torch.float32, device=gradient.device)
-    indices = torch.empty(0, dtype=torch.int64, device=gradient.device)
-    for piece in pieces(part, max(1, PROPOSAL_ENTRIES // world)):
-        size = piece.stop - piece.start
-        total = _reduced(ranks, gradient[piece.start * world : piece.stop * world], size)
-        first = piece.start * world + ranks.rank * size
-        total = total[: max(0, min(size, n - first))]
-        top = top_k_magnitude(total, min(count, total.numel()))
-        found = total[top].abs().nan_to_num(nan=-0.5, posinf=torch.inf)  # below any number, above the padding
-        scores, indices = torch.cat((scores, found)), torch.cat((indices, top + first))
-        if scores.numel() > count:
-            kept = top_k_sorted(scores, count)
-            scores, indices = scores[kept], indices[kept]
-    length = min(count, part)
-    ranks.traffic_bytes["proposal"] += 4 * part * world + 12 * length
-    scores, indices = ranks.gather(_extended(scores, length, -1.0)), ranks.gather(_extended(indices, length, 0))
-    order = indices.argsort(stable=True)
-    return indices[order[top_k_sorted(scores[order], count)]]
+    if world == 1 or not 0 < count <= n:
+        return top_k_magnitude(gradient, count)
+    part, integers = -(-n // world), _integers(n)
+    chosen, offset = _chosen(ranks, _keys(_own_part(ranks, gradient, part)), count, integers)
+    own = chosen.nonzero().squeeze(1)  # the host waits for their number
+    places = torch.arange(own.numel(), device=own.device).add_(offset)
+    own += part * ranks.rank
+    found = torch.zeros(count, dtype=integers, device=own.device)
+    found[places] = own.to(integers)
+    ranks.sum_(found, "proposal")  # every place is filled by one rank
+    return found.long()
 
 
-def _reduced(ranks: Ranks, held: Tensor, size: int) -> Tensor:
-    """Sum `held` [at most W * size] over the ranks in float32 and return this rank's part of the sum [size]."""
-    padded = torch.zeros(size * ranks.size, dtype=torch.float32, device=held.device)
-    padded[: held.numel()] = held
-    total = torch.empty(size, dtype=torch.float32, device=held.device)
-    ranks.mark()
-    # newer torch has renamed the call
-    call = getattr(torch.distributed, "reduce_scatter_single", None) or torch.distributed.reduce_scatter_tensor
-    call(total, padded)
-    return total
+@dataclass(frozen=True)
+class ProposalCost:
+    """What one call of `select_candidates` costs a rank: collectives by kind, bytes that it gives into them, memory."""
+
+    calls: int
+    reduce_scattered: int
+    all_reduced: int
+    all_gathered: int
+    temporaries: int  # at their peak, beside the gradient
+
+    @property
+    def payload(self) -> int:
+        """Bytes that a rank gives into all of the collectives."""
+        return self.reduce_scattered + self.all_reduced + self.all_gathered
+
+    def sent(self, world: int) -> float:
+        """Bytes that a rank sends for them by ring algorithms."""
+        ring = (world - 1) / world
+        return ring * (self.reduce_scattered + 2 * self.all_reduced) + (world - 1) * self.all_gathered
 
 
-def _extended(tensor: Tensor, length: int, value: float) -> Tensor:
-    """Pad a tensor [n], n <= length, with `value`: [length]."""
-    return torch.cat((tensor, tensor.new_full((length - tensor.numel(),), value)))
+def proposal_cost(n: int, count: int, world: int) -> ProposalCost:
+    """Compute what choosing `count` (C) of `n` (N) entries over `world` (W) ranks costs each of them.
+
+    Temporaries are at their peak in one of four places: while the last piece is summed, while a digit is counted, while
+    the chosen entries are marked, or while they are exchanged. All of it is within 16 bytes x (P + C), plus one piece.
+    """
+    if world == 1:
+        return ProposalCost(0, 0, 0, 0, 0)
+    part, item = -(-n // world), _integers(n).itemsize
+    *summed, last = (1 << bits for bits in _DIGITS)
+    chunk, most = min(part, _CHUNK_ENTRIES), min(part, count)
+    counted = 64 * max(summed) + 24 * world * (last + 1)  # histograms; the last one of every rank, in several forms
+    return ProposalCost(
+        calls=len(list(_cuts(part, world))) + len(_DIGITS) + 1,
+        reduce_scattered=4 * part * world,
+        all_reduced=item * (sum(summed) + count),
+        all_gathered=4 * (last + 1),
+        temporaries=max(
+            4 * part + 4 * world * min(part, _cut_entries(world)),
+            5 * part + 8 * chunk + counted,
+            part + 8 * most,
+            (16 + item) * most + item * count,
+            (item + 8) * count,
+        ),
+    )
+
+
+def _own_part(ranks: Ranks, gradient: Tensor, part: int) -> Tensor:
+    """Sum a gradient [N] over the ranks in float32 and return this rank's part of the sum: [P], at the end shorter."""
+    n, world = gradient.numel(), ranks.size
+    whole, rest = divmod(n, part)  # parts without padding, entries of the one that has some
+    total = torch.empty(part, dtype=torch.float32, device=gradient.device)
+    for cut in _cuts(part, world):
+        given = torch.zeros(world, cut.stop - cut.start, dtype=torch.float32, device=gradient.device)
+        given[:whole] = gradient[: whole * part].view(whole, part)[:, cut]
+        if rest:
+            left = gradient[whole * part :][cut]
+            given[whole, : left.numel()] = left
+        ranks.sum_parts(total[cut], given.view(-1), "proposal")
+        del given  # before the next one is made
+    return total[: max(0, min(part, n - part * ranks.rank))]
+
+
+def _keys(sums: Tensor) -> Tensor:
+    """Turn sums [n] float32 in place into [n] int32 keys that order them by magnitude: 0 for NaN, 1 for zero."""
+    keys = sums.view(torch.int32).bitwise_and_(0x7FFFFFFF)
+    return keys.masked_fill_(keys > _INFINITY, -1).add_(1)
+
+
+def _chosen(ranks: Ranks, keys: Tensor, count: int, integers: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Find which entries of this rank's part are among the C largest of all.
+
+    Args:
+        ranks: the ranks that call this together.
+        keys: [n] int32, of this rank's part.
+        count: C.
+        integers: can count N entries.
+
+    Returns:
+        [n] bool, and how many entries the ranks before this one have chosen, [1] int64.
+    """
+    threshold = torch.zeros(1, dtype=torch.int32, device=keys.device)  # the digits of its key that are known
+    above = torch.zeros(1, dtype=torch.int64, device=keys.device)  # keys of this part that begin with more than that
+    wanted = torch.full_like(above, count)  # of all keys that begin with that
+    left = sum(_DIGITS)
+    for bits in _DIGITS[:-1]:
+        left -= bits
+        own = _histogram(keys, threshold, bits, left)
+        total = own.to(integers, copy=True)
+        ranks.sum_(total, "proposal")
+        digit = _digit_of(total, wanted)
+        wanted -= _above(total, digit)
+        above += _above(own, digit)
+        threshold = (threshold << bits) + digit.int()
+    own = _histogram(keys, threshold, _DIGITS[-1], 0)
+    rows = torch.cat((above.to(own.dtype), own))
+    ranks.traffic_bytes["proposal"] += rows.nbytes
+    rows = ranks.gather(rows).view(ranks.size, -1)
+    total = rows[:, 1:].sum(0)
+    digit = _digit_of(total, wanted)
+    wanted -= _above(total, digit)
+    threshold = (threshold << _DIGITS[-1]) + digit.int()
+
+    larger = rows[:, 0] + _above(rows[:, 1:], digit)
+    level = rows[:, 1:].index_select(1, digit).squeeze(1)
+    taken = (wanted - (level.cumsum(0) - level)).clamp_(min=0).minimum(level)  # ties: smaller indices, earlier ranks
+    chosen, here = larger + taken, slice(ranks.rank, ranks.rank + 1)
+    return _from(keys, threshold, taken[here].int()), (chosen.cumsum(0) - chosen)[here]
+
+
+def _from(keys: Tensor, threshold: Tensor, ties: Tensor) -> Tensor:
+    """Mark the entries [n] whose key is above the threshold [1], and the first `ties` [1] of those that equal it."""
+    chosen = torch.empty(keys.shape, dtype=torch.bool, device=keys.device)
+    for chunk in pieces(keys.numel(), _CHUNK_ENTRIES):
+        level = keys[chunk] == threshold
+        number = level.int().cumsum_(0)
+        torch.le(number, ties, out=chosen[chunk])
+        chosen[chunk] &= level
+        ties = ties - number[-1:]
+        chosen[chunk] |= keys[chunk] > threshold
+    return chosen
+
+
+def _histogram(keys: Tensor, prefix: Tensor, bits: int, left: int) -> Tensor:
+    """Count the keys [n] that begin with `prefix` [1] by their next `bits` bits, after which `left` bits remain.
+
+    Returns:
+        [2^bits] int32.
+    """
+    size, first = 1 << bits, prefix << bits
+    counts = torch.zeros(size, dtype=torch.int32, device=keys.device)
+    for chunk in pieces(keys.numel(), _CHUNK_ENTRIES):
+        digits = (keys[chunk] >> left).sub_(first)
+        if digits.is_cuda:  # bincount would make the host wait; one bin more, because the last includes its upper end
+            counts += torch.histc(digits, bins=size + 1, min=0, max=size + 1)[:-1].int()
+        else:
+            counts += torch.bincount(digits.clamp_(-1, size).add_(1), minlength=size + 2)[1:-1]
+    return counts
+
+
+def _digit_of(counts: Tensor, wanted: Tensor) -> Tensor:
+    """Find the largest digit such that at least `wanted` [1] entries have it or a larger one: [1] int64.
+
+    `counts` [B]: of entries by digit; as many as wanted or more.
+    """
+    at_least = counts.flip(0).cumsum(0)  # from the largest digit down
+    return (at_least >= wanted).sum(0, keepdim=True) - 1
+
+
+def _above(counts: Tensor, digit: Tensor) -> Tensor:
+    """Add up counts [..., B] of digits larger than `digit` [1]: [...] int64, at least one-dimensional."""
+    larger = torch.arange(counts.shape[-1], device=counts.device) > digit
+    return (counts * larger).sum(-1, keepdim=counts.dim() == 1)
+
+
+def _cut_entries(world: int) -> int:
+    """Entries of each part that are summed at a time."""
+    return max(1, PROPOSAL_ENTRIES // world)
+
+
+def _cuts(part: int, world: int) -> list[slice]:
+    """Slices of a part [P], each of which is summed at once in all parts."""
+    return list(pieces(part, _cut_entries(world)))
+
+
+def _integers(n: int) -> torch.dtype:
+    """Choose the integers that count N entries and hold their indices while these are exchanged."""
+    return torch.int32 if n <= torch.iinfo(torch.int32).max else torch.int64

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from scale_sft.config.options import Config
-from scale_sft.distributed.candidates import PROPOSAL_ENTRIES
+from scale_sft.distributed.candidates import ProposalCost, proposal_cost
 from scale_sft.distributed.sharding import read_ds_config
 from scale_sft.errors import UserError
 from scale_sft.model.fingerprints import CHUNK_ENTRIES
@@ -115,7 +115,7 @@ class Planner:
         stored, scales = stored_base(facts, size, quantization), _scales(facts, quantization)
         step = self._step(config, counts, gpus, dtype)
         gathered = _gathered(config, facts, size, stored) if sharded else 0
-        proposal = 8 * min(largest_target, PROPOSAL_ENTRIES) if gpus > 1 and candidates else 0
+        proposal = max(cost.temporaries for cost in proposal_costs(config, facts, counts, gpus)) if candidates else 0
         dequantised = 2 * largest_target * size if quantization else 0
         held = 0 if quantization else 1 / gpus if sharded else 1
         state = state_bytes(config, facts.shapes, counts, dtype, held)
@@ -150,7 +150,8 @@ class Planner:
     def _step(self, config: Config, counts: Mapping[str, int], gpus: int, dtype: torch.dtype) -> StepMemory:
         model, sequences = config.model, config.run.micro_batch_size or config.run.global_batch_size // gpus
         tokens = max_length(config.data.max_length, self.model_config)
-        key = (sequences, tokens, config.sparse, model.gradient_checkpointing, model.attention, dtype)
+        alone = gpus == 1  # several ranks search together: see `proposal_costs`
+        key = (sequences, tokens, config.sparse, model.gradient_checkpointing, model.attention, dtype, alone)
         if key not in self._steps:
             self._steps[key] = step_memory(
                 self.model_config,
@@ -159,7 +160,7 @@ class Planner:
                 tokens=tokens,
                 target_modules=config.sparse.target_modules,
                 active=counts,
-                proposes=proposes(config.sparse),
+                proposes=alone and proposes(config.sparse),
                 checkpointing=model.gradient_checkpointing,
                 attention=model.attention,
                 trust_remote_code=model.trust_remote_code,
@@ -191,18 +192,18 @@ def _after_step_bytes(active: int, largest_k: int) -> int:
     return max(28 * min(active, PIECE_ENTRIES), 60 * largest_k)
 
 
-def proposal_bytes(config: Config, facts: Facts, counts: Mapping[str, int], gpus: int) -> tuple[int, int]:
-    """Count the bytes that a rank passes to the reduce-scatter and to the all-gather of one proposal of candidates.
-
-    Each rank receives the sum of one part of a gradient, and offers its largest entries, at most the whole part.
+def proposal_costs(config: Config, facts: Facts, counts: Mapping[str, int], gpus: int) -> list[ProposalCost]:
+    """Compute what one proposal of candidates costs each rank, for each target weight; nothing where there is one rank.
 
     Args:
+        config: of the run.
+        facts: shapes of the targets.
         counts: K of each target weight.
+        gpus: W.
     """
-    scattered = sum(o * i for o, i in facts.shapes.values())
-    parts = {name: -(-o * i // gpus) for name, (o, i) in facts.shapes.items()}
-    offered = sum(min(int(config.sparse.candidate_ratio * count), parts[name]) for name, count in counts.items())
-    return 4 * scattered, 12 * offered
+    shapes = facts.shapes.items()
+    chosen = {name: max(1, min(int(config.sparse.candidate_ratio * counts[name]), o * i)) for name, (o, i) in shapes}
+    return [proposal_cost(o * i, chosen[name], gpus) for name, (o, i) in shapes]
 
 
 def _traffic(config: Config, facts: Facts, counts: Mapping[str, int], gpus: int, gathered_bytes: int) -> dict[str, int]:
@@ -216,8 +217,8 @@ def _traffic(config: Config, facts: Facts, counts: Mapping[str, int], gpus: int,
     found = {"gradients of deltas": int(2 * ring * each * active)}
     if candidates:
         found["gradients of candidates"] = int(2 * ring * each * candidates * phase)
-        scattered, gathered = proposal_bytes(config, facts, counts, gpus)
-        found["proposal of candidates"] = int((ring * scattered + (gpus - 1) * gathered) / sparse.update_interval_steps)
+        sent = sum(cost.sent(gpus) for cost in proposal_costs(config, facts, counts, gpus))
+        found["proposal of candidates"] = int(sent / sparse.update_interval_steps)
     if gathered_bytes:
         micro = config.run.micro_batch_size or config.run.global_batch_size // gpus
         steps = math.ceil(config.run.global_batch_size / (gpus * micro))

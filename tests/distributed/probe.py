@@ -26,6 +26,7 @@ from scale_sft.training import assemble
 from scale_sft.training.checkpoints import Checkpoints
 from scale_sft.training.inputs import read_inputs
 from scale_sft.training.run_folder import RunFolder
+from tests.candidate_cases import KINDS, gathered_candidates, summands
 
 
 def options(folder: str, **more) -> dict:
@@ -86,9 +87,10 @@ def broken(folder: str) -> None:
 
 
 def proposing(folder: str) -> None:
-    """Ranks choose candidates from gradients of which each has a part.
+    """Ranks choose candidates from gradients of which each has a summand; sums are exact in any order.
 
-    Written per case: its numbers, whether the choice is that of one rank with the sum, and this rank's own traffic.
+    Written per case: its numbers, whether the choice is that of one rank with the sum, whether it is that of ranks that
+    gather the tops of all, and whether this rank's own traffic is what the planner counts.
     """
     inputs = read_inputs(load(None, options(folder, base_placement="replicate")))
     cluster = Cluster.start(sharded=False, dtype=inputs.dtype, timeout_seconds=60)
@@ -100,20 +102,22 @@ def proposing(folder: str) -> None:
         (1001, 900, 50),
         (997, 997, 13),
         (64, 20, 1),
+        (3, 2, 64),
     ]:
         candidates.PROPOSAL_ENTRIES = piece
-        for kind in ("spread", "ties", "broken"):
-            generator = torch.Generator().manual_seed(entries + count)
-            parts = torch.randn(2, entries, generator=generator).bfloat16()
-            if kind == "ties":
-                parts = parts.sign() * 2
-            if kind == "broken":
-                parts[1, entries // 3 :: 5] = torch.nan
+        for kind in KINDS:
+            parts = summands(kind, cluster.size, entries, torch.bfloat16)
+            mine, expected = parts[cluster.rank], top_k_magnitude(parts.float().sum(0), count)
             cluster.traffic_bytes.clear()
-            chosen = cluster.select_candidates(parts[cluster.rank], count)
-            expected = top_k_magnitude(parts.float().sum(0), count)
+            chosen = cluster.select_candidates(mine, count)
+            planned = candidates.proposal_cost(entries, count, cluster.size).payload
             found.append(
-                [entries, count, piece, kind, torch.equal(chosen, expected), cluster.traffic_bytes["proposal"]]
+                {
+                    "case": [entries, count, piece, kind],
+                    "as alone": torch.equal(chosen, expected),
+                    "as gathered": torch.equal(chosen, gathered_candidates(cluster, mine, count, piece)),
+                    "as planned": cluster.traffic_bytes["proposal"] == planned,
+                }
             )
     Path(folder, f"proposed{cluster.rank}.json").write_text(json.dumps(found))
     cluster.close()

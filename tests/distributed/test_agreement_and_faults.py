@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from scale_sft.model.loading import base_location
+from tests.candidate_cases import KINDS
 
 from . import probe
 from .conftest import ROOT, STRICT, command, environment
@@ -47,14 +48,16 @@ def test_a_gradient_that_is_no_number_on_one_rank_stops_all_with_one_message(on_
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_ranks_choose_the_candidates_that_one_would_choose_from_the_sum_in_pieces_of_any_size(on_ranks, tmp_path):
-    statuses, text = on_ranks(2, False, probe.proposing, str(tmp_path))
-    assert statuses == [0, 0], text[-4000:]
-    for rank in (0, 1):
-        for entries, count, piece, kind, same, traffic in json.loads((tmp_path / f"proposed{rank}.json").read_text()):
-            assert same, (rank, entries, count, piece, kind)
-            part = -(-entries // 2)
-            assert traffic == 4 * 2 * part + 12 * min(count, part)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_choose_the_candidates_that_one_would_choose_from_the_sum_in_pieces_of_any_size(
+    on_ranks, tmp_path, ranks
+):
+    statuses, text = on_ranks(ranks, False, probe.proposing, str(tmp_path))
+    assert statuses == [0] * ranks, text[-4000:]
+    for rank in range(ranks):
+        found = json.loads((tmp_path / f"proposed{rank}.json").read_text())
+        wrong = [row for row in found if not (row["as alone"] and row["as gathered"] and row["as planned"])]
+        assert len(found) == 7 * len(KINDS) and not wrong, (rank, wrong)
 
 
 def test_a_rank_holds_half_of_the_base_and_never_much_more(tmp_path, hf_home):

@@ -25,7 +25,7 @@ from scale_sft.config.options import Config
 from scale_sft.errors import UserError
 from scale_sft.model.loading import load_model_config
 from scale_sft.planning.footprint import Facts
-from scale_sft.planning.planner import Plan, Planner, proposal_bytes
+from scale_sft.planning.planner import Plan, Planner, proposal_costs
 from scale_sft.spiel.budgets import budget
 
 from .page import COLUMNS, cells, part
@@ -214,7 +214,8 @@ def payload_of(plan: Plan, config: Config, facts: Facts, ranks: int) -> dict[str
     found = {"gradients": sum(plan.traffic.get(name, 0) for name in _SUMMED) / (2 * ring)}
     if "proposal of candidates" in plan.traffic:
         counts = budget(facts.shapes, density=sparse.density)
-        found["proposal"] = sum(proposal_bytes(config, facts, counts, ranks)) / sparse.update_interval_steps
+        costs = proposal_costs(config, facts, counts, ranks)
+        found["proposal"] = sum(cost.payload for cost in costs) / sparse.update_interval_steps
     return found
 
 

@@ -74,9 +74,9 @@ def test_the_model_of_what_goes_into_collectives_is_the_ranks_own_arithmetic(wor
         found = scale.modelled(planner, worlds, ranks)
         phase = config.sparse.estimation_steps / config.sparse.update_interval_steps
         assert found["modelled_payload_bytes"]["gradients"] == pytest.approx(4 * sum(active) * (1 + phase), rel=1e-3)
-        parts = [-(-o * i // ranks) for o, i in shapes.values()]
-        proposal = 4 * sum(o * i for o, i in shapes.values()) + 12 * sum(map(min, active, parts))
-        assert found["modelled_payload_bytes"]["proposal"] == proposal / config.sparse.update_interval_steps
+        summed = 4 * ranks * sum(-(-o * i // ranks) for o, i in shapes.values())  # with padding
+        chosen = 4 * sum(active) + len(shapes) * 4 * (2 * 2**11 + 2**9 + 1)  # indices, and histograms
+        assert found["modelled_payload_bytes"]["proposal"] == (summed + chosen) / config.sparse.update_interval_steps
     assert scale.modelled(planner, worlds, 1)["sent_bytes"] == {}
 
 
