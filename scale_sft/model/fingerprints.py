@@ -15,9 +15,9 @@ _MASK64 = (1 << 64) - 1
 
 
 def fingerprint(part: WeightPart) -> tuple[int, int]:
-    """Two 64-bit sums over (index, bits) of the entries of a part; the sums of all parts add up to the weight's.
+    """Compute two 64-bit sums over (index, bits) of a part's entries; the sums of all parts add up to the weight's.
 
-    It does not depend on how a weight is cut into parts, so every placement and world size gives the same.
+    The result does not depend on how a weight is cut into parts: every placement and world size gives the same.
     """
     entries = part.entries()
     sums = torch.zeros(2, dtype=torch.int64, device=entries.device)
@@ -44,7 +44,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def combine_fingerprints(prints: Mapping[str, tuple[int, int]], shapes: Mapping[str, tuple[int, int]]) -> str:
-    """One hash of all target weights: 64 hex digits over names, shapes and fingerprints in sorted order."""
+    """Hash all target weights: 64 hex digits over names, shapes and fingerprints in sorted order."""
     sha = hashlib.sha256()
     for name in sorted(prints):
         sha.update(f"{name} {shapes[name]} {prints[name][0]:016x} {prints[name][1]:016x}\n".encode())
