@@ -107,7 +107,7 @@ class Ranks:
     # --- agreement ----------------------------------------------------------------------------------------------
 
     def check_identical(self, take_digests: Callable[[], Mapping[str, str]], what: str) -> None:
-        """Stop the run if ranks differ in any of the named digests (hex SHA-256); a single rank takes none.
+        """Stop the run if ranks differ in any of the named digests (hex, of one length); a single rank takes none.
 
         Raises:
             UserError: names the first weight (or item) and the ranks that differ from the majority.

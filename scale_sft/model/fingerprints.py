@@ -20,19 +20,24 @@ def fingerprint(part: WeightPart) -> tuple[int, int]:
     The result does not depend on how a weight is cut into parts: every placement and world size gives the same.
     """
     entries = part.entries()
-    sums = [0, 0]
+    sums = torch.zeros(2, dtype=torch.int64, device=entries.device)
     bits_type = _BITS[entries.element_size()]
     for first in range(0, entries.numel(), CHUNK_ENTRIES):
         bits = entries[first : first + CHUNK_ENTRIES].view(bits_type).long()
         place = torch.arange(part.start + first, part.start + first + bits.numel(), device=bits.device)
         mixed = _mix(bits ^ _mix(place))
-        sums[0] += int(mixed.sum())
-        sums[1] += int(_mix(mixed ^ place).sum())
-    return sums[0] & _MASK64, sums[1] & _MASK64
+        sums[0] += mixed.sum()
+        sums[1] += _mix(mixed ^ place).sum()
+    first, second = sums.tolist()  # one transfer per weight
+    return first & _MASK64, second & _MASK64
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Mix int64 bijectively (by wrapping multiplications and shifts)."""
+    """Mix int64 by wrapping multiplications and shifts.
+
+    The shifts keep the sign, so an entry and its bitwise complement count the same. Adapters keep these fingerprints:
+    the formula stays.
+    """
     x = (x ^ (x >> 31)) * 0x2545F4914F6CDD1D
     x = (x ^ (x >> 29)) * -0x61C8864680B583EB
     return x ^ (x >> 32)

@@ -3,6 +3,7 @@
     algorithm   Algorithms 1 and 2 without their model
     settings    what the method does, and who computes it
     deltas      the sparse delta of one weight, and the store of all (section 3.1)
+    digests     what tells ranks whether they hold the same state
     indices     which entries are active, in 2 bytes each
     budgets     how many entries each weight gets
     seeding     seeded generators; random initial indices

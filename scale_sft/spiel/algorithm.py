@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .deltas import DeltaStore, SparseDelta
+from .digests import digest_states
 from .drop_grow import Exchange, apply_exchange, drop_scores
 from .indices import wrong_with_indices
 from .optimizers import SM3, AdamW, Optimizer
@@ -152,8 +153,8 @@ class SparseFineTuning:
         self.recorder.discard_step()
 
     def digests(self) -> dict[str, str]:
-        """Compute the SHA-256 of each weight's whole state, which must be equal on all ranks."""
-        return {name: self.store.digest(name, *self._moving_state_of(name).values()) for name in self.store.names}
+        """Digest each weight's whole state, where it is: equal on all ranks, or something is wrong."""
+        return digest_states((name, self.state_of(name)) for name in self.store.names)
 
     # --- what the next step needs -------------------------------------------------------------------------------
 

@@ -5,10 +5,8 @@ Shapes: O rows, I columns of a weight; N = O * I entries, flattened row-major; K
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,17 +144,3 @@ class DeltaStore:
         for delta in self:
             counts += torch.bincount(delta.cohort.int(), minlength=cohorts)
         return counts.tolist()
-
-    def digest(self, name: str, *more: Tensor) -> str:
-        """Compute the SHA-256 of one weight's state and `more` (its optimizer's state): 64 hex digits."""
-        return digest(*self[name].state().values(), *more)
-
-
-def digest(*tensors: Tensor) -> str:
-    """Compute the SHA-256 over the bytes, dtypes and shapes of tensors: 64 hex digits."""
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        held: Any = tensor.detach().contiguous().cpu().view(torch.uint8).numpy()
-        sha.update(held)
-    return sha.hexdigest()

@@ -3,27 +3,68 @@
 from __future__ import annotations
 
 import hashlib
+from math import isqrt
 
 import torch
 from torch import Tensor
 
 
 def seeded_generator(seed: int, purpose: str, name: str = "") -> torch.Generator:
-    """Make a CPU generator for one purpose, the same on every rank, device and Python process."""
+    """Make a CPU generator for one purpose: the same on every rank, device and Python process."""
     key = hashlib.sha256(f"{seed}\0{purpose}\0{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
 
 
 def random_indices(shape: tuple[int, int], k: int, seed: int, name: str) -> Tensor:
-    """Draw `k` distinct flat indices of an [O, I] weight, uniform, sorted: [k] int64 on the CPU.
+    """Choose `k` distinct flat indices of an [O, I] weight: [k] on the CPU, sorted, int32 (int64 where O * I is wider).
 
-    Sparse draws reject repeats instead of permuting all N entries, so memory is O(k).
+    Every set of `k` indices is equally likely. The same (shape, k, seed, name) gives the same indices everywhere: only
+    integers are computed. Memory is O(k).
     """
-    n = shape[0] * shape[1]
-    generator = seeded_generator(seed, "initial indices", name)
-    if 3 * k > n:
-        return torch.randperm(n, generator=generator)[:k].sort().values
-    found = torch.empty(0, dtype=torch.int64)
+    return _subset(shape[0] * shape[1], k, seeded_generator(seed, "initial indices", name))
+
+
+def _subset(n: int, k: int, generator: torch.Generator) -> Tensor:
+    """Choose `k` of the numbers below `n`, every set with the same probability: [k] sorted, int32 or int64.
+
+    Independent draws treat all numbers alike, so the set of the distinct ones among them is, given its size, a uniform
+    set of that size; and so is what remains of it when uniformly chosen members are deleted.
+    """
+    dtype = torch.int32 if n <= torch.iinfo(torch.int32).max else torch.int64
+    if k == 0:
+        return torch.empty(0, dtype=dtype)
+    if 2 * k > n:
+        chosen = torch.ones(n, dtype=torch.bool)
+        chosen[_subset(n, n - k, generator).long()] = False
+        return chosen.nonzero().squeeze(1).to(dtype)
+    found = torch.empty(0, dtype=dtype)
     while found.numel() < k:
-        found = torch.cat((found, torch.randint(n, (k + k // 4 + 8,), generator=generator))).unique()
-    return found[torch.randperm(found.numel(), generator=generator)[:k]].sort().values
+        drawn = _uniform(n, _draws(n, k), dtype, generator)
+        found = torch.cat((found, drawn)).sort().values.unique_consecutive()
+    surplus = _subset(found.numel(), found.numel() - k, generator)  # positions of a few members
+    first, *others = found.tensor_split(surplus.long())
+    return torch.cat((first, *(part[1:] for part in others)))
+
+
+def _draws(n: int, k: int) -> int:
+    """Count the independent draws from `n` numbers that nearly always hit `k` <= n / 2 distinct ones, and few more.
+
+    For x = k / n, n (x + x^2 / 2 + x^3 / 3 + ...) = -n log(1 - x) draws are needed on average; the terms from the third
+    on add up to at most 2 x^3 / 3. The number of repeats has a standard deviation of about k / sqrt(2 n): the margin is
+    four of them.
+    """
+    return k + k * k // (2 * n) + 2 * k**3 // (3 * n * n) + 3 * isqrt(k * k // n) + 4
+
+
+def _uniform(n: int, count: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Draw `count` independent numbers below `n`, exactly uniform: [count] in their order of drawing.
+
+    Draws of 31 or 62 bits beyond the last whole multiple of `n` are drawn again. `torch.randint(n)` keeps them, and so
+    favours small numbers by as much as n / 2^32.
+    """
+    span = 1 << (31 if dtype is torch.int32 else 62)
+    bits = torch.empty(count, dtype=dtype).random_(0, span, generator=generator)
+    last = span // n * n - 1
+    while (rejected := (bits > last).nonzero().squeeze(1)).numel():
+        bits[rejected] = torch.empty(rejected.numel(), dtype=dtype).random_(0, span, generator=generator)
+    return bits.remainder_(n)

@@ -1,49 +1,10 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from scale_sft.spiel.budgets import budget
 from scale_sft.spiel.deltas import DeltaStore
-from scale_sft.spiel.seeding import random_indices
 
-ROOT = Path(__file__).parents[3]
 SHAPES = {"a": (8, 16), "b": (5, 7), "c": (64, 32)}
-
-
-@pytest.mark.parametrize(("shape", "k"), [((8, 16), 1), ((8, 16), 40), ((8, 16), 128), ((300, 300), 100), ((3, 1), 2)])
-def test_random_indices_are_sorted_unique_and_inside(shape: tuple[int, int], k: int) -> None:
-    for seed in range(5):
-        indices = random_indices(shape, k, seed, "w")
-        assert indices.shape == (k,)
-        assert bool((indices[1:] > indices[:-1]).all())
-        assert int(indices[0]) >= 0 and int(indices[-1]) < shape[0] * shape[1]
-
-
-def test_random_indices_cover_a_weight_evenly() -> None:
-    counts = torch.zeros(100)
-    for seed in range(400):
-        counts[random_indices((10, 10), 10, seed, "w")] += 1
-    assert counts.mean() == 40 and counts.min() > 15 and counts.max() < 75
-
-
-def test_random_indices_depend_on_seed_and_name_and_nothing_else() -> None:
-    draw = lambda seed, name: random_indices((100, 100), 50, seed, name).tolist()
-    first = draw(1, "w")
-    torch.manual_seed(123)
-    torch.rand(7)
-    assert draw(1, "w") == first
-    assert draw(2, "w") != first and draw(1, "v") != first
-
-
-def test_random_indices_are_the_same_in_another_process() -> None:
-    code = "from scale_sft.spiel.seeding import random_indices as r; print(r((100, 100), 9, 3, 'w').tolist())"
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
-    )
-    assert run.stdout.strip() == str(random_indices((100, 100), 9, 3, "w").tolist())
 
 
 def test_deltas_start_at_zero_in_views_of_one_buffer() -> None:
@@ -64,23 +25,6 @@ def test_cohorts_are_counted() -> None:
     store["c"].cohort[:2] = 2
     assert store.cohort_counts(3) == [8, 0, 2]
     assert DeltaStore(SHAPES, {"a": 3, "b": 2, "c": 5}, cohorts=300)["a"].cohort.dtype is torch.int16
-
-
-def test_a_digest_tells_any_change() -> None:
-    store = DeltaStore(SHAPES, {"a": 3, "b": 2, "c": 5})
-    moment = torch.zeros(3)
-    digests = {store.digest("a", moment)}
-    store["a"].deltas[1] = -0.0  # another bit
-    digests.add(store.digest("a", moment))
-    store["a"].cohort[0] = 1
-    digests.add(store.digest("a", moment))
-    moment[2] = 1e-30
-    digests.add(store.digest("a", moment))
-    indices = store["a"].indices.clone()
-    indices[2] = 127 if indices[2] != 127 else 126
-    store["a"].indices = indices
-    digests.add(store.digest("a", moment))
-    assert len(digests) == 5
 
 
 def test_density_is_uniform_over_weights() -> None:
