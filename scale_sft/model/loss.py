@@ -15,23 +15,26 @@ IGNORED = -100
 """Label of a token that does not count."""
 
 
-def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def token_losses(model: nn.Module, batch: dict[str, Tensor], over: float = 1) -> Tensor:
     """Cross entropies of the target tokens of a batch of [B, L], row by row: [T] fp32 with gradient.
 
     The labels belong on the CPU: to find the targets among them elsewhere, the CPU would have to wait for the device.
+
+    Args:
+        over: what the caller will divide them by; see `OutputLayer.losses`.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     places, targets = (found.to(batch["input_ids"].device, non_blocking=True) for found in predictions(batch["labels"]))
     layer = output_layer(model)
     if isinstance(layer, OutputLayer) and layer.frozen:
-        return layer.losses(model, inputs, places, targets)
+        return layer.losses(model, inputs, places, targets, over)
     logits = model(**inputs, use_cache=False).logits
     return cross_entropies(logits.flatten(0, 1), places, targets)
 
 
-def token_loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Sum of the cross entropies of all target tokens of a batch: fp32 scalar with gradient."""
-    return token_losses(model, batch).sum()
+def token_loss_sum(model: nn.Module, batch: dict[str, Tensor], over: float = 1) -> Tensor:
+    """Sum of the cross entropies of all target tokens of a batch, divided by `over`: fp32 scalar with gradient."""
+    return token_losses(model, batch, over).sum() / over
 
 
 def predictions(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -119,13 +119,17 @@ class OutputLayer:
             return False
         return not any(weight.requires_grad for weight in self.module.parameters())
 
-    def losses(self, model: nn.Module, inputs: Mapping[str, Any], places: Tensor, targets: Tensor) -> Tensor:
+    def losses(
+        self, model: nn.Module, inputs: Mapping[str, Any], places: Tensor, targets: Tensor, over: float = 1
+    ) -> Tensor:
         """Cross entropies [T] fp32 with gradient, in one pass through the model.
 
         Args:
             model: that has this layer.
             inputs: of the model, input_ids [B, L] among them.
             places: [T] int64, which of the N tokens predict. targets: [T] int64, what they should.
+            over: what the caller divides the losses by. Their gradients are formed for that, and rounded once; with any
+                other divisor they are right too, but are rounded twice.
 
         Raises:
             ValueError: the model calls the layer never, twice, or with something else than [B, L, H].
@@ -135,7 +139,7 @@ class OutputLayer:
         def formed(hidden: Tensor) -> Tensor:
             if found or hidden.shape[:-1] != inputs["input_ids"].shape:
                 raise ValueError(f"output layer: got {tuple(hidden.shape)}, expected one call with [B, L, H]")
-            found.append(self._losses(forward, hidden.flatten(0, -2), places, targets))
+            found.append(self._losses(forward, hidden.flatten(0, -2), places, targets, over))
             return hidden.new_zeros((*hidden.shape[:-1], 1))  # for the model to handle and to return
 
         with _forward_replaced(self.module, formed):
@@ -144,10 +148,11 @@ class OutputLayer:
             raise ValueError("output layer: got no call")
         return found[0]
 
-    def _losses(self, forward: Operation, hidden: Tensor, places: Tensor, targets: Tensor) -> Tensor:
+    def _losses(self, forward: Operation, hidden: Tensor, places: Tensor, targets: Tensor, over: float) -> Tensor:
         """From hidden states [N, H]; the weight is whole while this runs, even of a sharded model."""
         learns = torch.is_grad_enabled() and hidden.requires_grad
         losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
+        share = torch.ones((), device=hidden.device) / over
         slopes = hidden.new_empty(len(targets) if learns else 0, hidden.shape[-1])
         for part in pieces(len(targets), self.rows_at_once(hidden.device)):
             rows = hidden.detach().index_select(0, places[part]).requires_grad_(learns)
@@ -155,8 +160,8 @@ class OutputLayer:
             of_part = cross_entropies(self.afterwards(forward(rows)), every, targets[part])
             losses[part] = of_part.detach()
             if learns:
-                (slopes[part],) = torch.autograd.grad(of_part, rows, torch.ones_like(of_part))
-        return _Formed.apply(hidden, losses, slopes, places) if learns else losses
+                (slopes[part],) = torch.autograd.grad(of_part, rows, share.expand_as(of_part))
+        return _Formed.apply(hidden, losses, slopes, places, share) if learns else losses
 
     def rows_at_once(self, device: torch.device) -> int:
         """Tokens of one chunk."""
@@ -164,20 +169,20 @@ class OutputLayer:
 
 
 class _Formed(torch.autograd.Function):
-    """Losses [T] whose gradients in the hidden states, [T, H], are there already."""
+    """Losses [T] whose gradients in the hidden states, [T, H] times a share, are there already."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, losses: Tensor, slopes: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(slopes, places)
+    def forward(ctx: Any, hidden: Tensor, losses: Tensor, slopes: Tensor, places: Tensor, share: Tensor) -> Tensor:
+        ctx.save_for_backward(slopes, places, share)
         ctx.shape = hidden.shape
         return losses.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        slopes, places = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        slopes, places, share = ctx.saved_tensors
         of_hidden = slopes.new_zeros(ctx.shape).index_copy_(0, places, slopes)
-        factors = gradient.new_zeros(ctx.shape[0], 1).index_copy_(0, places, gradient[:, None])
-        return of_hidden.mul_(factors), None, None, None
+        factors = gradient.new_zeros(ctx.shape[0], 1).index_copy_(0, places, (gradient / share)[:, None])
+        return of_hidden.mul_(factors), None, None, None, None
 
 
 @contextmanager
@@ -208,6 +213,14 @@ def output_layer(model: nn.Module) -> OutputLayer | str:
     if known is None or (isinstance(known, OutputLayer) and known.module is not _named_by(model)):
         known = _probed[model] = _probe(model)
     return known
+
+
+def assumed_output_layer(model: Any) -> OutputLayer | None:
+    """What a probe would find, if the model is of a kind that is known; for a model without weights."""
+    module = _named_by(model)
+    if module is None or not isinstance(getattr(module, "out_features", None), int):
+        return None
+    return OutputLayer(module, next(known_operations(model)), module.out_features)
 
 
 def _named_by(model: Any) -> Any:
