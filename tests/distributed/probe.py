@@ -96,13 +96,13 @@ def losing(folder: str) -> None:
     inputs = read_inputs(load(None, options(folder, base_placement="shard", ds_config="ds_configs/zero3_cpu.json")))
     cluster = Cluster.start(sharded=True, dtype=inputs.dtype, timeout_seconds=60)
     model = assemble.assemble(inputs, cluster).model
+    found: list[list[float]] = []
+    embedded: list[torch.Tensor] = []
     model.get_input_embeddings().register_forward_hook(lambda *call: embedded.append(call[-1].requires_grad_()))
-    found = []
     assert loss.why_all_logits(model) is None
     output_layer.CPU_CHUNK = 5 * model.config.vocab_size
     for members in ([0, 1, 2], [3], [None] if cluster.rank else [4]):
         batch = collate(inputs.train, members, 0, cluster.device)
-        embedded: list[torch.Tensor] = []
         places, targets = loss.predictions(batch["labels"])
         ours = loss.token_losses(model, batch)
         of_ours = torch.autograd.grad(ours.sum(), embedded[-1])[0]
