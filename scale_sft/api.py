@@ -1,4 +1,4 @@
-"""Attach sparse deltas to a model that is loaded already: the Python API, assembled."""
+"""Attach sparse deltas to a loaded model: the Python API."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ def attach(
         >>> sparse.save("adapter")
         >>> sparse.detach()
 
-    Move the model to its device before. Where torch.distributed has several processes, each attaches its own whole
-    copy, and steps average gradients over them; a model in DistributedDataParallel is not needed.
+    Move the model to its device first. If torch.distributed has several processes, each attaches its own whole copy,
+    and steps average gradients over them; DistributedDataParallel is not needed.
 
     Args:
         model: a causal language model, in float32, bfloat16 or float16, or in 4 or 8 bits of bitsandbytes.
         total_steps: optimizer steps of the whole training; the fraction that is replaced falls to 0 over them.
         seed: of the initial indices.
         kernels: `cpu`, `auto` or `off`: see option kernels of `scale-sft train`.
-        base: what to record as the adapter's base; default: where the model was loaded from.
+        base: recorded as the adapter's base; default: the path or hub id that the model was loaded from.
         options: every option of sections sparse and optimizer, by name: method, density (default: 0.01),
             target_modules, update_interval_steps, betas, max_grad_norm, ...
 
     Raises:
-        UserError: an option is wrong, or the model cannot carry deltas; it is as it was.
+        UserError: an option is wrong, or the model cannot carry deltas; the model is unchanged.
     """
     sparse, optimizer = _sections(options)
     _check_arguments(total_steps, seed, kernels)
@@ -88,15 +88,15 @@ def attach(
 
 
 def _sections(options: dict[str, Any]) -> tuple[SparseConfig, OptimizerConfig]:
-    """The two sections of options; exactly one budget, by default a density."""
+    """Sort options into their two sections, with exactly one budget, by default a density."""
     known = {field.name for kind in (SparseConfig, OptimizerConfig) for field in dataclasses.fields(kind)}
     for name in options:
         if name not in known:
             raise UserError(f"attach: {unknown(f'option {name!r}', name, sorted(known))}")
     if options.get("proposal_batch_size") is not None:
         raise UserError(
-            "proposal_batch_size: got a number, expected none: the first backward pass of a step proposes, as "
-            "attach does not cut batches. Fix: leave it out"
+            "proposal_batch_size: got a number, expected none, as attach does not split batches: the first backward "
+            "pass of a step proposes. Fix: leave it out"
         )
     given = [name for name in BUDGETS if options.get(name) is not None]
     if len(given) > 1:
@@ -121,7 +121,7 @@ def _check_arguments(total_steps: int, seed: int, kernels: str) -> None:
 
 
 def _usable_targets(model: nn.Module, sparse: SparseConfig) -> list:
-    """The layers to train, of a model that can be attached; nothing is changed."""
+    """Find the layers to train and check that the model can be attached, without changing it."""
     if PARAMETER in dict(model.named_parameters(recurse=False)):
         raise UserError(
             "attach: got a model that carries deltas already. Fix: use its SparseModel, or detach() it first"
@@ -151,7 +151,7 @@ def _usable_targets(model: nn.Module, sparse: SparseConfig) -> list:
 
 
 def _quantization(model: nn.Module, base: str) -> Quantization | None:
-    """How bitsandbytes keeps the model; None: it does not.
+    """Find the model's bitsandbytes format; None if it is not quantised.
 
     Raises:
         UserError: the model is quantised by something else.
@@ -160,8 +160,8 @@ def _quantization(model: nn.Module, base: str) -> Quantization | None:
     found = resolve_quantization(ModelConfig(base=base or "this model"), config)
     if found is None and any(map(is_quantized_layer, model.modules())):
         raise UserError(
-            "attach: got layers of bitsandbytes in a model whose config says nothing of them, expected a model that "
-            "transformers has quantised. Fix: load it with a BitsAndBytesConfig"
+            "attach: got bitsandbytes layers in a model whose config does not mention them, expected a model quantised "
+            "by transformers. Fix: load it with a BitsAndBytesConfig"
         )
     if found is None or _stored_quantized(base):
         return found
@@ -169,12 +169,12 @@ def _quantization(model: nn.Module, base: str) -> Quantization | None:
 
 
 def _compute_dtype(model: Any) -> torch.dtype:
-    """Of a quantised model: that of its embeddings, which are not."""
+    """Return the compute dtype of a quantised model: that of its embeddings, which are not quantised."""
     return model.get_input_embeddings().weight.dtype
 
 
 def _stored_quantized(base: str) -> bool:
-    """Whether the base is quantised where it is stored, rather than while it was loaded."""
+    """Return True if the base is stored quantised, rather than quantised while it was loaded."""
     file = Path(base) / "config.json"
     if base and file.is_file():
         return "quantization_config" in json.loads(file.read_text(encoding="utf-8"))
@@ -182,12 +182,12 @@ def _stored_quantized(base: str) -> bool:
 
     try:
         return getattr(AutoConfig.from_pretrained(base), "quantization_config", None) is not None
-    except (OSError, ValueError):  # nobody can look it up: what was asked for is what is known
+    except (OSError, ValueError):  # cannot be looked up: assume that it was quantised while it was loaded
         return False
 
 
 def _writer(base: str) -> Save:
-    """A function that writes a sparse model's adapter folder."""
+    """Make a function that writes a sparse model's adapter folder."""
 
     def save(sparse: SparseModel, folder: Path) -> None:
         adapter = trained_adapter(sparse, base, None)

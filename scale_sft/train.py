@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 
 def train(session, metrics, checkpoints) -> None:
-    """The loop: T optimizer steps, each on one global batch, with drop and grow where the schedule says so.
+    """Run T optimizer steps, each on one global batch, with drop and grow where the schedule says so.
 
-    It may end early, for want of a lower held-out loss; `session.step` steps are done.
+    The loop ends early if the held-out loss stops falling; `session.step` counts the completed steps.
 
     Raises:
-        UserError: the loss or the gradient is no finite number; the last good state has been saved.
-        Interrupted: a signal asks the run to stop; `session.step` steps are done.
+        UserError: the loss or the gradient is NaN or infinite; the last good state has been saved.
+        Interrupted: a signal asks the run to stop; `session.step` counts the completed steps.
     """
     from scale_sft.training.best import best_step, hopeless
 
@@ -84,10 +84,10 @@ def train(session, metrics, checkpoints) -> None:
 
 
 def forward_backward(session, batch: list[int]) -> tuple[float, dict[str, int]]:
-    """Gradients of one global batch: the sum of its token losses over the global number of target tokens.
+    """Compute the gradients of one global batch's loss: the sum of its token losses over its number of target tokens.
 
-    Each micro-batch contributes its share of that mean, so the cut into ranks and micro-batches does not matter.
-    Returns the mean loss, and how many tokens the batch has (target, all, and padding that was computed with them).
+    Each micro-batch contributes its share of that mean, so the split into ranks and micro-batches does not matter.
+    Returns the mean loss, and counts of tokens: target, all, and padding that was computed with them.
     """
     from scale_sft.model.loss import token_loss_sum
 
@@ -105,7 +105,7 @@ def forward_backward(session, batch: list[int]) -> tuple[float, dict[str, int]]:
 
 
 def reallocate(session, metrics, step: int) -> None:
-    """Drop and grow in every weight, and record what that did."""
+    """Drop and grow in every weight, and record the turnover."""
     began = time.perf_counter()
     turnover, tuning = session.optimizer.reallocate(), session.tuning
     if turnover is None:
@@ -124,10 +124,10 @@ def reallocate(session, metrics, step: int) -> None:
 
 
 def finite_or_stop(session, metrics, checkpoints, loss: float, grad_norm: float) -> bool:
-    """A loss or gradient that is no number: False, the step is left out, while that is allowed; otherwise the run ends.
+    """Check loss and gradient; if one is NaN or infinite, skip the step (False) while that is allowed, or end the run.
 
     Raises:
-        UserError: after saving the last good state, that before this step.
+        UserError: no further step may be skipped; the state before this step has been saved if it is finite.
     """
     tuning, run, config = session.tuning, checkpoints.run, session.inputs.config.run
     if isfinite(loss) and isfinite(grad_norm) and tuning.candidates_are_finite:
@@ -137,33 +137,35 @@ def finite_or_stop(session, metrics, checkpoints, loss: float, grad_norm: float)
     batch = ", ".join(map(str, session.inputs.order.batch(step)))
     what = f"step {step}: the loss is {loss} and the gradient norm {grad_norm} at learning rate {learning_rate:.3g}"
     if not bool(tuning.store.flat.isfinite().all()):
-        raise UserError(f"{what}; the deltas of step {step - 1} have overflowed and are not saved. Lower learning_rate")
+        raise UserError(
+            f"{what}; the deltas of step {step - 1} have overflowed and are not saved. Fix: lower learning_rate"
+        )
     if len(session.skipped_steps) < config.skip_nonfinite_steps:
         session.skipped_steps.append(step)
-        metrics.note(f"{what}; left out: {len(session.skipped_steps)} of {config.skip_nonfinite_steps} that may be")
+        metrics.note(f"{what}; skipped: {len(session.skipped_steps)} of at most {config.skip_nonfinite_steps} steps")
         return False
     session.cluster.on_main(lambda: run.save_adapter(session.adapter()))
     failure = checkpoints.save(metrics) if tuning.is_finite() else "the optimizer state has overflowed"
     saved = f"but for a checkpoint: {failure}" if failure else "and as a checkpoint"
     raise UserError(
         f"{what}; the deltas of step {step - 1} are saved in {run.adapter}, {saved}. The batch was examples {batch} "
-        "(counted from 0). Look at them, lower learning_rate, set max_grad_norm, or allow skip_nonfinite_steps"
+        "(counted from 0). Fix: check them, lower learning_rate, set max_grad_norm, or allow skip_nonfinite_steps"
     )
 
 
 def refuse_dead_gradients(session) -> None:
-    """After step 1: a weight that no gradient reached would never learn, silently."""
+    """Refuse, after step 1, weights that received no gradient: they would silently never learn."""
     received = set().union(*session.cluster.gather_objects(session.tuning.recorder.received))
     missing = [name for name in session.tuning.store.names if name not in received]
     if missing:
         raise UserError(
             f"target_modules: no gradient reached '{missing[0]}' at step 1 ({len(missing)} of "
-            f"{len(session.tuning.store)} weights); it takes no part in the loss: leave it out"
+            f"{len(session.tuning.store)} weights), so it takes no part in the loss. Fix: leave it out"
         )
 
 
 def evaluate_if_due(session, metrics, run) -> None:
-    """Held-out loss before training, after it and every `eval_every_steps`; at both ends exact match too."""
+    """Evaluate held-out loss before training, after it and every `eval_every_steps`; at both ends exact match too."""
     from scale_sft.training.best import best_step, save_best
 
     step, every = session.step, session.inputs.config.run.eval_every_steps
@@ -189,7 +191,7 @@ def evaluate_if_due(session, metrics, run) -> None:
 
 
 def measurements(cluster) -> dict[str, int]:
-    """Memory, and bytes that this rank put into collectives since it was last asked."""
+    """Read memory, and the bytes that this rank passed to collectives since the last call."""
     from scale_sft.model.memory import take_peak_bytes
 
     traffic = {f"comm_{purpose}_bytes": count for purpose, count in cluster.traffic_bytes.items()}
@@ -205,7 +207,7 @@ def run(recipe: str | Path | Config | None = None, /, **options: Any) -> RunResu
         **options: any option of a recipe by its name; it wins over the recipe.
 
     Raises:
-        UserError: an option, file or model is not as it must be; the message says what to change.
+        UserError: an option, file or model is invalid; the message says what to change.
 
     Example:
         >>> result = scale_sft.train("demo", steps=20, output_dir="runs/short")
@@ -245,7 +247,7 @@ def run_training(config: Config) -> RunResult:
 
 
 def run_on(cluster, inputs, run) -> RunResult:
-    """Run over ranks that have already been started."""
+    """Run on ranks that have already been started."""
     from scale_sft.training import lifecycle as outcome
     from scale_sft.training.assemble import assemble
     from scale_sft.training.checkpoints import Checkpoints
@@ -274,7 +276,7 @@ def run_on(cluster, inputs, run) -> RunResult:
 
 
 def run_and_exit(recipe: str | None, options: Mapping[str, Any]) -> NoReturn:
-    """Train, then end the process: with status 0, or with one line of error and the status that belongs to it."""
+    """Train, then end the process: with status 0, or with a one-line error and its status."""
     from scale_sft.distributed.exit import end_process, leave
 
     try:
@@ -285,7 +287,7 @@ def run_and_exit(recipe: str | None, options: Mapping[str, Any]) -> NoReturn:
     except Interrupted as stop:
         leave(str(stop), stop.status, patience_seconds=3)
     except OSError as error:
-        leave(f"{explain(error)}. Fix that and run the same command again: it resumes from its last checkpoint")
+        leave(f"{explain(error)}. Fix that and run the same command again: it resumes from the last checkpoint")
     except KeyboardInterrupt:
         leave("interrupted", 130, patience_seconds=3)
 

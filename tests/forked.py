@@ -7,6 +7,7 @@ adds is tested with real launchers.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -16,6 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+
+HUNG_SECONDS = 200
+"""After so long a process writes to its log where it is: shortly before the tests below end it."""
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preload"])
@@ -90,6 +94,7 @@ def _call(target: Callable[..., None], arguments: tuple, log: Path, environment:
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ.update(environment)
+    faulthandler.dump_traceback_later(HUNG_SECONDS)
     import torch
 
     torch.set_num_threads(1)

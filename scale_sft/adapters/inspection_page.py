@@ -40,11 +40,11 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
 
 
 def write_page(found: Inspection, path: Path) -> None:
-    """One HTML file with pictures that needs no other."""
+    """Write one self-contained HTML file with pictures."""
     parts = [heading("Adapter"), pairs(facts(found))]
     plots = [
         Plot("magnitudes", "Magnitudes of the deltas", "", lambda _: magnitudes(found)),
-        Plot("density", "Where the entries lie", "", lambda _: densities(found)),
+        Plot("density", "Density and size of the deltas by layer", "", lambda _: densities(found)),
     ]
     parts += [picture(plot) for plot in plots]
     for title, rows in (("Layers", found.by_layer), ("Kinds of module", found.by_kind)):

@@ -104,7 +104,7 @@ class LiveAdapter:
         self._swapping = threading.RLock()
 
     def prepare(self, adapter: str | Path | Adapter) -> Prepared:
-        """Read, check and lay out an adapter without applying it, so that a later swap to it touches no file.
+        """Read, check and arrange an adapter without applying it, so that a later swap to it touches no file.
 
         Raises:
             UserError: see `load_adapter`.

@@ -31,7 +31,7 @@ PEFT_CONFIG_FILE = "adapter_config.json"
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote, in entries of all weights."""
+    """The result of an export, in entries of all weights."""
 
     active: int
     padding: int  # unused positions with value 0, so that every weight has as many as the format wants

@@ -64,7 +64,7 @@ class TensorReader:
 
     @property
     def start(self) -> int:
-        """Where the data starts in the file, in bytes."""
+        """The offset of the data in the file, in bytes."""
         return self._start
 
     @property

@@ -1,4 +1,4 @@
-"""A measurement in a process of its own: whose memory holds nothing else, and which may die."""
+"""Run a measurement in its own process, which holds nothing else in memory and may die."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from scale_sft.errors import UserError
 
 
 def ask(module: str, request: dict[str, Any], *, what: str, timeout_seconds: float) -> dict[str, Any]:
-    """The answer of `python -m scale_sft.bench.<module> REQUEST`: its last line, JSON.
+    """Run `python -m scale_sft.bench.<module> REQUEST`, and return its answer: its last line, JSON.
 
     Raises:
-        UserError: it died, or gave no answer in time; `what` names the measurement.
+        UserError: it died, or did not answer in time; `what` names the measurement.
     """
     root = str(Path(__file__).resolve().parents[2])
     paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -32,10 +32,10 @@ def ask(module: str, request: dict[str, Any], *, what: str, timeout_seconds: flo
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise UserError(f"{what}: no answer within {timeout_seconds:.0f} seconds; try something smaller") from None
+        raise UserError(f"{what}: no answer within {timeout_seconds:.0f} seconds. Fix: try a smaller case") from None
     if done.returncode or not done.stdout.strip():
         if done.returncode == -9:
-            raise UserError(f"{what}: ended by the system, most likely for want of memory; try something smaller")
-        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+            raise UserError(f"{what}: killed by the system, most likely out of memory. Fix: try a smaller case")
+        lines = done.stderr.strip().splitlines() or ["it printed nothing"]
         raise UserError(f"{what}: ended with status {done.returncode}: {lines[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -1,6 +1,7 @@
-"""Contestants of a step: ours on its real code path, PEFT's adapters, dense fine-tuning, and the floor of any adapter.
+"""Define the contestants of a step: ours on its real code path, PEFT's adapters, dense fine-tuning, and a lower bound.
 
-All start from the same frozen model, compute the same loss on the same batches, and end a step ready for the next one.
+All start from the same frozen model and compute the same loss on the same batches. After a step each is ready for the
+next.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from scale_sft.model.targets import find_targets
 from .workload import RUN_STEPS, Base, Batches, Case
 
 LEARNING_RATE = 1e-4
-"""Of all contestants; it has no influence on the time of a step."""
+"""The rate of all contestants; it does not affect the time of a step."""
 
 
 def forward(model: nn.Module, batch: dict[str, Tensor], target_tokens: int) -> Tensor:
-    """Mean loss over the target tokens: fp32 scalar with gradient."""
+    """Compute the mean loss over the target tokens: fp32 scalar with gradient."""
     return token_loss_sum(model, batch, target_tokens)
 
 
 def backward(loss: Tensor) -> float:
-    """All gradients; returns the loss, which every trainer looks at."""
+    """Compute all gradients; returns the loss, which every trainer reads."""
     loss.backward()
     value = loss.item()
     if not isfinite(value):
@@ -42,20 +43,20 @@ def backward(loss: Tensor) -> float:
 
 
 class Contestant(Protocol):
-    """One way of training, ready for any number of steps."""
+    """A way of training, ready for any number of steps."""
 
     model: nn.Module
     trainable: int  # parameters
 
     def warm_up(self, batches: Batches) -> None:
-        """Come to the state that a step in the middle of a run has."""
+        """Reach the state of a step in the middle of a run."""
 
     def step(self, batches: Batches, number: int) -> float:
-        """One whole optimizer step on micro-batch `number`; returns the loss."""
+        """Do one whole optimizer step on micro-batch `number`; returns the loss."""
 
 
 class Sparse:
-    """Ours: the model and the optimizer that the trainer has, in one process and without files."""
+    """Our contestant: the trainer's own model and optimizer, in one process and without files."""
 
     def __init__(self, base: Base, method: str):
         config = base.config
@@ -76,20 +77,20 @@ class Sparse:
 
     @property
     def plain_step(self) -> int:
-        """A step number of the run that neither estimates nor reallocates: the usual case."""
+        """The number of a step that neither estimates nor reallocates, the usual case."""
         return self.tuning.schedule.estimation_steps + 1
 
     def warm_up(self, batches: Batches) -> None:
-        """Reach the first reallocation: after it deltas stand where gradients are large, and have ages that differ."""
+        """Do the first reallocation: then deltas are where gradients are large, and their ages differ."""
         for number in sorted({1, self.tuning.schedule.estimation_steps}):
             self.step_at(number, batches, number)
 
     def step(self, batches: Batches, number: int) -> float:
-        """Do a step that updates and does nothing else."""
+        """Do a step that only updates."""
         return self.step_at(self.plain_step, batches, number)
 
     def step_at(self, step: int, batches: Batches, number: int) -> float:
-        """Do what the trainer's loop does at optimizer step `step`, on micro-batch `number`; returns the loss."""
+        """Do the trainer's optimizer step `step` on micro-batch `number`; returns the loss."""
         optimizer = self.optimizer
         optimizer.begin(step)
         loss = backward(forward(self.model, batches.take(number), batches.target_tokens))
@@ -105,11 +106,11 @@ class Sparse:
 
 
 class Dense:
-    """Anything that torch's autograd trains: PEFT's adapters, or the target weights themselves.
+    """A contestant that torch's autograd trains: PEFT's adapters, or the target weights themselves.
 
     Args:
-        model: with `requires_grad` where it is to be trained.
-        updates: with AdamW (torch's fused one, the fastest it has); otherwise gradients are formed and dropped.
+        model: with `requires_grad` set on the parameters to train.
+        updates: update with torch's fused AdamW, its fastest; otherwise gradients are computed and dropped.
     """
 
     def __init__(self, model: nn.Module, *, updates: bool):
@@ -119,10 +120,10 @@ class Dense:
         self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True) if updates else None
 
     def warm_up(self, batches: Batches) -> None:
-        """It is as it will be."""
+        """Do nothing: its steps are all alike."""
 
     def step(self, batches: Batches, number: int) -> float:
-        """Forward, backward, update if there is one; gradients are dropped."""
+        """Do forward, backward, and the update if there is one, and drop the gradients."""
         loss = backward(forward(self.model, batches.take(number), batches.target_tokens))
         if self.optimizer is not None:
             self.optimizer.step()
@@ -139,12 +140,12 @@ def _full(base: Base, *, updates: bool) -> Dense:
 
 def _frozen(base: Base) -> Dense:
     model: Any = base.load()
-    model.enable_input_require_grads()  # the output of the embeddings, as the first thing that any adapter changes
+    model.enable_input_require_grads()  # the output of the embeddings, the input of the first adapter
     return Dense(model, updates=False)
 
 
 def _peft(base: Base, kind: str, *, cast: bool = True, **settings: Any) -> Dense:
-    """PEFT's adapter of a kind on the same targets; its errors (layers that it does not support) are told as ours."""
+    """Make PEFT's adapter of a kind on the same targets; its errors, as for unsupported layers, become UserErrors."""
     import peft
 
     if settings.get("target_modules") is True:
@@ -153,7 +154,7 @@ def _peft(base: Base, kind: str, *, cast: bool = True, **settings: Any) -> Dense
     try:
         model = peft.get_peft_model(base.load(), config, autocast_adapter_dtype=cast)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"contestants: peft's {kind} cannot adapt this base: {error}; leave it out") from None
+        raise UserError(f"contestants: peft's {kind} cannot adapt this base: {error}. Fix: leave it out") from None
     return Dense(model.train(), updates=True)
 
 
@@ -166,7 +167,7 @@ CONTESTANTS: dict[str, Callable[[Base], Contestant]] = {
     "ours-ag": lambda base: Sparse(base, "ag"),
     "ours-ma": lambda base: Sparse(base, "ma"),
     "ours-static": lambda base: Sparse(base, "static"),
-    "peft-lora": _lora,  # as PEFT makes it: adapters and their computation in float32
+    "peft-lora": _lora,  # PEFT's default: adapters and their computation in float32
     "peft-lora-bf16": lambda base: _lora(base, cast=False),
     "peft-ia3": lambda base: _peft(base, "IA3Config"),
     "peft-shira": lambda base: _peft(
@@ -179,7 +180,7 @@ CONTESTANTS: dict[str, Callable[[Base], Contestant]] = {
 
 
 def impossible(name: str, case: Case) -> str | None:
-    """Why a contestant takes no part in a case; None: it does.
+    """Explain why a contestant cannot take part in a case; None if it can.
 
     Raises:
         UserError: a library that it needs is not installed.

@@ -1,4 +1,4 @@
-"""All results of a folder as Markdown, tables only: this writes docs/benchmarks.md."""
+"""Write all results of a folder as Markdown tables: docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .rows import Row, read_rows
 from .step.page import breakdown_table
 
 NOTES = "notes.md"
-"""In the folder of the rows: text about figures that have no rows, appended as it is."""
+"""A file in the folder of the rows: text about figures that have no rows, appended unchanged."""
 
 _HEAD = """# Benchmarks
 
@@ -36,7 +36,7 @@ def write_markdown(folder: Path, target: Path) -> Path:
 
 
 def markdown_of(folder: Path, target: Path) -> str:
-    """The page as text: a section for each benchmark that has rows, its tables, and how they were made."""
+    """Render the page: a section for each benchmark that has rows, with its tables and their origin."""
     measured = {name: rows for name in BENCHMARKS if (rows := read_rows(folder, name))}
     parts = [_HEAD.format(folder=Path(folder).as_posix(), target=Path(target).as_posix())]
     for name, rows in measured.items():
@@ -50,7 +50,7 @@ def markdown_of(folder: Path, target: Path) -> str:
 
 
 def _section(table: Table) -> str:
-    """A table under its title, with its commands and, where there are any, the pieces of its steps."""
+    """Render a table under its title, with its commands and, if measured, the pieces of its steps."""
     blocks = [f"### {table.title}\n"] if table.title else []
     blocks += [_made_by(table), _table(table.columns, table.rows)]
     timed = [row for row in table.sources if "breakdown" in row["result"]]
@@ -60,7 +60,7 @@ def _section(table: Table) -> str:
 
 
 def _made_by(table: Table) -> str:
-    """The commands as a block, then commit, day and, where the title does not say it, machine."""
+    """Render the commands as a block, then commit, day and, unless the title names it, machine."""
     found = origin(table.sources)
     commands = "\n".join(f"    {command}" for command in found["command"].split("; "))
     days = ", ".join(dict.fromkeys(day[:10] for day in found["measured"].split("; ")))
@@ -69,13 +69,13 @@ def _made_by(table: Table) -> str:
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The first column to the left, all others, being numbers, to the right."""
+    """Render a table with its first column left-aligned, and all others, which are numbers, right-aligned."""
     line = lambda cells: f"| {' | '.join(map(_escaped, cells))} |"
     return "\n".join([line(columns), f"|---{'|---:' * (len(columns) - 1)}|", *map(line, rows)]) + "\n"
 
 
 def _versions(benchmarks: Iterable[Sequence[Row]]) -> Iterator[str]:
-    """Every set of versions that rows were measured with, once."""
+    """Yield each set of versions that rows were measured with, once."""
     for versions in dict.fromkeys(origin(rows)["versions"] for rows in benchmarks):
         yield from dict.fromkeys(versions.split("; "))
 

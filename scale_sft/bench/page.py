@@ -25,22 +25,22 @@ BENCHMARKS = {
     "scale": "scale.page",
     "quality": "quality.page",
 }
-"""By name, the module of this package with `part(rows) -> Part`; rows of all its runs in a folder, oldest first."""
+"""Modules of this package by benchmark; `part(rows) -> Part` takes the rows of all runs in a folder, oldest first."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Lines of one case, measured on one machine."""
+    """The lines of one case, measured on one machine."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    sources: Sequence[Row]  # the rows of results that it was made from
+    sources: Sequence[Row]  # the rows of results behind it
     title: str = ""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One benchmark on a page: every case, on every machine that it was measured on."""
+    """One benchmark on a page: every case, on every machine that measured it."""
 
     title: str
     text: str  # how to read it, in a few sentences
@@ -61,7 +61,7 @@ def part_of_groups(
 
     Args:
         cells: (settings, result) of a row -> the cells of its line.
-        title_of: group -> what sets it apart; the title of its table, and the start of its plots' captions.
+        title_of: group -> its distinctive settings, for the title of its table and the start of its plots' captions.
     """
     return Part(
         title=title,

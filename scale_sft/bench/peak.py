@@ -1,4 +1,4 @@
-"""How long something takes, and the most memory it needs above what was there: exact, where the system keeps count."""
+"""Measure how long work takes and the peak memory it adds, exactly where the system counts it."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from scale_sft.model.memory import PeakMemory
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-_LARGEST_MMAP_THRESHOLD = 32 << 20  # where glibc's own, moving threshold ends
+_LARGEST_MMAP_THRESHOLD = 32 << 20  # the maximum of glibc's own, moving threshold
 _HUGE_PAGES_DISABLE = 41  # of Linux's prctl
 
 
 @dataclass(frozen=True)
 class Peak:
-    """What `peak_of` found."""
+    """The result of `peak_of`."""
 
     added: int  # bytes
-    by: str  # who counted: "allocator", "kernel" or "sampling"
+    by: str  # the source: "allocator", "kernel" or "sampling"
 
 
 def peak_of(work: Callable[[], object], device: torch.device) -> Peak:
-    """Peak memory, in bytes, that `work` adds to what is there.
+    """Measure the peak memory, in bytes, that `work` adds.
 
-    Of a GPU the allocator keeps count. Of a CPU the kernel does (the resident set's high-water mark, set back at the
-    start). Meanwhile every larger block goes back to the system as soon as it is freed, pages are small, and the work
-    is done in a thread of its own, whose arena holds nothing that was freed before: what is counted is what is needed.
-    Where there is no such mark, memory is sampled (see `PeakMemory`).
-    Code and files that are read for the first time count too: do the same once before, on something small.
+    On a GPU the allocator counts. On a CPU the kernel does (the resident set's high-water mark, reset at the start). So
+    that only memory in use counts, larger blocks meanwhile go back to the system as soon as they are freed, pages are
+    small, and the work runs in its own thread, whose arena holds no freed memory. Systems without such a mark are
+    sampled (see `PeakMemory`).
+    Code and files read for the first time count too: run the same work once before, on something small.
     """
     gc.collect()
     if device.type == "cuda":
@@ -61,7 +61,7 @@ def peak_of(work: Callable[[], object], device: torch.device) -> Peak:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """How long `work` takes, until the device has finished."""
+    """Time `work` in seconds, until the device has finished."""
     wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
     wait()
     began = time.perf_counter()
@@ -71,7 +71,7 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 def available_bytes(device: torch.device) -> int:
-    """What can still be had of the device's memory."""
+    """Return how much of the device's memory is free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil
@@ -80,10 +80,10 @@ def available_bytes(device: torch.device) -> int:
 
 
 def _count_closely(closely: bool) -> None:
-    """Give freed memory back to the system; on Linux with glibc only.
+    """Return freed memory to the system, now and, with `closely`, from now on.
 
-    Args:
-        closely: from now on give back every block of 64 KiB or more when it is freed, and take small pages only.
+    `closely` returns each block of 64 KiB or more when it is freed, and uses small pages only. This needs Linux with
+    glibc; elsewhere it does nothing.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -96,7 +96,7 @@ def _count_closely(closely: bool) -> None:
 
 
 def _reset_mark() -> bool:
-    """Set the high-water mark to what is resident now; whether the system can."""
+    """Reset the high-water mark to the present resident set; returns False if the system cannot."""
     try:
         _CLEAR.write_text("5")
         return _status_bytes("VmHWM") - _status_bytes("VmRSS") < 1 << 20
@@ -105,7 +105,7 @@ def _reset_mark() -> bool:
 
 
 def _status_bytes(field: str) -> int:
-    """A field of this process's status that the kernel gives in kB. KeyError: it gives none."""
+    """Read a field of this process's status, which the kernel gives in kB. Raises KeyError if it is missing."""
     for line in _STATUS.read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

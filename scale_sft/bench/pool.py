@@ -1,4 +1,4 @@
-"""Work spread over processes, each of which may die without taking the others along."""
+"""Spread work over processes, so that one may die without the others."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _PATIENCE_SECONDS = 10
 
 
 class Died(Exception):
-    """A process ended in the midst of its work: its exit status is the message."""
+    """A process ended during its work; the message is its exit status."""
 
 
 class Pool:
-    """Processes that import once and work many times; use as a context manager: its end ends them.
+    """Processes that import once and work many times. A context manager: they end with it.
 
     Args:
-        work: a function of a module, given one item; what it returns or raises must survive pickling.
-        processes: how many; 1: the work is done here, in this process.
-        threads: of torch in each process; None leaves torch's own choice.
+        work: a module's function of one item; its result or exception must survive pickling.
+        processes: their number; 1 does the work in this process.
+        threads: of torch in each process; None keeps torch's choice.
     """
 
     def __init__(self, work: Callable[[Any], Any], *, processes: int, threads: int | None = None):
@@ -37,7 +37,7 @@ class Pool:
         return self
 
     def __exit__(self, *_) -> None:
-        """End all processes: idle ones by the end of their connection, those at work by a signal."""
+        """End all processes: idle ones by closing their connection, busy ones by a signal."""
         for process, _ in self._busy.values():
             process.terminate()
         for connection in [*self._busy, *(connection for connection, _ in self._idle)]:
@@ -50,7 +50,7 @@ class Pool:
         self._idle, self._busy = [], {}
 
     def results(self, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        """(item, its result) as they are ready; of work that failed the exception takes the result's place."""
+        """Yield (item, result) as they are ready; the result of failed work is its exception."""
         if self.processes == 1:
             yield from ((item, _attempt(self.work, item)) for item in items)
             return
@@ -67,7 +67,7 @@ class Pool:
         own, other = _CONTEXT.Pipe()
         process = _CONTEXT.Process(target=_serve, args=(other, self.work, self.threads), daemon=True)
         process.start()
-        other.close()  # or the end of the process would not be the end of the connection
+        other.close()  # otherwise the connection would outlive the process
         return own, process
 
     def _take(self, connection: Connection) -> tuple[Any, Any]:
@@ -86,14 +86,14 @@ class Pool:
 def _attempt(work: Callable[[Any], Any], item: Any) -> Any:
     try:
         return work(item)
-    except Exception as error:  # the others' work goes on
+    except Exception as error:  # the others continue
         return error
 
 
 def _serve(connection: Connection, work: Callable[[Any], Any], threads: int | None) -> None:
-    """Work until the other end closes; Ctrl-C is for the process there."""
+    """Work until the other end closes; Ctrl-C is handled there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cleaning up, unlike the signal's own way
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cleans up, unlike the default action
     if threads:
         import torch
 

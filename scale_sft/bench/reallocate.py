@@ -1,4 +1,4 @@
-"""Time and peak memory of one reallocation of one weight, AG proposals included: cost against N and K.
+"""Measure the time and peak memory of reallocating one weight, AG proposals included, against N and K.
 
 Shapes: O rows, I columns, N = O * I entries of the weight; K active entries, C = K candidates.
 """
@@ -50,7 +50,7 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(O, I): the most square one that N entries can have."""
+        """The most square shape (O, I) of N entries."""
         rows = next(o for o in range(math.isqrt(self.weights), 0, -1) if self.weights % o == 0)
         return rows, self.weights // rows
 
@@ -60,7 +60,7 @@ class Case:
 
     @property
     def needed_bytes(self) -> int:
-        """Weight and dense gradient, state, and room to work."""
+        """Bytes of weight, dense gradient, state and temporaries."""
         dense = 2 * self.weights * getattr(torch, self.dtype).itemsize
         return dense + _BYTES_PER_ACTIVE * self.active + _RESERVE_BYTES
 
@@ -68,10 +68,10 @@ class Case:
 def cases(
     weights: Sequence[int], densities: Sequence[float], methods: Sequence[str], device: torch.device, **others: Any
 ) -> list[Case]:
-    """Every method with every size and density, small ones first; `others` as in `Case`.
+    """List every method with every size and density, small ones first; `others` as in `Case`.
 
     Raises:
-        UserError: a size that the memory does not hold.
+        UserError: a size does not fit the memory.
     """
     found = [
         Case(method=method, weights=n, density=density, **others)
@@ -83,17 +83,16 @@ def cases(
     if largest.needed_bytes > room:
         fitting = max((case.weights for case in found if case.needed_bytes <= room), default=0)
         raise UserError(
-            f"bench reallocate: a weight of {largest.weights:.0e} entries in {largest.dtype} "
-            f"with {largest.density:.2%} of them "
-            f"active needs {largest.needed_bytes / 2**30:.1f} GiB, {room / 2**30:.1f} GiB are free on {device}; "
-            + (f"the largest asked for that fits has {fitting:.0e}" if fitting else "none of those asked for fits")
-            + ". Leave larger ones out of --weights"
+            f"bench reallocate: a weight of {largest.weights:.0e} entries in {largest.dtype}, {largest.density:.2%} of "
+            f"them active, needs {largest.needed_bytes / 2**30:.1f} GiB, {room / 2**30:.1f} GiB are free on {device}; "
+            + (f"the largest requested that fits has {fitting:.0e}" if fitting else "none of those requested fits")
+            + ". Fix: leave larger ones out of --weights"
         )
     return found
 
 
 class Bench:
-    """One weight with its gradient, its deltas and their carrier, ready for one reallocation after the other.
+    """A weight with its gradient, its deltas and their carrier, ready for any number of reallocations.
 
     Every step proposes and reallocates. Gradients are normal, accumulators uniform random numbers.
     """
@@ -101,7 +100,7 @@ class Bench:
     def __init__(self, case: Case, device: torch.device):
         self.case, self.device, self.step = case, device, 0
         dtype = getattr(torch, case.dtype)
-        # ones: of zeros the system would give the memory only where they are written to, in the middle of a measurement
+        # ones: the system would allocate the memory of zeros only when they are written, in the middle of a measurement
         self.weight = nn.Parameter(torch.ones(case.shape, dtype=dtype, device=device), requires_grad=False)
         self.gradient = torch.empty(case.shape, dtype=dtype, device=device) if case.method == "ag" else None
         self.random = seeded_generator(0, "bench reallocate", str(case))
@@ -119,7 +118,7 @@ class Bench:
         self.carrier = ResidentDeltas(store, {NAME: WeightPart.whole(self.weight)})
 
     def begin(self) -> None:
-        """Open a step, with other deltas and another gradient than those of the last."""
+        """Open a step with new deltas and a new gradient."""
         self.step += 1
         flat = self.tuning.store.flat
         flat.copy_(torch.randn(flat.shape, generator=self.random))
@@ -130,21 +129,21 @@ class Bench:
             accumulator.copy_(torch.rand(accumulator.shape, generator=self.random))
 
     def record(self, phase: Phase) -> None:
-        """What the recorder does with the dense gradient of one backward pass."""
+        """Record the dense gradient of one backward pass."""
         self.tuning.recorder.begin_step(phase)
         if self.gradient is not None:
             self.tuning.recorder.record(NAME, self.gradient)
 
     def estimate(self) -> None:
-        """One more term of the candidates' running estimates."""
+        """Add one term to the candidates' running estimates."""
         self.tuning.recorder.end_step()
 
     def reallocate(self) -> int:
-        """Drop and grow; how many entries are new."""
+        """Drop and grow; returns the number of new entries."""
         return self.tuning.reallocate(self.step, self.carrier).replaced
 
     def reallocate_with_proposal(self) -> None:
-        """All that a reallocation adds to a run, but for the gathers of the estimation phase."""
+        """Do all that a reallocation adds to a run, except the gathers of the estimation phase."""
         if self.gradient is not None:
             self.record(Phase.PROPOSE)
             self.estimate()
@@ -152,12 +151,12 @@ class Bench:
 
 
 def measure(case: Case, *, repeats: int, device: torch.device) -> dict[str, Any]:
-    """Medians over `repeats` reallocations of one weight (seconds), and the peak of one more (bytes).
+    """Measure medians over `repeats` reallocations of one weight (seconds), and the peak of one more (bytes).
 
     `propose_seconds` is the proposing backward pass's recording, `record_seconds` that of a step outside the phase,
-    `estimate_seconds` that of each other step of the phase; `reallocate_seconds` drop and grow; `seconds` is what one
-    reallocation adds: all of it but `record_seconds`. `peak_bytes` is what the proposal and drop and grow need above
-    weight, gradient and state, candidates included.
+    `estimate_seconds` that of each other step of the phase; `reallocate_seconds` is drop and grow; `seconds` is the
+    cost of one reallocation: all of these except `record_seconds`. `peak_bytes` is the memory of proposal, drop and
+    grow above weight, gradient and state, candidates included.
     """
     bench = Bench(case, device)
     steps: list[dict[str, float]] = []
@@ -186,10 +185,10 @@ def measure(case: Case, *, repeats: int, device: torch.device) -> dict[str, Any]
 def run(
     chosen: Iterable[Case], *, repeats: int, device: torch.device
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """(settings, result) of each case, as soon as it is measured."""
+    """Yield (settings, result) of each case, as soon as it is measured."""
     warm: set[str] = set()
     for case in chosen:
-        if case.method not in warm:  # code that is loaded late, threads: not what is asked for
+        if case.method not in warm:  # excludes lazy loading of code and the start of threads
             measure(replace(case, weights=_WARM_UP_WEIGHTS), repeats=1, device=device)
             warm.add(case.method)
         settings = asdict(case) | {
@@ -203,7 +202,7 @@ def run(
 
 
 def _fill_normal(tensor: Tensor, generator: torch.Generator, chunk: int = 1 << 22) -> None:
-    """Normal numbers into a contiguous tensor, through chunks: nothing else of its size is made."""
+    """Fill a contiguous tensor with normal numbers in chunks, without another tensor of its size."""
     flat = tensor.view(-1)
     for start in range(0, flat.numel(), chunk):
         part = flat[start : start + chunk]
@@ -214,7 +213,7 @@ COLUMNS = ("method", "N", "K / N", "propose", "drop and grow", "together", "ns p
 
 
 def cells(settings: dict[str, Any], result: dict[str, Any]) -> list[str]:
-    """One line of the table."""
+    """Format one line of the table."""
     n = settings["weights"]
     return [
         settings["method"],
@@ -230,17 +229,16 @@ def cells(settings: dict[str, Any], result: dict[str, Any]) -> list[str]:
 
 
 def part(rows: list[Row]) -> Part:
-    """A table and two plots for each dtype, share replaced and machine; of each weight the newest row."""
+    """Make a table and two plots for each dtype, fraction replaced and machine, with each weight's newest row."""
     by_size = lambda row: (row["settings"]["weights"], row["settings"]["density"], row["settings"]["method"])
     groups = [sorted(newest(group), key=by_size) for group in by_case(rows, _NOT_OF_A_CASE)]
     return part_of_groups(
         title="One reallocation",
         text=(
-            "Time and peak memory of one reallocation of one weight of N entries, K of them active; at the "
-            "first reallocation of a run all of those are up for replacement, later a fifth "
-            "and less. AG: the candidates "
-            "are chosen from a dense gradient. The peak is what lies above weight, gradient and state; a mask of the "
-            "weight would take 1 byte per entry."
+            "Time and peak memory of reallocating one weight of N entries, K of them active. All of those are up for "
+            "replacement at the first reallocation of a run, a fifth or less later. In AG the candidates are chosen "
+            "from a dense gradient. The peak is measured above weight, gradient and state; for comparison, a mask of "
+            "the weight would take 1 byte per entry."
         ),
         columns=COLUMNS,
         cells=cells,
@@ -268,7 +266,7 @@ def _plots(group: list[Row]) -> list[Plot]:
         Plot(
             "reallocate-memory",
             "One reallocation: peak memory",
-            "Above weight, gradient and state. Grey: what a bool mask and what an fp32 tensor of N entries would take.",
+            "Above weight, gradient and state. Grey: a bool mask and an fp32 tensor of N entries.",
             lambda _: _plot(group, "peak_bytes", "MiB", {"N bytes": 1.0, "4 N bytes": 4.0}, unit_size=1 << 20),
         ),
     ]

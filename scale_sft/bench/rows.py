@@ -1,4 +1,4 @@
-"""Results as rows of JSON: the measurement, the machine, versions, the commit and the command."""
+"""Results as rows of JSON: settings and figures, with machine, versions, commit and command."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SOURCES = ("scale_sft", "ds_configs", "launch")
 
 
 class Results:
-    """The rows of one invocation, appended to `<folder>/<benchmark>.jsonl` as they are found.
+    """The rows of one invocation, appended to `<folder>/<benchmark>.jsonl` as they are measured.
 
     Rows of one invocation share `run`; earlier rows of the file stay.
     """
@@ -34,7 +34,7 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, settings: Mapping[str, Any], **result: Any) -> dict[str, Any]:
-        """Append one row: `settings` say what was asked for, `result` what was found. Returns the row."""
+        """Append one row: the `settings` requested and the `result` measured. Returns the row."""
         row = {
             "benchmark": self.benchmark,
             "run": self.run,
@@ -47,7 +47,7 @@ class Results:
             "result": result,
         }
         line = json.dumps(row, ensure_ascii=False) + "\n"
-        with self.path.open("a", encoding="utf-8") as file:  # one write: a row is there whole or not at all
+        with self.path.open("a", encoding="utf-8") as file:  # one write: a row is complete or absent
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
@@ -55,10 +55,10 @@ class Results:
 
 
 def read_rows(folder: Path, benchmark: str) -> list[dict[str, Any]]:
-    """All rows of a benchmark in a folder, oldest first; a last line that was cut off by a crash is left out.
+    """Read all rows of a benchmark in a folder, oldest first; a last line cut off by a crash is skipped.
 
     Raises:
-        UserError: another line is no row.
+        UserError: another line is not a row.
     """
     path = Path(folder) / f"{benchmark}.jsonl"
     rows = []
@@ -69,7 +69,7 @@ def read_rows(folder: Path, benchmark: str) -> list[dict[str, Any]]:
             rows.append({key: row[key] for key in ("benchmark", "run", "machine", "settings", "result")} | row)
         except (ValueError, KeyError, TypeError):
             if number < len(lines):
-                raise UserError(f"bench: {path}, line {number} is no row of results; remove it") from None
+                raise UserError(f"bench: {path}, line {number} is not a row of results. Fix: remove it") from None
     return rows
 
 
@@ -77,10 +77,10 @@ Row = dict[str, Any]
 
 
 def by_case(rows: Sequence[Row], apart: Collection[str]) -> list[list[Row]]:
-    """Rows of the same case on the same machine together, cases in the order in which they were first measured.
+    """Group rows of the same case on the same machine, cases in the order of their first measurement.
 
     Args:
-        apart: settings in which rows of one case differ.
+        apart: settings in which rows of one case may differ.
     """
     cases: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -90,29 +90,29 @@ def by_case(rows: Sequence[Row], apart: Collection[str]) -> list[list[Row]]:
 
 
 def last_run(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the newest invocation."""
+    """Select the rows of the newest invocation."""
     return [row for row in rows if row["run"] == rows[-1]["run"]]
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
-    """Of rows with the same settings the last, in the order in which they first came."""
+    """Select the last of rows with the same settings, in the order of their first appearance."""
     return list({json.dumps(row["settings"], sort_keys=True): row for row in rows}.values())
 
 
 def command() -> str:
-    """The command line of this process, as a user would type it."""
+    """Return the command line of this process, as a user would type it."""
     program = Path(sys.argv[0]).name
     return shlex.join(["scale-sft" if program in ("__main__.py", "cli.py", "-c") else program, *sys.argv[1:]])
 
 
 @cache
 def commit() -> str:
-    """The commit of a source checkout (with `+` where files have changed since), or the version installed."""
+    """Return the commit of a source checkout (with `+` if files have changed since), or the installed version."""
     return commit_of(Path(__file__).resolve().parents[2])
 
 
 def commit_of(checkout: Path) -> str:
-    """As `commit`; rows that were added to the results kept with the source are no change of it."""
+    """Return the commit like `commit`; rows added to the results in the source do not count as a change."""
     if not (checkout / ".git").exists():
         return f"version {__version__}"
     run = lambda *words: subprocess.run(
@@ -127,7 +127,7 @@ def commit_of(checkout: Path) -> str:
 
 @cache
 def machine() -> dict[str, Any]:
-    """What the figures depend on: processor, cores this process may use, memory, GPUs. No names of hosts."""
+    """Describe the machine: processor, cores this process may use, memory, GPUs, but not the host's name."""
     import psutil
     import torch
 
@@ -143,7 +143,7 @@ def machine() -> dict[str, Any]:
 
 
 def machine_name(found: Mapping[str, Any]) -> str:
-    """One line for `machine`."""
+    """Format `machine` in one line."""
     if found.get("gpus"):
         return f"{len(found['gpus'])} x {found['gpus'][0]}"
     return f"{found['processor']}, {found['threads']} of {found['cores']} cores"
@@ -161,7 +161,7 @@ def _processor() -> str:
 
 @cache
 def versions() -> dict[str, str]:
-    """Installed versions of what takes part."""
+    """Return the installed versions of the libraries involved."""
     found = {"scale_sft": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:

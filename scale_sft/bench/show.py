@@ -1,4 +1,4 @@
-"""From measured rows to the terminal, the file of results and the page, one finished row after the other."""
+"""Show measured rows in the terminal, the file of results and the page, as each is finished."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from .rows import Results
 
-_WIDTH = 130  # a narrower terminal wraps lines; a table squeezed into it could not be read
+_WIDTH = 130  # narrower terminals wrap lines, as a squeezed table would be unreadable
 
 Found = Iterator[tuple[dict[str, Any], dict[str, Any]]]
-"""(settings, result) of each measured thing, as soon as there is one."""
+"""Pairs (settings, result), as soon as each is measured."""
 
 
 def report(
@@ -23,10 +23,10 @@ def report(
     columns: Sequence[str],
     cells: Callable[[dict[str, Any], dict[str, Any]], Sequence[str]],
 ) -> None:
-    """Write each row as it is found, with progress; at the end, or when interrupted, show the table and write the page.
+    """Write each row as it is measured, with progress; when finished or interrupted, show the table and write the page.
 
     Args:
-        count: how many rows will be found.
+        count: expected number of rows.
         columns, cells: of the table; `cells(settings, result)` is one line of it.
     """
     from rich.console import Console

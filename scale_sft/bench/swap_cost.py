@@ -1,8 +1,8 @@
-"""Time of one exchange of adapters on a resident model, beside peft's LoRA hotswap and reloading a merged model.
+"""Time a swap of adapters on a resident model, compared with peft's LoRA hotswap and reloading a merged model.
 
     python -m scale_sft.bench.swap_cost ADAPTER OTHER_ADAPTER [MERGED]
 
-Two adapters of one base; MERGED is a merged model to reload. LoRA has the rank whose parameters come nearest to K.
+Both adapters belong to one base; MERGED is a merged model to reload. LoRA's rank is the one with parameters nearest K.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from scale_sft.adapters.live import load_adapter
 
 
 def seconds_of(work: Callable[[], object], repetitions: int) -> float:
-    """Median wall time of `work`, after one call that does not count."""
+    """Compute the median wall time of `work`, after one call that does not count."""
     work()
     times = []
     for _ in range(repetitions):
@@ -35,13 +35,13 @@ def seconds_of(work: Callable[[], object], repetitions: int) -> float:
 
 
 def alternating(*choices: Callable[[], object]) -> Callable[[], object]:
-    """Each of `choices` in turn, one per call."""
+    """Make a function that calls `choices` in turn, one per call."""
     turn = iter(range(1 << 62))
     return lambda: choices[next(turn) % len(choices)]()
 
 
 def lora_hotswap(base: Path, dtype: torch.dtype, names: list[str], rank: int, repetitions: int) -> float:
-    """Seconds of one `peft` hotswap between two LoRA adapters of this rank, from files."""
+    """Time one `peft` hotswap, in seconds, between two LoRA adapters of this rank, from files."""
     from peft import LoraConfig, get_peft_model
     from peft.utils.hotswap import hotswap_adapter
     from transformers import AutoModelForCausalLM
@@ -63,9 +63,9 @@ def lora_hotswap(base: Path, dtype: torch.dtype, names: list[str], rank: int, re
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("other", type=click.Path(path_type=Path))
 @click.argument("merged", required=False, type=click.Path(path_type=Path))
-@click.option("--repetitions", default=20, show_default=True, help="Of each, the median counts.")
+@click.option("--repetitions", default=20, show_default=True, help="Swaps of each kind; the median counts.")
 def main(adapter: Path, other: Path, merged: Path | None, repetitions: int) -> None:
-    """Print microseconds per exchange, one line per way."""
+    """Print microseconds per swap, one line per way."""
     from transformers import AutoModelForCausalLM
 
     content = Adapter.load(adapter)

@@ -1,4 +1,4 @@
-"""What contestants have in common: the settings of a comparison, the frozen model, the micro-batches.
+"""The common ground of contestants: the settings of a comparison, the frozen model, the micro-batches.
 
 Shapes: B sequences of a micro-batch, L their length in tokens; O rows, I columns of a target weight.
 """
@@ -25,7 +25,7 @@ from scale_sft.model.targets import budget_of, find_targets
 from scale_sft.planning.footprint import empty_model
 from scale_sft.spiel.seeding import seeded_generator
 
-RUN_STEPS = 2000  # of the run that a measured step of ours belongs to
+RUN_STEPS = 2000  # length of the run that our measured steps belong to
 
 LLAMA = {
     "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8,
@@ -34,15 +34,15 @@ LLAMA = {
 LLAMA_NAME = "random Llama, 6 layers of width 512"
 
 LONGEST_EAGER = 256
-"""Tokens of a sequence. On a CPU in bf16 torch's fused attention takes 2.5 times as long as products of matrices do for
-128 tokens, twice as long for 256, and two thirds of it for 512; in fp32 it is never slower."""
+"""Tokens of a sequence. On a CPU in bf16 torch's fused attention takes 2.5 times as long as plain matrix products for
+128 tokens, twice as long for 256, and two thirds as long for 512; in fp32 it is never slower."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What all contestants of one comparison have in common. Exactly one of `rank` and `density` is given."""
+    """The settings shared by all contestants of one comparison. Exactly one of `rank` and `density` is given."""
 
-    base: str | None = None  # a model folder or hub id; a folder of nothing but config.json, or None: random weights
+    base: str | None = None  # a model folder or hub id; a folder with only config.json, or None: random weights
     dtype: str = "bfloat16"
     quantization: str = "none"
     length: int = 128  # tokens of a sequence
@@ -55,16 +55,16 @@ class Case:
     seed: int = 0
 
     def settings(self) -> dict[str, Any]:
-        """For a row of results."""
+        """Return the settings for a row of results."""
         return dataclasses.asdict(self) | {"base": self.base or LLAMA_NAME}
 
 
 class Base:
-    """The frozen model of a case, made anew, with the same weights, for each contestant.
+    """The frozen model of a case, loaded again, with the same weights, for each contestant.
 
     Raises:
-        UserError: there is no such model, its positions do not suffice, a rank is more than a weight has entries for,
-            or it cannot be quantised here.
+        UserError: the model does not exist, its positions are too few, a rank exceeds a weight's entries, or it cannot
+            be quantised here.
     """
 
     def __init__(self, case: Case, device: torch.device):
@@ -87,18 +87,17 @@ class Base:
         self._written: tempfile.TemporaryDirectory | None = None
 
     def _refuse_more_than_all(self, rank: int) -> None:
-        """Ours would have fewer trained entries than LoRA where r (O + I) is more than all O I of a weight."""
+        """Refuse a rank with r (O + I) > O I: ours would have fewer trained entries than LoRA."""
         name, (rows, columns) = min(self.shapes.items(), key=lambda item: _largest_rank(*item[1]))
         if rank > _largest_rank(rows, columns):
             raise UserError(
-                f"rank: got {rank}, but {name} [{rows}, {columns}] has fewer entries "
-                f"than LoRA of that rank has parameters "
-                f"there, so that ours could not train as many; expected at most {_largest_rank(rows, columns)}"
+                f"rank: got {rank}, but {name} [{rows}, {columns}] has fewer entries than LoRA of that rank has "
+                f"parameters, so ours cannot train as many; expected at most {_largest_rank(rows, columns)}"
             )
 
     @property
     def random(self) -> bool:
-        """Whether there are no weights to load."""
+        """True if there are no weights to load."""
         if self.case.base is None:
             return True
         folder = Path(base_location(self.case.base))
@@ -106,21 +105,21 @@ class Base:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """(O, I) of each target weight by name, from the meta device."""
+        """The shape (O, I) of each target weight by name, from the meta device."""
         targets = find_targets(empty_model(self.config, self.model_config), self.config.sparse.target_modules)
         return {target.name: target.shape for target in targets}
 
     @cached_property
     def bytes(self) -> int:
-        """Of all weights in the compute dtype."""
+        """The bytes of all weights in the compute dtype."""
         entries = sum(weight.numel() for weight in empty_model(self.config, self.model_config).parameters())
         return entries * self.dtype.itemsize
 
     def load(self) -> nn.Module:
-        """A frozen model in training mode on the device."""
+        """Load the model, frozen and in training mode, onto the device."""
         config = self.config.model
         if self.random and self.quantization:
-            if self._written is None:  # bitsandbytes quantises what is loaded from files
+            if self._written is None:  # bitsandbytes quantises only weights loaded from files
                 self._written = tempfile.TemporaryDirectory(prefix="scale-sft-bench-")
                 made: Any = self._make()
                 made.save_pretrained(self._written.name)
@@ -144,11 +143,11 @@ class Base:
                     self.model_config, dtype=self.dtype, attn_implementation=self.case.attention
                 )
             except (ImportError, ValueError) as error:
-                raise UserError(f"attention: {self.case.attention} cannot be had here: {error}") from None
+                raise UserError(f"attention: {self.case.attention} is not available here: {error}") from None
 
     @property
     def lora_rank(self) -> int:
-        """The rank whose trainable parameters equal ours, or come nearest to them where a density was given."""
+        """The rank whose trainable parameters equal ours, or are nearest to them if a density was given."""
         if self.case.rank:
             return self.case.rank
         active = budget_of(self.config.sparse, self.shapes)
@@ -156,13 +155,13 @@ class Base:
 
 
 def faster_attention(case: Case, device: torch.device) -> str:
-    """The implementation of attention that takes less time."""
+    """Choose the faster implementation of attention."""
     short = case.length <= LONGEST_EAGER
     return "eager" if device.type == "cpu" and case.dtype == "bfloat16" and short else "sdpa"
 
 
 def _largest_rank(rows: int, columns: int) -> int:
-    """The largest r with r (O + I) <= O I."""
+    """Compute the largest r with r (O + I) <= O I."""
     return rows * columns // (rows + columns)
 
 
@@ -173,10 +172,10 @@ def _llama() -> Any:
 
 
 class Batches:
-    """Micro-batches of random tokens, all of which count; the same for all contestants.
+    """Micro-batches of random tokens, all of which count, the same for all contestants.
 
     Args:
-        distinct: how many there are before they come again.
+        distinct: their number before they repeat.
     """
 
     def __init__(self, case: Case, vocabulary: int, device: torch.device, distinct: int = 8):
@@ -186,11 +185,11 @@ class Batches:
         self.examples, self.distinct = Examples.from_lists(tokens, tokens, "random tokens"), distinct
 
     def take(self, number: int) -> dict[str, Tensor]:
-        """Micro-batch `number`: input_ids, attention_mask, labels, each [B, L] int64."""
+        """Return micro-batch `number`: input_ids, attention_mask, labels, each [B, L] int64."""
         first = number % self.distinct * self.case.micro_batch
         return collate(self.examples, range(first, first + self.case.micro_batch), 0, self.device)
 
     @property
     def target_tokens(self) -> int:
-        """Of one micro-batch; the first token of a sequence is never predicted."""
+        """The target tokens of one micro-batch; the first token of a sequence is never predicted."""
         return self.case.micro_batch * (self.case.length - 1)

@@ -9,5 +9,5 @@ checkpoints   checkpoint ls, verify
 data          preprocess, data show, eval
 plan          plan
 recipes       recipes, schema
-commands      what every group of commands shares: errors in one line, suggestions, whole descriptions
+commands      shared by every group of commands: one-line errors, suggestions, whole descriptions
 """

@@ -20,7 +20,7 @@ _ADAPTER = click.Path(path_type=Path)
 @click.option(
     "--quantize",
     type=click.Choice(["nf4", "fp4", "int8"]),
-    help="Of an adapter to a quantised base: write the result in few bits again; says what is lost.",
+    help="Write the merged model of a quantised base in few bits again; reports the loss.",
 )
 def merge(adapter: Path, output: Path, base: str | None, unmerge: Path | None, quantize: str | None) -> None:
     """Write base + ADAPTER as a plain transformers folder (ADAPTER: the adapter/ folder of a run).

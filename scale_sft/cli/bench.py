@@ -1,4 +1,4 @@
-"""The commands that measure: `scale-sft bench ...`."""
+"""The benchmark commands: `scale-sft bench ...`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .commands import Commands
 
 @click.group(cls=Commands)
 def bench() -> None:
-    """Measure this trainer next to its peers: same model, data, dtype, batch and machine, in one run.
+    """Compare this trainer with its peers: same model, data, dtype, batch and machine, in one run.
 
-    Contestants take turns, so that a machine that is busy with other work slows all of them. Each command appends JSON
-    rows (machine, versions, commit, command) to a file and writes one HTML page with tables and plots.
+    Contestants take turns, so that other work on the machine slows all of them alike. Each command appends JSON rows
+    (machine, versions, commit, command) to a file and writes one HTML page with tables and plots.
     """
 
 
@@ -26,10 +26,10 @@ def bench() -> None:
 @click.option(
     "--markdown",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the tables to this Markdown file too; notes.md in FOLDER is appended.",
+    help="Also write the tables to this Markdown file, followed by notes.md of FOLDER.",
 )
 def page(folder: Path, markdown: Path | None) -> None:
-    r"""Write bench.html, tables and plots, for the rows in FOLDER.
+    r"""Write bench.html, with tables and plots, from the rows in FOLDER.
 
     \b
     scale-sft bench page bench_results

@@ -1,4 +1,4 @@
-"""The commands that measure what state, reallocations and ranks cost: `scale-sft bench memory | reallocate | scale`."""
+"""The commands that measure costs: `scale-sft bench memory | reallocate | scale`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .bench_options import OUTPUT, cases_from, several, with_cases
 
 
 class Count(click.ParamType):
-    """A whole number, which may be written as 1e6."""
+    """A whole number, also in the form 1e6."""
 
     name = "count"
 
@@ -31,9 +31,7 @@ class Count(click.ParamType):
 
 @click.command()
 @with_cases
-@several(
-    "--contestants", "names", click.STRING, "ours-ag,ours-ma,ours-static,peft-lora,full-adamw", "Those of bench step"
-)
+@several("--contestants", "names", click.STRING, "ours-ag,ours-ma,ours-static,peft-lora,full-adamw", "As in bench step")
 @click.option(
     "--limit/--no-limit",
     default=True,
@@ -42,9 +40,9 @@ class Count(click.ParamType):
 )
 @OUTPUT
 def memory(names: tuple, limit: bool, output: Path, **asked) -> None:
-    r"""Peak of a training step above the frozen base, and bytes per trained parameter by part.
+    r"""Measure the memory of a training step above the frozen base, and bytes per trained parameter by part.
 
-    Each contestant runs in a process of its own.
+    Each contestant runs in its own process.
 
     \b
     scale-sft bench memory
@@ -65,27 +63,27 @@ def memory(names: tuple, limit: bool, output: Path, **asked) -> None:
 
 
 @click.command()
-@several("--weights", "weights", Count(4, 10**11), "1e5,1e6,1e7,1e8", "Entries N of the weight")
+@several("--weights", "weights", Count(4, 10**11), "1e5,1e6,1e7,1e8", "Number of entries N of the weight")
 @several("--density", "densities", click.FloatRange(0, 1, min_open=True), "0.001,0.01,0.05", "Active fraction K / N")
-@several("--method", "methods", click.Choice(["ag", "ma"]), "ag,ma", "Of reallocation")
+@several("--method", "methods", click.Choice(["ag", "ma"]), "ag,ma", "Method of reallocation")
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float32"]),
     default="bfloat16",
     show_default=True,
-    help="Of weight and gradient.",
+    help="Dtype of weight and gradient.",
 )
 @click.option(
     "--replaced",
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Fraction of K up for replacement: 1 at the first reallocation of a run, then 0.2 and less.",
+    help="Fraction of K up for replacement: 1 at the first reallocation of a run, then 0.2 or less.",
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Reallocations per median.")
 @OUTPUT
 def reallocate(weights: tuple, densities: tuple, methods: tuple, repeats: int, output: Path, **others) -> None:
-    r"""Time and peak memory of one reallocation of one weight, AG proposals included.
+    r"""Measure time and peak memory of reallocating one weight, AG proposals included.
 
     \b
     scale-sft bench reallocate
@@ -109,12 +107,14 @@ def reallocate(weights: tuple, densities: tuple, methods: tuple, repeats: int, o
     type=click.Choice(["replicate", "shard"]),
     default="replicate",
     show_default=True,
-    help="Whole on every rank, or sharded (ZeRO-3).",
+    help="Keep the base whole on every rank, or shard it (ZeRO-3).",
 )
 @click.option("--sharded/--replicated", default=None, hidden=True)  # earlier spellings
-@click.option("--weak/--strong", default=True, show_default="weak", help="Same batch for each rank, or of all ranks.")
+@click.option("--weak/--strong", default=True, show_default="weak", help="Keep the same batch per rank, or in total.")
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Sequences of that batch.")
-@click.option("--base", default="demo", show_default=True, help="Model folder or hub id, or the embedded base.")
+@click.option(
+    "--base", default="demo", show_default=True, help="Model folder or hub id, or demo, the small model that ships."
+)
 @option(
     "--train_data",
     "data",
@@ -129,17 +129,21 @@ def reallocate(weights: tuple, densities: tuple, methods: tuple, repeats: int, o
     type=click.IntRange(min=2),
     default=128,
     show_default=True,
-    help="Tokens of a sequence.",
+    help="Tokens per sequence.",
 )
-@click.option("--method", type=click.Choice(["ag", "ma"]), default="ag", show_default=True, help="Of the runs.")
+@click.option("--method", type=click.Choice(["ag", "ma"]), default="ag", show_default=True, help="Method of the runs.")
 @click.option(
-    "--density", type=click.FloatRange(0, 1, min_open=True), default=0.02, show_default=True, help="Of the runs."
+    "--density",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.02,
+    show_default=True,
+    help="Density of the runs.",
 )
 @OUTPUT
 def scale(ranks: tuple, weak: bool, base_placement: str, sharded: bool | None, output: Path, **options) -> None:
-    r"""Time, memory and traffic of a step on several ranks, and a model of larger worlds next to them.
+    r"""Measure time, memory and traffic of a step on several ranks, and model larger worlds.
 
-    Each number of ranks is a run of its own, started by `accelerate launch` as a user would; it counts for itself.
+    Each number of ranks is a separate run under `accelerate launch`, as a user would start it.
 
     \b
     scale-sft bench scale --ranks 1,2

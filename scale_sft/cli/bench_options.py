@@ -1,4 +1,4 @@
-"""Options that several of the `scale-sft bench` commands have."""
+"""Options shared by several `scale-sft bench` commands."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ OUTPUT = option(
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("bench_results"),
     show_default=True,
-    help="Folder of the results: rows are appended to its files, its page is written again.",
+    help="Folder of results; rows are appended to its files, and its page is rewritten.",
 )
 
 
 def several(
     name: str, variable: str, one: click.ParamType, default: str, told: str, also: Sequence[str] = ()
 ) -> Callable:
-    """Make an option that takes several values with commas between them."""
+    """Make an option that takes several values, separated by commas."""
     return option(
         name, variable, also=also, type=Several(one), multiple=True, default=[default], show_default=True,
-        help=f"{told}; several with commas.",
+        help=f"{told}; separate several with commas.",
     )  # fmt: skip
 
 
 _OF_CASES = (
     click.option(
         "--base",
-        help="Model folder or hub id; a folder of nothing but config.json gets random weights. "
+        help="Model folder or hub id; a folder with only a config.json gets random weights. "
         "Default: a random Llama of 6 layers, 512 wide.",
     ),
-    several("--dtype", "dtypes", click.Choice(["bfloat16", "float32"]), "bfloat16,float32", "Of the base"),
+    several("--dtype", "dtypes", click.Choice(["bfloat16", "float32"]), "bfloat16,float32", "Dtype of the base"),
     several(
         "--quantization",
         "quantizations",
@@ -46,14 +46,14 @@ _OF_CASES = (
         "Keep the base in 4 or 8 bits",
     ),
     several(
-        "--max_length", "lengths", click.IntRange(min=2), "128", "Tokens of a sequence", ["--max-length", "--length"]
+        "--max_length", "lengths", click.IntRange(min=2), "128", "Tokens per sequence", ["--max-length", "--length"]
     ),
     several(
         "--micro_batch_size",
         "micro_batches",
         click.IntRange(min=1),
         "32",
-        "Sequences of a step",
+        "Sequences per step",
         ["--micro-batch-size", "--micro-batch"],
     ),
     option(
@@ -73,28 +73,28 @@ _OF_CASES = (
         "rank",
         also=["--rank-equivalent", "--rank"],
         type=click.IntRange(min=1),
-        help="Rank of LoRA; ours train as many parameters.  [default: 16]",
+        help="Rank of LoRA; our methods train as many parameters.  [default: 16]",
     ),
     click.option(
         "--density",
         type=click.FloatRange(min=0, max=1, min_open=True),
-        help="Instead of a rank: fraction of each target weight; LoRA gets the nearest rank.",
+        help="Fraction of each target weight to train, instead of a rank; LoRA gets the nearest rank.",
     ),
 )
 
 
 def with_cases(function: Callable) -> Callable:
-    """Give a command the options that say in which cases contestants are compared; `cases_from` reads them."""
+    """Add the options that choose the cases of a comparison; `cases_from` reads them."""
     for decorate in reversed(_OF_CASES):
         function = decorate(function)
     return function
 
 
 def cases_from(*, rank: int | None, density: float | None, **asked) -> list:
-    """Every combination of what was asked for.
+    """List every combination of the requested settings.
 
     Raises:
-        click.UsageError: a rank and a density.
+        click.UsageError: both a rank and a density are given.
     """
     from scale_sft.bench.step.race import cases_of
 

@@ -1,4 +1,4 @@
-"""The command that measures what each method learns: `scale-sft bench quality`."""
+"""The command that compares the quality of methods: `scale-sft bench quality`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .bench_options import OUTPUT
     "variants",
     metavar="NAME=METHOD,KEY=VALUE,...",
     multiple=True,
-    help="One more contestant: a method of ours with other options of train.py, such as ag-8bit=ours-ag,moments=int8. "
+    help="Another contestant: one of our methods with other training options, such as ag-8bit=ours-ag,moments=int8. "
     "Can be repeated.",
 )
 @click.option(
@@ -27,7 +27,7 @@ from .bench_options import OUTPUT
     "grids",
     metavar="METHOD=A,B,...",
     multiple=True,
-    help="Another grid for one contestant. Can be repeated.",
+    help="Another grid of learning rates for one contestant. Can be repeated.",
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Runs at the best rate.")
 @click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of a run; default: 150, or the recipe's.")
@@ -35,8 +35,8 @@ from .bench_options import OUTPUT
     "--rank_equivalent",
     also=["--rank-equivalent", "--rank"],
     type=click.IntRange(min=1),
-    help="Of LoRA; sparse deltas get as many weights. Default: 2 (the share of the demo's weights that 64 is of 7B's), "
-    "or the recipe's rank_equivalent.",
+    help="Rank of LoRA; sparse deltas train as many weights. Default: 2 (for the demo, as 64 is for a 7B model), or "
+    "the recipe's rank_equivalent.",
 )
 @option(
     "--global_batch_size",
@@ -55,9 +55,11 @@ from .bench_options import OUTPUT
     type=click.IntRange(min=1),
     default=256,
     show_default=True,
-    help="Training examples that are kept out to choose the learning rates.",
+    help="Training examples held back to choose the learning rates.",
 )
-@click.option("--jobs", type=click.IntRange(min=1), help="Runs at a time; default: the cores, at most 4; 1 on a GPU.")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Simultaneous runs; default: one per core, at most 4; 1 on a GPU."
+)
 @OUTPUT
 @with_options_of("model", "data")
 def quality(
@@ -71,23 +73,23 @@ def quality(
     recipe: str | None,
     **options: str | int | None,
 ) -> None:
-    r"""Compare what each method learns: held-out loss and exact match at its best learning rate.
+    r"""Compare the quality of methods: held-out loss and exact match, each at its best learning rate.
 
     Contestants: ours-ag, ours-ma, ours-static; random-mask, entries drawn once; peft-lora on the same layers, all of
     equal trained weights; peft-ia3; and full, the same layers densely. All see the same batches, the same loss and the
     same schedule of the learning rate. Each tries a grid of rates with one seed; the best, by the loss on
-    --validation-examples that are kept out of the training data, is run with the other seeds. What is reported comes
-    from the eval data, which chose nothing. A rate at the edge of its grid is pointed out.
+    --validation-examples held back from the training data, runs with the other seeds. Reported figures come from the
+    eval data, which are not used for any choice. The report warns of a best rate at the edge of its grid.
 
-    Without options: the small model and the task that ship, in float32, about 10 minutes on two cores.
+    Without options it trains the small model on the task that ships, in float32: about 10 minutes on two cores.
 
     \b
     scale-sft bench quality
     scale-sft bench quality --base models/a --train_data a.jsonl --eval_data b.jsonl --rank_equivalent 16 --steps 500
     scale-sft bench quality --methods ours-ag,peft-lora --variant ag-8bit=ours-ag,moments=int8
 
-    Every finished run is a row in OUTPUT_DIR/quality.jsonl, and is not done again: started again after Ctrl-C, the
-    command resumes. Runs share the cores, so seconds compare with each other only.
+    Every finished run is a row in OUTPUT_DIR/quality.jsonl and is not repeated: after Ctrl-C the same command resumes.
+    Runs share the cores, so compare their seconds only with each other.
     """
     from scale_sft.bench.page import write_page
     from scale_sft.bench.quality import measure as benchmark
@@ -112,7 +114,7 @@ def quality(
 
 
 def _print(lines: list[list[str]]) -> None:
-    """A table: its first line are the columns; the first column to the left, all others to the right."""
+    """Print a table whose first line is its columns: the first left-aligned, all others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for first, *others in lines:
         numbers = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))

@@ -18,23 +18,23 @@ from .bench_options import OUTPUT, cases_from, with_cases
     "names",
     type=Several(click.STRING),
     multiple=True,
-    help="Some of ours-ag, ours-ma, ours-static, peft-lora, peft-lora-bf16, peft-ia3, peft-shira, full, "
-    "full-adamw, frozen; several with commas.  [default: all]",
+    help="Choose from ours-ag, ours-ma, ours-static, peft-lora, peft-lora-bf16, peft-ia3, peft-shira, full, "
+    "full-adamw, frozen; separate several with commas.  [default: all]",
 )
 @click.option(
     "--kernels",
     type=click.Choice(["off", "cpu", "auto"]),
     default="cpu",
     show_default=True,
-    help="Of ours, as in a run: cpu takes those in C on a CPU, auto also the fastest of a GPU, off neither.",
+    help="Kernels of our methods, as in a run: cpu uses C on a CPU, auto also the fastest of a GPU, off none.",
 )
 @click.option(
     "--attention",
     type=click.Choice(["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]),
     default="auto",
     show_default=True,
-    help="Of all contestants, as in a run; auto: eager on a CPU in bfloat16 up to 256 tokens, where it is faster than "
-    "sdpa, and sdpa elsewhere.",
+    help="Attention of all contestants, as in a run; auto: eager on a CPU in bfloat16 up to 256 tokens, where it is "
+    "faster than sdpa, and sdpa otherwise.",
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=6, show_default=True, help="Steps of each contestant.")
 @click.option(
@@ -43,7 +43,7 @@ from .bench_options import OUTPUT, cases_from, with_cases
     type=click.IntRange(min=0),
     default=1,
     show_default=True,
-    help="Steps of each contestant that do not count.",
+    help="Steps of each contestant before the first that counts.",
 )
 @click.option(
     "--breakdown/--no-breakdown", default=True, show_default=True, help="Time the pieces of our steps as well."
@@ -51,16 +51,18 @@ from .bench_options import OUTPUT, cases_from, with_cases
 @click.option(
     "--together/--one-by-one",
     default=None,
-    help="All contestants stay in memory, or each is made again in each round.  [default: together where they fit]",
+    help="Keep all contestants in memory, or load each again in each round.  [default: together if they fit]",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Of torch on a CPU.  [default: torch's]")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights, data and order.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of torch on a CPU.  [default: torch's]")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of weights, data and order."
+)
 @OUTPUT
 def step(
     names: tuple, rounds: int, warm_up_steps: int, breakdown: bool, together: bool | None, threads: int | None,
     output: Path, **asked,
 ) -> None:  # fmt: skip
-    r"""Time one optimizer step: ours, PEFT's adapters, dense fine-tuning, and the floor of any adapter.
+    r"""Time one optimizer step: our methods, PEFT's adapters, dense fine-tuning, and a lower bound for any adapter.
 
     \b
     scale-sft bench step

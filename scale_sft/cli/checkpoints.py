@@ -1,4 +1,4 @@
-"""`scale-sft checkpoint`: what a run has saved."""
+"""`scale-sft checkpoint`: list and verify what a run has saved."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .commands import Commands
 
 @click.group(cls=Commands)
 def checkpoint() -> None:
-    """Checkpoints of a run: what is there, and whether it is whole."""
+    """List and verify the checkpoints of a run."""
 
 
 @checkpoint.command("ls")
 @click.argument("folder", type=click.Path(path_type=Path))
 def checkpoint_ls(folder: Path) -> None:
-    """List the checkpoints in FOLDER (a run, its checkpoints/ or one of them); sizes are checked, checksums are not."""
+    """List the checkpoints in FOLDER (a run, its checkpoints/ or one of them); checks sizes, not checksums."""
     from scale_sft.training.checkpoint_listing import checkpoints_in, table
 
     click.echo(table(checkpoints_in(folder), "complete (sizes)"))
@@ -27,7 +27,7 @@ def checkpoint_ls(folder: Path) -> None:
 @checkpoint.command("verify")
 @click.argument("folder", type=click.Path(path_type=Path))
 def checkpoint_verify(folder: Path) -> None:
-    """Read the checkpoints in FOLDER completely and compare checksums; status 1 if one is damaged."""
+    """Read the checkpoints in FOLDER completely and compare checksums; exits with status 1 if one is damaged."""
     from scale_sft.training.checkpoint_listing import checkpoints_in, table, verified
 
     found = [verified(one) for one in checkpoints_in(folder)]

@@ -1,4 +1,4 @@
-"""`scale-sft launch-files`: what clusters and `accelerate launch` need, also from an installed package."""
+"""`scale-sft launch-files`: configurations for clusters and `accelerate launch`, also from an installed package."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def launch_files() -> None:
 
 @launch_files.command("ls")
 def list_files() -> None:
-    """List the files, and what each is for."""
+    """List the files with their purposes."""
     found = _files()
     width = max(len(str(file)) for file in found)
     for file, source in found.items():
@@ -51,7 +51,7 @@ def copy(folder: Path) -> None:
 
 
 def _files() -> dict[Path, Path]:
-    """Path below the target folder -> the file."""
+    """Map paths below the target folder to the files."""
     from scale_sft.files import LAUNCH_FILES
 
     found = {
@@ -63,7 +63,7 @@ def _files() -> dict[Path, Path]:
 
 
 def _purpose(source: Path) -> str:
-    """The first sentence of a file's opening comment; of a DeepSpeed configuration, its row in the README."""
+    """Read the first sentence of a file's opening comment, or a DeepSpeed configuration's row in the README."""
     if source.suffix == ".json":
         readme = source.with_name("README.md").read_text(encoding="utf-8")
         rows = [line for line in readme.splitlines() if line.startswith(f"| `{source.name}` |")]

@@ -1,4 +1,4 @@
-"""The `scale-sft` command: train, and what is done before and after."""
+"""The `scale-sft` command: training, and the steps before and after it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that says what a run needs before it is started."""
+"""The command that tells what a run needs before it starts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _SHAPES = ASSETS / "shapes"
 @click.command(cls=SuggestingCommand)
 @click.argument("recipe", required=False)
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Devices, one rank on each.")
-@click.option("--gpu-memory", type=float, help="Memory of one device in GB; without it nothing is judged.")
+@click.option("--gpu-memory", type=float, help="Memory of one device in GB, to judge whether the run fits.")
 @click.option("--shape", help="Plan for the shape 7b, 13b, 70b or 405b (Llama) in place of the recipe's base.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, in bytes.")
 @with_field_options
 def plan(recipe: str | None, gpus: int, gpu_memory: float | None, shape: str | None, as_json: bool, **options) -> None:
-    r"""Say what RECIPE (a shipped name or a file) needs per device, whether it fits, and what would make it fit.
+    r"""Compute the memory of RECIPE (a shipped name or a file) per device, and the smallest change that makes it fit.
 
-    Needs the base's config.json, never its weights.
+    This reads the base's config.json, never its weights.
 
     \b
     scale-sft plan llama2_7b_ag --shape 7b --gpus 8 --gpu-memory 80
@@ -117,7 +117,7 @@ def _print(found, change, gpus: int, gpu_memory: float | None) -> None:
 
 
 def in_one_unit(byte_counts: Iterable[float]) -> Callable[[float], str]:
-    """Choose the unit that suits the largest of some numbers of bytes; returns what writes each of them in it."""
+    """Choose the unit for the largest of some byte counts; returns a function that formats counts in it."""
     largest = max(byte_counts, default=0)
     exponent = 3 if largest >= 2**30 else 2 if largest >= 2**20 else 1
     return lambda count: f"{count / 1024**exponent:,.2f} {('KiB', 'MiB', 'GiB')[exponent - 1]}"

@@ -19,7 +19,7 @@ def recipes() -> None:
 
 @recipes.command("ls")
 def list_recipes() -> None:
-    """List the shipped recipes, and what each is for."""
+    """List the shipped recipes with their purposes."""
     from scale_sft.config import recipes as shipped
 
     found = shipped.names()

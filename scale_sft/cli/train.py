@@ -15,7 +15,7 @@ from scale_sft.errors import UserError
     "--nproc",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Start N processes on this machine: one per GPU, or on the CPU where there is no GPU.  [default: 1]",
+    help="Start N processes on this machine: one per GPU, or on the CPU without GPUs.  [default: 1]",
 )
 @with_config_options
 def train(recipe: str | None, nproc: int | None, **options: str | None) -> None:

@@ -139,5 +139,5 @@ class Several(click.ParamType):
 
 
 def flattened(values: tuple[tuple, ...]) -> tuple:
-    """What a repeated option of `Several` was given, each value once, in order."""
+    """Flatten the values of a repeated option of `Several`, each value once, in order."""
     return tuple(dict.fromkeys(value for some in values for value in some))

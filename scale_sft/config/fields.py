@@ -1,4 +1,4 @@
-"""How an option is declared, and the checks of a single value."""
+"""The declaration of an option, and the checks of a single value."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def between(low: float, high: float, *, open_low: bool = False) -> Check:
     def check(value: Any) -> str | None:
         if (value > low if open_low else value >= low) and value <= high:
             return None
-        return f"must lie in {'(' if open_low else '['}{low}, {high}]"
+        return f"must be in {'(' if open_low else '['}{low}, {high}]"
 
     return check
 
@@ -75,4 +75,4 @@ def a_density(value: float) -> str | None:
     """Check a fraction of the target weights."""
     if 0 < value <= 1:
         return None
-    return "must lie in (0, 1]: it is a fraction, 0.02 trains 2 % of the target weights"
+    return "must be in (0, 1]: it is a fraction, 0.02 trains 2 % of the target weights"

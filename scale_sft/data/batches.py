@@ -21,7 +21,7 @@ from .packing import collate_packed, packed_micro_batches
 
 @dataclass(frozen=True)
 class BatchOrder:
-    """Which examples make up each global batch: epochs, each shuffled by (seed, epoch), one after the other.
+    """The examples of each global batch: epochs one after the other, each shuffled by (seed, epoch).
 
     A batch may run over the end of an epoch; only the last batch of a run of whole epochs can be smaller.
     """

@@ -210,7 +210,7 @@ class _progress_bars:
 
 
 def _open(folder: Path, name: str, config: DataConfig) -> Examples:
-    """The examples of a cache folder, mapped into memory."""
+    """Open the examples of a cache folder, mapped into memory."""
     import datasets
 
     try:

@@ -32,10 +32,10 @@ def shipped_templates() -> list[str]:
 
 
 def use_template(tokenizer: Any, written: str | None) -> Any:
-    """The tokenizer with another chat template: the name of a shipped one, or a Jinja file; None: its own.
+    """Set the tokenizer's chat template: the name of a shipped one, or a Jinja file; None keeps its own.
 
     Raises:
-        UserError: there is no such template.
+        UserError: the template does not exist.
     """
     if written is None:
         return tokenizer
@@ -48,7 +48,7 @@ def use_template(tokenizer: Any, written: str | None) -> Any:
 
 
 def has_marks(template: str) -> bool:
-    """Whether a template says itself which text is generated: {% generation %} ... {% endgeneration %}."""
+    """Return True if a template marks generated text: {% generation %} ... {% endgeneration %}."""
     return bool(_MARKS.search(template))
 
 
@@ -63,7 +63,8 @@ def render(
         unlearned: find the assistant turns that are not learned instead.
 
     Raises:
-        UserError: there is no template, it refuses a conversation, or it rewrites earlier turns and has no marks.
+        UserError: the tokenizer has no template, it refuses a conversation, or it rewrites earlier turns and has no
+            marks.
     """
     template = tokenizer.chat_template
     if not template:
@@ -109,7 +110,7 @@ def _by_marks(
 def _by_prefixes(
     chats: Sequence[Chat], wanted: list[list[int]], tokenizer: Any, where: Where
 ) -> tuple[list[str], list[list[Span]]]:
-    """What a turn adds is the difference of the texts up to it (asking for an answer) and with it."""
+    """Find the text that each turn adds: the difference of the texts with it and up to it, asking for an answer."""
     whole = write(chats, tokenizer, where)
     replies = [(c, n) for c, turns in enumerate(wanted) for n in turns]
 

@@ -79,26 +79,26 @@ class Examples:
         return max((token for token in largest if token is not None), default=-1)
 
     def target_tokens(self, members: Sequence[int]) -> int:
-        """How many tokens of these examples count; the first of a sequence is never predicted."""
+        """Count the target tokens of these examples; the first of a sequence is never predicted."""
         return int(self._targets[np.asarray(members, dtype=np.int64)].sum())
 
     def all_tokens(self, members: Sequence[int]) -> int:
-        """How many tokens these examples have."""
+        """Count all tokens of these examples."""
         return int(self.lengths[np.asarray(members, dtype=np.int64)].sum())
 
 
 def _columns(rows: Any, name: str) -> Iterator[Any]:
-    """A column of lists as Arrow arrays, a piece at a time."""
+    """Yield a column of lists as Arrow arrays, a piece at a time."""
     return (batch[name].combine_chunks() for batch in rows.with_format("arrow").iter(batch_size=100_000))
 
 
 def _list_lengths(rows: Any, name: str) -> np.ndarray:
-    """Length of the list in each row, without reading the lists: [rows] int64."""
+    """Measure the list in each row without reading the lists: [rows] int64."""
     pieces = (lists.value_lengths().to_numpy(zero_copy_only=False) for lists in _columns(rows, name))
     return np.concatenate([np.zeros(0, dtype=np.int64), *pieces]).astype(np.int64)
 
 
 def _spans(labels: Sequence[int]) -> list[int]:
-    """Where labels are not IGNORED: start, stop, start, stop ..."""
+    """Find the spans of labels that are not IGNORED: start, stop, start, stop ..."""
     counts = np.concatenate([[0], np.asarray(labels) != IGNORED, [0]]).astype(np.int8)
     return np.flatnonzero(np.diff(counts)).tolist()

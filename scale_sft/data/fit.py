@@ -1,4 +1,4 @@
-"""Whether a tokenizer fits its model: every token that can reach the embedding must have a row there."""
+"""Check that a tokenizer fits its model: every token that can reach the embedding must have a row there."""
 
 from __future__ import annotations
 

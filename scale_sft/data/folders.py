@@ -42,7 +42,7 @@ class Finding:
 
 
 def kind_of(path: Path) -> str | None:
-    """How a file is read: a value of KINDS, SAVED, or None if it is not."""
+    """Tell how to read a file: a value of KINDS, SAVED, or None if it is not read."""
     if path.is_dir():
         return SAVED if _is_saved(path) else None
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -52,7 +52,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether a path has an ending that is read."""
+    """Return True if files with this ending are read."""
     return not path.is_dir() and kind_of(path) is not None
 
 
@@ -119,14 +119,14 @@ def _refuse_doubles(root: Path, files: list[Path]) -> None:
 
 
 def _is_saved(path: Path) -> bool:
-    """Whether a folder is one that `save_to_disk` wrote, of a data set or of several splits."""
+    """Return True if `save_to_disk` wrote this folder, of a data set or of several splits."""
     return (path / "dataset_dict.json").is_file() or all(
         (path / name).is_file() for name in ("dataset_info.json", "state.json")
     )
 
 
 def _is_passed_over(folder: Path) -> bool:
-    """Whether a folder is hidden, a link, or holds a model."""
+    """Return True if a folder is hidden, a link, or holds a model."""
     return folder.name.startswith(".") or folder.is_symlink() or (folder / "config.json").is_file()
 
 

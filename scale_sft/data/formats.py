@@ -96,7 +96,7 @@ class Encoder:
         return self._conversations(chats, [0] * len(chats), places)
 
     def _prompt_completion(self, records: list[Record], places: list[int]) -> list[Example]:
-        """Two texts, or lists of turns: each row as it is, whatever its neighbours are."""
+        """Read two texts, or lists of turns; each row independently of its neighbours."""
         kinds = [
             any(isinstance(self._get(record, name), list) for name in ("prompt", "completion")) for record in records
         ]
@@ -130,7 +130,7 @@ class Encoder:
         return examples
 
     def _alpaca(self, records: list[Record], places: list[int]) -> list[Example]:
-        """A conversation of two turns where the tokenizer has a chat template, otherwise text under headings."""
+        """Make a conversation of two turns if the tokenizer has a chat template, otherwise text under headings."""
         chats, prompts, answers = [], [], []
         template = bool(self.tokenizer.chat_template)
         for record, place in zip(records, places, strict=True):

@@ -20,7 +20,7 @@ from .examples import Examples
 def micro_batches(
     batch: Sequence[int], rank: int, world_size: int, micro_batch_size: int | None, first: int | None = None
 ) -> list[list[int | None]]:
-    """The share of one rank in a global batch, cut into micro-batches; as many on every rank.
+    """Cut the share of one rank in a global batch into micro-batches, equally many on every rank.
 
     Sequence n goes to rank n % world_size, so that the first sequences are spread evenly. Where the batch does not
     divide, None stands for a sequence that does not count. `first`: sequences, over all ranks, of the first
@@ -39,10 +39,10 @@ def micro_batches(
 
 
 def collate(examples: Examples, members: Sequence[int | None], pad_id: int, device: torch.device) -> dict[str, Tensor]:
-    """A micro-batch, padded on the right: input_ids, attention_mask, labels, each [B, L] int64.
+    """Collate a micro-batch, padded on the right: input_ids, attention_mask, labels, each [B, L] int64.
 
-    The labels stay on the CPU, which finds the targets among them. A member None becomes a short sequence of which no
-    token counts.
+    The labels stay on the CPU, which finds the targets among them. A member None becomes a short sequence without
+    target tokens.
     """
     nothing = (np.full(2, pad_id), np.full(2, IGNORED))
     rows = [nothing if n is None else examples.tokens(n) for n in members]
@@ -59,12 +59,12 @@ def collate(examples: Examples, members: Sequence[int | None], pad_id: int, devi
 
 
 def longest_first(examples: Examples, members: Sequence[int]) -> list[int]:
-    """The same examples, longest first: neighbours have similar lengths, so that little is padded."""
+    """Sort examples, longest first: neighbours then have similar lengths, which saves padding."""
     return sorted(members, key=lambda n: (-examples.lengths[n], n))
 
 
 def by_length(examples: Examples, size: int) -> Iterator[list[int]]:
-    """All examples in groups of `size`, longest first; the order does not depend on ranks."""
+    """Yield all examples in groups of `size`, longest first; the order does not depend on ranks."""
     order = longest_first(examples, range(len(examples)))
     for start in range(0, len(order), size):
         yield order[start : start + size]

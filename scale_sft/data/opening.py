@@ -42,7 +42,7 @@ class Part:
         return Part(self.rows.select(places), self.origin, self.source, self.columns)
 
     def where(self, row: int) -> str:
-        """Name the place of a row: 'FILE, line N'; 'NAME, example N' where there are no lines."""
+        """Name the place of a row: 'FILE, line N'; 'NAME, example N' in formats without lines."""
         line = int(self.rows[int(row)]["line"])
         return f"{self.origin}, line {line}" if line > 0 else f"{self.origin}, example {-line}"
 
@@ -202,7 +202,7 @@ def _matching(part: Part, keep: tuple[str, str]) -> np.ndarray:
 
 
 def _slice(parts: list[Part], source: Source) -> list[Part]:
-    """The rows that a split like 'train[:1000]' or 'train[50%:]' names, counted over all files."""
+    """Select the rows of a split like 'train[:1000]' or 'train[50%:]', counted over all files."""
     import datasets
 
     total = sum(len(part.rows) for part in parts)

@@ -1,7 +1,7 @@
-"""Packing: several examples in one row, none of which sees another.
+"""Pack several examples into one row, so that none sees another.
 
-Transformers' own way: position ids restart with each example and there is no attention mask; its mask functions (sdpa,
-eager, flex) make attention block-diagonal from the restarts, and flash attention cuts its sequences there.
+Position ids restart with each example, and the attention mask is left out. From the restarts, transformers' mask
+functions (sdpa, eager, flex) make attention block-diagonal, and flash attention cuts its sequences there.
 
 Shapes: R rows of a micro-batch, L their padded length in tokens, V vocabulary.
 """
@@ -26,9 +26,9 @@ Row = list[int]
 
 
 def pack(examples: Examples, members: Sequence[int], row_tokens: int) -> list[Row]:
-    """Rows of at most `row_tokens` tokens, by best fit of the longest first; the same on every rank.
+    """Pack rows of at most `row_tokens` tokens, by best fit of the longest first; the same on every rank.
 
-    The rows come in the order of their first member in the batch, so that the first of them are no selection by length.
+    Rows are in the order of their first member in the batch, so that the first rows are not selected by length.
     """
     from bisect import bisect_left, insort
 
@@ -56,7 +56,7 @@ def packed_micro_batches(
     micro_batch_size: int | None,
     first: int | None = None,
 ) -> list[list[Row]]:
-    """The share of one rank in a global batch, as micro-batches of packed rows; as many on every rank.
+    """Cut the share of one rank in a global batch into micro-batches of packed rows, equally many on every rank.
 
     `micro_batch_size` counts rows; `first` as in `micro_batches`: the first sequences, packed by themselves, make up
     the first micro-step of all ranks. An empty row stands where the rows do not divide.

@@ -1,4 +1,4 @@
-"""Where examples come from, as options write it: NAME or NAME?key=value&key=value.
+"""The sources of examples, as written in options: NAME or NAME?key=value&key=value.
 
     data/train.jsonl                                         a file; see `folders` for the endings that are read
     data/                                                    all such files of a folder and its sub-folders
@@ -71,7 +71,7 @@ class Source:
         return None if hub and not path.exists() else path
 
     def column(self, name: str) -> str:
-        """What the data calls one of COLUMNS."""
+        """Return the data's own name of one of COLUMNS."""
         return self.columns.get(name, name)
 
     def identity(self) -> list[Any]:
@@ -108,7 +108,7 @@ def needed_columns(columns: Iterable[str], source: Source, origin: str) -> list[
     """Return those of the columns that a source uses: of its format, and that of `keep`.
 
     Raises:
-        UserError: see `recognise`; or there is no such column to keep rows by.
+        UserError: see `recognise`; or the column to keep rows by does not exist.
     """
     columns = list(columns)
     if source.keep and source.keep[0] not in columns:
@@ -120,7 +120,7 @@ def needed_columns(columns: Iterable[str], source: Source, origin: str) -> list[
 
 
 def is_kept(record: Mapping[str, Any], keep: tuple[str, str]) -> bool:
-    """Whether the value of a record in a column is written like that: as Python or as JSON writes it."""
+    """Return True if the record's value in a column reads like that, as Python or JSON writes it."""
     value, wanted = record.get(keep[0]), keep[1]
     return str(value) == wanted or (isinstance(value, bool | None) and json.dumps(value) == wanted)
 

@@ -127,7 +127,7 @@ class TextTokenizer:
         return [*before, *ids, *after], len(before)
 
     def _ends(self, ids: list[int], text: str) -> bool:
-        """Whether the end token is the last of a text, but for white space."""
+        """Return True if the end token is the last of a text, except for white space."""
         if ids[-1:] == [self._end]:
             return True
         return text[-1:].isspace() and self._end in ids and text.rstrip().endswith(self._tokenizer.eos_token)

@@ -61,14 +61,14 @@ def taught_end(examples: Examples, tokenizer: Any, members: Iterable[int] | None
 
 
 def ids_of(eos_token_id: int | list[int] | None) -> list[int]:
-    """The end tokens of a configuration, which names none, one or several."""
+    """List the end tokens of a configuration, which names none, one or several."""
     if eos_token_id is None:
         return []
     return list(eos_token_id) if isinstance(eos_token_id, list) else [eos_token_id]
 
 
 def with_end(eos_token_id: int | list[int] | None, token: int | None) -> int | list[int] | None:
-    """A configuration's end tokens and the taught one, in the shape that transformers expects."""
+    """Add the taught end token to a configuration's, in the form that transformers expects."""
     known = ids_of(eos_token_id)
     return eos_token_id if token is None or token in known else [*known, token]
 

@@ -85,12 +85,12 @@ def _check_turn(turn: Any, number: int, where: Place) -> Turn:
 
 
 def calls(turn: Mapping[str, Any]) -> bool:
-    """Whether a turn calls a tool, in today's or the earlier way."""
+    """Return True if a turn calls a tool, in today's or the earlier form."""
     return bool(turn.get("tool_calls") or turn.get("function_call"))
 
 
 def _is_learned(turn: Mapping[str, Any], number: int, where: Place) -> bool:
-    """Whether the switches of a turn leave it on. `weight` is OpenAI's, `train` and `training` are Axolotl's."""
+    """Return True unless a turn's switches turn it off. `weight` is OpenAI's, `train` and `training` are Axolotl's."""
     if turn.keys().isdisjoint(_ALL_SWITCHES):
         return True
     named = f"turn {number} ({turn['role']})"
@@ -161,7 +161,7 @@ def earlier_turns(history: Any, where: Place) -> list[Turn]:
 
 
 def _unpacked(value: Any) -> Any:
-    """What a JSON text holds, as CSV and some JSON Lines files write lists and objects; other values as they are."""
+    """Decode a JSON text, as CSV and some JSON Lines files write lists and objects; return other values unchanged."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     try:

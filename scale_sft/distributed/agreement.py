@@ -1,4 +1,4 @@
-"""What ranks do together: sum, gather, and agree.
+"""Collective operations of ranks: sum, gather, and agree.
 
 Reduce inputs, then decide: only gradients are summed over ranks. Every decision that follows is deterministic and
 therefore the same everywhere; digests prove it.
@@ -33,7 +33,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes the files."""
+        """True on the rank that writes the files."""
         return self.rank == 0
 
     def mark(self) -> None:

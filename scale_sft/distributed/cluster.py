@@ -138,12 +138,12 @@ class Cluster(Ranks):
 
     @property
     def sharded(self) -> bool:
-        """Whether the base is cut into shards."""
+        """True if the base is cut into shards."""
         return self.sharding.sharded
 
     @property
     def load_device(self) -> torch.device | None:
-        """Where a freshly loaded model goes; None: loading has put it into shards already."""
+        """The device for a freshly loaded model; None: loading has put it into shards already."""
         return self.sharding.load_device
 
     def loading_whole(self) -> AbstractContextManager[None]:

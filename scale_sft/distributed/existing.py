@@ -9,7 +9,7 @@ from .sharding import Replicated
 
 
 def existing_ranks(device: torch.device) -> Cluster | None:
-    """The ranks of this process's group, each with the whole base; None where there is only one.
+    """Join the ranks of this process's group, each with the whole base; returns None if there is only one.
 
     Args:
         device: of this rank's model.

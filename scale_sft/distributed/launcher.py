@@ -83,7 +83,7 @@ def launch_here(options: Sequence[str], *, processes: int) -> int:
 
 
 def _status(exitcode: int, who: str) -> int:
-    """The shell's status for a child's exit code; a child that a signal has ended could not say so itself."""
+    """Convert a child's exit code to the shell's status, and report a signal that ended the child."""
     if exitcode >= 0:
         return exitcode
     name = signal.Signals(-exitcode).name
@@ -108,7 +108,7 @@ def _forwarding() -> Iterator[None]:
 
 
 def _ignored(number: int) -> bool:
-    """Whether whoever started this process ignores the signal, as a Slurm job step does with SIGUSR1."""
+    """Return True if this process inherited that the signal is ignored, as a Slurm job step does with SIGUSR1."""
     return signal.getsignal(number) is signal.SIG_IGN
 
 

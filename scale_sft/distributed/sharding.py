@@ -1,4 +1,4 @@
-"""Where the frozen base is kept: whole on every rank, or in DeepSpeed ZeRO-3 shards. One interface for both.
+"""The storage of the frozen base: whole on every rank, or in DeepSpeed ZeRO-3 shards, with one interface.
 
 Shapes: W ranks; a weight of N entries is cut into W flat parts.
 """

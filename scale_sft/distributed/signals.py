@@ -55,7 +55,7 @@ class Interruption:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only remember signals inside this block."""
+        """Defer signals inside this block: only remember them."""
         self._deferred = True
         try:
             yield

@@ -60,7 +60,7 @@ def extract_answer(text: str, pattern: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class _Ends:
-    """What ends an answer."""
+    """The tokens that end an answer."""
 
     stops: tuple[int, ...]  # generation stops at each of these
     silent: frozenset[int]  # padding, and the end tokens of model and tokenizer

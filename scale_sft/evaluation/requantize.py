@@ -54,8 +54,8 @@ class Loss:
     def __str__(self) -> str:
         share = self.undone / max(1, self.active)
         return (
-            f"loss by {self.kind}: {self.undone:,} of {self.active:,} deltas vanish ({share:.1%}); error of the deltas "
-            f"{self.delta_error:.1%} of their norm, of the target weights {self.weight_error:.2%} of theirs\n"
+            f"loss by {self.kind}: {self.undone:,} of {self.active:,} deltas vanish ({share:.1%}); relative error: "
+            f"{self.delta_error:.1%} of the deltas, {self.weight_error:.2%} of the target weights\n"
             f"held-out loss: {self.held_out}"
         )
 

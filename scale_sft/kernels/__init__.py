@@ -2,8 +2,8 @@
 
 cpu/      compiled on first use
 gpu/      imported only where there is a GPU
-autotune  which path to a gradient's entries is the fastest on this GPU
-backends who computes what, kernels or plain torch
-operands  what all kernels take, checked
+autotune  benchmarks the paths to a gradient's entries, and picks the fastest
+backends  chooses kernels or plain torch
+operands  arguments common to all kernels, checked
 moments   AdamW's moments in 1 byte each (bitsandbytes' dynamic map)
 """

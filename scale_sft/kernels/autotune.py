@@ -1,6 +1,6 @@
-"""Which way to the recorded entries of a weight gradient is the fastest here: measured at the start, then looked up.
+"""Benchmark the available ways to compute sampled weight-gradient entries once at startup, then reuse the fastest.
 
-Without a GPU or Triton nothing is measured; what a CPU does is in `columns`.
+Nothing is measured without a GPU and Triton; `cpu.sampled_columns` is the CPU's way.
 Shapes: T tokens; R rows, C columns of a weight; K entries.
 """
 
@@ -24,50 +24,50 @@ from scale_sft.spiel.recorder import dense_products
 from .operands import Wanted
 
 Path = Callable[[Tensor, Tensor, Wanted], None]
-"""(left [T, R], right [T, C], what is wanted): adds entries of left^T right to each `out`."""
+"""(left [T, R], right [T, C], wanted): adds entries of left^T right to each `out`."""
 
 Timer = Callable[[Callable[[], None]], float]
-"""Runs a piece of work once on the device and says how many seconds that took."""
+"""Runs a piece of work once on the device; returns the seconds it took."""
 
 PLAIN = "plain"
 SAMPLED = "sampled"
 PICKED = "picked"
 REPEATS = 9
-HOPELESS = 1.5  # times as slow as the plain path in the first trial: not tried again
-WORTHWHILE = 0.97  # of the plain path's time: anything nearer may be noise, and the plain path stays
-LARGEST_ERROR = 0.01  # of the norm; rounding dW to bf16 makes 0.002
+HOPELESS = 1.5  # times the plain path's time in the first trial: not tried again
+WORTHWHILE = 0.97  # of the plain path's time: a smaller gain may be noise, and the plain path stays
+LARGEST_ERROR = 0.01  # relative to the norm; rounding dW to bf16 alone makes 0.002
 FLUSH_BYTES = 256 << 20  # more than any second-level cache
 
 
 class Case(NamedTuple):
-    """Calls that are taken to be alike: same shape and dtype, tokens and entries within a factor of 2."""
+    """A class of calls treated as equal: same shape and dtype, tokens and entries within a factor of 2."""
 
     rows: int
     width: int
     dtype: str
     tokens_bits: int  # of T - 1
-    share_bits: int  # of R * C / K, K summed over all that is wanted
+    share_bits: int  # of R * C / K, with K summed over all wanted entries
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was found for one case."""
+    """The result of measuring one case."""
 
     chosen: str
-    seconds: dict[str, float]  # median, by path; the first trial's of paths that were hopeless
-    refused: dict[str, str]  # by path: why it cannot be used here
+    seconds: dict[str, float]  # median, by path; the first trial for hopeless paths
+    refused: dict[str, str]  # by path: the reason it cannot be used here
 
 
 class GradientPath:
-    """Computes recorded entries by the path that was the fastest when its case was measured, or else the plain one.
+    """A computation of recorded entries by the fastest path measured for their case, by default the plain one.
 
     Paths differ in the order of fp32 sums, and the plain one rounds dW to the factors' dtype before it gathers. A run
-    that must resume bit for bit must therefore keep its choices: `state` and `load_state`. Ranks may choose
-    differently: what they sum over ranks stays the same on all of them.
+    that resumes bit for bit must therefore keep its choices: `state` and `load_state`. Ranks may choose differently:
+    the sum over ranks is still the same on all of them.
 
     Args:
-        device: where the factors lie. Without a GPU or Triton there is only the plain path, the whole product.
-        paths: paths by name, `plain` among them; None: all that can be had on the device.
+        device: of the factors. Without a GPU or Triton there is only the plain path, the full product.
+        paths: paths by name, `plain` among them; None: all that the device supports.
         timer: see `Timer`; None: by CUDA events, with caches flushed.
     """
 
@@ -79,9 +79,9 @@ class GradientPath:
         self._chosen: dict[Case, str] = {}
 
     def products(self, left: Tensor, right: Tensor, wanted: Wanted) -> bool:
-        """out[k] += (left^T right)[row(k), column(k)] for all that is wanted: a `Products`, always True.
+        """Compute out[k] += (left^T right)[row(k), column(k)] for all wanted entries: a `Products`, always True.
 
-        Nothing waits for the device.
+        This does not wait for the device.
 
         Args:
             left: [T, R], right: [T, C]; fp32, bf16 or fp16, both the same.
@@ -93,9 +93,9 @@ class GradientPath:
         return True
 
     def choice(self, case: Case) -> str:
-        """The name of the path for a case: as measured, or as for the nearest number of tokens, or plain.
+        """Look up the path for a case: as measured, else as for the nearest number of tokens, else plain.
 
-        K just beyond a power of 2 is as good as the K that was measured.
+        A K just beyond a power of 2 uses the choice of the K that was measured.
         """
         if case in self._chosen:
             return self._chosen[case]
@@ -109,13 +109,13 @@ class GradientPath:
     def measure(
         self, rows: int, width: int, tokens: int, entries: Sequence[int], dtype: torch.dtype, seed: int = 0
     ) -> Measurement:
-        """Try all paths on factors [T, R] and [T, C] and so many `entries` wanted at once, and keep the fastest.
+        """Time all paths on factors [T, R] and [T, C] with this many `entries` wanted at once, and keep the fastest.
 
-        Only the first of several alike cases is tried. A path that fails here, or disagrees with the plain one, is
-        refused; the measurement says why. This waits for the device; call it before the first step.
+        Of several similar cases only the first is timed. A path that fails here, or disagrees with the plain one, is
+        refused; the measurement gives the reason. This waits for the device; call it before the first step.
 
         Args:
-            seed: of the factors and of where the entries lie; they are drawn on the device.
+            seed: of the factors and of the entries' places, which are drawn on the device.
         """
         if not self.has_kernels:
             return Measurement(PLAIN, {}, {})
@@ -144,7 +144,7 @@ class GradientPath:
         return self.measured[case]
 
     def measure_store(self, store: DeltaStore, candidates: Mapping[str, int], tokens: int, dtype: torch.dtype) -> None:
-        """Measure what backward passes of `tokens` tokens will ask for: active entries, and with them candidates.
+        """Measure the requests of backward passes of `tokens` tokens: active entries alone, and with candidates.
 
         Args:
             candidates: C of each weight; empty where none are estimated.
@@ -156,12 +156,12 @@ class GradientPath:
                 self.measure(*delta.shape, tokens, [delta.active, candidates[delta.name]], dtype)
 
     def _wrong_paths(self, left: Tensor, right: Tensor, wanted: Wanted) -> dict[str, str]:
-        """By name of a path: why it cannot be used. Each path is warm afterwards."""
+        """Find the paths that cannot be used, with the reason by name; this also warms up each path."""
         expected, refused = self._result_of(PLAIN, left, right, wanted), {}
         for name in [name for name in self.paths if name != PLAIN]:
             try:
                 found = self._result_of(name, left, right, wanted)
-            except Exception as error:  # whatever a compiler or driver may raise: the plain path remains
+            except Exception as error:  # a compiler or driver may raise anything; the plain path remains
                 refused[name] = f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
                 continue
             distance = float((found - expected).norm() / expected.norm())
@@ -177,22 +177,22 @@ class GradientPath:
 
     @property
     def has_kernels(self) -> bool:
-        """Whether there is anything but the plain path."""
+        """Return True if there is any path but the plain one."""
         return self.paths.keys() != {PLAIN}
 
     def summary(self) -> str:
-        """What was chosen in how many cases, for a line of text."""
+        """Summarise in one line how many cases use each path."""
         if not self.has_kernels:
             return "without kernels (they need a GPU and Triton)"
         counts = Counter(self._chosen.values())
         return ", ".join(f"{name} in {count} of {len(self._chosen)} cases" for name, count in counts.most_common())
 
     def state(self) -> dict[str, str]:
-        """The choices, as a JSON object can keep them."""
+        """Return the choices as a JSON object."""
         return {" ".join(map(str, case)): chosen for case, chosen in self._chosen.items()}
 
     def load_state(self, state: Mapping[str, str]) -> None:
-        """Take over what `state` gave, for all paths that exist here; cases that are measured later keep to it too."""
+        """Load choices from `state` for all paths that exist here; cases measured later keep to them too."""
         for words, chosen in state.items():
             rows, width, dtype, tokens_bits, share_bits = words.split()
             case = Case(int(rows), int(width), dtype, int(tokens_bits), int(share_bits))
@@ -202,7 +202,7 @@ class GradientPath:
 
 
 def paths_of(device: torch.device) -> dict[str, Path]:
-    """All paths that can be had on a device, by name; `plain` always."""
+    """List the paths that a device supports, by name; `plain` always."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return {PLAIN: dense_products}
     from scale_sft.kernels.gpu.picked import picked_entries
@@ -222,7 +222,7 @@ def _case(rows: int, width: int, tokens: int, entries: int, dtype: torch.dtype) 
 
 
 def _spread_evenly(rows: int, width: int, count: int, generator: torch.Generator) -> Entries:
-    """Spread `count` entries evenly over all rows, from a random column on, on the generator's device."""
+    """Spread `count` entries evenly over rows and, from a random column on, within each; on the generator's device."""
     device = generator.device
     starts = torch.arange(rows + 1, device=device) * count // rows
     counts = starts.diff()
@@ -234,7 +234,7 @@ def _spread_evenly(rows: int, width: int, count: int, generator: torch.Generator
 
 
 class _EventTimer:
-    """Seconds of a piece of work on a GPU, between two events on its stream, with nothing of it cached before."""
+    """A timer of work on a GPU, between two events on its stream, with a cold cache."""
 
     def __init__(self, device: torch.device):
         self.device = device

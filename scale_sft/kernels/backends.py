@@ -1,4 +1,4 @@
-"""Choose who computes: kernels where they are asked for and can be used here, otherwise plain torch."""
+"""Choose kernels where they are requested and available here, otherwise plain torch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .cpu.sampled_columns import SampledColumns
 
 
 def gradient_path_of(device: torch.device, kernels: str) -> GradientPath | None:
-    """Ways to recorded gradients that are measured before the first step; None where none are asked for."""
+    """Make the choice of paths to recorded gradients, measured before the first step; None if not requested."""
     return GradientPath(device) if kernels == "auto" else None
 
 
 def products_of(path: GradientPath | None, device: torch.device, kernels: str) -> Products | None:
-    """Choose who computes entries of a weight's gradient; None: they are picked from the whole product."""
+    """Choose how to compute entries of a weight's gradient; None: they are picked from the full product."""
     if path and path.has_kernels:
         return path.products
     return SampledColumns() if native.used(device, kernels) else None
 
 
 def exchanges_of(device: torch.device, kernels: str) -> Exchanges:
-    """Choose who drops and grows entries."""
+    """Choose the implementation of drop and grow."""
     return in_c if native.used(device, kernels) else in_torch

@@ -1,4 +1,4 @@
-"""Which way of keeping AdamW's moments an option means; the one in 8 bits, by the blocks of bitsandbytes."""
+"""The storage of AdamW's moments by option, and the 8-bit format, with the blocks of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ BLOCK = 256
 class BlockwiseMoment:
     """A moment in 1 byte per delta and one fp32 scale per 256 of them; no block crosses weights.
 
-    The codes are the dynamic map of bitsandbytes (Dettmers et al. 2022), found here by bisection: its own quantiser for
-    CPUs takes zero to some 1e-5 of the block's largest value, and an entry without a gradient would begin to move. Of
-    the second moment the root is kept: updates divide by it, and it spans half as many decades; one that is not zero
-    does not become zero.
+    The codes are the dynamic map of bitsandbytes (Dettmers et al. 2022), found here by bisection: its own CPU quantiser
+    maps zero to some 1e-5 of the block's largest value, which would move entries without a gradient. The second moment
+    is stored as its square root: updates divide by it, it spans half as many decades, and a nonzero value never becomes
+    zero.
 
     Args:
-        deltas: whose moment it is.
-        second: whether it is the second moment, which has no negative values.
+        deltas: the deltas that the moment belongs to.
+        second: True for the second moment, which has no negative values.
     """
 
     def __init__(self, deltas: DeltaStore, *, second: bool):
@@ -64,13 +64,13 @@ def _blocks(part: slice) -> slice:
 
 
 def _in_blocks(values: Tensor) -> Tensor:
-    """[n] -> [blocks, 256], zeros at the end; a copy only where the last block is not full."""
+    """Reshape [n] to [blocks, 256], padded with zeros; a copy only if the last block is not full."""
     missing = -values.numel() % BLOCK
     return (functional.pad(values, (0, missing)) if missing else values).view(-1, BLOCK)
 
 
 def int8_moments(deltas: DeltaStore) -> tuple[Moment, Moment]:
-    """2 bytes per delta, and 8 per 256 of them."""
+    """Create both moments in 8 bits: 2 bytes per delta, and 8 per 256 of them."""
     return BlockwiseMoment(deltas, second=False), BlockwiseMoment(deltas, second=True)
 
 
@@ -82,17 +82,17 @@ _WAYS: dict[str, tuple[Moments, float]] = {
 
 
 def resolve_moments(wanted: str, compute_dtype: torch.dtype) -> str:
-    """`auto`: float32 where gradients are computed in it, otherwise mixed: no digit that they have is lost."""
+    """Resolve `auto`: float32 if gradients are computed in it, otherwise mixed, which loses none of their digits."""
     if wanted != "auto":
         return wanted
     return "float32" if compute_dtype is torch.float32 else "mixed"
 
 
 def moments_of(name: str) -> Moments:
-    """What makes the moments of a resolved name."""
+    """Look up the function that creates the moments of a resolved name."""
     return _WAYS[name][0]
 
 
 def bytes_of_moments(name: str) -> float:
-    """Bytes per delta of both moments."""
+    """Return the bytes per delta of both moments."""
     return _WAYS[name][1]

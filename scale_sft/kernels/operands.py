@@ -1,4 +1,4 @@
-"""What all paths to the entries of a weight gradient take, and all updates that write a weight.
+"""The arguments of all paths to a weight gradient's entries, and of all updates that write a weight.
 
 Shapes: R rows, C columns of a weight; K entries; T tokens. The dense gradient is dW [R, C] = left^T right, with left
 [T, R] and right [T, C]: dY and X for `nn.Linear`, X and dY for GPT-2's `Conv1D`.
@@ -14,11 +14,11 @@ from torch import Tensor
 from scale_sft.spiel.indices import Entries
 
 Wanted = Sequence[tuple[Entries, Tensor]]
-"""[(entries, out [K] fp32 or bf16), ...]: where the gradient is wanted, and what it is added to."""
+"""[(entries, out [K] fp32 or bf16), ...]: the entries wanted, and the tensors to add their gradient to."""
 
 
 def check_operands(left: Tensor, right: Tensor, wanted: Wanted) -> None:
-    """Raises ValueError for factors and entries that do not belong together. Nothing waits for the device."""
+    """Raise ValueError for factors and entries that do not match, without waiting for the device."""
     if left.dim() != 2 or right.dim() != 2 or left.shape[0] != right.shape[0] or left.dtype != right.dtype:
         raise ValueError(
             f"factors of a weight gradient: got {tuple(left.shape)} {left.dtype} and {tuple(right.shape)} "
@@ -35,14 +35,14 @@ def check_operands(left: Tensor, right: Tensor, wanted: Wanted) -> None:
 class Written:
     """The weight that an update writes into: all of it, or the flat part [start, start + P) of a ZeRO-3 shard."""
 
-    weight: Tensor  # contiguous; its P entries are those from `start` on of the flattened weight
-    base: Tensor  # [E] in the weight's dtype: base values of the entries that lie in the part, in order
+    weight: Tensor  # contiguous; its P entries start at `start` of the flattened weight
+    base: Tensor  # [E] in the weight's dtype: base values of the entries in the part, in order
     start: int = 0  # flat index of the part's first entry
-    first: int = 0  # how many entries lie before the part
+    first: int = 0  # number of entries before the part
 
 
 def check_written(written: Written | None, entries: Entries) -> None:
-    """Raises ValueError for a part that cannot be one of this weight's. Nothing waits for the device."""
+    """Raise ValueError for a part that cannot be one of this weight's, without waiting for the device."""
     if written is None:
         return
     if not written.weight.is_contiguous() or written.weight.dtype is not written.base.dtype:

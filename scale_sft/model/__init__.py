@@ -1,7 +1,7 @@
 """The frozen base, and the deltas that live in it.
 
 loading         find and load the base and its tokenizer
-targets         which layers are trained
+targets         the layers to train
 quantization    a base in 4 or 8 bits
 packed_weights  its packed weights, dequantised on demand
 resident        deltas written into the weights
@@ -9,7 +9,7 @@ transient       deltas added to a dequantised weight for one product
 fingerprints    hashes of the base
 fused_step      update and write in one pass
 group           the processes that train one model together
-sparse_settings how a model is trained sparsely
+sparse_settings all settings of sparse training
 sparse_model    a model whose target weights carry deltas; shared by trainer, benchmarks and API
 sparse_optimizer  the owner of an optimizer step
 loss            cross entropy of the target tokens

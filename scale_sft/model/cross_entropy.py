@@ -1,7 +1,7 @@
-"""Cross entropy of rows of logits, a few rows in fp32 at a time.
+"""The cross entropy of rows of logits, a few rows in fp32 at a time.
 
-Of the logits in fp32, their softmax and its gradient, of which a usual loss makes a copy each, only a few rows exist at
-once: next to the logits there is only their gradient, both in the dtype of the model.
+A usual loss copies all logits to fp32, and again for their softmax and its gradient. Here only a few rows of these
+exist at once: the only large tensors are the logits and their gradient, both in the dtype of the model.
 Shapes: V vocabulary; T target tokens.
 """
 
@@ -16,22 +16,21 @@ from torch.nn import functional
 from scale_sft.spiel.indices import pieces
 
 CPU_LOGITS, GPU_LOGITS = 1 << 20, 1 << 23
-"""Logits that are in fp32 at once: 4 MiB stay in a processor's cache; on a GPU fewer would leave it waiting for work.
-There is one row for each thread in any case."""
+"""Logits in fp32 at once: 4 MiB fit a CPU's cache, and keep a GPU busy. Each thread gets at least a row."""
 
 
 def cross_entropies(logits: Tensor, places: Tensor, targets: Tensor) -> Tensor:
-    """Negative logarithms of the targets' probabilities, [T] fp32, natural logarithm.
+    """Compute the negative natural logarithms of the targets' probabilities, [T] fp32.
 
     Args:
         logits: [rows, V] fp32, bf16 or fp16; must not change before the backward pass.
-        places: [T] int64, the rows that predict, no row twice. targets: [T] int64, what they should.
+        places: [T] int64, the rows that predict, without repetition. targets: [T] int64, the tokens to predict.
     """
     return _CrossEntropies.apply(logits, places, targets)
 
 
 class _CrossEntropies(torch.autograd.Function):
-    """Recompute the softmax from the logits in the backward pass."""
+    """The cross entropy under autograd; the backward pass computes the softmax again from the logits."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, places: Tensor, targets: Tensor) -> Tensor:
@@ -55,7 +54,7 @@ class _CrossEntropies(torch.autograd.Function):
 
 
 def rows_at_once(logits: Tensor) -> int:
-    """How many rows of logits [rows, V] are taken to fp32 at once."""
+    """Choose how many rows of logits [rows, V] to convert to fp32 at once."""
     on_cpu = logits.device.type == "cpu"
     at_once, least = (CPU_LOGITS, torch.get_num_threads()) if on_cpu else (GPU_LOGITS, 1)
     return max(least, at_once // logits.shape[-1])

@@ -15,9 +15,9 @@ _MASK64 = (1 << 64) - 1
 
 
 def fingerprint(part: WeightPart) -> tuple[int, int]:
-    """Two 64-bit sums over (index, bits) of the entries of a part; the sums of all parts add up to the weight's.
+    """Compute two 64-bit sums over (index, bits) of a part's entries; the sums of all parts add up to the weight's.
 
-    It does not depend on how a weight is cut into parts, so every placement and world size gives the same.
+    The result does not depend on how a weight is cut into parts: every placement and world size gives the same.
     """
     entries = part.entries()
     sums = [0, 0]
@@ -32,14 +32,14 @@ def fingerprint(part: WeightPart) -> tuple[int, int]:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijective mixing of int64 (wrapping multiplications and shifts)."""
+    """Mix int64 bijectively (by wrapping multiplications and shifts)."""
     x = (x ^ (x >> 31)) * 0x2545F4914F6CDD1D
     x = (x ^ (x >> 29)) * -0x61C8864680B583EB
     return x ^ (x >> 32)
 
 
 def combine_fingerprints(prints: Mapping[str, tuple[int, int]], shapes: Mapping[str, tuple[int, int]]) -> str:
-    """One hash of all target weights: 64 hex digits over names, shapes and fingerprints in sorted order."""
+    """Hash all target weights: 64 hex digits over names, shapes and fingerprints in sorted order."""
     sha = hashlib.sha256()
     for name in sorted(prints):
         sha.update(f"{name} {shapes[name]} {prints[name][0]:016x} {prints[name][1]:016x}\n".encode())

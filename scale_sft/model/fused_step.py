@@ -1,8 +1,8 @@
-"""One optimizer step on all deltas, written into the weights on the way: each weight's state is read and written once.
+"""Fuse an optimizer step on all deltas with their write: each weight's state is read and written once.
 
-The same as `SparseFineTuning.update` followed by the carrier's `write`, up to the last bit of products that torch
-fuses with sums (see `updates`). Transient deltas are in no weight: their state is updated in one pass, and nothing is
-written.
+The result is that of `SparseFineTuning.update` followed by the carrier's `write`, up to the last bit of products that
+torch fuses with sums (see `gpu.updates`). Transient deltas are not in the weights: their state is updated in one pass,
+and nothing is written.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .transient import TransientDeltas
 
 
 def why_not(tuning: SparseFineTuning, carrier: ResidentDeltas | TransientDeltas) -> str | None:
-    """Why a step of these cannot be fused, or None if it can."""
+    """Explain why their step cannot be fused, or return None if it can."""
     if tuning.store.device.type == "cpu" and (reason := native.why_not()):
         return reason
     parts = carrier.parts.values() if isinstance(carrier, ResidentDeltas) else ()
@@ -39,7 +39,7 @@ def why_not(tuning: SparseFineTuning, carrier: ResidentDeltas | TransientDeltas)
 def update_and_write(tuning: SparseFineTuning, carrier: ResidentDeltas | TransientDeltas, learning_rate: float) -> None:
     """Move all deltas, add one term to the candidates' estimates, and write the effective values into the weights.
 
-    Gradients are those of the recorder, summed over ranks and clipped. Nothing waits for the device.
+    Gradients are those of the recorder, summed over ranks and clipped. This does not wait for the device.
     """
     tuning.recorder.end_step()
     carrier.settle()

@@ -1,4 +1,4 @@
-"""The processes that train one model together, as a model sees them; and a process that trains alone."""
+"""The interface between a model and the processes that train it together, and its version for a single process."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Group(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes."""
+        """The device of this process."""
 
     @property
     def size(self) -> int:
-        """How many processes there are."""
+        """The number of processes."""
 
     def sum_(self, flat: Tensor) -> None:
         """Sum a contiguous tensor over the processes, in place."""

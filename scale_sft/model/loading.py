@@ -21,18 +21,18 @@ from .quantization import Quantization
 
 
 def base_location(base: str) -> str:
-    """The folder or hub id behind a `base` option."""
+    """Resolve a `base` option to a folder or hub id."""
     return str(ASSETS / "demo" / "base") if base == DEMO else base
 
 
 def load_model_config(config: ModelConfig) -> Any:
-    """The transformers configuration of the base, without its weights; dropout switched off.
+    """Load the transformers configuration of the base, without its weights, and switch dropout off.
 
-    Differs from what transformers would do in training mode: a frozen base under sparse deltas is trained without
-    dropout (the paper uses none for SFT), so that a step depends on nothing but its batch.
+    Differs from transformers in training mode: a frozen base under sparse deltas is trained without dropout (the paper
+    uses none for SFT), so that a step depends on its batch alone.
 
     Raises:
-        UserError: there is no such model, or it is not a causal language model.
+        UserError: the model does not exist, or is not a causal language model.
     """
     from transformers import AutoConfig
 
@@ -56,7 +56,7 @@ def load_model_config(config: ModelConfig) -> Any:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The tokenizer of the base, with a padding token (the end token where it has none of its own)."""
+    """Load the base's tokenizer, with the end token as padding token if it has none of its own."""
     from transformers import AutoTokenizer
 
     try:
@@ -76,9 +76,9 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def resolve_dtype(config: ModelConfig, model_config: Any) -> torch.dtype:
-    """The dtype of base and computation: as asked for, or as the model is stored (float16 becomes bfloat16).
+    """Choose the dtype of base and computation: as requested, or as the model is stored (float16 becomes bfloat16).
 
-    Of a quantised base on a GPU: bfloat16 where the GPU computes in it, otherwise float32.
+    For a quantised base on a GPU: bfloat16 if the GPU supports it, otherwise float32.
     """
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
@@ -94,12 +94,12 @@ def resolve_dtype(config: ModelConfig, model_config: Any) -> torch.dtype:
 def load_base(
     config: ModelConfig, model_config: Any, device: torch.device | None, quantization: Quantization | None = None
 ) -> nn.Module:
-    """The pretrained model, frozen, in training mode (checkpointing needs it; there is no dropout).
+    """Load the pretrained model, frozen, in training mode (which checkpointing requires; dropout is off).
 
     Args:
-        device: where to put it; None leaves it where loading put it (shards under ZeRO-3). A quantised base needs one:
-            it is quantised there, and lies there whole until it is cut into shards.
-        quantization: how the base is kept, if not in its dtype.
+        device: the device to put it on; None leaves it where loading put it (shards under ZeRO-3). Required for a
+            quantised base, which is quantised there and stays whole until it is cut into shards.
+        quantization: the base's quantised format, if any.
 
     Raises:
         UserError: the weights do not load as a causal language model.
@@ -133,7 +133,7 @@ def load_base(
 
 
 def silence_progress_bars() -> None:
-    """Stop transformers from drawing bars ("Loading weights") in the middle of our own output."""
+    """Stop transformers from drawing progress bars ("Loading weights") in the middle of other output."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -142,14 +142,14 @@ def silence_progress_bars() -> None:
 def enable_checkpointing(model: Any) -> None:
     """Recompute each block in the backward pass (non-reentrant: the reentrant way loses gradients silently)."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})  # the second name is that of earlier versions
+    enable({"use_reentrant": False})  # the second name is for earlier versions
 
 
 DEFAULT_MAX_LENGTH = 2048
 
 
 def max_length(wanted: int | None, model_config: Any) -> int:
-    """The longest example in tokens: as asked for, or 2,048 (section 4.3) where the base has as many positions."""
+    """Resolve the longest example in tokens: as requested, or 2,048 (section 4.3) if the base has as many positions."""
     positions = getattr(model_config, "max_position_embeddings", None)
     if wanted and positions and wanted > positions:
         raise UserError(f"max_length: got {wanted}, but the base has positions for {positions} tokens only")

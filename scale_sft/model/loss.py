@@ -16,7 +16,7 @@ IGNORED = -100
 
 
 def token_losses(model: nn.Module, batch: dict[str, Tensor], over: float = 1) -> Tensor:
-    """Cross entropies of the target tokens of a batch of [B, L], row by row: [T] fp32 with gradient.
+    """Compute the cross entropies of a [B, L] batch's target tokens, row by row: [T] fp32 with gradient.
 
     The labels belong on the CPU: to find the targets among them elsewhere, the CPU would have to wait for the device.
 
@@ -33,19 +33,19 @@ def token_losses(model: nn.Module, batch: dict[str, Tensor], over: float = 1) ->
 
 
 def token_loss_sum(model: nn.Module, batch: dict[str, Tensor], over: float = 1) -> Tensor:
-    """Sum of the cross entropies of all target tokens of a batch, divided by `over`: fp32 scalar with gradient."""
+    """Sum the cross entropies of a batch's target tokens, and divide by `over`: fp32 scalar with gradient."""
     return token_losses(model, batch, over).sum() / over
 
 
 def predictions(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the B * L tokens predict a target, and which one: [T] int64 each, where the labels [B, L] are."""
+    """Find which of the B * L tokens predict a target, and which one: [T] int64 each, where the labels [B, L] are."""
     following = functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # the last token predicts nothing
     places = (following != IGNORED).nonzero().squeeze(1)
     return places, following[places]
 
 
 def why_all_logits(model: nn.Module) -> str | None:
-    """Why the loss of this model makes all logits of a micro-batch at once; None: it does not."""
+    """Say why this model's loss makes all logits of a micro-batch at once; None: it does not."""
     layer = output_layer(model)
     if isinstance(layer, str):
         return layer

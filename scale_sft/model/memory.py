@@ -1,4 +1,4 @@
-"""How much memory this process uses: of its GPU by the allocator, of a CPU by what is its own."""
+"""Measure this process's memory: on a GPU as the allocator counts it, on a CPU as private memory."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ SAMPLE_SECONDS = 0.01
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Peak of the GPU's allocator since it was last reset; on a CPU the private memory now.
+    """Read the peak of the GPU's allocator since its last reset; on a CPU the private memory now.
 
-    Mapped files (the weights on disk) are not counted: they belong to the page cache.
+    Memory-mapped files (the weights on disk) do not count: they belong to the page cache.
     """
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else private_bytes()
 
 
 def take_peak_bytes(device: torch.device) -> int:
-    """Take `memory_bytes` and reset a GPU's peak, so that each step shows its own."""
+    """Read `memory_bytes`, and reset a GPU's peak, so that each step shows its own."""
     found = memory_bytes(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -27,7 +27,7 @@ def take_peak_bytes(device: torch.device) -> int:
 
 
 def private_bytes() -> int:
-    """Anonymous memory of this process (RssAnon); where the system does not tell, what it does not share."""
+    """Read the anonymous memory of this process (RssAnon), or its unshared memory if the system has no such count."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("RssAnon:"):
@@ -41,9 +41,9 @@ def private_bytes() -> int:
 
 
 class PeakMemory:
-    """Peak memory, in bytes, that a `with` block added to what was there: `PeakMemory(device) as peak; peak.added`.
+    """Peak memory, in bytes, that a `with` block adds: `with PeakMemory(device) as peak: ...`, then `peak.added`.
 
-    On a CPU a thread samples private memory; on a GPU the allocator keeps count.
+    On a CPU a thread samples private memory; on a GPU the allocator counts.
     """
 
     def __init__(self, device: torch.device):

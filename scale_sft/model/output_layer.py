@@ -3,8 +3,8 @@
 The model runs as it is, with its own code around its output layer; only the layer's forward is replaced, for the length
 of one call. It gets the last hidden states and forms, for a chunk of the tokens that predict a target, their logits,
 their cross entropies, and the gradient of each cross entropy in its own hidden state. That gradient is kept: it is as
-small as the hidden states, while forming it in the backward pass would cost one product with the whole weight more, and
-gather the weight of a sharded model once more. The layer is frozen: there is no other gradient.
+small as the hidden states, while forming it in the backward pass would cost one product with the whole weight more. The
+layer is frozen: there is no other gradient.
 
 What a model does to its logits afterwards (scales, soft caps) is known for those in transformers and proven by a probe
 before it is relied on; models that fail it have all their logits at once.
@@ -139,26 +139,35 @@ class OutputLayer:
         def formed(hidden: Tensor) -> Tensor:
             if found or hidden.shape[:-1] != inputs["input_ids"].shape:
                 raise ValueError(f"output layer: got {tuple(hidden.shape)}, expected one call with [B, L, H]")
-            found.append(self._losses(forward, hidden.flatten(0, -2), places, targets, over))
-            return hidden.new_zeros((*hidden.shape[:-1], 1))  # for the model to handle and to return
+            losses = self._losses(forward, hidden.flatten(0, -2), places, targets, over)
+            return losses.view(*hidden.shape[:-1], 1)
 
-        with _forward_replaced(self.module, formed):
-            model(**inputs, use_cache=False)
+        def taken(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+            found.append(output)
+            return torch.zeros_like(output)  # for the model to handle and to return
+
+        # the losses leave through the layer's output: DeepSpeed's hooks gather and release by what they see there
+        hook = self.module.register_forward_hook(taken)
+        try:
+            with _forward_replaced(self.module, formed):
+                model(**inputs, use_cache=False)
+        finally:
+            hook.remove()
         if not found:
             raise ValueError("output layer: got no call")
-        return found[0]
+        return found[0].flatten().index_select(0, places)
 
     def _losses(self, forward: Operation, hidden: Tensor, places: Tensor, targets: Tensor, over: float) -> Tensor:
-        """From hidden states [N, H]; the weight is whole while this runs, even of a sharded model."""
+        """[N] fp32 from hidden states [N, H], 0 where there is no target; even a sharded weight is whole meanwhile."""
         learns = torch.is_grad_enabled() and hidden.requires_grad
-        losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
+        losses = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         share = torch.ones((), device=hidden.device) / over
         slopes = hidden.new_empty(len(targets) if learns else 0, hidden.shape[-1])
         for part in pieces(len(targets), self.rows_at_once(hidden.device)):
             rows = hidden.detach().index_select(0, places[part]).requires_grad_(learns)
             every = torch.arange(len(rows), device=rows.device)
             of_part = cross_entropies(self.afterwards(forward(rows)), every, targets[part])
-            losses[part] = of_part.detach()
+            losses.index_copy_(0, places[part], of_part.detach())
             if learns:
                 (slopes[part],) = torch.autograd.grad(of_part, rows, share.expand_as(of_part))
         return _Formed.apply(hidden, losses, slopes, places, share) if learns else losses
@@ -169,7 +178,7 @@ class OutputLayer:
 
 
 class _Formed(torch.autograd.Function):
-    """Losses [T] whose gradients in the hidden states, [T, H] times a share, are there already."""
+    """Losses [N] whose gradients in the hidden states, [T, H] times a share, are there already."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, losses: Tensor, slopes: Tensor, places: Tensor, share: Tensor) -> Tensor:
@@ -181,8 +190,7 @@ class _Formed(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         slopes, places, share = ctx.saved_tensors
         of_hidden = slopes.new_zeros(ctx.shape).index_copy_(0, places, slopes)
-        factors = gradient.new_zeros(ctx.shape[0], 1).index_copy_(0, places, (gradient / share)[:, None])
-        return of_hidden.mul_(factors), None, None, None, None
+        return of_hidden.mul_((gradient / share)[:, None]), None, None, None, None
 
 
 @contextmanager

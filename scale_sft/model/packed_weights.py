@@ -1,4 +1,4 @@
-"""Weights that bitsandbytes keeps in 4 or 8 bits: unpack them, read their state, fingerprint them."""
+"""Unpack weights that bitsandbytes keeps in 4 or 8 bits, read their scales, and fingerprint them."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from .resident import WeightPart
 
 FOUR_BIT_LAYERS = ("Linear4bit", "LinearNF4", "LinearFP4")
 EIGHT_BIT_LAYERS = ("Linear8bitLt",)
-BLOCK_ENTRIES = 64  # of one scale, in 4 bits
-SCALES_PER_BLOCK = 256  # that double quantisation quantises together
+BLOCK_ENTRIES = 64  # per scale, in 4 bits
+SCALES_PER_BLOCK = 256  # quantised together by double quantisation
 CHUNK_ENTRIES = 1 << 22
-INT8_PIECES = 16  # at least so many: the fp32 temporary is an eighth of the bf16 weight, or less
+INT8_PIECES = 16  # at least: the fp32 temporary is at most an eighth of the bf16 weight
 _MASK64 = (1 << 64) - 1
 
 
 def is_quantized_layer(module: nn.Module) -> bool:
-    """Whether a layer is one of bitsandbytes' that `PackedWeight` can dequantise."""
+    """Return True for a bitsandbytes layer that `PackedWeight` can dequantise."""
     return type(module).__name__ in FOUR_BIT_LAYERS + EIGHT_BIT_LAYERS
 
 
 def is_four_bit(module: nn.Module) -> bool:
-    """Whether a quantised layer keeps 4 bits; otherwise 8."""
+    """Return True if a quantised layer stores 4 bits, False for 8."""
     return type(module).__name__ in FOUR_BIT_LAYERS
 
 
 def _state_of(name: str, module: Any) -> Any:
-    """The scales of a quantised layer; nothing is changed.
+    """Return the scales of a quantised layer, without changing it.
 
     Raises:
-        UserError: there are none, or the weight was repacked, so that it cannot be dequantised.
+        UserError: it has none, or its weight was repacked, so that it cannot be dequantised.
     """
     weight, kind = module.weight, type(module).__name__
     if is_four_bit(module):
         state = getattr(weight, "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             raise UserError(
-                f"quantization: bitsandbytes has repacked {name!r} in an evaluation here, expected weights "
+                f"quantization: bitsandbytes has repacked {name!r} in an earlier evaluation, expected weights "
                 "as they were loaded. Fix: attach the model before its first forward pass"
             )
     else:
@@ -64,14 +64,14 @@ class PackedWeight:
     Args:
         name: of the weight, for messages.
         module: a bitsandbytes layer, just loaded.
-        dtype: of the values that dequantising gives.
+        dtype: of the dequantised values.
         device: where the computation runs; the scales move there.
 
     Raises:
         UserError: the layer has no scales, so it cannot be dequantised.
     """
 
-    transposed = False  # also of GPT-2's Conv1D, whose weight is turned round when it is quantised
+    transposed = False  # even for GPT-2's Conv1D, whose weight is transposed when it is quantised
 
     def __init__(self, name: str, module: Any, dtype: torch.dtype, device: torch.device):
         self.module, self.dtype = module, dtype
@@ -81,8 +81,8 @@ class PackedWeight:
         self.state: Any = None
         self.scales: Any = None
         if self.four_bit:
-            # On processors with AVX512-bf16 the layer would repack its weight in place in the first evaluation, under
-            # ZeRO-3 into the gathered copy only, which corrupts it.
+            # On CPUs with AVX512-bf16 the layer would repack its weight in place in the first evaluation; under ZeRO-3
+            # only the gathered copy, which corrupts it.
             self._repacks = getattr(module, "support_avx512bf16_for_cpu", False)
             module.support_avx512bf16_for_cpu = False
             state.to(device)
@@ -93,14 +93,14 @@ class PackedWeight:
             module.weight.CB = module.weight.SCB = None  # a second reference would keep the whole weight, not its shard
 
     def give_back(self) -> None:
-        """Let the layer compute by itself again."""
+        """Return the layer to its own computation."""
         if self.four_bit:
             self.module.support_avx512bf16_for_cpu = self._repacks
         elif getattr(self.module.state, "CB", None) is None:
             self.module.weight.CB, self.module.weight.SCB = self.module.weight.data, self.scales
 
     def dequantize(self, packed: Tensor) -> Tensor:
-        """[P] packed bytes of the whole weight -> a new tensor [O, I] in the compute dtype."""
+        """Dequantise the [P] packed bytes of the whole weight into a new tensor [O, I] in the compute dtype."""
         if not self.four_bit:
             return self._dequantize_int8(packed.view(self.shape))
         from bitsandbytes.functional import dequantize_4bit
@@ -108,7 +108,7 @@ class PackedWeight:
         return dequantize_4bit(packed, self.state)
 
     def _dequantize_int8(self, packed: Tensor) -> Tensor:
-        """In pieces, so that the fp32 product of entry and scale never exists for the whole weight."""
+        """Dequantise in pieces, so that the fp32 product of entry and scale never exists for the whole weight."""
         weight = torch.empty(self.shape, dtype=self.dtype, device=packed.device)
         rows = max(1, min(CHUNK_ENTRIES // self.shape[1], self.shape[0] // INT8_PIECES))
         for first in range(0, self.shape[0], rows):
@@ -125,14 +125,14 @@ class PackedWeight:
 
     @property
     def state_bytes(self) -> int:
-        """Memory of the scales."""
+        """Count the bytes of the scales."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._state_tensors())
 
     def with_state(self, packed_print: tuple[int, int]) -> tuple[int, int]:
-        """Fingerprint of the weight from that of its packed bytes: the scales, which every rank holds, join it."""
+        """Add the scales, which every rank holds, to the fingerprint of the packed bytes; returns the weight's."""
         prints = [packed_print]
         for number, tensor in enumerate(self._state_tensors(), start=1):
-            start = number << 48  # far from the places of the packed entries
+            start = number << 48  # far beyond the indices of packed entries
             flat = tensor.detach().contiguous().view(-1)
             prints.append(fingerprint(WeightPart(partial(_same, flat), start, start + flat.numel())))
         return sum(a for a, _ in prints) & _MASK64, sum(b for _, b in prints) & _MASK64
@@ -143,7 +143,7 @@ def _same(flat: Tensor) -> Tensor:
 
 
 class PlainWeight:
-    """A target of a quantised base whose own weight was left unquantised: to dequantise it is to copy it."""
+    """A target whose own weight is unquantised in a quantised base; dequantising it is copying it."""
 
     state_bytes = 0
 
@@ -151,19 +151,19 @@ class PlainWeight:
         self.module, self.transposed = module, transposed
 
     def dequantize(self, stored: Tensor) -> Tensor:
-        """A new tensor like the weight."""
+        """Copy the weight."""
         return stored.clone()
 
     def with_state(self, own_print: tuple[int, int]) -> tuple[int, int]:
-        """Nothing joins the weight's own fingerprint."""
+        """Return the weight's own fingerprint."""
         return own_print
 
 
 def packed_weights(model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, PackedWeight]:
-    """All quantised weights of a freshly loaded model, by name; call it before the model is sharded.
+    """Collect all quantised weights of a freshly loaded model, by name; call it before the model is sharded.
 
     Raises:
-        UserError: there is none, or one that cannot be dequantised.
+        UserError: it has none, or one that cannot be dequantised.
     """
     layers = {f"{path}.weight": module for path, module in model.named_modules() if is_quantized_layer(module)}
     if not layers:
@@ -174,9 +174,9 @@ def packed_weights(model: nn.Module, dtype: torch.dtype, device: torch.device) -
 
 
 def cast_the_rest(model: nn.Module, dtype: torch.dtype) -> None:
-    """Bring the unquantised parameters of a base that is quantised on disk into the compute dtype, in place.
+    """Cast the unquantised parameters of a base that is quantised on disk to the compute dtype, in place.
 
-    transformers leaves them in the dtype that they are stored in. Buffers stay as they are.
+    transformers leaves them in their stored dtype. Buffers stay as they are.
     """
     packed = {id(module.weight) for module in model.modules() if is_quantized_layer(module)}
     for parameter in model.parameters():

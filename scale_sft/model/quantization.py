@@ -1,8 +1,7 @@
-"""A base in 4 or 8 bits (section 3.4): what it is, how it is loaded, how its values are had back.
+"""A base in 4 or 8 bits (section 3.4): its format, and the arguments to load it.
 
-bitsandbytes keeps a weight as packed bytes and a small state of scales. The packed bytes are a parameter, which ZeRO-3
-may cut into shards; the state stays whole on every rank. Indices, budgets and counts are those of the dequantised
-weight.
+bitsandbytes stores a weight as packed bytes and a small state of scales. The packed bytes are a parameter, which ZeRO-3
+may cut into shards; the state stays whole on every rank. Indices, budgets and counts refer to the dequantised weight.
 Shapes: O out, I in of the dequantised weight; P packed entries.
 """
 
@@ -26,7 +25,7 @@ OLDEST_BITSANDBYTES = (0, 48)
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the linear layers of a base are kept."""
+    """The storage format of a base's linear layers."""
 
     kind: str  # nf4, fp4 or int8
     double: bool  # the scales are quantised too (4 bits only)
@@ -38,7 +37,7 @@ class Quantization:
         return self.kind + twice + (" on disk" if self.on_disk else "")
 
     def description(self, device: torch.device) -> dict[str, Any]:
-        """For adapter_config.json; the bytes depend on the kind of device where a base was quantised."""
+        """Describe it for adapter_config.json; the bytes depend on the kind of device where a base was quantised."""
         return {
             "quantization": self.kind,
             "double_quantization": self.double,
@@ -47,7 +46,7 @@ class Quantization:
 
     @property
     def bytes_per_entry(self) -> float:
-        """Memory of one entry of a weight, scales included (one scale per row in 8 bits is next to nothing)."""
+        """Bytes of one entry of a weight, scales included (one scale per row in 8 bits is negligible)."""
         if self.kind == "int8":
             return 1.0
         scale = 1 + 4 / SCALES_PER_BLOCK if self.double else 4
@@ -55,11 +54,11 @@ class Quantization:
 
     @property
     def state_bytes_per_entry(self) -> float:
-        """The part of `bytes_per_entry` that every rank keeps, also of a sharded base."""
+        """The part of `bytes_per_entry` that every rank keeps, even of a sharded base."""
         return 0.0 if self.kind == "int8" else self.bytes_per_entry - 0.5
 
     def loading(self, device: torch.device) -> dict[str, Any]:
-        """Arguments for `from_pretrained`; weights are quantised on `device`, one after the other."""
+        """Return arguments for `from_pretrained`; weights are quantised on `device`, one after the other."""
         where = {"device_map": {"": str(device)}}
         if self.on_disk:
             return where
@@ -77,11 +76,11 @@ class Quantization:
 
 
 def resolve_quantization(config: ModelConfig, model_config: Any) -> Quantization | None:
-    """How the base is to be kept, from the options and from how it is stored; None: not quantised.
+    """Choose the base's format from the options and its stored format; None: not quantised.
 
     Raises:
-        UserError: bitsandbytes is missing or too old, the base is stored in a format that cannot be dequantised here,
-            or in another one than asked for.
+        UserError: bitsandbytes is missing or too old, or the base is stored in a format that cannot be dequantised here
+            or that is not the requested one.
     """
     stored = getattr(model_config, "quantization_config", None)
     if stored is None:
@@ -113,7 +112,7 @@ def resolve_quantization(config: ModelConfig, model_config: Any) -> Quantization
 
 
 def require_bitsandbytes() -> None:
-    """Raises UserError if bitsandbytes is missing or older than what this module was written for."""
+    """Raise UserError if bitsandbytes is missing or older than this module requires."""
     wanted = ".".join(map(str, OLDEST_BITSANDBYTES))
     remedy = f"pip install 'bitsandbytes>={wanted}', or leave quantization at none"
     try:
@@ -127,9 +126,9 @@ def require_bitsandbytes() -> None:
 
 
 def refuse_corrupting_storage(quantization: Quantization, dtype: torch.dtype) -> None:
-    """Before a quantised base is sharded: DeepSpeed's engine casts floating-point parameters, packed or not.
+    """Refuse to shard packed bytes that DeepSpeed's engine, which casts floating-point parameters, would corrupt.
 
-    Weights that are cut before the engine sees them escape that in DeepSpeed 0.19.8; nothing promises that they will.
+    DeepSpeed 0.19.8 spares weights that are cut before the engine sees them, but nothing guarantees that.
 
     Raises:
         UserError: the packed bytes are stored as floating-point numbers of another dtype than the computation's.
@@ -149,9 +148,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def staging_device(device: torch.device, base_bytes: int) -> torch.device:
-    """Where a quantised base lies whole before it is cut into shards: on the GPU if it fits there, else in main memory.
+    """Choose where a quantised base is whole before it is sharded: on the GPU if it fits there, else in main memory.
 
-    Decided from all of the GPU's memory, not from what is free: every rank must quantise in the same place.
+    The choice depends on the GPU's total memory, not on what is free: every rank must quantise in the same place.
 
     Args:
         base_bytes: of the whole quantised base.

@@ -1,8 +1,8 @@
-"""The frozen weights that carry the deltas: where their bytes lie, how a delta is written in and taken out again.
+"""Write deltas into the frozen weights, and take them out again.
 
-One rounding rule on every path: effective = (base.float() + delta).to(base.dtype).
-A weight is kept whole (replicated base) or as one contiguous flat part per rank (ZeRO-3); the deltas' indices are
-sorted, so the entries of a part are one slice of them.
+Every path follows one rounding rule: effective = (base.float() + delta).to(base.dtype).
+A weight is stored whole (replicated base) or as one contiguous flat part per rank (ZeRO-3); the deltas' indices are
+sorted, so a part's entries are one slice of them.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by b
 
 
 def effective_values(base: Tensor, deltas: Tensor) -> Tensor:
-    """The one rounding rule: base [K] in its dtype, deltas [K] fp32 -> [K] in base's dtype."""
+    """Apply the rounding rule to base [K] in its dtype and deltas [K] fp32: [K] in base's dtype."""
     return (base.float() + deltas).to(base.dtype)
 
 
 def read_entries(entries: Tensor, indices: Tensor) -> Tensor:
-    """Entries [N], indices [K] int32 or int64 -> their values [K]."""
+    """Read the values [K] at indices [K], int32 or int64, of entries [N]."""
     return entries.index_select(0, indices)
 
 
 def write_entries(entries: Tensor, indices: Tensor, values: Tensor) -> None:
-    """entries[indices] = values, in place: entries [N], indices [K] distinct, values [K] of the same dtype.
+    """Set entries[indices] = values in place: entries [N], indices [K] distinct, values [K] of the same dtype.
 
-    Written as bits: on a CPU a scatter of bfloat16 would take the whole weight to fp32 and back. In pieces: a scatter
-    needs int64 indices, and they are widened only so many at a time.
+    Values are written as bits, as a CPU scatter of bfloat16 would convert the whole weight to fp32 and back; and in
+    pieces, as a scatter needs int64 indices, which are widened one piece at a time.
     """
     bits = _BITS[entries.element_size()]
     entries, values = entries.view(bits), values.view(bits)
@@ -48,7 +48,7 @@ def write_entries(entries: Tensor, indices: Tensor, values: Tensor) -> None:
 class WeightPart:
     """The part of one flattened weight that this process holds.
 
-    `entries()` gives a 1-D view of it, in place; it is called each time because the storage may move.
+    `entries()` returns a 1-D view of it, in place; call it each time, as the storage may move.
     """
 
     entries: Callable[[], Tensor]
@@ -57,24 +57,24 @@ class WeightPart:
 
     @classmethod
     def whole(cls, weight: nn.Parameter) -> WeightPart:
-        """The part of a weight that is kept whole."""
+        """Describe all of a weight that is stored whole."""
         return cls(lambda: weight.data.view(-1), 0, weight.numel())
 
     def slice_of(self, indices: Tensor) -> slice:
-        """Which of the sorted flat `indices` [K] lie in this part."""
+        """Find the slice of the sorted flat `indices` [K] that belongs to this part."""
         bounds = torch.tensor([self.start, self.stop], dtype=indices.dtype, device=indices.device)
         low, high = torch.searchsorted(indices, bounds).tolist()
         return slice(low, high)
 
 
 class ResidentDeltas:
-    """Keeps weight = effective value at the active indices, with the base values of those entries put aside.
+    """Deltas resident in the weights: effective values at the active indices, with the base values saved.
 
     Args:
         store: the deltas.
         parts: for each weight of the store, the part of it that this process holds; still the bare base.
         settle: called before weights are read or written, to bring sharded weights back to their shards.
-        written: called after they are written, before anybody gathers them.
+        written: called after they are written, before any rank gathers them.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class ResidentDeltas:
         written: Callable[[], None] = lambda: None,
     ):
         self.store, self.parts, self.settle, self.written = store, parts, settle, written
-        self._where: dict[str, slice] = {}  # which entries of each delta lie in this process's part
+        self._where: dict[str, slice] = {}  # the entries of each delta in this process's part
         self._base: dict[str, Tensor] = {}
         self.settle()
         for delta in store:
@@ -93,14 +93,14 @@ class ResidentDeltas:
             self.adopt(delta)
 
     def adopt(self, delta: SparseDelta) -> None:
-        """Put the base values of one weight's entries aside; the weight holds them until the next `write`."""
+        """Save the base values of one weight's entries; the weight holds them until the next `write`."""
         part, indices = self.parts[delta.name], delta.indices
         self._where[delta.name] = part.slice_of(indices)
         entries, local = part.entries(), self._local(delta, indices)
         self._base[delta.name] = read_entries(entries, local)
 
     def _local(self, delta: SparseDelta, indices: Tensor) -> Tensor:
-        """Places of the entries of this process's part, counted from its start."""
+        """Compute the places of the entries in this process's part, counted from its start."""
         part = self.parts[delta.name]
         local = indices[self._where[delta.name]]
         return (local - part.start if part.start else local).to(part.entries().device)
@@ -125,15 +125,15 @@ class ResidentDeltas:
         return part.entries(), self._base[name], part.start, self._where[name].start
 
     def release(self, delta: SparseDelta) -> None:
-        """The base returns to one weight's entries; before they change."""
+        """Write the base values back to one weight's entries, before these change."""
         write_entries(self.parts[delta.name].entries(), self._local(delta, delta.indices), self._base[delta.name])
 
     def base_values(self, name: str) -> Tensor:
-        """Values of the base at the active entries of one weight that this process holds: [E] in the base's dtype."""
+        """Return the base values of one weight's active entries that this process holds: [E] in the base's dtype."""
         return self._base[name]
 
     def overwrite(self, delta: SparseDelta, base: Tensor) -> None:
-        """Write values of the base [K] at one weight's entries, whatever it holds there; before `adopt`."""
+        """Write base values [K] at one weight's entries, regardless of their present values; before `adopt`."""
         part = self.parts[delta.name]
         where, entries = part.slice_of(delta.indices), part.entries()
         local = (delta.indices[where] - part.start).to(entries.device)
@@ -141,7 +141,7 @@ class ResidentDeltas:
 
     @contextmanager
     def without(self) -> Iterator[None]:
-        """The weights are the base's for the length of the block."""
+        """Give the weights their base values for the length of the block."""
         self.restore()
         try:
             yield
@@ -157,12 +157,12 @@ class ResidentDeltas:
 
     @property
     def bytes(self) -> int:
-        """Memory of the base values."""
+        """Bytes of the base values."""
         return sum(base.nbytes for base in self._base.values())
 
 
 def _refuse_packed(delta: SparseDelta, part: WeightPart) -> None:
-    """Raises UserError for packed bytes: a delta cannot be written into them, and their places are not its indices."""
+    """Raise UserError for packed bytes: a delta cannot be written into them, and its indices are not their places."""
     entries = part.entries()
     if not entries.is_floating_point():
         raise UserError(

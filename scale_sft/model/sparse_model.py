@@ -1,4 +1,4 @@
-"""A frozen model whose target weights carry sparse deltas: what the trainer, the benchmarks and the Python API share.
+"""A frozen model whose target weights carry sparse deltas, shared by the trainer, the benchmarks and the Python API.
 
 Shapes: O rows, I columns of a weight; K active entries.
 """
@@ -50,7 +50,7 @@ class SparseModel:
         ...     optimizer.step()
         >>> sparse.save("adapter")
 
-    Made by `scale_sft.attach`. Weights of a plain base hold the deltas (effective = base + delta, rounded once), so
+    `scale_sft.attach` makes one. Weights of a plain base hold the deltas (effective = base + delta, rounded once), so
     the model is used as before; a base in 4 or 8 bits adds them to each dequantised weight.
 
     Args:
@@ -60,8 +60,8 @@ class SparseModel:
         save: writes adapter folders; None: `save` is not available.
 
     Raises:
-        UserError: no target, a budget that the targets cannot have, or a layer that cannot carry a delta; the model is
-            as it was.
+        UserError: there is no target, the budget does not fit the targets, or a layer cannot carry a delta; the model
+            is unchanged.
     """
 
     def __init__(self, model: nn.Module, settings: SparseSettings, group: Group, save: Save | None = None):
@@ -113,7 +113,7 @@ class SparseModel:
         return SparseFineTuning(store, settings.method, schedule, backends)
 
     def _packed(self, model: nn.Module) -> dict[str, PackedWeight | PlainWeight]:
-        """All quantised weights, and targets that are not; before the packed ones are cut into shards."""
+        """Collect all quantised weights, and targets that are not, before the packed ones are cut into shards."""
         packed: dict[str, PackedWeight | PlainWeight] = {}
         packed |= packed_weights(model, self.settings.dtype, self.group.device)
         packed |= {t.name: PlainWeight(t.module, t.transposed) for t in self.targets if t.name not in packed}
@@ -140,17 +140,17 @@ class SparseModel:
         )
 
     def _make_parameter(self) -> nn.Parameter:
-        """A parameter for all deltas: themselves, or without memory where gradients are of another dtype."""
+        """Make a parameter of all deltas: themselves, or one without memory if gradients have another dtype."""
         flat, dtype = self.tuning.store.flat, self.tuning.recorder.dtype
-        if flat.dtype is not dtype:  # torch wants a gradient to be of its parameter's dtype
+        if flat.dtype is not dtype:  # torch requires a gradient to have its parameter's dtype
             flat = torch.zeros((), dtype=dtype, device=flat.device).expand(flat.shape)
         # DistributedDataParallel would wait for its gradient; `step` sums it over processes itself
         return nn.Parameter(flat, requires_grad=self.group.size == 1)
 
-    # --- what the base is ---------------------------------------------------------------------------------------
+    # --- the base -----------------------------------------------------------------------------------------------
 
     def fingerprints(self, transient: TransientDeltas | None = None) -> dict[str, tuple[int, int]]:
-        """Fingerprint each target weight as it is now; of quantised ones the packed bytes and the scales."""
+        """Fingerprint each target weight as it is now; for quantised ones, the packed bytes and the scales."""
         prints = self.group.fingerprints(self.parts)
         return transient.with_states(prints) if transient else prints
 
@@ -163,7 +163,7 @@ class SparseModel:
         """Prove that the weights without their deltas are still the base's.
 
         Raises:
-            UserError: they are not; `what` explains, then the two hashes follow.
+            UserError: they are not; the message is `what` and the two hashes.
         """
         transient = self.carrier if isinstance(self.carrier, TransientDeltas) else None
         found = combine_fingerprints(self.fingerprints(transient), self.shapes)
@@ -173,10 +173,10 @@ class SparseModel:
     # --- one step -----------------------------------------------------------------------------------------------
 
     def optimizer(self, lr: float | None = None) -> SparseOptimizer:
-        """Make the optimizer of the deltas: the model has one.
+        """Make the optimizer of the deltas, one per model.
 
         Args:
-            lr: learning rate, for you or a scheduler of torch to change; None: that of each step from the options
+            lr: learning rate, which you or a torch scheduler may change; None: set for each step by the options
                 learning_rate, warmup_fraction and lr_schedule.
 
         Raises:
@@ -202,7 +202,7 @@ class SparseModel:
         self.tuning.recorder.record_product(name, left, right)
 
     def measure_kernels(self, tokens: int) -> None:
-        """Find the fastest way to each weight's gradient for micro-batches of so many tokens; before the first step."""
+        """Find the fastest way to each weight's gradient for micro-batches of `tokens` tokens, before step 1."""
         if self.gradient_path and self.gradient_path.has_kernels:
             counts = {} if self.tuning.method == "ma" else self.tuning.recorder.counts
             self.gradient_path.measure_store(self.tuning.store, counts, tokens, self.settings.dtype)
@@ -214,14 +214,14 @@ class SparseModel:
         counters: Mapping[str, list[int]],
         base: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Continue after `step` from what `tuning.state_of` and `tuning.counters` gave.
+        """Resume after `step` from `tuning.state_of` and `tuning.counters`.
 
         Args:
-            step: optimizer steps that are done.
+            step: completed optimizer steps.
             states: (name, tensors) of each weight.
-            counters: what outlives a step and is not a tensor.
-            base: values of the base at the indices of `states` by name, [K] in its dtype, where the weights may hold
-                other deltas than those that are attached.
+            counters: the part of the state that is not tensors.
+            base: base values at the indices of `states` by name, [K] in its dtype, if the weights may hold deltas
+                other than the attached ones.
         """
         carrier, store = self.carrier, self.tuning.store
         carrier.settle()
@@ -237,7 +237,7 @@ class SparseModel:
     # --- the Python API -----------------------------------------------------------------------------------------
 
     def expose(self) -> None:
-        """List the deltas among the model's parameters, and open steps by themselves: what `attach` promises."""
+        """List the deltas among the model's parameters, and open steps automatically, as `attach` promises."""
         self.exposed = True
         self.model.register_parameter(PARAMETER, self.parameter)
         self._hooks = [
@@ -247,7 +247,7 @@ class SparseModel:
 
     @contextmanager
     def base(self) -> Iterator[nn.Module]:
-        """The model without its deltas, bit for bit, for the length of a `with` block; O(K).
+        """Take the deltas out, bit for bit, for the length of a `with` block, in O(K); yields the model.
 
             >>> with sparse.base():
             ...     before = model(**batch).loss
@@ -278,7 +278,7 @@ class SparseModel:
         return Path(folder)
 
     def detach(self) -> nn.Module:
-        """Give the model its base back, bit for bit, and let go of it; returns it."""
+        """Restore the model's base, bit for bit, and release the model; returns it."""
         self.require_attached("detach")
         self.carrier.restore()
         self._untap()
@@ -297,13 +297,13 @@ class SparseModel:
                 tapped.give_back()
 
     def _thaw(self) -> None:
-        """Let what was trainable before be trainable again."""
+        """Make parameters trainable again that were so before."""
         for weight in self._trained:
             weight.requires_grad_(True)
 
     @property
     def attached(self) -> bool:
-        """Whether the model still carries the deltas."""
+        """True while the model carries the deltas."""
         return bool(self._tapped)
 
     def require_attached(self, what: str) -> None:
@@ -315,7 +315,7 @@ class SparseModel:
 
 
 def fuses(kernels: str, device: torch.device, has_kernels: bool) -> bool:
-    """Whether deltas shall be updated and written in one pass, where that is possible."""
+    """Return True if deltas should be updated and written in one pass, where that is possible."""
     return native.asked_for(device, kernels) or has_kernels
 
 
@@ -325,6 +325,6 @@ def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) ->
 
 
 def _do_not_miss(module: nn.Module, incompatible: Any) -> None:
-    """Accept a state dict without the deltas, which none has."""
+    """Accept a state dict without the deltas, as every state dict is."""
     missing = incompatible.missing_keys
     missing[:] = [key for key in missing if key.rpartition(".")[2] != PARAMETER]

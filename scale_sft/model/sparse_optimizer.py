@@ -23,7 +23,7 @@ from .transient import TransientDeltas
 
 
 class Sparse(Protocol):
-    """What a step needs of a `SparseModel`."""
+    """The part of `SparseModel` that a step uses."""
 
     settings: SparseSettings
     group: Group
@@ -50,7 +50,7 @@ class Sparse(Protocol):
 
 
 class SparseOptimizer(torch.optim.Optimizer):
-    """AdamW or SM3 over the deltas of a `SparseModel`, with drop and grow where the schedule says so.
+    """An optimizer, AdamW or SM3, of a `SparseModel`'s deltas, with drop and grow where the schedule says so.
 
         >>> optimizer = sparse.optimizer(lr=1e-2)
         >>> model(**batch).loss.backward()
@@ -60,8 +60,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     each step, so torch's schedulers work, and so does `clip_grad_norm_(model.parameters(), ...)`. With several
     processes `step` averages gradients over them, as DistributedDataParallel would.
 
-    The trainer turns the same step piece by piece: `begin`, backward passes, `reduce`, `clip`, `update`, `reallocate`,
-    `end`.
+    The trainer runs the same step in pieces: `begin`, backward passes, `reduce`, `clip`, `update`, `reallocate`, `end`.
 
     Args:
         sparse: the model and its deltas.
@@ -72,8 +71,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         self.sparse, self.tuning = sparse, sparse.tuning
         self.schedule = learning_rate if isinstance(learning_rate, LearningRateSchedule) else None
         self.steps = 0
-        """Optimizer steps that are done."""
-        self.number: int | None = None  # of the step that is open
+        """Completed optimizer steps."""
+        self.number: int | None = None  # of the open step
         self.turnovers: list[Turnover] = []
         """Reallocations since the optimizer was made."""
         self._received = False  # the open step has gradients
@@ -92,7 +91,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     # --- the pieces of a step -----------------------------------------------------------------------------------
 
     def begin(self, number: int | None = None) -> None:
-        """Open step `number` (counted from 1; default: the next): gradients start at zero, a phase may open."""
+        """Open step `number` (counted from 1; default: the next): zero the gradients, open a phase if one begins."""
         self.number = self.steps + 1 if number is None else number
         self.tuning.begin_step(self.number)
         self._received, self._untouched = False, None
@@ -100,14 +99,14 @@ class SparseOptimizer(torch.optim.Optimizer):
             self.param_groups[0]["lr"] = self.schedule.at(min(self.number, self.schedule.total_steps))
 
     def reduce(self, *, average: bool = False) -> None:
-        """Sum what the backward passes recorded over all processes, or average it."""
+        """Sum the recorded gradients over all processes, or average them."""
         flat, group = self.tuning.recorder.flat, self.sparse.group
         group.sum_(flat)
         if average and group.size > 1:
             flat.div_(group.size)
 
     def clip(self) -> Tensor:
-        """Clip by option max_grad_norm; returns the norm before that, an fp32 scalar."""
+        """Clip to the option max_grad_norm; returns the norm before that, an fp32 scalar."""
         return self.tuning.clip()
 
     def update(self) -> None:
@@ -119,16 +118,16 @@ class SparseOptimizer(torch.optim.Optimizer):
             self._stale = True
 
     def discard(self) -> None:
-        """Take nothing from the open step's gradients: neither an update nor an estimate."""
+        """Ignore the open step's gradients: neither update nor estimate."""
         self.tuning.discard_step()
 
     @property
     def reallocates(self) -> bool:
-        """Whether the open step ends with drop and grow."""
+        """True if the open step ends with drop and grow."""
         return self.tuning.schedule.reallocates_at(self._open_number())
 
     def reallocate(self) -> Turnover | None:
-        """Drop and grow in every weight (lines 9 to 16); None where all steps of the estimation phase were discarded.
+        """Drop and grow in every weight (lines 9 to 16); None if all steps of the estimation phase were discarded.
 
         Raises:
             UserError: the processes' deltas differ afterwards.
@@ -144,7 +143,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         return turnover
 
     def end(self) -> None:
-        """Write the deltas into the weights where `update` has not done so, and close the step."""
+        """Write the deltas into the weights, unless `update` has done so, and close the step."""
         if self._stale:
             self.sparse.carrier.write()
             self._stale = False
@@ -167,10 +166,10 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Reduce over processes, clip, update, drop and grow, write.
 
         Args:
-            closure: computes the loss and its gradients again; returned by `step` is its result.
+            closure: computes the loss and its gradients again; `step` returns its result.
 
         Raises:
-            UserError: no backward pass came before, the gradient is not finite (nothing was changed), or the model was
+            UserError: there was no backward pass, the gradient is not finite (nothing is changed), or the model was
                 detached or moved.
         """
         loss = None
@@ -196,13 +195,13 @@ class SparseOptimizer(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget what backward passes have recorded since the last step."""
+        """Forget the gradients recorded since the last step."""
         if self._received:
             self.discard()
         self._close()
 
     def receive(self) -> None:
-        """Prepare for the gradient of one weight that a backward pass is about to record."""
+        """Prepare to record one weight's gradient in a backward pass."""
         recorder, parameter = self.tuning.recorder, self.sparse.parameter
         if self._received and parameter.grad is None:  # model.zero_grad() was called
             self.zero_grad()
@@ -222,7 +221,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             self._untouched = flat._version, torch.linalg.vector_norm(gradients, dtype=torch.float32)
 
     def _scale_candidates(self) -> None:
-        """Scale candidates' gradients as the caller has scaled the active ones, which are all that it sees.
+        """Scale candidates' gradients by the factor that the caller applied to the active ones, the only ones it sees.
 
         `clip_grad_norm_` and gradient scalers multiply the parameter's gradient; estimates (Eq. 8) must follow.
         """
@@ -259,7 +258,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Copy all that the next step needs: deltas, moments, ages, candidates, and the base values under the deltas.
 
         Raises:
-            UserError: between a backward pass and its step; gradients are not saved.
+            UserError: called between a backward pass and its step; gradients are not saved.
         """
         if self._received:
             raise UserError("state_dict: got gradients that no step has used. Fix: call step() or zero_grad() before")
@@ -278,13 +277,13 @@ class SparseOptimizer(torch.optim.Optimizer):
         return {"state": state, "param_groups": super().state_dict()["param_groups"]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from what `state_dict` gave, bit for bit; before it, nothing is changed unless all of it fits.
+        """Resume from a `state_dict`, bit for bit; nothing is changed unless all of it fits.
 
-        The weights may be those of the base, or hold the deltas of the state, as a model has that a trainer saved along
-        with its optimizer.
+        The weights may be the base's, or hold the state's deltas, as in a model that a trainer saved along with its
+        optimizer.
 
         Raises:
-            UserError: the state is of another method, base or budget, or damaged.
+            UserError: the state belongs to another method, base or budget, or is damaged.
         """
         state = state_dict.get("state", {})
         self._require_fit(state)
@@ -301,7 +300,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 )
 
     def _require_fit(self, state: dict[str, Any]) -> None:
-        """Raise UserError unless a state is one of this model, method and budget."""
+        """Raise UserError unless a state belongs to this model, method and budget."""
         tuning = self.tuning
         parts = {"steps", "identity", "counters", "weights", "base"}
         if set(state) != parts:
@@ -320,7 +319,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 raise UserError(f"load_state_dict: weight '{name}': {wrong}. Fix: attach with the budget of the state")
 
     def _identity(self) -> dict[str, Any]:
-        """What a state and the model that loads it must have in common."""
+        """Return the properties that a state and the model loading it must share."""
         settings = self.sparse.settings
         return {
             "method": settings.sparse.method,

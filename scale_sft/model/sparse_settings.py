@@ -1,4 +1,4 @@
-"""All that decides how a model is trained sparsely, whatever the data and the processes."""
+"""All settings of sparse training that do not depend on data or processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .quantization import Quantization
 
 @dataclass(frozen=True, kw_only=True)
 class SparseSettings:
-    """All that decides how a model is trained sparsely, whatever the data."""
+    """All settings of sparse training, independent of the data."""
 
     sparse: SparseConfig
     optimizer: OptimizerConfig
@@ -26,11 +26,11 @@ class SparseSettings:
     seed: int = 0
     """Of the initial indices."""
     kernels: str = "cpu"
-    """`off`, `cpu` or `auto`, as the option of that name."""
+    """`off`, `cpu` or `auto`, as in the option kernels."""
 
     @property
     def reallocations(self) -> ReallocationSchedule:
-        """When entries are dropped and grown, and how many."""
+        """Build the schedule of drop and grow from the options."""
         return ReallocationSchedule(
             total_steps=self.total_steps,
             update_interval_steps=self.sparse.update_interval_steps,
@@ -43,7 +43,7 @@ class SparseSettings:
 
     @property
     def learning_rates(self) -> LearningRateSchedule:
-        """The learning rate of each step, from the options."""
+        """Build the schedule of learning rates from the options."""
         return LearningRateSchedule(
             peak=self.optimizer.learning_rate,
             total_steps=self.total_steps,
@@ -53,7 +53,7 @@ class SparseSettings:
 
     @property
     def method(self) -> MethodSettings:
-        """What the method does."""
+        """Build the method's settings from the options."""
         return MethodSettings(
             method=self.sparse.method,
             betas=self.optimizer.betas,

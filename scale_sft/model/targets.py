@@ -23,7 +23,7 @@ from .packed_weights import is_quantized_layer
 
 @dataclass(frozen=True)
 class Target:
-    """One layer whose weight gets a sparse delta."""
+    """A layer whose weight gets a sparse delta."""
 
     name: str  # of the weight, as in the state dict: "model.layers.0.mlp.up_proj.weight"
     module: nn.Module
@@ -32,7 +32,7 @@ class Target:
 
     @property
     def weight(self) -> nn.Parameter:
-        """The layer's weight as it is kept: whole, in shards or packed."""
+        """The layer's weight as stored: whole, in shards or packed."""
         return cast(nn.Parameter, self.module.weight)
 
     @property
@@ -41,7 +41,7 @@ class Target:
 
 
 def find_targets(model: nn.Module, wanted: tuple[str, ...] | str | None) -> list[Target]:
-    """The layers to train, in the model's order.
+    """Find the layers to train, in the model's order.
 
     Args:
         wanted: None for all linear layers inside the transformer blocks; names (a module path or its end); or one
@@ -53,7 +53,7 @@ def find_targets(model: nn.Module, wanted: tuple[str, ...] | str | None) -> list
     layers = {path: module for path, module in model.named_modules() if _is_matrix_layer(module)}
     if wanted is None:
         inside = {path: module for path, module in layers.items() if re.search(r"\.\d+\.", path)}
-        # a kind of nn.Linear that cannot carry a delta is told below, not passed over
+        # a kind of nn.Linear that cannot carry a delta is reported below, not ignored
         chosen = {
             path: module for path, module in inside.items() if _supported(module) or isinstance(module, nn.Linear)
         }
@@ -73,7 +73,7 @@ def find_targets(model: nn.Module, wanted: tuple[str, ...] | str | None) -> list
         if owners[id(module.weight)] > 1:
             raise UserError(
                 f"target_modules: the weight of '{path}' is tied to another layer (usually the embeddings), which "
-                "would change with it; leave it out"
+                "would change with it. Fix: leave it out"
             )
     return [
         Target(
@@ -87,7 +87,11 @@ def find_targets(model: nn.Module, wanted: tuple[str, ...] | str | None) -> list
 
 
 def budget_of(sparse: SparseConfig, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
-    """K of each weight; a total beyond what the targets hold, or below one entry for each, is an error."""
+    """Compute K of each weight.
+
+    Raises:
+        UserError: a total that exceeds the targets' entries, or is less than one entry for each.
+    """
     everything, total = sum(o * i for o, i in shapes.values()), sparse.tunable_weights
     if total and not len(shapes) <= total <= everything:
         raise UserError(
@@ -110,7 +114,7 @@ def attach_taps(targets: list[Target], record: Record, materialize: Materialize 
 
 
 def _shape(module: Any) -> tuple[int, int]:
-    """Of the weight: whole where it is sharded, dequantised where it is packed."""
+    """Return the weight's shape: whole if it is sharded, dequantised if it is packed."""
     if is_quantized_layer(module):
         return (module.out_features, module.in_features)
     return tuple(getattr(module.weight, "ds_shape", module.weight.shape))
@@ -140,7 +144,7 @@ def _choose(layers: dict[str, nn.Module], wanted: tuple[str, ...] | str) -> dict
             try:
                 matches = {path for path in layers if re.fullmatch(wanted, path)}
             except re.error as error:
-                raise UserError(f"target_modules: '{wanted}' is no regular expression: {error}") from None
+                raise UserError(f"target_modules: '{wanted}' is not a regular expression: {error}") from None
         if not matches:
             raise UserError(f"target_modules: '{name}' matches no layer; this model has {_listing(layers)}")
         chosen |= matches
@@ -148,6 +152,6 @@ def _choose(layers: dict[str, nn.Module], wanted: tuple[str, ...] | str) -> dict
 
 
 def _listing(layers: dict[str, nn.Module]) -> str:
-    """The kinds of layers there are: 'q_proj (8x), ...'."""
+    """List the kinds of layers: 'q_proj (8x), ...'."""
     counts = Counter(path.rsplit(".", 1)[-1] for path in layers)
     return ", ".join(f"{leaf} ({count}x)" for leaf, count in counts.items()) or "none"

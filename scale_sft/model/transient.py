@@ -1,7 +1,7 @@
-"""Transient deltas (section 3.4): the effective weight is made for one product at a time and discarded after it.
+"""Transient deltas (section 3.4): the effective weight exists for one product at a time.
 
-Dequantising makes a dense copy anyway; the delta is added in place on that copy, by the one rounding rule, and nothing
-else is made. The packed base is only ever read. Bases that are not quantised have `ResidentDeltas` instead.
+Dequantising makes a dense copy anyway; the delta is added to that copy in place, by the same rounding rule as in
+`resident`, without another copy. The packed base is only read. Unquantised bases have `ResidentDeltas`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ def add_delta_(weight: Tensor, indices: Tensor, deltas: Tensor) -> None:
 
 
 class TransientDeltas:
-    """Makes effective weights of a quantised base from the present deltas, whenever one is asked for.
+    """Deltas of a quantised base, added to each weight on demand.
 
     Args:
-        store: the deltas; none of their values is kept elsewhere.
-        packed: all quantised weights of the model by name, those without a delta too; and any other target.
-        materialize: gives the whole packed parameter, wherever it is kept.
+        store: the deltas, the only copy of their values.
+        packed: all quantised weights of the model by name, even those without a delta; and any other target.
+        materialize: yields the whole packed parameter, even if it is stored in shards.
     """
 
-    bytes = 0  # of state other than the deltas: none
+    bytes = 0  # of state in addition to the deltas: none
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class TransientDeltas:
         self._deltas = {delta.name: delta for delta in store}
 
     def effective_weight(self, name: str) -> Tensor:
-        """A new tensor [O, I] in the compute dtype; the caller lets go of it after use."""
+        """Compute an effective weight: a new tensor [O, I] in the compute dtype, which the caller frees after use."""
         packed, delta = self.packed[name], self._deltas.get(name)
         with self.materialize(packed.module.weight) as stored:
             weight = packed.dequantize(stored.data)
@@ -55,26 +55,26 @@ class TransientDeltas:
         return weight
 
     def settle(self) -> None:
-        """Nothing is written into weights, so they may lie wherever they are."""
+        """Do nothing: weights are never written, so their location does not matter."""
 
     def write(self) -> None:
-        """The next effective weight reads the new values by itself."""
+        """Do nothing: the next effective weight reads the new values."""
 
     def release(self, delta: SparseDelta) -> None:
-        """No weight holds a delta."""
+        """Do nothing: weights hold only the base."""
 
     def adopt(self, delta: SparseDelta) -> None:
-        """The next effective weight reads the new indices by itself."""
+        """Do nothing: the next effective weight reads the new indices."""
 
     def overwrite(self, delta: SparseDelta, base: Tensor) -> None:
-        """Do nothing: no weight holds a delta."""
+        """Do nothing: weights hold only the base."""
 
     def restore(self) -> None:
         """Do nothing: the packed base was never changed."""
 
     @contextmanager
     def without(self) -> Iterator[None]:
-        """Effective weights are those of the base for the length of the block."""
+        """Leave the deltas out of effective weights for the length of the block."""
         deltas, self._deltas = self._deltas, {}
         try:
             yield
@@ -82,15 +82,15 @@ class TransientDeltas:
             self._deltas = deltas
 
     def with_states(self, prints: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-        """Fingerprints of whole weights from those of their packed bytes."""
+        """Compute fingerprints of whole weights from those of their packed bytes."""
         return {name: self.packed[name].with_state(value) for name, value in prints.items()}
 
 
 def attach_transient_taps(deltas: TransientDeltas, trained: Collection[str], record: Record) -> None:
-    """Route every quantised layer through a tap, the ones without a delta too.
+    """Route every quantised layer through a tap, even those without a delta.
 
-    So the model computes with its dequantised weights everywhere, in training and in evaluation; bitsandbytes' own
-    forward passes differ from that (8 bits quantise the activations, processors with AVX512-bf16 repack weights).
+    The model then computes with dequantised weights everywhere, in training and in evaluation. bitsandbytes' own
+    forward passes differ: in 8 bits they quantise the activations, and CPUs with AVX512-bf16 repack weights.
     """
     for name, packed in deltas.packed.items():
         tap = WeightTap(

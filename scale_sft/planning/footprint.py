@@ -1,4 +1,4 @@
-"""Memory of a run before it is started, from the shapes alone; and from it where the base should lie.
+"""Compute the memory of a run from shapes alone, before it starts.
 
 All sizes in bytes, per rank.
 """
@@ -25,12 +25,12 @@ ACTIVATION_RESERVE_FRACTION = 0.25
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a replicated run keeps on each device, in bytes."""
+    """The bytes that a replicated run keeps on each device."""
 
     base: int
     deltas: int  # indices, deltas, gradients, cohorts, base values, optimizer state
     candidates: int  # during an estimation phase
-    weight_gradient: int  # the largest dense gradient of one weight; of a quantised base, or its dequantised copy
+    weight_gradient: int  # the largest dense gradient of one weight, or its dequantised copy if the base is quantised
 
     @property
     def total(self) -> int:
@@ -38,7 +38,7 @@ class Footprint:
 
 
 def empty_model(config: Config, model_config: Any) -> nn.Module:
-    """The base on the meta device: its layers and shapes, no weights."""
+    """Build the base on the meta device: its layers and shapes, without weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -47,10 +47,10 @@ def empty_model(config: Config, model_config: Any) -> nn.Module:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a plan needs to know of a base: its shapes, from the meta device."""
+    """The shapes of a base that a plan needs, from the meta device."""
 
     entries: int
-    packed: int  # entries that quantisation packs: linear layers but the output layer
+    packed: int  # entries that quantisation packs: linear layers except the output layer
     largest: int  # of one weight of any kind
     shapes: dict[str, tuple[int, int]]  # of the targets
 
@@ -73,7 +73,7 @@ def facts_of(config: Config, model_config: Any) -> Facts:
 
 
 def stored_base(facts: Facts, size: int, quantization: Quantization | None) -> int:
-    """The whole base as it is stored: in its dtype, or packed with its scales."""
+    """Count the bytes of the whole base as stored: in its dtype, or packed with its scales."""
     if quantization is None:
         return facts.entries * size
     return int(facts.packed * quantization.bytes_per_entry) + (facts.entries - facts.packed) * size
@@ -82,7 +82,7 @@ def stored_base(facts: Facts, size: int, quantization: Quantization | None) -> i
 def footprint(
     config: Config, model_config: Any, dtype: torch.dtype, quantization: Quantization | None = None
 ) -> Footprint:
-    """Arithmetic over the shapes of the model: nothing is loaded."""
+    """Compute the footprint from the shapes of the model, without loading it."""
     facts, sparse = facts_of(config, model_config), config.sparse
     shapes = facts.shapes
     counts = budget(
@@ -102,9 +102,9 @@ def footprint(
 def state_bytes(
     config: Config, shapes: dict[str, tuple[int, int]], counts: dict[str, int], dtype: torch.dtype, part: float
 ) -> dict[str, int]:
-    """Deltas and what belongs to them, between estimation phases, by what for.
+    """Count the bytes of the deltas and their state, between estimation phases, by purpose.
 
-    `part`: of all base values of the entries that this rank puts aside; 0 for a quantised base, which has none.
+    `part`: the fraction of the entries' base values that this rank saves; 0 for a quantised base, which saves none.
     """
     sparse, optimizer = config.sparse, config.optimizer
     active, delta = sum(counts.values()), getattr(torch, sparse.delta_dtype).itemsize
@@ -122,7 +122,7 @@ def state_bytes(
 
 
 def candidate_bytes(config: Config, active: int) -> int:
-    """Candidates in an estimation phase: at most 4 bytes of index, two estimates, the gradient."""
+    """Count the bytes of candidates in an estimation phase: at most 4 per index, two estimates, the gradient."""
     return 0 if config.sparse.method == "ma" else int((12 + _gradient(config)) * config.sparse.candidate_ratio * active)
 
 

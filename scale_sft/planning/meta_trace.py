@@ -1,7 +1,7 @@
-"""Memory of one forward and backward pass, found by running it on the meta device: shapes, lifetimes, no numbers.
+"""Measure the memory of a forward and backward pass by running it on the meta device, without numbers.
 
-Every storage that the pass makes is counted from the moment it is made until autograd lets go of it, so the count holds
-for any architecture, with the taps of this package in place. What a kernel uses inside itself is not seen.
+Every storage that the pass creates is counted until autograd frees it, so the count is valid for any architecture,
+with the taps of this package in place. Memory used inside a kernel is not seen.
 Shapes: B sequences, L tokens, V vocabulary, N entries of a weight, K active entries, C candidates.
 """
 
@@ -28,25 +28,25 @@ from scale_sft.spiel.topk import CHUNK_ENTRIES
 
 _ATTENTION = "scale_sft_plan"
 _TRACED_LAYERS = (3, 5)
-"""Deep models are traced with so many blocks, and what one block adds is extrapolated: it is the same for each."""
+"""Deep models are traced with these numbers of blocks, and extrapolated: each block adds the same."""
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes beside the base and the deltas' state, at their peaks within one micro-step."""
+    """The bytes of one micro-step, at their peaks, without the base and the deltas' state."""
 
     activations: int  # kept from forward to backward
     logits: int  # what the loss takes at its peak, beyond what the backward pass needs anyway
-    peak: int  # of everything that the pass allocates, the above included
+    peak: int  # of everything that the pass allocates, including the above
 
     @property
     def working(self) -> int:
-        """What the peak holds beside activations and logits: gradients, a weight's dW."""
+        """The rest of the peak without activations and logits: gradients, a weight's dW."""
         return max(0, self.peak - self.activations - self.logits)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages made inside the `with` block that are still alive, and their peak.
+    """A count of live bytes, and their peak, of all storages created inside the `with` block.
 
     Args:
         model: its weights and buffers, and views of them, do not count.
@@ -91,14 +91,14 @@ def step_memory(
     attention: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> StepMemory:
-    """Memory of one micro-step of `sequences` sequences of `tokens` tokens, all of which count in the loss.
+    """Measure a micro-step of `sequences` sequences of `tokens` tokens, all of which count in the loss.
 
     Args:
         active: K by weight name; also taken as the number of candidates where `proposes`.
-        attention: eager keeps the [L, L] attention matrices, all others do not.
+        attention: only eager keeps the [L, L] attention matrices.
 
     Raises:
-        UserError: the architecture does something on the meta device that needs numbers (some mixtures of experts).
+        UserError: the architecture needs actual numbers, which the meta device lacks (some mixtures of experts).
     """
     trace = lambda config: _trace(
         config,
@@ -179,9 +179,9 @@ def _trace(
 
 
 def _record(gradient: Tensor, active: int, proposes: bool) -> None:
-    """What the recorder makes of one weight's gradient: the active entries, and the search for candidates."""
+    """Allocate like the recorder for one weight's gradient: active entries, and the search for candidates."""
     flat = gradient.reshape(-1)
-    unpacked = torch.empty(2 * active, dtype=torch.int32, device="meta")  # flat indices, while they are made from rows
+    unpacked = torch.empty(2 * active, dtype=torch.int32, device="meta")  # flat indices, while computed from rows
     del unpacked
     if proposes:
         chunk = min(flat.numel(), CHUNK_ENTRIES)
@@ -191,7 +191,7 @@ def _record(gradient: Tensor, active: int, proposes: bool) -> None:
 
 
 def _register_attention() -> None:
-    """An attention that keeps what fused kernels keep: query, key, value, output and one number per row."""
+    """Register an attention that keeps as much as fused kernels: query, key, value, output and one number per row."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(_ATTENTION, _attention)
@@ -200,7 +200,7 @@ def _register_attention() -> None:
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs) -> tuple:
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and query.shape[0] > 1:  # batches have padding, and fused kernels take a mask for whole heads only
+    if groups > 1 and query.shape[0] > 1:  # batches have padding, and fused kernels with a mask need ungrouped heads
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     return _Fused.apply(query, key, value).transpose(1, 2).contiguous(), None
 

@@ -16,11 +16,11 @@ from .footprint import ACTIVATION_RESERVE_FRACTION, GIB, Footprint, footprint
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the base lies, and why."""
+    """The placement of the base, and the reason for it."""
 
     sharded: bool
     reason: str
-    base_bytes: int | None = None  # whole, of a quantised base: what loading it takes on every rank
+    base_bytes: int | None = None  # of a whole quantised base: the bytes that loading it takes on every rank
 
     @property
     def name(self) -> str:
@@ -30,11 +30,11 @@ class Placement:
 def choose_placement(
     config: Config, model_config: Any, dtype: torch.dtype, world: World, quantization: Quantization | None = None
 ) -> Placement:
-    """Replicate the base where it and its training state fit a device, otherwise shard it.
+    """Replicate the base if it and its training state fit a device, otherwise shard it.
 
     A quantised base that fits is replicated too: a step then moves only the gradients of the deltas, and gathering even
-    4 bits per weight moves far more. A base that transformers quantises is loaded whole by every rank before DeepSpeed
-    cuts it into shards, which the reason says.
+    4 bits per weight moves far more. Every rank loads the whole of a base that transformers quantises before DeepSpeed
+    cuts it into shards; the reason mentions this.
     """
     asked = config.model.base_placement
     if asked != "auto" and quantization is None:
@@ -44,7 +44,7 @@ def choose_placement(
         return _place_quantized(asked, needs, world)
     need = needs.total
     room = int(world.device_memory_bytes() * (1 - ACTIVATION_RESERVE_FRACTION))
-    figures = f"base and training state need {need / GIB:.2f} GiB, a device has room for {room / GIB:.2f} GiB"
+    figures = f"base and training state need {need / GIB:.2f} GiB, a device has {room / GIB:.2f} GiB for them"
     if need <= room:
         return Placement(False, f"auto: {figures}")
     if world.size == 1:
@@ -60,10 +60,10 @@ def _place_quantized(asked: str, needs: Footprint, world: World) -> Placement:
     room = int(world.device_memory_bytes() * (1 - ACTIVATION_RESERVE_FRACTION))
     figures = (
         f"the quantised base ({needs.base / GIB:.2f} GiB) and its training state need {needs.total / GIB:.2f} GiB, a "
-        f"device has room for {room / GIB:.2f} GiB"
+        f"device has {room / GIB:.2f} GiB for them"
     )
     if needs.total <= room:
-        return Placement(False, f"auto: {figures}; whole everywhere it moves no weights, sharded it would", needs.base)
+        return Placement(False, f"auto: {figures}; replicated, it moves no weights in a step", needs.base)
     if world.size == 1:
         return Placement(False, f"auto: {figures}, but one process cannot shard; it may not fit", needs.base)
     return Placement(True, f"auto: {figures}; {whole}", needs.base)

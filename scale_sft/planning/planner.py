@@ -1,7 +1,7 @@
-"""What a run will need on each device, before it is started and without its weights: `scale-sft plan`.
+"""Plan the memory and traffic of a run on each device, without its weights: `scale-sft plan`.
 
-All sizes in bytes per rank. The base is built on the meta device, one micro-step is traced there (planner_trace), the
-rest is arithmetic over shapes.
+All sizes are in bytes per rank. The base is built on the meta device, one micro-step is traced there (`meta_trace`),
+and the rest is arithmetic over shapes.
 Shapes: W ranks, N entries of a weight, K active entries, C candidates.
 """
 
@@ -28,10 +28,10 @@ from .footprint import GIB, Facts, candidate_bytes, facts_of, state_bytes, store
 from .meta_trace import StepMemory, step_memory
 
 DEVICE_RESERVE_BYTES = 1 * GIB
-"""Of a GPU: its context, libraries' workspaces and communication buffers."""
+"""GPU memory for its context, libraries' workspaces and communication buffers."""
 FRAGMENTATION_FRACTION = 0.05
-"""Of a GPU's memory: what the allocator cannot use."""
-_FINGERPRINT_BYTES = 44  # temporaries per entry of a chunk while the base's fingerprint is taken
+"""The fraction of a GPU's memory that the allocator cannot use."""
+_FINGERPRINT_BYTES = 44  # temporaries per entry of a chunk while the base is fingerprinted
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Plan:
     entries: int  # of all weights
     active: int
     placement: str  # replicate or shard
-    rows: dict[str, int]  # what lies in memory at the peak of a step; they add up to `step_peak`
+    rows: dict[str, int]  # memory at the peak of a step, by purpose; the sum is `step_peak`
     load_peak: int
     host_peak: int  # main memory of the node per rank while a base for a GPU is loaded
-    traffic: dict[str, int]  # bytes per optimizer step that a rank sends, by what for
+    traffic: dict[str, int]  # bytes per optimizer step that a rank sends, by purpose
     room: int | None  # None: no limit given
 
     @property
@@ -61,10 +61,10 @@ class Plan:
 
 
 class Planner:
-    """Plans of one base under varied options; facts and traces are kept.
+    """A planner for one base under varied options; it caches facts and traces.
 
     Args:
-        model_config: of transformers; what `load_model_config` gives.
+        model_config: of transformers, as from `load_model_config`.
     """
 
     def __init__(self, model_config: Any):
@@ -73,7 +73,7 @@ class Planner:
         self._steps: dict[Any, StepMemory] = {}
 
     def plan(self, config: Config, *, gpus: int = 1, gpu_memory_gb: float | None = None) -> Plan:
-        """The plan of a run on `gpus` devices of `gpu_memory_gb` (as vendors count: 2**30 bytes).
+        """Plan a run on `gpus` devices of `gpu_memory_gb` (as vendors count: 2**30 bytes).
 
         Raises:
             UserError: the batch does not divide, targets match nothing, or the architecture cannot be traced.
@@ -167,18 +167,18 @@ class Planner:
 
 
 def _scales(facts: Facts, quantization: Quantization | None) -> int:
-    """Scales of a packed base, in bytes; they are whole on every rank."""
+    """Count the bytes of a packed base's scales, which are whole on every rank."""
     return int(facts.packed * quantization.state_bytes_per_entry) if quantization else 0
 
 
 def _on_each(stored: int, facts: Facts, quantization: Quantization | None, gpus: int) -> int:
-    """One rank's part of a sharded base; scales of packed weights are not cut."""
+    """Count the bytes of one rank's part of a sharded base; scales of packed weights are not sharded."""
     scales = _scales(facts, quantization)
     return (stored - scales) // gpus + scales
 
 
 def _gathered(config: Config, facts: Facts, size: int, stored: int) -> int:
-    """What ZeRO-3 keeps whole beside the shards: as much as its settings let it, and what it prefetches."""
+    """Count the bytes that ZeRO-3 gathers in addition to the shards: its limit of live parameters, and its prefetch."""
     zero = read_ds_config(config.model.ds_config)["zero_optimization"]
     number = lambda key, default: zero[key] if isinstance(zero.get(key), (int, float)) else default
     entries = number("stage3_max_live_parameters", 10**9) + number("stage3_prefetch_bucket_size", 5 * 10**7)
@@ -186,14 +186,14 @@ def _gathered(config: Config, facts: Facts, size: int, stored: int) -> int:
 
 
 def _after_step_bytes(active: int, largest_k: int) -> int:
-    """Temporaries of the update (pieces of at most PIECE_ENTRIES) and of the largest weight's drop and grow."""
+    """Count temporaries of the update (pieces of at most PIECE_ENTRIES) and of the largest weight's drop and grow."""
     return max(28 * min(active, PIECE_ENTRIES), 60 * largest_k)
 
 
 def proposal_bytes(config: Config, facts: Facts, counts: Mapping[str, int], gpus: int) -> tuple[int, int]:
-    """What a rank gives into the reduce-scatter and into the all-gather of one proposal of candidates.
+    """Count the bytes that a rank passes to the reduce-scatter and to the all-gather of one proposal of candidates.
 
-    Each rank gets the sum of one part of a gradient, and offers the top of it: no more than the part has entries.
+    Each rank receives the sum of one part of a gradient, and offers its largest entries, at most the whole part.
 
     Args:
         counts: K of each target weight.
@@ -205,7 +205,7 @@ def proposal_bytes(config: Config, facts: Facts, counts: Mapping[str, int], gpus
 
 
 def _traffic(config: Config, facts: Facts, counts: Mapping[str, int], gpus: int, gathered_bytes: int) -> dict[str, int]:
-    """Bytes that a rank sends per optimizer step, on average over the run, by ring algorithms."""
+    """Count the bytes that a rank sends per optimizer step with ring algorithms, on average over the run."""
     if gpus == 1:
         return {}
     ring, sparse, active = (gpus - 1) / gpus, config.sparse, sum(counts.values())

@@ -15,10 +15,10 @@ MOST_GPUS = 1024
 
 
 def smallest_change(planner: Planner, config: Config, *, gpus: int, gpu_memory_gb: float) -> tuple[str, Plan] | None:
-    """The first change, in the order of what it costs, that makes a run fit: its description and plan; None: none does.
+    """Find the cheapest change that makes a run fit: its description and plan, or None.
 
-    First what gives the same result in more time (micro-batches, checkpointing, sharding), then more devices, then what
-    changes the run (4 bits, shorter examples, fewer entries).
+    Changes that cost only time come first (micro-batches, checkpointing, sharding), then more devices, then changes of
+    the run itself (4 bits, shorter examples, fewer entries).
     """
     for told, changed, count in _changes(planner, config, gpus):
         try:
@@ -69,7 +69,7 @@ def _changes(planner: Planner, config: Config, gpus: int) -> Iterator[tuple[str,
 
 
 def _on_more_devices(config: Config, gpus: int, with_: Callable[..., Config]) -> Iterator[tuple[int, str, Config]]:
-    """The base sharded over twice, four times ... as many devices, one sequence at a time."""
+    """Shard the base over twice, four times ... as many devices, one sequence at a time."""
     while gpus < MOST_GPUS:
         gpus *= 2
         batch = max(config.run.global_batch_size, gpus)

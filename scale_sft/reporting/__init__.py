@@ -1,4 +1,4 @@
-"""What a run records and shows: metrics, console, report.
+"""The records of a run, and their display: metrics, console, report.
 
 metrics        one record per step, reallocation and evaluation
 metrics_file   metrics.jsonl

@@ -56,7 +56,7 @@ def heading(title: str, quiet: str = "") -> Markup:
 
 
 def section(plot: Plot, svg: Markup) -> Markup:
-    """One picture under its title."""
+    """Put a picture under its title."""
     return _PARTS.section(plot, svg)
 
 
@@ -69,30 +69,30 @@ def picture(plot: Plot) -> Markup:
 
 
 def titled(title: str, content: Markup | str, text: str = "", level: int = 2) -> Markup:
-    """Content under a title, with a paragraph of text between them."""
+    """Put content under a title, with a paragraph of text between them."""
     return _PARTS.titled(title, content, text, level)
 
 
 def pairs(rows: Mapping[str, object]) -> Markup:
-    """A table of names and values."""
+    """Make a table of names and values."""
     return _PARTS.pairs(rows)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Markup:
-    """A table of numbers: the first column to the left, all others to the right."""
+    """Make a table of numbers: the first column left-aligned, all others right-aligned."""
     return _PARTS.table(columns, rows)
 
 
 def listed(items: Iterable[str]) -> Markup:
-    """A list with bullets."""
+    """Make a list with bullets."""
     return _PARTS.listed(items)
 
 
 def details(title: str, content: Markup | str) -> Markup:
-    """Content that opens at a click."""
+    """Make content that opens at a click."""
     return _PARTS.details(title, content)
 
 
 def preformatted(text: str) -> Markup:
-    """Text with its line breaks, in a fixed-width font."""
+    """Show text with its line breaks, in a fixed-width font."""
     return _PARTS.preformatted(text)

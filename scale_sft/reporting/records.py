@@ -75,7 +75,7 @@ def load_run(output_dir: Path) -> Run:
     """Read `metrics.jsonl` and, if it is there, `config.yaml`.
 
     Raises:
-        FileNotFoundError: there is no `metrics.jsonl`.
+        FileNotFoundError: `metrics.jsonl` does not exist.
     """
     path = output_dir / METRICS_FILE
     if not path.is_file():

@@ -23,7 +23,7 @@ def write_report(output_dir: Path) -> Path:
     A picture without data is left out, and removed if an earlier report drew it.
 
     Raises:
-        FileNotFoundError: there are no records in the folder.
+        FileNotFoundError: the folder has no records.
     """
     output_dir = Path(output_dir)
     run = load_run(output_dir)

@@ -1,7 +1,7 @@
 """Algorithms 1 and 2 without their model: update, drop, grow over all weights.
 
-Whoever runs the model calls, for each step: `begin_step`, backward passes that feed the recorder, a sum of
-`recorder.flat` over ranks if there are several, then `update` and, where the schedule says so, `reallocate`.
+For each step the caller runs `begin_step`, backward passes that feed the recorder, a sum of `recorder.flat` over
+ranks if there are several, then `update` and, where the schedule says so, `reallocate`.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from .settings import Backends, MethodSettings
 
 
 class Carrier(Protocol):
-    """What carries the deltas into the forward pass."""
+    """The object that carries the deltas into the forward pass."""
 
     def write(self) -> None:
-        """All deltas have new values."""
+        """Show the new values of all deltas to the forward pass."""
 
     def release(self, delta: SparseDelta) -> None:
-        """One weight is about to get other indices."""
+        """Remove one weight's deltas before its indices change."""
 
     def adopt(self, delta: SparseDelta) -> None:
-        """It has them; a `write` will come."""
+        """Take over one weight's new indices; a `write` follows."""
 
 
 @dataclass(frozen=True)
 class Turnover:
-    """What one reallocation did, over all weights."""
+    """Counts of one reallocation, over all weights."""
 
     number: int  # counted from 1; also the cohort of the grown entries
     step: int
@@ -51,9 +51,9 @@ class SparseFineTuning:
 
     Args:
         store: the deltas; with a reference where the drop criterion is `change`.
-        settings: what the method does.
-        schedule: when it reallocates, and how many entries.
-        backends: who computes; the default is plain torch in one process.
+        settings: the method and its hyperparameters.
+        schedule: the steps that reallocate, and how many entries each of them replaces.
+        backends: implementations to compute with; the default is plain torch in one process.
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class SparseFineTuning:
         return self.settings.method
 
     def begin_step(self, step: int) -> None:
-        """Open step `step` (counted from 1): gradients start at zero, a phase may open."""
+        """Open step `step` (counted from 1): zero the gradients, and open an estimation phase where one begins."""
         self.recorder.begin_step(self.schedule.phase(step), watch=step == 1)
 
     def clip(self) -> Tensor:
-        """Norm of the active gradients before clipping: fp32 scalar; the recorded gradients are clipped in place."""
+        """Clip the recorded gradients in place; returns the norm of the active ones before that, an fp32 scalar."""
         norm = torch.linalg.vector_norm(self.recorder.gradients, dtype=torch.float32)
         if self.settings.max_grad_norm is not None:
             self.recorder.flat.mul_((self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -106,12 +106,12 @@ class SparseFineTuning:
 
     @property
     def candidates_are_finite(self) -> bool:
-        """Whether the recorded gradients of all candidates are numbers; those of active deltas are where `clip` is."""
+        """Return True if all candidates' recorded gradients are finite; the norm from `clip` covers the active ones."""
         others = self.recorder.flat[self.store.active :]
         return not others.numel() or bool(others.isfinite().all())
 
     def update(self, learning_rate: float) -> None:
-        """One optimizer step on all deltas, and one more term of the candidates' estimates."""
+        """Do one optimizer step on all deltas, and add one term to the candidates' estimates."""
         self.recorder.end_step()
         self.optimizer.step(self.recorder.gradients, learning_rate)
 
@@ -134,7 +134,7 @@ class SparseFineTuning:
 
     @property
     def can_reallocate(self) -> bool:
-        """False where every step of the estimation phase was discarded: nothing is known that could grow."""
+        """Return False if every step of the estimation phase was discarded, so that nothing can grow."""
         return self.method == "ma" or bool(self.recorder.candidates)
 
     def _exchange(self, delta: SparseDelta, k: int) -> Exchange:
@@ -146,17 +146,17 @@ class SparseFineTuning:
         return self.exchanges.exchange_by_gradient(delta.indices, scores, candidates.indices, candidates.mean, k)
 
     def discard_step(self) -> None:
-        """Take nothing from this step's gradients: no update, no estimate. As if only the step count had moved on."""
+        """Ignore this step's gradients: no update and no estimate. Only the step count advances."""
         self.recorder.discard_step()
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of each weight's whole state: equal on all ranks, or something is wrong."""
+        """Compute the SHA-256 of each weight's whole state, which must be equal on all ranks."""
         return {name: self.store.digest(name, *self._moving_state_of(name).values()) for name in self.store.names}
 
     # --- what the next step needs -------------------------------------------------------------------------------
 
     def state_of(self, name: str) -> dict[str, Tensor]:
-        """All tensors of one weight that outlive a step; candidates inside an estimation phase. Views, not copies."""
+        """Return one weight's tensors that outlive a step, as views; in an estimation phase, candidates too."""
         return {**self.store[name].state(), **self._moving_state_of(name)}
 
     def _moving_state_of(self, name: str) -> dict[str, Tensor]:
@@ -164,7 +164,7 @@ class SparseFineTuning:
         return {**self.optimizer.state_of(name), **(candidates.state() if candidates else {})}
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes that are kept now, by what for; gradients include those of candidates in an estimation phase."""
+        """Count the bytes in use by purpose; gradients include those of candidates in an estimation phase."""
         kept: dict[str, list[Tensor]] = {"gradients": [self.recorder.flat]}
         for name in self.store.names:
             candidates = self.recorder.candidates.get(name)
@@ -175,16 +175,16 @@ class SparseFineTuning:
         return {part: sum(tensor.nbytes for tensor in tensors) for part, tensors in kept.items() if tensors}
 
     def is_finite(self) -> bool:
-        """Whether no delta and no optimizer state has overflowed: whether the state is worth keeping."""
+        """Return True if no delta and no optimizer state has overflowed, so that the state is worth saving."""
         states = [self.store.flat, *(t for name in self.store.names for t in self.optimizer.state_of(name).values())]
         return all(bool(tensor.isfinite().all()) for tensor in states)
 
     def counters(self) -> dict[str, list[int]]:
-        """What outlives a step and is no tensor."""
+        """Return the part of the state that is not tensors."""
         return {"cohort_steps": list(self.cohort_steps), **self.optimizer.counters()}
 
     def wrong_with_state(self, name: str, state: Mapping[str, Tensor], step: int, cohorts: int) -> str | None:
-        """Why `state` cannot be what one weight had after `step`, with so many cohorts; None if it can be."""
+        """Explain why `state` cannot be one weight's state after `step` with this many cohorts; None if it can be."""
         delta = self.store[name]
         own = {**delta.state(), **self.optimizer.state_of(name)}
         expected = {kind: (tuple(tensor.shape), tensor.dtype) for kind, tensor in own.items()}
@@ -198,17 +198,17 @@ class SparseFineTuning:
             return f"{kind} is {found.get(kind, 'missing')}, expected {expected.get(kind, 'none')}"
         for kind, tensor in state.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                return f"{kind} holds a value that is no finite number"
+                return f"{kind} holds a NaN or an infinite value"
             if kind.endswith("indices") and (wrong := wrong_with_indices(tensor, delta.shape)):
                 return f"{kind}: {wrong}"
         if int(state["cohort"].max()) >= cohorts or int(state["cohort"].min()) < 0:
-            return f"an entry is of a cohort that never was: there are {cohorts}"
+            return f"an entry has an unknown cohort: there are {cohorts}"
         return None
 
     def load_state(
         self, step: int, states: Iterable[tuple[str, Mapping[str, Tensor]]], counters: Mapping[str, list[int]]
     ) -> None:
-        """Go on after `step` from what `state_of` and `counters` gave; the carrier must release and adopt around it."""
+        """Resume after `step` from `state_of` and `counters`; the carrier must release before, and adopt after."""
         self.cohort_steps = list(counters["cohort_steps"])
         self.optimizer.load_counters(counters)
         if self._estimating_after(step):
@@ -221,10 +221,10 @@ class SparseFineTuning:
                 self.recorder.load_candidates(name, state)
 
     def _estimating_after(self, step: int) -> bool:
-        """Whether the end of `step` lies inside an estimation phase."""
+        """Return True if an estimation phase is open at the end of `step`."""
         return self.schedule.phase(step + 1) is Phase.ESTIMATE
 
 
 def candidates_of(store: DeltaStore, ratio: float) -> Mapping[str, int]:
-    """C of each weight: ratio * K, at least 1 and at most N."""
+    """Compute C of each weight: ratio * K, at least 1 and at most N."""
     return {delta.name: max(1, min(int(ratio * delta.active), delta.numel)) for delta in store}

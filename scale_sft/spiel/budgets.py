@@ -12,10 +12,10 @@ def budget(
     tunable_weights: int | None = None,
     rank_equivalent: int | None = None,
 ) -> dict[str, int]:
-    """Active entries K of each weight, from exactly one of three budgets (section 3.2, footnote 2; section 4.3).
+    """Compute the active entries K of each weight from exactly one of three budgets (sections 3.2, footnote 2; 4.3).
 
     `density`: K = floor(density * N). `tunable_weights`: a total, spread uniformly. `rank_equivalent`:
-    K = r * (O + I), the trainable parameters of LoRA of rank r. Never fewer than 1 nor more than N.
+    K = r * (O + I), the trainable parameters of LoRA of rank r. K is at least 1 and at most N.
     """
     wanted: dict[str, int] = {}
     if [density, tunable_weights, rank_equivalent].count(None) != 2:
@@ -31,7 +31,7 @@ def budget(
 
 
 def _spread(total: int, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Shares of `total` in proportion to `sizes`; what rounding leaves goes to the largest remainders, in order."""
+    """Split `total` in proportion to `sizes`; entries left over by rounding go to the largest remainders, in order."""
     everything = sum(sizes.values())
     shares = {name: total * size // everything for name, size in sizes.items()}
     by_remainder = sorted(sizes, key=lambda name: -(total * sizes[name] % everything))

@@ -47,7 +47,7 @@ class SparseDelta:
 
     @property
     def indices(self) -> Tensor:
-        """[K] flat indices, sorted, int32 (int64 where O * I does not fit): made from `entries` at each call."""
+        """The [K] flat indices, sorted, int32 (int64 where O * I does not fit), computed from `entries` each time."""
         return self.entries.flat()
 
     @indices.setter
@@ -56,18 +56,18 @@ class SparseDelta:
 
     @property
     def tensors(self) -> dict[str, list[Tensor]]:
-        """What is kept, by what for."""
+        """Return the tensors that are kept, by purpose."""
         kept = {"indices": self.entries.tensors, "deltas": [self.deltas], "ages": [self.cohort]}
         return kept if self.reference is None else {**kept, "reference": [self.reference]}
 
     def state(self) -> dict[str, Tensor]:
-        """All that a checkpoint keeps, by name; views, not copies, but for the indices."""
+        """Return the tensors that a checkpoint keeps, by name: views, except for the indices."""
         state = {"indices": self.indices, "deltas": self.deltas, "cohort": self.cohort}
         return state if self.reference is None else {**state, "reference": self.reference}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` gave; dtypes and shapes are those of this delta."""
-        self.indices = state["indices"].to(self.deltas.device, copy=True)  # the caller's may be kept as they are
+        """Copy a result of `state`, of this delta's dtypes and shapes, into this delta."""
+        self.indices = state["indices"].to(self.deltas.device, copy=True)  # the setter may keep the tensor itself
         self.deltas.copy_(state["deltas"])
         self.cohort = state["cohort"].to(self.cohort.device, copy=True)
         if self.reference is not None:
@@ -133,7 +133,7 @@ class DeltaStore:
 
     @property
     def active(self) -> int:
-        """Active entries of all weights: K summed."""
+        """Active entries of all weights: the sum of K."""
         return self.flat.numel()
 
     @property
@@ -141,19 +141,19 @@ class DeltaStore:
         return self.flat.device
 
     def cohort_counts(self, cohorts: int) -> list[int]:
-        """How many active entries belong to each of the cohorts 0 .. cohorts - 1."""
+        """Count the active entries of each of the cohorts 0 .. cohorts - 1."""
         counts = torch.zeros(cohorts, dtype=torch.int64, device=self.device)
         for delta in self:
             counts += torch.bincount(delta.cohort.int(), minlength=cohorts)
         return counts.tolist()
 
     def digest(self, name: str, *more: Tensor) -> str:
-        """SHA-256 of one weight's state and `more` (that of its optimizer): 64 hex digits."""
+        """Compute the SHA-256 of one weight's state and `more` (its optimizer's state): 64 hex digits."""
         return digest(*self[name].state().values(), *more)
 
 
 def digest(*tensors: Tensor) -> str:
-    """SHA-256 over the bytes, dtypes and shapes of tensors: 64 hex digits."""
+    """Compute the SHA-256 over the bytes, dtypes and shapes of tensors: 64 hex digits."""
     sha = hashlib.sha256()
     for tensor in tensors:
         sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())

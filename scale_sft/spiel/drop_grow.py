@@ -18,9 +18,9 @@ from .topk import bottom_k_sorted, top_k_of_product, top_k_sorted
 
 @dataclass(frozen=True)
 class Exchange:
-    """Which active entries of a weight stay and which indices join them.
+    """The active entries of a weight that stay, and the indices that join them.
 
-    `merge` carries any tensor that runs parallel to the indices over the exchange.
+    `merge` carries any tensor parallel to the indices across the exchange.
     """
 
     kept: Tensor  # [K] bool
@@ -30,16 +30,16 @@ class Exchange:
 
     @property
     def replaced(self) -> int:
-        """How many entries became active that were not before."""
+        """Count the newly active entries."""
         return self.grown.numel()
 
     def merge(self, old: Tensor, new: Tensor) -> Tensor:
-        """old: [K], values of the entries before; new: [g], of the grown ones. Returns them in the new order."""
+        """Merge old values [K] with those of grown entries, new [g]; returns them in the new order."""
         return torch.cat((old, new.to(old.dtype))).index_select(0, self.order)
 
 
 def drop_scores(delta: SparseDelta, criterion: str) -> Tensor:
-    """[K]: the smallest are dropped first.
+    """Score the entries, [K]; the smallest are dropped first.
 
     `magnitude`: |delta|, the paper's text and the authors' code. `change`: |delta - delta at the last reallocation|,
     the paper's Algorithm 1 (line 10).
@@ -50,7 +50,7 @@ def drop_scores(delta: SparseDelta, criterion: str) -> Tensor:
 
 
 def exchange_by_gradient(indices: Tensor, scores: Tensor, candidates: Tensor, mean: Tensor, k: int) -> Exchange:
-    """SFT-AG (section 3.2): drop the `k` of smallest score, grow the k candidates of largest |mean gradient|.
+    """Drop the `k` of smallest score, and grow the k candidates of largest |mean gradient|: SFT-AG (section 3.2).
 
     Candidates that would remain active are skipped; an entry both dropped and grown stays as it is. If fewer than k
     can grow, only as many are dropped, the smallest first. Ties go to the smaller index on both sides.
@@ -73,10 +73,10 @@ def exchange_by_gradient(indices: Tensor, scores: Tensor, candidates: Tensor, me
 
 
 def _growable(scores: Tensor, active_candidates: Tensor, candidates: int, k: int) -> int:
-    """The largest m <= k for which m entries can grow when the m smallest are dropped.
+    """Find the largest m <= k for which m entries can grow when the m smallest are dropped.
 
-    What can grow then: candidates that are not active, and candidates among the m dropped (those simply stay). So m is
-    reached as long as the dropped entries that are no candidates do not outnumber the candidates that are not active.
+    Two kinds can grow: inactive candidates, and candidates among the m dropped, which simply stay. So m is reached as
+    long as there are at least as many inactive candidates as dropped entries that are not candidates.
 
     Args:
         scores: [K]. active_candidates: positions of those active entries that are candidates.
@@ -91,7 +91,7 @@ def _growable(scores: Tensor, active_candidates: Tensor, candidates: int, k: int
 
 
 def exchange_by_accumulators(indices: Tensor, scores: Tensor, row: Tensor, col: Tensor, k: int) -> Exchange:
-    """SFT-MA (section 3.3): drop the `k` of smallest score, grow the k inactive entries of largest row[i] * col[j].
+    """Drop the `k` of smallest score, and grow the k inactive entries of largest row[i] * col[j]: SFT-MA (section 3.3).
 
     Args:
         indices: [K] sorted. scores: [K]. row: [O], col: [I] fp32, SM3 accumulators.
@@ -103,11 +103,11 @@ def exchange_by_accumulators(indices: Tensor, scores: Tensor, row: Tensor, col: 
 
 
 def _exchange(indices: Tensor, kept: Tensor, grown: Tensor, grown_candidates: Tensor | None) -> Exchange:
-    """Merges the sorted indices that stay with the sorted ones that are grown."""
+    """Merge the sorted indices that stay with the sorted grown ones."""
     grown = grown.to(indices.dtype)
     staying = kept.nonzero().squeeze(1)
     new = torch.arange(grown.numel(), device=grown.device)
-    among = new + torch.searchsorted(indices[staying], grown)  # where the grown ones come to lie
+    among = new + torch.searchsorted(indices[staying], grown)  # positions of the grown ones
     is_old = torch.ones(staying.numel() + grown.numel(), dtype=torch.bool, device=indices.device)
     is_old[among] = False
     order = torch.empty(is_old.shape, dtype=torch.int64, device=indices.device)

@@ -1,4 +1,4 @@
-"""Which entries of a weight are active, in 2 bytes each.
+"""The indices of a weight's active entries, in 2 bytes each.
 
 Shapes: O rows, I columns of a weight; K active entries, sorted by row and column.
 """
@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 def wrong_with_indices(indices: Tensor, shape: tuple[int, int]) -> str | None:
-    """Why `indices` cannot be those of a weight of `shape`, or None: integers [K], in range, sorted, unique."""
+    """Explain why `indices` cannot be those of a weight of `shape`: integers [K], in range, sorted, unique; or None."""
     if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
         return f"indices are {tuple(indices.shape)} {indices.dtype}, expected one row of integers"
     if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= shape[0] * shape[1]):
-        return f"an index lies outside the weight of shape {shape}"
+        return f"an index is outside the weight of shape {shape}"
     if bool((indices[1:] <= indices[:-1]).any()):
         return "indices are not sorted and unique"
     return None
@@ -27,11 +27,11 @@ _FAR = 1 << 16
 
 
 class Entries:
-    """K entries of an [O, I] weight by the gaps between them.
+    """K entries of an [O, I] weight, stored as the gaps between them.
 
-    The sorted flat indices, of which the published code keeps 4 bytes per entry, are the running sum of the gaps; they
-    are made one weight at a time when they are asked for. A gap beyond 16 bits, of which a weight has few, keeps its
-    upper part aside. Kernels take compressed rows instead, which need as much: who asks for them gets them for good.
+    The published code keeps 4 bytes per sorted flat index; here an index is the running sum of the gaps, computed one
+    weight at a time on request. The few gaps beyond 16 bits store their upper bits separately. Kernels take compressed
+    rows instead, which need as much memory: the first call of `csr` switches to them for good.
 
     Args:
         indices: [K] sorted, unique flat indices i * I + j, any integer type.
@@ -54,7 +54,7 @@ class Entries:
         self._rows: tuple[Tensor, Tensor] | None = None
 
     def flat(self) -> Tensor:
-        """[K] flat indices, int32 (int64 where O * I does not fit), made at each call."""
+        """Compute the [K] flat indices: a new tensor, int32 (int64 where O * I does not fit)."""
         if self._rows is not None:
             return _first_of_rows(*self._rows, self.shape, self.dtype).add_(self._rows[1].to(self.dtype))
         gaps = self._gaps.to(self.dtype)
@@ -63,7 +63,7 @@ class Entries:
         return gaps.cumsum_(0)
 
     def csr(self) -> tuple[Tensor, Tensor]:
-        """(row_starts [O + 1] int32, columns [K] uint16, or int32 where I > 65,536): kept from now on, not the gaps."""
+        """Return (row_starts [O + 1] int32, columns [K] uint16, or int32 where I > 65,536), which replace the gaps."""
         if self._rows is None:
             self._rows = self._compressed()
             self._gaps, self._far = self._gaps.new_empty(0), None
@@ -82,7 +82,7 @@ class Entries:
         return starts, columns
 
     def coordinates(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(which entries, their rows, their columns: int64) in pieces, so that no int64 copy of all is made."""
+        """Yield (slice of entries, int64 rows, int64 columns) in pieces, so that no int64 copy of all is made."""
         width, flat = self.shape[1], self.flat()
         for part in pieces(self.count):
             rows = torch.div(flat[part], width, rounding_mode="floor")
@@ -91,24 +91,24 @@ class Entries:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What is kept."""
+        """Return the tensors that are kept."""
         return [*self._rows] if self._rows is not None else [self._gaps, *(self._far or ())]
 
 
 def bytes_of_entries(count: int) -> int:
-    """Bytes that `Entries` keeps for `count` entries, but for gaps beyond 16 bits: 8 each."""
+    """Count the bytes `Entries` keeps for `count` entries, without gaps beyond 16 bits, which take 8 each."""
     return 2 * count
 
 
 def pieces(count: int, size: int | None = None) -> Iterator[slice]:
-    """Slices of at most `size` (PIECE_ENTRIES) that cover [0, count)."""
+    """Yield slices of at most `size` (PIECE_ENTRIES) that cover [0, count)."""
     size = size or PIECE_ENTRIES
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
 
 def _first_of_rows(starts: Tensor, columns: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Flat index at which the row of each entry begins: [K]. No int64 copy is made."""
+    """Compute the flat index at which the row of each entry begins: [K]. No int64 copy is made."""
     sums = torch.zeros(columns.numel() + 1, dtype=dtype, device=columns.device)
     of_row = torch.full((), shape[1], dtype=dtype, device=sums.device).expand(shape[0] - 1)
     sums.index_add_(0, starts[1:-1], of_row)  # rows without entries add up where the next one begins

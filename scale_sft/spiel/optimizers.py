@@ -34,7 +34,7 @@ def adamw_update(
     weight_decay: float,
     table: Tensor | None = None,
 ) -> None:
-    """One AdamW step on [K] entries in place, each with the bias correction of its own age (section 3.2).
+    """Do one AdamW step on [K] entries in place, each with the bias correction of its own age (section 3.2).
 
     The order of operations and the place of eps are those of `torch.optim.AdamW` (decoupled decay first); with one
     cohort the result equals it bit for bit.
@@ -43,7 +43,7 @@ def adamw_update(
         deltas, gradients, exp_avg, exp_avg_sq: [K] fp32.
         cohort: [K] integers: which entry of `gradients_seen` holds for each delta.
         gradients_seen: by cohort, how many gradients its moments have seen, this one included.
-        table: `correction_table` of these, made once for all calls of a step; None: made here if it is needed.
+        table: the step's `correction_table`, computed once for all calls; None: computed here if needed.
     """
     beta1, beta2 = betas
     deltas.mul_(1 - learning_rate * weight_decay)
@@ -64,7 +64,10 @@ def adamw_update(
 def corrections(
     gradients_seen: Sequence[int], learning_rate: float, betas: tuple[float, float]
 ) -> tuple[list[float], list[float]]:
-    """(step sizes, denominators) by cohort: -learning_rate / (1 - beta1^n), sqrt(1 - beta2^n); 0 and 1 where n = 0."""
+    """Compute (step sizes, denominators) by cohort.
+
+    They are -learning_rate / (1 - beta1^n) and sqrt(1 - beta2^n) after n gradients; 0 and 1 where n = 0.
+    """
     beta1, beta2 = betas
     step_sizes = [-learning_rate / (1 - beta1**n) if n else 0.0 for n in gradients_seen]
     return step_sizes, [(1 - beta2**n) ** 0.5 if n else 1.0 for n in gradients_seen]
@@ -73,8 +76,8 @@ def corrections(
 def correction_table(
     gradients_seen: Sequence[int], learning_rate: float, betas: tuple[float, float], device: torch.device
 ) -> Tensor:
-    """`corrections` as a tensor [2, cohorts] fp32 on the device, for which nothing waits."""
-    pinned = device.type == "cuda"  # from other memory the copy may wait for the work that is under way
+    """Put `corrections` into a tensor [2, cohorts] fp32 on the device, without waiting for it."""
+    pinned = device.type == "cuda"  # a copy from pageable memory may wait for queued work
     table = torch.tensor(corrections(gradients_seen, learning_rate, betas), dtype=torch.float32, pin_memory=pinned)
     return table.to(device, non_blocking=True)
 
@@ -90,13 +93,13 @@ def sm3_update(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One SM3-II step (Anil et al. 2019) restricted to the [K] active entries of an [O, I] weight, in place.
+    """Do one SM3-II step (Anil et al. 2019) restricted to the [K] active entries of an [O, I] weight, in place.
 
     nu = min(row[i], col[j]) + g^2; row[i] = max over the row's active nu, col likewise;
     delta -= learning_rate * g / sqrt(nu + eps), decoupled decay first.
 
     Args:
-        deltas: [K] fp32. gradients: [K] fp32 or bf16. entries: where they lie. row: [O] fp32. col: [I] fp32.
+        deltas: [K] fp32. gradients: [K] fp32 or bf16. entries: their places. row: [O] fp32. col: [I] fp32.
     """
     new_row, new_col = row.clone(), col.clone()
     for part, i, j in entries.coordinates():
@@ -113,7 +116,7 @@ def sm3_update(
 
 @contextmanager
 def in_fp32(deltas: Tensor) -> Iterator[Tensor]:
-    """Deltas to update in place: themselves where they are fp32; of bf16 ones a copy, rounded once, at the end."""
+    """Yield deltas to update in place: fp32 ones themselves; of bf16 ones a copy, rounded back once at the end."""
     if deltas.dtype is torch.float32:
         yield deltas
         return
@@ -123,7 +126,7 @@ def in_fp32(deltas: Tensor) -> Iterator[Tensor]:
 
 
 class Optimizer(Protocol):
-    """What the main loop and the checkpoint ask of an optimizer."""
+    """An optimizer of deltas, as the main loop and checkpoints use it."""
 
     eps: float
     weight_decay: float
@@ -146,8 +149,8 @@ class AdamW:
 
     Args:
         store: the deltas.
-        estimation_steps: G: how many gradients the moments of a grown delta have seen when it is grown.
-        moments: how the two moments are kept.
+        estimation_steps: G, the gradients already counted in the moments of a newly grown delta.
+        moments: creates the storage of the two moments.
     """
 
     def __init__(
@@ -170,7 +173,7 @@ class AdamW:
         table = self.count_gradient(learning_rate)
         sizes = [delta.active for delta in self.store]
         for delta, gradient in zip(self.store, gradients.split(sizes), strict=True):
-            for part in pieces(delta.active):  # temporaries stay small, and in a processor's cache
+            for part in pieces(delta.active):  # keeps temporaries small enough for the CPU's cache
                 exp_avg, exp_avg_sq = self.exp_avg.load(delta.name, part), self.exp_avg_sq.load(delta.name, part)
                 with in_fp32(delta.deltas[part]) as deltas:
                     adamw_update(
@@ -190,19 +193,19 @@ class AdamW:
                 self.exp_avg_sq.store(delta.name, part, exp_avg_sq)
 
     def count_gradient(self, learning_rate: float) -> Tensor:
-        """Count one more gradient for every cohort; returns its `correction_table` [2, cohorts] fp32.
+        """Count one more gradient for every cohort; returns the `correction_table` [2, cohorts] fp32.
 
-        `step` does this itself; whoever updates the deltas in another way calls it once per step.
+        `step` does this itself; code that updates the deltas in another way calls it once per step.
         """
         self.gradients_seen = [n + 1 for n in self.gradients_seen]
         return correction_table(self.gradients_seen, learning_rate, self.betas, self.store.device)
 
     def begin_cohort(self) -> None:
-        """Open the cohort of the deltas that the coming drop and grow will grow; they have seen G gradients."""
+        """Open the cohort that the next drop and grow fills; its moments start with G gradients counted."""
         self.gradients_seen.append(self.estimation_steps)
 
     def follow(self, delta: SparseDelta, exchange: Exchange, candidates: Candidates | None) -> None:
-        """Move the moments with the entries; grown ones are seeded from their estimates (section 3.2)."""
+        """Move the moments with the entries, and seed grown ones from their estimates (section 3.2)."""
         if candidates is None:
             raise ValueError(f"weight '{delta.name}': an exchange by gradient needs its candidates")
         picked, everything = exchange.grown_candidates, slice(0, delta.active)
@@ -212,12 +215,12 @@ class AdamW:
             moment.store(delta.name, everything, exchange.merge(moment.load(delta.name, everything), seed))
 
     def state_of(self, name: str) -> dict[str, Tensor]:
-        """The state tensors of one weight, by name; views, not copies."""
+        """Return the state tensors of one weight, by name; views, not copies."""
         kept = {"exp_avg": self.exp_avg.state(name), "exp_avg_sq": self.exp_avg_sq.state(name)}
         return {moment + suffix: tensor for moment, state in kept.items() for suffix, tensor in state.items()}
 
     def counters(self) -> dict[str, list[int]]:
-        """What is no tensor: by cohort, how many gradients its moments have seen."""
+        """Return the state that is not tensors: by cohort, how many gradients its moments have seen."""
         return {"gradients_seen": list(self.gradients_seen)}
 
     def load_counters(self, counters: Mapping[str, list[int]]) -> None:
@@ -253,10 +256,10 @@ class SM3:
         """SM3 has no ages."""
 
     def follow(self, delta: SparseDelta, exchange: Exchange, candidates: Candidates | None) -> None:
-        """The accumulators belong to rows and columns, not to entries: nothing moves."""
+        """Move nothing: the accumulators belong to rows and columns, not to entries."""
 
     def state_of(self, name: str) -> dict[str, Tensor]:
-        """The state tensors of one weight, by name; views, not copies."""
+        """Return the state tensors of one weight, by name; views, not copies."""
         return {"row": self.row[name], "col": self.col[name]}
 
     def counters(self) -> dict[str, list[int]]:

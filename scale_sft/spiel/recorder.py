@@ -1,4 +1,4 @@
-"""What the backward pass records: gradients of the active deltas (Eq. 7), and candidates for growth (Eq. 8).
+"""Record, in the backward pass, gradients of the active deltas (Eq. 7) and candidates for growth (Eq. 8).
 
 Shapes: N = R * C' entries of a weight, K active, C candidates; T tokens. Estimates are fp32.
 """
@@ -21,13 +21,13 @@ Select = Callable[[Tensor, int], Tensor]
 
 Products = Callable[[Tensor, Tensor, Sequence[tuple[Entries, Tensor]]], bool]
 """(left [T, R], right [T, C'], [(entries, out [K]), ...]): adds the entries of left^T right to each `out` and returns
-True; or does nothing and returns False where the whole product is as good."""
+True; or returns False, doing nothing, if forming the full product is no slower."""
 
 CANDIDATE_STATE = ("candidate_indices", "candidate_mean", "candidate_mean_square")
 
 
 def dense_products(left: Tensor, right: Tensor, wanted: Sequence[tuple[Entries, Tensor]]) -> None:
-    """The whole product, of which the entries are picked; it is gone when this returns."""
+    """Form the full product, pick the entries from it, and free it."""
     pick(left.t() @ right, wanted)
 
 
@@ -47,31 +47,31 @@ class Candidates:
 
     @property
     def indices(self) -> Tensor:
-        """[C] flat indices as the delta's: sorted, unique."""
+        """The [C] flat indices, sorted and unique like the delta's."""
         return self.entries.flat()
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What is kept."""
+        """Return the tensors that are kept."""
         return [*self.entries.tensors, self.mean, self.mean_square]
 
     def state(self) -> dict[str, Tensor]:
-        """All that a checkpoint keeps, by name; views, not copies, but for the indices."""
+        """Return the tensors that a checkpoint keeps, by name: views, except for the indices."""
         return dict(zip(CANDIDATE_STATE, (self.indices, self.mean, self.mean_square), strict=True))
 
 
 class GradientRecorder:
-    """Receives the factors of each weight's gradient once per backward pass and keeps what of it is asked for.
+    """The receiver of each weight's gradient factors in a backward pass; it keeps only the entries wanted.
 
     Args:
-        store: whose active entries are recorded.
+        store: the deltas whose active entries are recorded.
         candidates: C of each weight; needed only where a phase proposes.
         estimation_steps: G, over which Eq. 8 averages.
-        select: how candidates are chosen from one weight's gradient; the default sees this process only.
+        select: chooses candidates from one weight's gradient; the default sees this process only.
         dtype: of the recorded gradients: float32, or bfloat16, which sums micro-batches and ranks in bf16.
-        products: how the entries of a weight's gradient are had where nothing else of it is needed (appendix B); None:
-            from the whole product.
-        reuse_buffer: form all whole products of a step in one buffer.
+        products: computes only the wanted entries of a weight's gradient (appendix B); None: pick them from the full
+            product.
+        reuse_buffer: reuse one buffer for every dense gradient of a step.
     """
 
     def __init__(
@@ -91,13 +91,13 @@ class GradientRecorder:
         self.phase = Phase.OFF
         self.proposing = False  # this step chooses the candidates
         self.candidates: dict[str, Candidates] = {}
-        self.received: set[str] = set()  # weights that were offered a gradient that is not all zero
+        self.received: set[str] = set()  # weights that received a gradient that is not all zero
         self._watching = False  # this step looks for dead gradients
         self._buffer: Tensor | None = None  # for one dense gradient after the other, during a step
         self._allocate(0)
 
     def _allocate(self, candidates: int) -> None:
-        """One flat buffer for all that is summed over ranks: active gradients first, then candidates' gradients."""
+        """Allocate one flat buffer to sum over ranks: active gradients first, then candidates' gradients."""
         self.flat = torch.zeros(self.store.active + candidates, dtype=self.dtype, device=self.store.device)
         sizes = [delta.active for delta in self.store]
         if candidates:
@@ -108,7 +108,7 @@ class GradientRecorder:
 
     @property
     def gradients(self) -> Tensor:
-        """[sum of K]: the gradients of the active deltas, in the order of the store's flat buffer."""
+        """The [sum of K] gradients of the active deltas, in the order of the store's flat buffer."""
         return self.flat[: self.store.active]
 
     def begin_step(self, phase: Phase, *, watch: bool = False) -> None:
@@ -118,7 +118,7 @@ class GradientRecorder:
 
         Args:
             phase: what this step records.
-            watch: note in `received` which weights get a gradient, for which all products are formed whole.
+            watch: collect the weights that get a gradient in `received`; this forms every full product.
         """
         self.phase, self._watching = phase, watch
         self.proposing = phase is Phase.PROPOSE or (phase is Phase.ESTIMATE and not self.candidates)
@@ -133,24 +133,24 @@ class GradientRecorder:
         self._allocate(sum(self.counts[name] for name in self.store.names))
 
     def discard_step(self) -> None:
-        """The gradients of this step are of no use: candidates that they proposed are forgotten.
+        """Ignore this step's gradients, and forget candidates that they proposed.
 
-        The next step of the phase proposes instead; the estimates have one term less.
+        The next step of the phase proposes instead; the estimates have one term fewer.
         """
         self._watching, self._buffer = False, None
         if self.proposing:
             self.candidates = {}
 
     def load_candidates(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Take over what `Candidates.state` gave for one weight, in an open estimation phase."""
+        """Load a result of `Candidates.state` for one weight, in an open estimation phase."""
         indices, mean, square = (state[key].to(self.store.device, copy=True) for key in CANDIDATE_STATE)
         self.candidates[name] = Candidates(Entries(indices, self.store[name].shape), mean, square)
 
     def record_product(self, name: str, left: Tensor, right: Tensor) -> None:
-        """Take from left^T right, the [R, C'] gradient of one weight in one backward pass, what is asked for.
+        """Record the wanted entries of left^T right, the [R, C'] gradient of one weight in one backward pass.
 
-        The product is formed whole where all of its entries are looked at: to propose candidates (section 3.2), and in
-        the first step of a run, to find dead gradients.
+        The full product is formed only where every entry is needed: to propose candidates (section 3.2), and in the
+        first step of a run, to find dead gradients.
 
         Args:
             left: [T, R]. right: [T, C'], of the same dtype.
@@ -163,7 +163,7 @@ class GradientRecorder:
             pick(self._product(left, right), wanted)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        """left^T right [R, C']; where a buffer is reused, in it: to be used before the next is formed."""
+        """Form left^T right [R, C'], in the reused buffer if there is one: use it before the next is formed."""
         if not self.reuse_buffer:
             return left.t() @ right
         size = left.shape[1] * right.shape[1]
@@ -173,7 +173,7 @@ class GradientRecorder:
         return torch.mm(left.t(), right, out=self._buffer[:size].view(left.shape[1], right.shape[1]))
 
     def record(self, name: str, gradient: Tensor) -> None:
-        """Take from `gradient`, the dense [O, I] gradient of one weight in one backward pass, what is asked for."""
+        """Record the wanted entries of `gradient`, the dense [O, I] gradient of one weight in one backward pass."""
         if self._watching and name not in self.received and bool(gradient.any()):
             self.received.add(name)
         if self.phase is not Phase.OFF and name not in self.candidates:
@@ -183,14 +183,14 @@ class GradientRecorder:
         pick(gradient, self._wanted(name))
 
     def _wanted(self, name: str) -> list[tuple[Entries, Tensor]]:
-        """Where the gradient of one weight is wanted now, and what it is added to."""
+        """List the entries of one weight whose gradient is wanted now, and the tensors to add it to."""
         wanted = [(self.store[name].entries, self._active[name])]
         if self.phase is not Phase.OFF:
             wanted.append((self.candidates[name].entries, self._candidate[name]))
         return wanted
 
     def end_step(self) -> None:
-        """After the buffer is summed over ranks: one more term of the running estimates (Eq. 8)."""
+        """Add one term to the running estimates (Eq. 8), after the buffer was summed over ranks."""
         self._watching, self._buffer = False, None
         if self.phase is Phase.OFF:
             return

@@ -1,4 +1,4 @@
-"""When the active indices are reallocated, and how many of them (section 3.2, Eq. 9).
+"""The reallocation schedule: the steps that drop and grow, and how many entries (section 3.2, Eq. 9).
 
 Steps are counted from 1: step t is the t-th optimizer step. S update interval, G estimation steps, T all steps.
 """
@@ -11,7 +11,7 @@ from enum import Enum
 
 
 class Phase(Enum):
-    """What the backward passes of a step record next to the gradients of the active deltas."""
+    """The role of a step: what its backward passes record in addition to the active deltas' gradients."""
 
     OFF = "off"
     PROPOSE = "propose"  # the first micro-step chooses the candidates, all micro-steps estimate them
@@ -23,7 +23,7 @@ class ReallocationSchedule:
     """The reallocation schedule of Eq. 9.
 
     Differs from the paper: its text puts updates "every S steps" and the estimation phase before them; the authors'
-    code reallocates whenever t % S == G % S, which is what is done here, so that the first one happens at t = G.
+    code reallocates whenever t % S == G % S. So does this schedule: the first reallocation happens at t = G.
     """
 
     total_steps: int
@@ -35,14 +35,14 @@ class ReallocationSchedule:
     estimates: bool = True  # False for SFT-MA, which needs no candidates
 
     def reallocates_at(self, step: int) -> bool:
-        """Whether drop and grow happen at the end of step `step` (counted from 1)."""
+        """Return True if drop and grow happen at the end of step `step` (counted from 1)."""
         first, interval = self.estimation_steps, self.update_interval_steps
         if self.only_first:
             return step == first
         return step <= self.total_steps and step >= first and step % interval == first % interval
 
     def phase(self, step: int) -> Phase:
-        """What step `step` records: the G steps that end at a reallocation estimate, the first of them proposes."""
+        """Return the phase of `step`: the G steps that end at a reallocation estimate, the first of them proposes."""
         if not self.estimates:
             return Phase.OFF
         ahead = (self.estimation_steps - step) % self.update_interval_steps
@@ -51,7 +51,7 @@ class ReallocationSchedule:
         return Phase.PROPOSE if ahead == self.estimation_steps - 1 else Phase.ESTIMATE
 
     def replaced(self, step: int, active: int) -> int:
-        """k(t) of Eq. 9: how many of `active` entries are up for replacement at step `step`."""
+        """Compute k(t) of Eq. 9: how many of `active` entries are up for replacement at step `step`."""
         if step == self.estimation_steps:
             return active
         progress = step / self.total_steps
@@ -59,7 +59,7 @@ class ReallocationSchedule:
         return int(self.initial_replacement_fraction * left * active)
 
     def reallocations(self) -> list[int]:
-        """All steps at which drop and grow happen."""
+        """List all steps at which drop and grow happen."""
         return [step for step in range(1, self.total_steps + 1) if self.reallocates_at(step)]
 
 
@@ -73,7 +73,7 @@ class LearningRateSchedule:
     decay: str = "linear"  # or "cosine" or "constant"
 
     def at(self, step: int) -> float:
-        """The learning rate of step `step` (counted from 1); never 0 at the first step."""
+        """Compute the learning rate of step `step` (counted from 1); it is never 0 at the first step."""
         warmup = math.ceil(self.warmup_fraction * self.total_steps)
         if step <= warmup:
             return self.peak * step / warmup

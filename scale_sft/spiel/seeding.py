@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def seeded_generator(seed: int, purpose: str, name: str = "") -> torch.Generator:
-    """A CPU generator for one purpose: the same on every rank, device and Python process."""
+    """Make a CPU generator for one purpose, the same on every rank, device and Python process."""
     key = hashlib.sha256(f"{seed}\0{purpose}\0{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
 
 
 def random_indices(shape: tuple[int, int], k: int, seed: int, name: str) -> Tensor:
-    """`k` distinct flat indices of an [O, I] weight, uniform, sorted: [k] int64 on the CPU.
+    """Draw `k` distinct flat indices of an [O, I] weight, uniform, sorted: [k] int64 on the CPU.
 
     Sparse draws reject repeats instead of permuting all N entries, so memory is O(k).
     """

@@ -1,4 +1,4 @@
-"""What the method is to do, and who does it: the settings of a `SparseFineTuning`, and its back ends.
+"""The settings of a `SparseFineTuning`, and the back ends that compute it.
 
 Shapes: O rows, I columns of a weight; K active entries, C candidates, k up for replacement.
 """
@@ -20,7 +20,7 @@ from .topk import top_k_magnitude
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings:
-    """What one run of the method does, whatever hardware does it. Lengths and dates are the schedule's."""
+    """The method's settings, independent of hardware. Lengths and dates are in the schedule."""
 
     method: str = "ag"
     """`ag` (SFT-AG), `ma` (SFT-MA) or `static` (chosen once by gradient)."""
@@ -35,11 +35,11 @@ class MethodSettings:
     drop_criterion: str = "magnitude"
     """`magnitude`, or `change` since the last reallocation, for which the store must keep a reference."""
     max_grad_norm: float | None = None
-    """Clip the norm of all active gradients to this and scale candidates along; None: never."""
+    """Clip the norm of all active gradients to this, and scale candidates by the same factor; None: never."""
 
 
 class Exchanges(Protocol):
-    """Drop and grow for one weight: the functions of `drop_grow`, or others that find the same exchange."""
+    """Drop and grow for one weight: the functions of `drop_grow`, or others with the same results."""
 
     def exchange_by_gradient(
         self, indices: Tensor, scores: Tensor, candidates: Tensor, mean: Tensor, k: int
@@ -52,17 +52,17 @@ class Exchanges(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Backends:
-    """Who computes what, and in how many bytes. The defaults are plain torch in one process."""
+    """The implementations to compute with, and the dtypes they store. The defaults are plain torch in one process."""
 
     select: Select = top_k_magnitude
     """Choose candidates from one weight's gradient, summed over all ranks."""
     products: Products | None = None
-    """Compute entries of a weight's gradient; None: pick them from the whole product."""
+    """Compute entries of a weight's gradient; None: pick them from the full product."""
     exchanges: Exchanges = in_torch
     """Drop and grow the entries of one weight."""
     moments: Moments = float32_moments
-    """How AdamW keeps its moments."""
+    """Create the storage of AdamW's moments."""
     gradient_dtype: torch.dtype = torch.float32
     """Of the recorded gradients: float32 or bfloat16."""
     reuse_buffer: bool = True
-    """Form every dense gradient of a step in one buffer."""
+    """Reuse one buffer for every dense gradient of a step."""

@@ -1,7 +1,7 @@
-"""A linear layer whose backward pass offers the weight gradient to a recorder (Eq. 5 and 7).
+"""Tap linear layers, so that their backward pass offers the weight gradient to a recorder (Eq. 5 and 7).
 
 Resident delta (in the weight itself): the forward pass is the layer's own, no clone, no scatter, no adapter. Transient
-delta (section 3.4): the effective weight is made for each forward and each backward pass, and discarded after use.
+delta (section 3.4): each forward and each backward pass computes the effective weight, and discards it after use.
 The backward pass hands the two factors of dW = dY^T X to the recorder; the frozen weight gets no `.grad`.
 Shapes: T tokens (all leading dimensions), I in, O out.
 """
@@ -21,11 +21,11 @@ Record = Callable[[str, Tensor, Tensor], None]
 """(name, left [T, R], right [T, C]): the gradient of the weight [R, C] is left^T right."""
 
 Materialize = Callable[[nn.Parameter], AbstractContextManager[Tensor]]
-"""Gives the whole weight for the time of a `with` block, wherever it is kept (whole, or in shards)."""
+"""Yields the whole weight for the length of a `with` block, even if it is stored in shards."""
 
 
 class WeightTap:
-    """What one layer's backward pass needs to know: which weight, laid out how, and who records its gradient.
+    """The link from one layer's backward pass to a recorder: the weight, its layout, and the recorder to call.
 
     Args:
         module: `nn.Linear` (weight [O, I]) or a layer of transposed weight [I, O] such as GPT-2's `Conv1D`.
@@ -33,8 +33,8 @@ class WeightTap:
         record: called once per backward pass with the factors of dW, see `Record`; None: the layer is not trained.
         transposed: the weight is [I, O].
         materialize: see `Materialize`.
-        effective_weight: makes a copy of the whole weight with its delta added, which the tap may hold for the time of
-            one product; None: the module's weight has the delta in it.
+        effective_weight: makes a copy of the whole weight with its delta added, which the tap holds for one product
+            only; None: the module's weight contains the delta.
     """
 
     def __init__(
@@ -53,20 +53,20 @@ class WeightTap:
         self.anchor = torch.zeros((), requires_grad=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., I] -> [..., O]; without gradients the same values from the same effective weight."""
+        """Compute [..., O] from x [..., I]; without gradients, the same values from the same effective weight."""
         if not torch.is_grad_enabled() or (self.record is None and not x.requires_grad):
             return self.output(x)
         return _TappedLinear.apply(x, self.anchor, self)
 
     def output(self, x: Tensor) -> Tensor:
-        """Y = X W^T + b: [..., I] -> [..., O], outside autograd."""
+        """Compute Y = X W^T + b: [..., I] -> [..., O], outside autograd."""
         if self.effective_weight is None:
             return self.stock_forward(x)
         weight = self.effective_weight()
         return functional.linear(x, weight.t() if self.transposed else weight, self.module.bias)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
-        """DX = dY W: [..., O] -> [..., I]."""
+        """Compute dX = dY W: [..., O] -> [..., I]."""
         if self.effective_weight is not None:
             weight = self.effective_weight()
             return dy @ (weight.t() if self.transposed else weight)
@@ -74,7 +74,11 @@ class WeightTap:
             return dy @ (weight.t() if self.transposed else weight)
 
     def factors(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors (left [T, R], right [T, C]) of dW = left^T right as the weight lies, from x [..., I], dy [..., O]."""
+        """Return the factors (left [T, R], right [T, C]) of dW = left^T right, in the weight's own layout.
+
+        Args:
+            x: [..., I]. dy: [..., O].
+        """
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         return (x, dy) if self.transposed else (dy, x)
 
@@ -92,7 +96,7 @@ class _TappedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
-        saved = ctx.saved_tensors  # first: with checkpointing the block is recomputed here
+        saved = ctx.saved_tensors  # must come first: with checkpointing this recomputes the block
         tap = ctx.tap
         dx = tap.input_gradient(dy) if ctx.needs_input_grad[0] else None
         if tap.record is not None:
@@ -112,7 +116,7 @@ def attach(tap: WeightTap) -> None:
 
 
 def detach(module: nn.Module) -> None:
-    """Undo `attach`: the module has the forward that it had before."""
+    """Undo `attach`: give the module its earlier forward back."""
     before = getattr(module.__dict__.pop("forward", None), "before", None)
     if before is not None:
         module.forward = before

@@ -14,13 +14,13 @@ SAMPLE_ENTRIES = 1 << 15
 
 
 def top_k_magnitude(values: Tensor, k: int) -> Tensor:
-    """Indices of the `k` entries of largest magnitude, sorted ascending; ties go to the smaller index.
+    """Find the `k` entries of largest magnitude: their indices, sorted ascending; ties go to the smaller index.
 
-    What is no number (NaN) counts as smaller than any number: a gradient that is broken stops the run where all ranks
-    see it, and not here on some of them.
+    NaN counts as smaller than any number: a broken gradient stops the run at a point that all ranks reach, not here on
+    some of them.
 
-    The vector is read in chunks against a floor guessed from a strided sample, so that temporaries stay near `k`
-    entries and one chunk, however long the vector is. The guess only costs time when it is wrong.
+    The vector is read in chunks against a floor estimated from a strided sample, so that temporaries stay near `k`
+    entries and one chunk, however long the vector is. A wrong estimate only costs time.
 
     Args:
         values: [N] floating point, any device.
@@ -34,7 +34,7 @@ def top_k_magnitude(values: Tensor, k: int) -> Tensor:
     """
     n = values.numel()
     if not 0 <= k <= n:
-        raise ValueError(f"top-k of a vector: k must lie in [0, {n}], got {k}")
+        raise ValueError(f"top-k of a vector: k must be in [0, {n}], got {k}")
     if k == 0:
         return torch.empty(0, dtype=torch.int64, device=values.device)
     for floor in (_sampled_floor(values, k), 0.0):
@@ -45,7 +45,7 @@ def top_k_magnitude(values: Tensor, k: int) -> Tensor:
 
 
 def top_k_sorted(scores: Tensor, k: int) -> Tensor:
-    """Positions of the `k` largest scores, ascending; of equal scores the smaller positions.
+    """Find the positions of the `k` largest scores, ascending; of equal scores the smaller positions.
 
     Args:
         scores: [N] real numbers, any sign, no NaN.
@@ -64,14 +64,14 @@ def top_k_sorted(scores: Tensor, k: int) -> Tensor:
 
 
 def bottom_k_sorted(scores: Tensor, k: int) -> Tensor:
-    """Positions of the `k` smallest scores [N], ascending int64; of equal scores the smaller positions."""
+    """Find the positions of the `k` smallest scores [N], ascending int64; of equal scores the smaller positions."""
     return top_k_sorted(-scores, k)
 
 
 def _sampled_floor(values: Tensor, k: int) -> float:
-    """Estimate a magnitude that a little more than k entries reach from a strided sample; 0 where it cannot tell.
+    """Estimate from a strided sample a magnitude that slightly more than k entries reach; 0 if it cannot tell.
 
-    The stride is odd: widths of weights are multiples of large powers of two, and an even stride would see few columns.
+    The stride is odd: widths of weights are multiples of powers of two, and an even one would see few columns.
     """
     n = values.numel()
     if n <= SAMPLE_ENTRIES:
@@ -86,11 +86,10 @@ def _sampled_floor(values: Tensor, k: int) -> float:
 
 
 def _entries_from(values: Tensor, floor: float, k: int) -> tuple[Tensor, Tensor]:
-    """Indices (ascending) and magnitudes of entries of magnitude >= floor, all that the top k can contain.
+    """Collect indices (ascending) and magnitudes of entries of magnitude >= floor: all that can be in the top k.
 
-    Whenever much more than `k` entries have gathered they are cut to the top k so far, and from then on only what is
-    larger than the smallest of them counts; with ties going to the smaller index, nothing that is left out can come
-    back.
+    Once many more than `k` entries have gathered, they are cut to the top k so far, and from then on only entries
+    larger than the smallest of them count. As ties go to the smaller index, an entry left out cannot come back.
     """
     found, magnitudes, gathered, full = [], [], 0, False
     for start in range(0, values.numel(), CHUNK_ENTRIES):
@@ -108,7 +107,7 @@ def _entries_from(values: Tensor, floor: float, k: int) -> tuple[Tensor, Tensor]
 
 
 def _first_without_number(values: Tensor, count: int) -> Tensor:
-    """Indices of the first `count` entries that are no number, or of all where there are fewer: int64, ascending."""
+    """Find the first `count` NaN entries, or all if there are fewer: indices, int64, ascending."""
     found, missing = [torch.empty(0, dtype=torch.int64, device=values.device)], count
     for start in range(0, values.numel(), CHUNK_ENTRIES):
         if missing <= 0:
@@ -120,7 +119,7 @@ def _first_without_number(values: Tensor, count: int) -> Tensor:
 
 
 def in_sorted(needles: Tensor, haystack: Tensor) -> Tensor:
-    """Which of `needles` [k] occur in `haystack` [E], sorted ascending: [k] bool."""
+    """Mark the `needles` [k] that occur in `haystack` [E], sorted ascending: [k] bool."""
     if haystack.numel() == 0:
         return torch.zeros(needles.shape, dtype=torch.bool, device=needles.device)
     needles = needles.to(haystack.dtype)
@@ -129,13 +128,13 @@ def in_sorted(needles: Tensor, haystack: Tensor) -> Tensor:
 
 
 def top_k_of_product(row: Tensor, col: Tensor, k: int, excluded: Tensor) -> Tensor:
-    """Flat indices of the `k` largest products row[i] * col[j] outside `excluded` (section 3.3, growth of SFT-MA).
+    """Find the `k` largest products row[i] * col[j] outside `excluded` (section 3.3, growth of SFT-MA).
 
     The outer product is never formed. Products of non-negative floats are monotone in each factor, also after
     rounding, so the number of products that reach a threshold is a binary search per row over the sorted columns;
     the threshold itself is bisected over the bit patterns of non-negative floats, which are ordered as the numbers are.
-    Each search starts from what the searches before have left open.
-    Differs from the paper: the fourth root of Eq. 10 is left out; it keeps the order.
+    Each search starts from the interval that earlier searches left.
+    Differs from the paper: the fourth root of Eq. 10 is left out, as it does not change the order.
 
     Args:
         row: [O] fp32, non-negative.
@@ -144,11 +143,12 @@ def top_k_of_product(row: Tensor, col: Tensor, k: int, excluded: Tensor) -> Tens
         excluded: [E] flat indices i * I + j, sorted ascending, unique.
 
     Returns:
-        [k] int64, ascending; ties of the (rounded) product go to the smaller flat index. O(O log I + k + E) memory.
+        [k] int64 flat indices, ascending; ties of the (rounded) product go to the smaller one. Memory: O(O log I + k +
+        E).
     """
     n_free = row.numel() * col.numel() - excluded.numel()
     if not 0 <= k <= n_free:
-        raise ValueError(f"top-k of an outer product: k must lie in [0, {n_free}], got {k}")
+        raise ValueError(f"top-k of an outer product: k must be in [0, {n_free}], got {k}")
     if k == 0:
         return torch.empty(0, dtype=torch.int64, device=row.device)
     width = col.numel()
@@ -159,7 +159,7 @@ def top_k_of_product(row: Tensor, col: Tensor, k: int, excluded: Tensor) -> Tens
     columns = torch.cat((col_sorted, col_sorted.new_full((1,), torch.nan)))  # nothing reaches beyond the last
 
     # at_least: entries per row that reach `low`; above: those that reach `high`. Both close in on the threshold, until
-    # it is found, or so few entries lie between them that each can be looked at.
+    # it is found, or so few entries are between them that each can be examined.
     low, high = 0, int((row.max() * col.max()).view(torch.int32)) + 1  # free(low) >= k > free(high)
     above = torch.zeros(row.shape, dtype=torch.int64, device=row.device)
     at_least = torch.full_like(above, width)
@@ -190,14 +190,14 @@ def top_k_of_product(row: Tensor, col: Tensor, k: int, excluded: Tensor) -> Tens
 
 
 def _from_bits(bits: int, like: Tensor) -> Tensor:
-    """The non-negative float whose bit pattern is `bits`, as a scalar tensor on the device of `like`."""
+    """Make the non-negative float of bit pattern `bits`, as a scalar tensor on the device of `like`."""
     return torch.tensor(bits, dtype=torch.int32, device=like.device).view(torch.float32)
 
 
 def _reached_per_row(row: Tensor, columns: Tensor, threshold: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """[O] int64: how many of the descending `columns` [I + 1, the last NaN] satisfy fl(row[i] * column) >= threshold.
+    """Count per row the descending `columns` [I + 1, last NaN] for which fl(row[i] * column) >= threshold: [O] int64.
 
-    The number is known to lie in [low, high], both [O]: the closer they are, the fewer steps this takes.
+    The count is known to be in [low, high], both [O]: the closer they are, the fewer steps this takes.
     """
     for _ in range(int((high - low).max()).bit_length()):
         middle = (low + high) >> 1
@@ -207,7 +207,7 @@ def _reached_per_row(row: Tensor, columns: Tensor, threshold: Tensor, low: Tenso
 
 
 def _flat_entries(rows: Tensor, start: Tensor, stop: Tensor, col_order: Tensor) -> Tensor:
-    """Flat indices of columns col_order[start[r]:stop[r]] of each row r, in no particular order within a row."""
+    """Return flat indices of columns col_order[start[r]:stop[r]] of each row r, unordered within a row."""
     count = stop - start
     owner = torch.repeat_interleave(torch.arange(rows.numel(), device=rows.device), count)
     first = count.cumsum(0) - count

@@ -175,7 +175,7 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def inspect(path: Path) -> Checkpoint:
-    """A look at one checkpoint: manifest and sizes; a problem is reported, not raised."""
+    """Inspect the manifest and sizes of one checkpoint; a problem is recorded in the result, not raised."""
     match = _FOLDER.fullmatch(path.name)
     step = int(match[1]) if match else -1
     try:

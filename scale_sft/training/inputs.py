@@ -1,4 +1,4 @@
-"""Everything that is read and checked before any process group or weight: cheap checks before expensive loads."""
+"""Read and check all inputs before any process group or weight: cheap checks before expensive loads."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from scale_sft.planning.placement import Placement, choose_placement
 
 @dataclass(frozen=True)
 class Inputs:
-    """The known facts before any process group or weight: tokenizer, examples, model configuration, lengths."""
+    """The inputs of a run before any process group or weight: tokenizer, examples, model configuration, lengths."""
 
     config: Config
     tokenizer: Any
@@ -47,7 +47,7 @@ class Inputs:
     steps: int
     placement: Placement
     row_tokens: int | None  # length of packed rows; None: one sequence per row
-    notes: tuple[str, ...] = ()  # for the user: what is done differently from what was asked
+    notes: tuple[str, ...] = ()  # for the user: deviations from the request
 
     def digests(self) -> dict[str, str]:
         """Digest the configuration and the tokenised data (SHA-256): ranks that differ must not train together."""
@@ -59,7 +59,7 @@ class Inputs:
     def micro_batches(
         self, batch: Sequence[int], cluster: Cluster, *, proposing: bool = False
     ) -> Iterator[dict[str, Tensor]]:
-        """Cut a rank's micro-batches out of a global batch; `proposing` where the first of them proposes candidates."""
+        """Cut a rank's micro-batches from a global batch; `proposing` if the first of them proposes candidates."""
         return batches_of_rank(
             self.train,
             batch,
@@ -76,7 +76,7 @@ class Inputs:
 
 
 def read_inputs(config: Config) -> Inputs:
-    """Read and check everything but the weights.
+    """Read and check everything except the weights.
 
     Raises:
         UserError: see `load_model_config`, `find_targets`, `budget_of`, `load_examples`, `refuse_misfit`; or the batch
@@ -144,7 +144,7 @@ def _check_targets(config: Config, model_config: Any, ranks: int) -> None:
 
 
 def refuse_experts(names: Sequence[str]) -> None:
-    """Refuse layers that one rank's tokens may pass and another's not.
+    """Refuse layers that only some ranks' tokens may reach.
 
     Ranks would wait for each other, or exchange the gradients of different experts.
 
@@ -154,13 +154,13 @@ def refuse_experts(names: Sequence[str]) -> None:
     expert = next((name for name in names if re.search(r"\.experts\.\d+\.", name)), None)
     if expert:
         raise UserError(
-            f"target_modules: '{expert}' is one of several experts, which not every rank's tokens reach in every step; "
-            "leave the experts out (target_modules), or train in one process"
+            f"target_modules: '{expert}' is one of several experts, which not every rank's tokens reach in every step. "
+            "Fix: leave the experts out (target_modules), or train in one process"
         )
 
 
 def flat_rows(config: Config) -> bool:
-    """Tell whether packed rows go into a single one: flash attention cuts sequences only there."""
+    """Return True if packed rows go into a single one: flash attention separates sequences only there."""
     return config.model.attention.startswith("flash")
 
 
@@ -175,5 +175,5 @@ def _check_batch(config: Config, ranks: int) -> None:
     if proposal and micro and proposal > unit:
         raise UserError(
             f"proposal_batch_size: got {proposal}, but one micro-step of all ranks holds {unit} sequences; candidates "
-            "are proposed by one micro-step. Lower it, or raise micro_batch_size"
+            "are proposed by one micro-step. Fix: lower it, or raise micro_batch_size"
         )

@@ -1,4 +1,4 @@
-"""What a finished run hands to whoever started it from Python."""
+"""The result of a finished run, for Python callers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that is ready to go: what the main loop turns, and what is asked of it."""
+"""A run that is ready to start: the state of the main loop, and the operations on it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .inputs import Inputs
 
 @dataclass
 class Session:
-    """A run that is ready: the model with its deltas, the optimizer that moves them, and what was recorded so far."""
+    """A run that is ready: the model with its deltas, their optimizer, and the records so far."""
 
     inputs: Inputs
     cluster: Cluster
@@ -43,17 +43,17 @@ class Session:
 
     @property
     def step(self) -> int:
-        """Optimizer steps that are done."""
+        """Completed optimizer steps."""
         return self.optimizer.steps
 
     @property
     def model(self) -> nn.Module:
-        """What forward passes go through."""
+        """The module to call for forward passes."""
         return self.sparse.model
 
     @property
     def targets(self) -> list[Target]:
-        """The layers that are trained."""
+        """The trained layers."""
         return self.sparse.targets
 
     @property
@@ -63,7 +63,7 @@ class Session:
 
     @property
     def resident(self) -> ResidentDeltas | TransientDeltas:
-        """What carries the deltas into forward passes."""
+        """The carrier of the deltas into forward passes."""
         return self.sparse.carrier
 
     @property
@@ -72,10 +72,14 @@ class Session:
         return self.sparse.base_hash
 
     def evaluate(self, *, answers: bool = False) -> Evaluation:
-        """Held-out loss and, with `answers`, exact match of generated answers; there must be held-out data."""
+        """Measure held-out loss and, with `answers`, exact match of generated answers.
+
+        Raises:
+            ValueError: the run has no held-out data.
+        """
         inputs, config = self.inputs, self.inputs.config
         if inputs.eval is None:
-            raise ValueError("evaluate: there is no held-out data")
+            raise ValueError("evaluate: got a run without held-out data")
         size, pad = config.run.eval_batch_size, inputs.tokenizer.pad_token_id
         result = held_out_loss(self.model, inputs.eval, self.cluster, size, pad)
         matching = config.data.exact_match_examples if answers else 0
@@ -96,15 +100,15 @@ class Session:
         return Evaluation(result.loss, result.target_tokens, matched)
 
     def micro_batches(self, batch: Sequence[int], *, proposing: bool) -> Iterator[dict[str, Tensor]]:
-        """This rank's micro-batches of a global batch; `proposing` where the first of them proposes candidates."""
+        """Cut this rank's micro-batches from a global batch; `proposing` if the first of them proposes candidates."""
         return self.inputs.micro_batches(batch, self.cluster, proposing=proposing)
 
     def measure_kernels(self) -> list[str]:
-        """Find the fastest way to each weight's gradient before the first step; says what was found."""
+        """Find the fastest way to each weight's gradient before the first step; returns notes for the user."""
         path, config = self.sparse.gradient_path, self.inputs.config
         if native.asked_for(self.cluster.device, config.run.kernels) and not (path and path.has_kernels):
             reasons = sorted(set(filter(None, self.cluster.gather_objects(native.why_not()))))
-            return [f"kernels: plain torch does what would be faster in C: {reason}" for reason in reasons]
+            return [f"kernels: using plain torch, which is slower than C: {reason}" for reason in reasons]
         if path is None:
             return []
         rows = config.run.micro_batch_size or config.run.global_batch_size // self.cluster.size
@@ -123,23 +127,23 @@ class Session:
         return [f"loss: all logits of a micro-batch are in memory at once: {reason}"] if reason else []
 
     def check_packed_base(self) -> None:
-        """Prove that a quantised base has still the bytes that it was loaded with.
+        """Prove that a quantised base still has the bytes that it was loaded with.
 
         Raises:
-            UserError: it has not; what was trained belongs to no base.
+            UserError: it does not, so the trained deltas do not belong to any base.
         """
         if self.inputs.quantization is None:
             return
         self.sparse.check_base(
-            "base: its packed weights have changed during the run; something wrote into them, and the deltas belong to "
-            "no base any more"
+            "base: its packed weights have changed during the run; something wrote into them, so the deltas no longer "
+            "belong to a base"
         )
 
     def adapter(self) -> Adapter:
-        """The present deltas, with all that is needed to use them."""
+        """Return the present deltas as an adapter, with everything needed to use them."""
         config = self.inputs.config
         adapter = trained_adapter(self.sparse, config.model.base, config.model.revision, self.loaded_on)
-        if config.data.chat_template:  # the base does not have it: the merged model needs it
+        if config.data.chat_template:  # the base lacks it, and the merged model needs it
             adapter.info["chat_template"] = self.inputs.tokenizer.chat_template
         end = taught_end(self.inputs.train, self.inputs.tokenizer)
         if end is not None:

@@ -90,10 +90,10 @@ def _die(*_: Any, **__: Any) -> NoReturn:
 
 def _plant_kill(kill: Kill) -> None:
     from scale_sft import train
+    from scale_sft.model.sparse_optimizer import SparseOptimizer
     from scale_sft.reporting.metrics import Metrics
     from scale_sft.training import checkpoint_files
     from scale_sft.training import checkpoints as checkpoint
-    from scale_sft.training.session import Session
 
     if kill.place == "forward":  # gradients are there, candidates may have been proposed
         original = train.forward_backward
@@ -102,8 +102,8 @@ def _plant_kill(kill: Kill) -> None:
             _die() if session.step + 1 == kill.step else None,
         )[0]
     elif kill.place == "update":  # deltas and moments have changed, by plain torch the weights not yet
-        update = Session.update
-        Session.update = lambda self, rate: (update(self, rate), _die() if self.step + 1 == kill.step else None)[0]
+        update = SparseOptimizer.update
+        SparseOptimizer.update = lambda self: (update(self), _die() if self.number == kill.step else None)[0]
     elif kill.place == "recorded":  # the step is done and on record, but not saved
         record = Metrics.step
         Metrics.step = lambda self, step, **values: (

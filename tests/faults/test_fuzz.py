@@ -122,7 +122,7 @@ def session(tiny_model, pairs_file, tmp_path_factory):
     with Cluster.start(sharded=False, dtype=torch.float32) as cluster:
         made = assemble.assemble(inputs, cluster)
         train.train(made, NullMetrics(), Checkpoints(made, RunFolder(folder / "run")))
-        made.step = 8
+        made.optimizer.steps = 8
         run = RunFolder(folder / "run")
         run.save_adapter(made.adapter())
         yield made, run

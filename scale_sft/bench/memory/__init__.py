@@ -2,5 +2,5 @@
 
 measure  ask a worker for each case; tables and plots
 worker   one measurement in a fresh process
-state    bytes that a contestant keeps, by part
+state    bytes of a contestant's state, by part
 """

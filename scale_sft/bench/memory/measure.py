@@ -1,4 +1,4 @@
-"""Memory of a training step above the frozen base, and bytes per trained parameter by part, ours beside its peers."""
+"""Compare memory: a training step above the frozen base, and bytes per trained parameter by part."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _PARTS = (
     "indices", "deltas", "ages", "base values", "gradients", "moments", "accumulators", "candidates", "adapter",
 )  # fmt: skip
 _TIMEOUT_SECONDS = 3600
-_NOT_OF_A_CASE = ("contestant", "dtype", "quantization", "limit_steps")  # they have columns, or say how it is measured
+_NOT_OF_A_CASE = ("contestant", "dtype", "quantization", "limit_steps")  # in columns, or not in the title
 
 
 def run(
     names: Sequence[str], cases: Sequence[Case], *, device: torch.device, limit_steps: int | None
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """(settings, result) of each contestant in each case, each in a process of its own.
+    """Measure each contestant in each case, in its own process; yields (settings, result).
 
     Args:
         limit_steps: steps that must pass in the search for the smallest limit (paper, section 4.3); None: no search.
@@ -47,10 +47,10 @@ def run(
 
 
 def known(names: Sequence[str]) -> list[str]:
-    """The names, where all are contestants.
+    """Return the names if all are contestants.
 
     Raises:
-        UserError: names one that is none, and those that are.
+        UserError: the message names an unknown one, and the contestants.
     """
     wrong = [name for name in names if name not in CONTESTANTS]
     if wrong or not names:
@@ -59,7 +59,7 @@ def known(names: Sequence[str]) -> list[str]:
 
 
 def measure(name: str, case: Case, *, device: torch.device, limit_steps: int | None) -> dict[str, Any]:
-    """What `worker.measure` gives, and `smallest_limit_gib` (None: `no_limit_because`)."""
+    """Return the result of `worker.measure`, and `smallest_limit_gib` (None: see `no_limit_because`)."""
     request = {"name": name, "case": asdict(case), "device": str(device)}
     what = f"bench memory: {name} in {case.dtype}"
     result = _answer(ask("memory.worker", request, what=what, timeout_seconds=_TIMEOUT_SECONDS), what)
@@ -76,7 +76,7 @@ def measure(name: str, case: Case, *, device: torch.device, limit_steps: int | N
 
 
 def smallest_limit(passes: Callable[[int], bool], total_gib: int) -> int | None:
-    """The smallest whole number of GiB, up to `total_gib`, under which a run passes; None: it does not even under that.
+    """Find the smallest whole number of GiB, at most `total_gib`, under which a run passes; None if not even that does.
 
     The paper's protocol (section 4.3): the smallest limit, on a grid of 1 GiB, under which 30 steps pass.
     """
@@ -100,7 +100,7 @@ COLUMNS = ("contestant", "base", "trained", "bytes each", "in the phase", "kept"
 
 
 def cells(settings: dict[str, Any], result: dict[str, Any]) -> list[str]:
-    """One line of the table."""
+    """Format one line of the table."""
     head = [settings["contestant"], _base_of(settings)]
     if "left_out" in result:
         return [*head, f"left out: {result['left_out']}", *[""] * (len(COLUMNS) - 3)]
@@ -119,17 +119,16 @@ def cells(settings: dict[str, Any], result: dict[str, Any]) -> list[str]:
 
 
 def part(rows: list[Row]) -> Part:
-    """A table and two plots for each case on each machine; of each contestant the newest row."""
+    """Make a table and two plots for each case on each machine, with each contestant's newest row."""
     groups = [newest(group) for group in by_case(rows, _NOT_OF_A_CASE)]
     return part_of_groups(
         title="Memory",
         text=(
-            "Above the frozen base. Bytes each: state per trained parameter, gradients included "
-            "(those of PEFT and dense "
-            "training live inside a step only). Kept: what stays from step to step. Peak of a step: kept, and the most "
-            "that forward, backward and update need above it; in the phase: estimation and reallocation too (SFT-MA "
-            "has no estimation, only the reallocation). Smallest limit: the least memory, in whole GiB, under which "
-            "the first steps of a run pass."
+            "All figures are above the frozen base. Bytes each: state per trained parameter, including gradients "
+            "(which in PEFT and dense training exist only inside a step). Kept: memory that stays from step to step. "
+            "Peak of a step: kept, plus the most that forward, backward and update need. In the phase: with estimation "
+            "and reallocation (SFT-MA has no estimation, only the reallocation). Smallest limit: the least memory, in "
+            "whole GiB, under which the first steps of a run pass."
         ),
         columns=COLUMNS,
         cells=cells,
@@ -158,14 +157,14 @@ def _plots(group: list[Row]) -> list[Plot]:
         Plot(
             "memory-peak",
             "Memory: peak of a step above the frozen base",
-            "What stays from step to step, and what a step takes and gives back.",
+            "Memory that stays from step to step, and memory that a step allocates and frees.",
             lambda _: _plot_peaks(measured),
         ),
     ]
 
 
 def _bars(measured: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any], int]]:
-    """(label, outside or inside, trained) of each bar."""
+    """List (label, outside or inside, trained) of each bar."""
     bars = []
     for row in measured:
         result, label = row["result"], f"{row['settings']['contestant']}, {_base_of(row['settings'])}"
@@ -193,7 +192,7 @@ def _plot_peaks(measured: list[dict[str, Any]]) -> Any:
 
 
 def _stacked(labels: list[str], values: dict[str, list[float]], unit: str, form: str) -> Any:
-    """Horizontal bars, one per label from top to bottom, with their sums."""
+    """Draw horizontal bars, one per label from top to bottom, with their sums."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH_INCHES, 1.2 + 0.32 * len(labels)), layout="constrained")

@@ -1,4 +1,4 @@
-"""Where training state lies: every tensor that a contestant reaches, by part, each storage counted once."""
+"""Count training state: every tensor that a contestant reaches, by part, each storage once."""
 
 from __future__ import annotations
 
@@ -22,22 +22,21 @@ _NAMES = {
     "_base": "base values",
     "packed": "scales of the base",
 }
-"""Words for attributes, the first one on the way to a tensor that has one."""
+"""Part names by attribute; the first such attribute on the path to a tensor counts."""
 _ROOT_NAMES = {"optimizer": "moments", "adapter": "adapter"}
-"""For what hangs on these without such an attribute; anything else is called by its own attribute."""
+"""Part names by root, for paths without such an attribute; other tensors are named after their own attribute."""
 _NO_STATE = (nn.Module, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, type,
              torch.Generator, str, bytes, int, float, bool, torch.dtype, torch.device)  # fmt: skip
 
 
 def bytes_by_part(roots: Mapping[str, Any], base: Iterable[Tensor]) -> dict[str, int]:
-    """Bytes of all tensors that are reachable from objects and do not share the storage of a tensor of the base.
+    """Count the bytes of all tensors reachable from objects, except those that share storage with the base.
 
-    Whatever a tensor's dtype and layout, what counts is the memory behind it; of tensors that share it, the first one
-    met gives it its name.
+    Storage counts, regardless of a tensor's dtype and layout; the first of several tensors that share it names it.
 
     Args:
-        roots: objects by a name that a part gets where no attribute on the way says more; the order is that of search.
-        base: all tensors that are no state.
+        roots: objects in the order of search, by the part name to use if no attribute on the path has one.
+        base: all tensors that are not state.
     """
     seen = {_storage(tensor) for tensor in base}
     parts: dict[str, int] = {}
@@ -53,18 +52,18 @@ def bytes_by_part(roots: Mapping[str, Any], base: Iterable[Tensor]) -> dict[str,
 
 
 def tensors_of_model(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and what quantised parameters carry with them."""
+    """Yield parameters, buffers, and the tensors attached to quantised parameters."""
     for tensor in (*model.parameters(), *model.buffers()):
         yield tensor
         yield from (found for _, found in _tensors(getattr(tensor, "quant_state", None), (), set()))
-    for module in model.modules():  # scales that a layer keeps beside its parameter
+    for module in model.modules():  # scales that a layer keeps next to its parameter
         yield from (found for _, found in _tensors(getattr(module, "quant_state", None), (), set()))
         yield from (found for _, found in _tensors(getattr(module, "state", None), (), set()))
 
 
 def _part_of(path: tuple[str, ...]) -> str:
     if path[:2] == ("recorder", "flat"):
-        return "gradients"  # of active entries, and inside the estimation phase of candidates
+        return "gradients"  # of active entries and, in the estimation phase, of candidates
     known = [_NAMES[word] for word in path[1:] if word in _NAMES]
     return known[0] if known else _ROOT_NAMES.get(path[0], path[-1])
 
@@ -74,7 +73,7 @@ def _storage(tensor: Tensor) -> tuple[torch.device, int]:
 
 
 def _tensors(value: Any, path: tuple[str, ...], met: set[int]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """(attributes and text keys on the way, tensor) of everything that hangs on an object, but for modules."""
+    """Yield (attributes and text keys on the path, tensor) of everything reachable from an object, except modules."""
     if isinstance(value, Tensor):
         yield path, value
         return

@@ -1,4 +1,4 @@
-"""One contestant's memory, in a process of its own: what it keeps by part, and the peak of a step above that.
+"""Measure one contestant's memory in its own process: its state by part, and the peak of a step above that.
 
 python -m scale_sft.bench.memory.worker '{"name": ..., "case": {...}, ...}' prints one line of JSON: the result, or
 {"error": ...}.
@@ -25,17 +25,18 @@ OUT_OF_MEMORY = "out of memory"
 
 
 def measure(name: str, case: Case, device: torch.device) -> dict[str, Any]:
-    """Measure the memory of a contestant.
+    """Measure the memory of a contestant, outside and inside the estimation phase.
 
     Returns:
-        `trainable` parameters, `base_bytes`, and `outside` and `inside` (None: there is no estimation phase) with
-        `parts` (bytes that stay from step to step, and gradients), `kept_bytes` (their sum without what a step takes
-        and gives back), `step_bytes` (peak of a step above that) and `peak_bytes` (both, above the frozen base).
+        `trainable` parameters, `base_bytes`, and `outside` and `inside` (None without an estimation phase) with
+        `parts` (bytes that stay from step to step, and gradients), `kept_bytes` (their sum without what a step
+        allocates and frees), `step_bytes` (peak of a step above that) and `peak_bytes` (the sum of both, above the
+        frozen base).
     """
     base = Base(case, device)
     contestant = CONTESTANTS[name](base)
     batches = Batches(case, base.model_config.vocab_size, device)
-    for number in range(WARM_UP_STEPS):  # code that is loaded late, threads, caches of libraries
+    for number in range(WARM_UP_STEPS):  # to load lazy code, start threads, fill libraries' caches
         contestant.step(batches, number)
     outside: dict[str, Any]
     inside: dict[str, Any] | None = None
@@ -82,7 +83,7 @@ def _dense(name: str, dense: Dense, batches: Batches, device: torch.device) -> t
     roots = {"adapter": [] if of_base else adapters, "optimizer": dense.optimizer and dense.optimizer.state}
     parts = bytes_by_part(roots, base)
     kept = sum(parts.values())
-    parts["gradients"] = sum(weight.nbytes for weight in adapters)  # inside the step only
+    parts["gradients"] = sum(weight.nbytes for weight in adapters)  # only inside the step
     return _result(parts, kept, peak_of(lambda: dense.step(batches, 3), device)), None
 
 
@@ -108,7 +109,7 @@ def _result(parts: dict[str, int], kept: int, step: Peak) -> dict[str, Any]:
 
 
 def passes(name: str, case: Case, device: torch.device, *, limit_bytes: int, steps: int) -> bool:
-    """Whether `steps` steps from the start of a run fit a GPU of which only `limit_bytes` may be used."""
+    """Return True if `steps` steps from the start of a run fit in `limit_bytes` of a GPU."""
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), device)
     try:
@@ -126,7 +127,7 @@ def passes(name: str, case: Case, device: torch.device, *, limit_bytes: int, ste
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """The answer to a request: {"fits": ...} where it names a limit, otherwise what `measure` gives."""
+    """Answer a request: {"fits": ...} if it names a limit, otherwise the result of `measure`."""
     case, device = Case(**request["case"]), torch.device(request["device"])
     try:
         if "limit_bytes" in request:

@@ -1,4 +1,4 @@
-"""Who takes part in `bench quality`: this trainer's methods, variants of them, and what one would use instead."""
+"""The contestants of `bench quality`: this trainer's methods, variants of them, and their alternatives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NEVER = 10**9  # steps: an interval longer than any run
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way of fine-tuning, and the learning rates to try with it."""
+    """A way of fine-tuning, and the learning rates to try with it."""
 
     name: str
     kind: str  # base, ours, peft-lora, peft-ia3 or full
@@ -27,7 +27,7 @@ class Contestant:
 
 
 BASE = Contestant("base", "base", ())
-"""The model as it comes: what there is to gain."""
+"""The untrained model, the starting point of all."""
 
 METHODS = {
     contestant.name: contestant
@@ -35,7 +35,7 @@ METHODS = {
         Contestant("ours-ag", "ours", (3e-3, 1e-2, 3e-2, 1e-1), {"method": "ag"}),
         Contestant("ours-ma", "ours", (1e-2, 3e-2, 1e-1, 3e-1), {"method": "ma"}),
         Contestant("ours-static", "ours", (3e-3, 1e-2, 3e-2, 1e-1), {"method": "static"}),
-        # The random initial indices for good: the first reallocation would come after the end of the run.
+        # Keeps the random initial indices: the first reallocation would come after the end of the run.
         Contestant(
             "random-mask",
             "ours",
@@ -47,22 +47,22 @@ METHODS = {
         Contestant("full", "full", (3e-4, 1e-3, 3e-3, 1e-2)),
     )
 }
-"""Default contestants with their default grids: a sparse delta wants far higher rates than a dense weight."""
+"""Default contestants with their default grids: a sparse delta needs far higher rates than a dense weight."""
 
 _SET_BY_THE_BENCH = ("learning_rate", "seed", "steps", "epochs", "density", "tunable_weights", "output_dir", "resume")
-"""Options that a variant cannot have: they are the grid, or the same for all."""
+"""Options that a variant cannot set: they form the grid, or are the same for all."""
 
 
 def choose(methods: Sequence[str], variants: Sequence[str], grids: Sequence[str]) -> list[Contestant]:
-    """The contestants of a run, in the order in which they were named.
+    """Choose the contestants of a run, in the order in which they are named.
 
     Args:
-        methods: names of METHODS; none: all of them.
+        methods: names of METHODS; empty: all of them.
         variants: `NAME=METHOD,option=value,...` each.
         grids: `NAME=rate,rate,...` each.
 
     Raises:
-        UserError: an unknown name or option, a name that is taken, or a rate that is none.
+        UserError: a name or option is unknown, a name is taken, or a rate is invalid.
     """
     for name in methods:
         if name not in METHODS:
@@ -82,7 +82,7 @@ def choose(methods: Sequence[str], variants: Sequence[str], grids: Sequence[str]
 
 
 def _variant(text: str) -> Contestant:
-    """`NAME=METHOD,option=value,...`: a method of ours with other options."""
+    """Parse `NAME=METHOD,option=value,...`, one of our methods with other options."""
     name, _, rest = text.partition("=")
     method, *settings = rest.split(",")
     if not name or not settings:
@@ -92,7 +92,7 @@ def _variant(text: str) -> Contestant:
     if method not in METHODS:
         raise UserError(f"--variant {name}: {unknown(f'method {method!r}', method, METHODS)}")
     if METHODS[method].kind != "ours":
-        raise UserError(f"--variant {name}: {method} is not one of ours; its options are no options of this trainer")
+        raise UserError(f"--variant {name}: got {method}, expected one of our methods, which have options")
     options = dict(METHODS[method].options)
     for setting in settings:
         option, equals, value = setting.partition("=")

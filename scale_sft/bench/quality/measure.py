@@ -1,8 +1,8 @@
-"""`bench quality`: what each way of fine-tuning gets out of the same base, data, batches and trained weights.
+"""Compare the quality of ways of fine-tuning, with the same base, data, batches and number of trained weights.
 
-First every contestant tries its grid of learning rates with the first seed; its best rate is that of the lowest loss on
-examples kept out of the training data. Then it runs at that rate with the other seeds. Reported is the loss on the
-held-out data, which have chosen nothing. Each finished run is a row; a run whose row is there is not done again.
+First every contestant tries its grid of learning rates with the first seed; the best rate is the one with the lowest
+loss on examples kept out of the training data. Then it runs at that rate with the other seeds. The reported loss is on
+the held-out data, which are not used for any choice. Each finished run is a row, and is not repeated.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ __all__ = ["Settings", "measure", "part", "report"]
 
 BENCHMARK = "quality"
 DEFAULTS = {"dtype": "float32", "steps": 150, "global_batch_size": 16, "rank_equivalent": 2, "warmup_fraction": 0.0}
-"""Options where no recipe is given; float32, so that rounding takes no part in the comparison."""
+"""Options without a recipe; float32 keeps rounding out of the comparison."""
 DEMO_DEFAULTS = {"eval_data": "demo", "exact_match_examples": 256, "eval_batch_size": 64}
-"""More of them where no other training data are named either."""
+"""Further options if no other training data are given either."""
 
 _OF_ONE_RUN = {"method", "learning_rate", "seed"}
 _COUNTED = {"base", "revision", "train_data", "eval_data", "steps", "target_modules", "chat_template", "answer_pattern"}
@@ -40,10 +40,10 @@ _COUNTED |= {"rank_equivalent", "micro_batch_size"}
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is compared, and on what."""
+    """The contestants, and the configuration they share."""
 
     contestants: Sequence[Contestant]
-    recipe: str | None  # the rest of the configuration; None: the demo
+    recipe: str | None  # the base of the configuration; None: the demo
     options: Mapping[str, Any]  # of the configuration, over the recipe
     seeds: int
     validation_examples: int
@@ -64,14 +64,14 @@ class Settings:
 
 
 def measure(settings: Settings, folder: Path, *, processes: int, say: Callable[[str], None]) -> list[Row]:
-    """Do all runs that are not in `folder` yet, adding their rows; all rows of these settings.
+    """Do all runs that are not in `folder` yet, adding their rows; returns all rows of these settings.
 
     Args:
-        processes: that run at the same time, sharing the cores; 1: in this process.
-        say: told of every finished run.
+        processes: number of simultaneous runs, which share the cores; 1: in this process.
+        say: called with a line for every finished run.
 
     Raises:
-        UserError: base, data, options or PEFT are not as they must be; nothing has run then.
+        UserError: base, data, options or PEFT are invalid; nothing has run.
     """
     shared = _checked(settings)
     results, known = Results(folder, BENCHMARK), _known(folder)
@@ -98,7 +98,7 @@ def measure(settings: Settings, folder: Path, *, processes: int, say: Callable[[
 
 
 def report(rows: Sequence[Row]) -> tuple[list[list[str]], list[str]]:
-    """The table (first line: its columns), and remarks on it."""
+    """Make the table (first line: its columns), and remarks on it."""
     found = summaries(comparable(rows))
     remarks = [remark for summary in found if (remark := summary.remark()) is not None]
     failures = [
@@ -111,7 +111,7 @@ def report(rows: Sequence[Row]) -> tuple[list[list[str]], list[str]]:
 
 
 def default_processes() -> int:
-    """As many as there are cores, at most 4; one on a GPU."""
+    """Choose the number of processes: the cores, at most 4; one on a GPU."""
     import torch
 
     return 1 if torch.cuda.is_available() else min(4, _cores())
@@ -122,7 +122,7 @@ def _cores() -> int:
 
 
 def _checked(settings: Settings) -> dict[str, Any]:
-    """All that the runs have in common, after checking what can be checked before the first; see `measure`."""
+    """Check everything before the first run, and return the settings that all runs share; see `measure`."""
     from scale_sft.training.inputs import read_inputs
 
     if any(contestant.kind.startswith("peft") for contestant in settings.contestants):
@@ -132,14 +132,14 @@ def _checked(settings: Settings) -> dict[str, Any]:
     config = settings.job(BASE).config()
     for option, value in (("--rank", config.sparse.rank_equivalent), ("--steps", config.run.steps)):
         if value is None:
-            raise UserError(f"{option}: needed, as {settings.recipe} does not say it: it must be the same for all")
+            raise UserError(f"{option}: needed, as {settings.recipe} does not set it: it must be the same for all")
     for contestant in settings.contestants:
         try:
             for rate in contestant.learning_rates:
                 settings.job(contestant, rate).config()
         except ConfigError as error:
             raise ConfigError(f"{contestant.name}: {error}") from None
-    inputs = read_inputs(config)  # tokenises the data too, once for all processes
+    inputs = read_inputs(config)  # also tokenises the data, once for all processes
     split(inputs, settings.validation_examples)
     options = {
         name: value
@@ -155,19 +155,19 @@ def _checked(settings: Settings) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """As it reads after it was written as JSON."""
+    """Return the value as it reads back from JSON."""
     return json.loads(json.dumps(value))
 
 
 def _known(folder: Path) -> dict[str, Row]:
-    """Rows by their settings; those of runs that crashed are left out: they are tried again."""
+    """Index rows by settings, without those of crashed runs, which are tried again."""
     rows = read_rows(folder, BENCHMARK)
     return {settings_key(row["settings"]): row for row in rows if "crashed" not in row["result"]}
 
 
 @dataclass
 class _Round:
-    """Runs jobs and keeps their rows."""
+    """A round of jobs, and their rows."""
 
     shared: Mapping[str, Any]
     results: Results
@@ -176,11 +176,11 @@ class _Round:
     say: Callable[[str], None]
 
     def rows_of(self, jobs: Sequence[Job]) -> list[Row]:
-        """One row per job, in their order: old ones, and new ones as they are found."""
+        """Return one row per job, in their order: old ones, and new ones as they finish."""
         found = {self._key(job): self.known.get(self._key(job)) for job in jobs}
         missing = [job for job in jobs if found[self._key(job)] is None]
         if len(missing) < len(jobs):
-            self.say(f"{len(jobs) - len(missing)} of {len(jobs)} runs are there already")
+            self.say(f"{len(jobs) - len(missing)} of {len(jobs)} runs are done already")
         for done, (job, row) in enumerate(self._run(missing), start=1):
             found[self._key(job)] = row
             self.say(f"[{done}/{len(missing)}] {_line(row)}")

@@ -1,4 +1,4 @@
-"""What one would use instead of sparse deltas, trained by a plain loop on the batches, loss and schedule of ours."""
+"""The alternatives to sparse deltas, trained by a plain loop with the same batches, loss and schedule."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from scale_sft.training.inputs import Inputs
 
 
 def require_peft() -> None:
-    """Raises UserError where PEFT is not installed."""
+    """Raise UserError if PEFT is not installed."""
     try:
         import peft  # noqa: F401
     except ImportError:
@@ -30,7 +30,7 @@ def require_peft() -> None:
 
 
 def build(kind: str, inputs: Inputs, cluster: Cluster) -> tuple[nn.Module, list[nn.Parameter]]:
-    """The base with what `kind` (peft-lora, peft-ia3, full) trains of it; all else is frozen.
+    """Load the base and set up the parameters that `kind` (peft-lora, peft-ia3, full) trains; all else is frozen.
 
     Raises:
         UserError: PEFT is missing, or the base is quantised and cannot be trained densely.
@@ -49,7 +49,7 @@ def build(kind: str, inputs: Inputs, cluster: Cluster) -> tuple[nn.Module, list[
 
 
 def _with_peft(kind: str, model: nn.Module, targets: list[Target], rank: int | None, seed: int) -> nn.Module:
-    """LoRA of the rank on the same linear layers (alpha twice the rank, no dropout); IA3 where PEFT puts it."""
+    """Add LoRA to the same linear layers (alpha twice the rank, no dropout), or IA3 where PEFT puts it."""
     require_peft()
     from peft import IA3Config, LoraConfig, get_peft_model
 
@@ -61,7 +61,7 @@ def _with_peft(kind: str, model: nn.Module, targets: list[Target], rank: int | N
     else:
         adapter = IA3Config(task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT still asks transformers by an older name
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT still uses an older name of transformers
         torch.manual_seed(seeded_generator(seed, "adapter").initial_seed())
         return get_peft_model(model, adapter)
 
@@ -73,13 +73,13 @@ def train_peer(
     cluster: Cluster,
     record: Callable[[int, float], None],
 ) -> None:
-    """`inputs.steps` steps of `torch.optim.AdamW` on `weights`; `record` is told each step's loss.
+    """Train `weights` for `inputs.steps` steps of `torch.optim.AdamW`; `record` receives each step's loss.
 
-    The same global batches, token-weighted loss and learning-rate schedule as in `train.py`; weights that are not
-    fp32 have fp32 copies that are updated and rounded back.
+    Global batches, token-weighted loss and learning-rate schedule are those of `train.py`; weights that are not fp32
+    have fp32 copies, which are updated and rounded back.
 
     Raises:
-        UserError: loss or gradient is no finite number.
+        UserError: the loss or the gradient is NaN or infinite.
     """
     options = inputs.config.optimizer
     schedule = LearningRateSchedule(
@@ -112,7 +112,7 @@ def train_peer(
 
 @torch.no_grad()
 def _update(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], masters: list[Tensor]) -> None:
-    """One step on the masters with the gradients of the weights, which are then gone."""
+    """Do one step on the masters with the gradients of the weights, and free these."""
     for weight, master in zip(weights, masters, strict=True):
         if master is not weight and weight.grad is not None:
             master.grad = weight.grad.float()

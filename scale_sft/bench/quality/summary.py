@@ -1,4 +1,4 @@
-"""What the rows of `bench quality` amount to: each contestant's best rate, and its figures over the seeds there."""
+"""Summarise the rows of `bench quality`: each contestant's best rate, and its figures over the seeds at that rate."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class Summary:
 
     name: str
     grid: Mapping[float, float]  # learning rate -> validation loss, of the grid's seed, ascending rates
-    failures: Mapping[float, str]  # learning rate -> why that run of the grid has no loss
-    best_rate: float | None  # None: nothing is trained, or no run of the grid has come to an end
+    failures: Mapping[float, str]  # learning rate -> the reason that this run of the grid has no loss
+    best_rate: float | None  # None: nothing is trained, or no run of the grid has finished
     runs: Sequence[Row]  # finished, at the best rate, by seed
 
     def values(self, key: str) -> list[float]:
         return [row["result"][key] for row in self.runs if row["result"].get(key) is not None]
 
     def remark(self) -> str | None:
-        """What a reader must know before believing the best rate."""
+        """Warn of anything that casts doubt on the best rate; None if nothing does."""
         if self.name == BASE.name:
             return None
         tried = sorted({*self.grid, *self.failures})
@@ -46,12 +46,12 @@ class Summary:
         edge, factor = ("lowest", 1 / 3) if self.best_rate == tried[0] else ("highest", 3)
         more = sorted({*tried, float(f"{self.best_rate * factor:.1g}")})
         return (
-            f"{self.name}: the best rate, {self.best_rate:g}, is the {edge} tried; a better one may lie beyond: "
+            f"{self.name}: the best rate, {self.best_rate:g}, is the {edge} tried; a better one may be beyond it: "
             f"--learning-rates {self.name}={','.join(f'{rate:g}' for rate in more)}"
         )
 
     def cells(self) -> list[str]:
-        """Its line of the table, under COLUMNS."""
+        """Format its line of the table, under COLUMNS."""
         if not self.runs:
             return [self.name, "", "", "0", *[""] * (len(COLUMNS) - 4)]
         trained = self.name != BASE.name
@@ -69,31 +69,31 @@ class Summary:
 
 
 def spread(values: Sequence[float], shown: Callable[[float], str], *, with_spread: bool = True) -> str:
-    """Mean and sample standard deviation of some values; empty where there are none."""
+    """Format mean and sample standard deviation of some values; empty if there are none."""
     if not values:
         return ""
     return shown(mean(values)) + (f" ± {shown(stdev(values))}" if with_spread and len(values) > 1 else "")
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:
-    """The same text for the same settings, whether they come from a file or from Python."""
+    """Return a text that is equal for equal settings, from a file or from Python."""
     return json.dumps(settings, sort_keys=True)
 
 
 def comparable(rows: Sequence[Row]) -> list[Row]:
-    """Of rows of all invocations, oldest first: those on one footing with the newest, one for each run, the newest."""
+    """Select, from rows of all invocations, oldest first, those comparable with the newest: each run's newest row."""
     shared = settings_key(rows[-1]["settings"]["shared"])
     newest = {settings_key(row["settings"]): row for row in rows if settings_key(row["settings"]["shared"]) == shared}
     return list(newest.values())
 
 
 def best_rate(grid: Mapping[float, float]) -> float | None:
-    """The rate of the lowest validation loss; of equals the lower rate."""
+    """Find the rate of the lowest validation loss; of equals the lower rate."""
     return min(grid, key=lambda rate: (grid[rate], rate), default=None)
 
 
 def summaries(rows: Sequence[Row]) -> list[Summary]:
-    """One per contestant, in the order in which they first appear; rows as `comparable` gives them."""
+    """Make one summary per contestant, in the order of first appearance; rows as from `comparable`."""
     return [_summary(name, rows) for name in dict.fromkeys(row["settings"]["method"] for row in rows)]
 
 
@@ -123,7 +123,7 @@ def _summary(name: str, rows: Sequence[Row]) -> Summary:
 
 
 def reason_of(result: Mapping[str, Any]) -> str | None:
-    """Why a run has no figures; None where it has."""
+    """Explain why a run has no figures; None if it has."""
     return result.get("failed", result.get("crashed"))
 
 

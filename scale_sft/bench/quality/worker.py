@@ -1,4 +1,4 @@
-"""One run of `bench quality`: train, then evaluate. The one module beside the entry points that imports `train`."""
+"""Do one run of `bench quality`: train, then evaluate. Apart from entry points, only this module imports `train`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CURVE_POINTS = 40
 
 @dataclass(frozen=True)
 class Job:
-    """One run: who, at which rate, with which seed, and all that is the same for everyone."""
+    """One run: contestant, rate, seed, and the settings that all runs share."""
 
     contestant: Contestant
     learning_rate: float | None  # None: nothing is trained
@@ -32,10 +32,10 @@ class Job:
     validation_examples: int
 
     def config(self) -> Any:
-        """The run's configuration.
+        """Build the run's configuration.
 
         Raises:
-            ConfigError: a variant has options that no run can have.
+            ConfigError: a variant has invalid options.
         """
         from scale_sft.config.loading import load
 
@@ -52,10 +52,10 @@ class Job:
 
 @dataclass
 class Progress:
-    """What a training loop tells: its loss, as means over windows of steps, and its memory."""
+    """The record of a training loop: its loss, as means over windows of steps, and its memory."""
 
     steps: int
-    curve: list[list[float]] = field(default_factory=list)  # [last step of a window, mean loss there]
+    curve: list[list[float]] = field(default_factory=list)  # [last step of a window, its mean loss]
     peak_bytes: int = 0
     _window: list[float] = field(default_factory=list)
 
@@ -68,11 +68,11 @@ class Progress:
 
 
 def run_job(job: Job) -> dict[str, Any]:
-    """Train and evaluate: what was found, as JSON. A run that diverges is a finding too: {"failed": why}.
+    """Train and evaluate; returns the results as JSON. A run that diverges is a result too: {"failed": why}.
 
-    Losses are means over target tokens in nats; `validation_loss` is that of examples kept out of the training data,
-    `held_out_loss` and `exact_match` (a fraction) are those of `eval_data`. `seconds` is the loop alone;
-    `peak_bytes` is the most memory the run had above the base's weights.
+    Losses are means over target tokens in nats; `validation_loss` is on examples kept out of the training data,
+    `held_out_loss` and `exact_match` (a fraction) are on `eval_data`. `seconds` is the loop alone; `peak_bytes` is the
+    peak memory above the base's weights.
     """
     from scale_sft.distributed.cluster import Cluster
     from scale_sft.training.inputs import read_inputs
@@ -90,7 +90,7 @@ def run_job(job: Job) -> dict[str, Any]:
 
 
 def split(inputs: Any, count: int) -> tuple[Any, Any]:
-    """The inputs without `count` training examples, and these: the same ones for every contestant, rate and seed.
+    """Split `count` training examples off the inputs: the same ones for every contestant, rate and seed.
 
     Raises:
         UserError: there are too few examples, or nothing is held out.
@@ -101,7 +101,7 @@ def split(inputs: Any, count: int) -> tuple[Any, Any]:
 
     total = len(inputs.train)
     if inputs.eval is None:
-        raise UserError("eval_data: bench quality reports on held-out examples; name some")
+        raise UserError("eval_data: got none, expected held-out examples to report on. Fix: name some")
     if not 0 < count < total:
         raise UserError(f"--validation-examples: got {count}, but the training data are {total} examples")
     order = torch.randperm(total, generator=seeded_generator(0, "validation split")).tolist()
@@ -111,7 +111,7 @@ def split(inputs: Any, count: int) -> tuple[Any, Any]:
 
 
 def _trained(contestant: Contestant, inputs: Any, cluster: Any) -> tuple[Any, dict[str, Any]]:
-    """The trained model, and what its training was like."""
+    """Train; returns the model and the figures of its training."""
     from scale_sft.model.memory import PeakMemory, memory_bytes, take_peak_bytes
 
     take_peak_bytes(cluster.device)
@@ -121,7 +121,7 @@ def _trained(contestant: Contestant, inputs: Any, cluster: Any) -> tuple[Any, di
     if seconds is None:
         return model, {"trainable": 0}
     tokens = sum(inputs.train.all_tokens(inputs.order.batch(step)) for step in range(1, inputs.steps + 1))
-    # a GPU's peak starts anew with each step of ours, which tells it; on a CPU it tells no more than is sampled
+    # each of our steps reports and resets a GPU's peak; on a CPU its figure adds nothing to the samples
     added = max(peak.added, progress.peak_bytes - before)
     return model, {
         "trainable": trainable,
@@ -133,7 +133,7 @@ def _trained(contestant: Contestant, inputs: Any, cluster: Any) -> tuple[Any, di
 
 
 def _train_ours(kind: str, inputs: Any, cluster: Any, progress: Progress) -> tuple[Any, int, float]:
-    """Through `train.train` and all that it goes through in a run; its files go to a temporary folder."""
+    """Train through `train.train`, as in a run, with its files in a temporary folder."""
     from scale_sft.reporting.metrics import NullMetrics
     from scale_sft.train import train
     from scale_sft.training.assemble import assemble
@@ -145,7 +145,7 @@ def _train_ours(kind: str, inputs: Any, cluster: Any, progress: Progress) -> tup
             progress.step(step, **values)
 
     session = assemble(inputs, cluster)
-    session.measure_kernels()  # at the start of a run, and no part of its steps
+    session.measure_kernels()  # at the start of a run, not in its steps
     with TemporaryDirectory() as folder:
         began = time.perf_counter()
         train(session, Metrics(), Checkpoints(session, RunFolder(Path(folder) / "run")))
@@ -174,7 +174,7 @@ _WAYS = {
 
 
 def evaluated(model: Any, inputs: Any, validation: Any, cluster: Any) -> dict[str, float]:
-    """Losses on both held-out parts, and exact match on the second where the configuration asks for it."""
+    """Measure losses on both held-out parts, and exact match on the second if the configuration requests it."""
     from scale_sft.evaluation.answers import exact_match, greedy_answers
     from scale_sft.evaluation.held_out import held_out_loss
 
@@ -197,13 +197,13 @@ def evaluated(model: Any, inputs: Any, validation: Any, cluster: Any) -> dict[st
 
 
 def _base_bytes(model: Any) -> int:
-    """Of the frozen weights, and of those that are trained in place; not of an adapter's."""
+    """Count the bytes of frozen weights and of those trained in place, not of an adapter's."""
     weights = ((name, weight) for name, weight in model.named_parameters())
     return sum(weight.nbytes for name, weight in weights if "lora_" not in name and "ia3_" not in name)
 
 
 def _give_memory_back() -> None:
-    """Return what earlier runs in this process have freed, so that its next peak is its own."""
+    """Return memory freed by earlier runs to the system, so that it does not count in the next peak."""
     gc.collect()
     with suppress(OSError, AttributeError):  # another C library: peaks may come out smaller
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Several ranks on this machine: time, memory and traffic of a step, and a model of larger worlds held against them.
+"""Measure time, memory and traffic of a step on several ranks of this machine, and model larger worlds.
 
 Shapes: W ranks, N entries of a weight, K active entries, C candidates.
 """
@@ -34,21 +34,21 @@ __all__ = ["COLUMNS", "cells", "part", "run"]
 
 PREDICTED_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 RANKS_PER_CORE = 4
-"""So many at most are run where there is no GPU."""
+"""The most ranks to run per core without a GPU."""
 _ROOT = Path(__file__).resolve().parents[3]
-_SUMMED = ("gradients of deltas", "gradients of candidates")  # as the planner calls what goes into all-reduces
+_SUMMED = ("gradients of deltas", "gradients of candidates")  # the planner's names for traffic of all-reduces
 
 
 @dataclass(frozen=True, kw_only=True)
 class Worlds:
-    """What runs on different numbers of ranks have in common."""
+    """The common settings of runs on different numbers of ranks."""
 
     base: str = "demo"
     data: str = "demo"
     method: str = "ag"
     density: float = 0.02
     sharded: bool = False
-    strong: bool = False  # the global batch stays; otherwise each rank's share of it does
+    strong: bool = False  # keep the global batch, otherwise each rank's share of it
     batch: int = 4  # sequences of each rank (weak), or of all (strong)
     max_length: int = 128
 
@@ -56,7 +56,7 @@ class Worlds:
         return self.batch if self.strong else self.batch * ranks
 
     def config(self, ranks: int, **others: Any) -> Config:
-        """A run over one cycle of reallocation after the first one."""
+        """Configure a run over one cycle of reallocation after the first one."""
         options = {
             "base": self.base,
             "train_data": self.data,
@@ -73,10 +73,10 @@ class Worlds:
 
 
 def check(worlds: Worlds, ranks: Sequence[int]) -> None:
-    """Refuse what cannot be run, before anything is.
+    """Refuse impossible runs before the first.
 
     Raises:
-        UserError: there are fewer GPUs than ranks, or far fewer cores, or no launch files, or a batch does not divide.
+        UserError: GPUs are fewer than ranks, cores are far fewer, launch files are missing, or a batch does not divide.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
     if gpus is not None and max(ranks) > gpus:
@@ -84,29 +84,30 @@ def check(worlds: Worlds, ranks: Sequence[int]) -> None:
     most = RANKS_PER_CORE * _cores()
     if gpus is None and max(ranks) > most:
         raise UserError(
-            f"--ranks: got {max(ranks)}, but this machine has {_cores()} cores, on which "
-            f"more than {most} ranks only wait "
-            f"for each other; give at most {most}: larger worlds are modelled without being run"
+            f"--ranks: got {max(ranks)}, but this machine has {_cores()} cores, and more than {most} ranks would only "
+            f"wait for each other. Fix: give at most {most}; larger worlds are modelled without a run"
         )
     if not (_ROOT / "launch" / "cpu_2proc.yaml").is_file():
-        raise UserError("bench scale: needs a checkout of the source, with its folder launch/; this is an installation")
+        raise UserError(
+            "bench scale: got an installed package, expected a clone with its folder launch/. Fix: run it there"
+        )
     odd = [count for count in ranks if worlds.global_batch(count) % count]
     if odd:
-        raise UserError(f"--batch: {worlds.batch} sequences do not divide over {odd[0]} ranks; give a multiple")
+        raise UserError(f"--batch: {worlds.batch} sequences do not divide over {odd[0]} ranks. Fix: give a multiple")
 
 
 def _cores() -> int:
-    """That this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def predicted(worlds: Worlds, ranks: Sequence[int]) -> list[int]:
-    """Numbers of ranks beyond those that are measured; a batch that stays the same must divide over them."""
+    """List larger numbers of ranks to model; a constant global batch must divide over them."""
     return [n for n in PREDICTED_RANKS if n > max(ranks) and worlds.global_batch(n) % n == 0]
 
 
 def run(worlds: Worlds, ranks: Sequence[int]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """(settings, result) of each number of ranks, measured beside modelled; then of larger worlds, modelled."""
+    """Yield (settings, result) of each number of ranks, measured and modelled; then of larger worlds, modelled."""
     settings = {
         **vars(worlds),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -121,12 +122,12 @@ def run(worlds: Worlds, ranks: Sequence[int]) -> Iterator[tuple[dict[str, Any], 
 
 
 def measure(worlds: Worlds, ranks: int) -> dict[str, Any]:
-    """One run on that many ranks: medians and means over one cycle of reallocation, of rank 0 where no other is named.
+    """Run on this many ranks and measure one cycle of reallocation, on rank 0 unless stated otherwise.
 
     `step_seconds` median; `phase_step_seconds` median inside the estimation phase; `cycle_seconds` all S steps of the
-    cycle; `collective_seconds` as of `slowest_in_collectives`; `tokens_per_second` over the cycle; `memory_bytes` at
-    most; `payload_bytes` by purpose: what a rank gives into collectives per step, averaged over the cycle, without
-    ZeRO-3's own gathers, which are DeepSpeed's.
+    cycle; `collective_seconds` as in `slowest_in_collectives`; `tokens_per_second` over the cycle; `memory_bytes` at
+    most; `payload_bytes` by purpose: bytes that a rank passes to collectives per step, averaged over the cycle, without
+    DeepSpeed's gathers of ZeRO-3.
     """
     with tempfile.TemporaryDirectory(prefix="scale-sft-bench-") as folder:
         config = worlds.config(ranks, output_dir=str(Path(folder) / "run"))
@@ -155,10 +156,10 @@ def measure(worlds: Worlds, ranks: int) -> dict[str, Any]:
 
 
 def slowest_in_collectives(by_rank: Sequence[Mapping[str, float]], config: Config) -> float:
-    """Median seconds that a plain step of the cycle spends in collectives, on the rank that spends most in them.
+    """Compute the median seconds of a plain step in collectives, on the rank that spends most in them.
 
     Args:
-        by_rank: seconds of each step, by its number, of each rank.
+        by_rank: for each rank, seconds by step number.
     """
     phase, interval = config.sparse.estimation_steps, config.sparse.update_interval_steps
     plain = [str(step) for step in range(phase + 1, interval + 1)]
@@ -166,7 +167,7 @@ def slowest_in_collectives(by_rank: Sequence[Mapping[str, float]], config: Confi
 
 
 def of_cycle(records: Sequence[Mapping[str, Any]], config: Config) -> dict[str, Any]:
-    """What `measure` gives, from the records of a run over G + S steps, the last S of which count."""
+    """Compute the result of `measure` from the records of a run over G + S steps, the last S of which count."""
     steps = [r for r in records if r["event"] == "step" and r["step"] > config.sparse.estimation_steps]
     interval, phase = config.sparse.update_interval_steps, config.sparse.estimation_steps
     outside, inside = steps[: interval - phase], steps[interval - phase :]
@@ -188,11 +189,10 @@ def of_cycle(records: Sequence[Mapping[str, Any]], config: Config) -> dict[str, 
 
 
 def modelled(planner: Planner, worlds: Worlds, ranks: int) -> dict[str, Any]:
-    """Ask the planner what a rank sends, gives into collectives and keeps.
+    """Model a number of ranks with `scale-sft plan`.
 
-    Returns:
-        `sent_bytes` per step by purpose, with ring algorithms; `modelled_payload_bytes` given into collectives;
-        `modelled_memory_bytes` at the peak of a step.
+    `sent_bytes`: bytes that a rank sends per step, by purpose, with ring algorithms; `modelled_payload_bytes`: bytes it
+    passes to collectives; `modelled_memory_bytes`: its memory at the peak of a step.
     """
     config = worlds.config(ranks)
     plan = planner.plan(config, gpus=ranks)
@@ -204,7 +204,7 @@ def modelled(planner: Planner, worlds: Worlds, ranks: int) -> dict[str, Any]:
 
 
 def payload_of(plan: Plan, config: Config, facts: Facts, ranks: int) -> dict[str, float]:
-    """What a rank gives into collectives per step, on average, where the plan says what it sends.
+    """Compute the bytes that a rank passes to collectives per step, on average, from the bytes that the plan sends.
 
     An all-reduce of n bytes sends 2 n (W - 1) / W by a ring, a reduce-scatter half of that, an all-gather n (W - 1).
     """
@@ -219,7 +219,7 @@ def payload_of(plan: Plan, config: Config, facts: Facts, ranks: int) -> dict[str
 
 
 def launcher(ranks: int, sharded: bool) -> list[str]:
-    """`accelerate launch` on this machine: by the shipped configurations where there is no GPU."""
+    """Build the `accelerate launch` command for this machine, with the shipped configurations if it has no GPU."""
     words = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(ranks)]
     if torch.cuda.is_available():
         if sharded:
@@ -231,10 +231,10 @@ def launcher(ranks: int, sharded: bool) -> list[str]:
 
 
 def _launch(command: Sequence[str], what: str, timeout_seconds: float = 1800) -> None:
-    """Run to the end; ranks that are left behind by a time-out or an interruption are ended with their launcher.
+    """Run a command to its end; after a time-out or an interruption, end the ranks along with their launcher.
 
     Raises:
-        UserError: it ended with an error, or did not end in time.
+        UserError: it failed, or did not end in time.
     """
     environment = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(_ROOT)}
     with tempfile.TemporaryFile("w+") as said:

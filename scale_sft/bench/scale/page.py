@@ -10,7 +10,7 @@ from scale_sft.reporting.plots import Plot
 from scale_sft.reporting.style import CYCLE, GREY, WIDTH_INCHES, log_axis
 
 MIB = 1 << 20
-_PURPOSES = ("gradients", "proposal")  # as a run counts them
+_PURPOSES = ("gradients", "proposal")  # a run's names for them
 
 COLUMNS = ("ranks", "step", "in collectives", "in the phase", "tokens / s", "per rank", "memory of rank 0",
            "into collectives", "by the model", "sent, by the model")  # fmt: skip

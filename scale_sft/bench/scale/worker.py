@@ -1,4 +1,4 @@
-"""One rank of `bench scale`: the trainer as it is, with a clock around its collectives.
+"""Run one rank of `bench scale`: the unchanged trainer, with a clock around its collectives.
 
 python scale_sft/bench/scale/worker.py CLOCKS --option value ... writes CLOCKS/<rank>.json: seconds by number of step.
 """
@@ -24,24 +24,24 @@ from scale_sft.files import write_text
 from scale_sft.spiel.algorithm import SparseFineTuning
 
 COLLECTIVES = ("sum_", "select_candidates", "gather_objects", "check_identical")
-"""Methods of a cluster; what they call of each other counts once."""
+"""Timed methods of a cluster; nested calls count once."""
 
 
 class Clock:
-    """Seconds inside collectives, by optimizer step; evaluations and reallocations count to the step before them."""
+    """Seconds in collectives by optimizer step; evaluations and reallocations count towards the step before them."""
 
     def __init__(self) -> None:
         self.seconds: dict[int, float] = {}
-        self._step = 0  # none has begun
+        self._step = 0  # before the first
         self._inside = False
 
     def begin(self, step: int) -> None:
-        """Step `step` has begun: what follows is its."""
+        """Assign the following time to step `step`."""
         self._step = step
         self.seconds[step] = 0.0
 
     def around(self, collective: Callable) -> Callable:
-        """The method of a cluster, timed from the moment when this rank's device has come to it until it is done."""
+        """Time a method of a cluster, from the moment this rank's device reaches it until it is done."""
 
         @wraps(collective)
         def run(cluster: Cluster, *arguments: Any, **named: Any) -> Any:
@@ -83,7 +83,7 @@ def watch(clock: Clock) -> None:
 
 
 def main() -> None:
-    """Train with the arguments that follow the folder of the clocks."""
+    """Train with the arguments after the clock folder."""
     clocks = Path(sys.argv.pop(1))
     clock = Clock()
     watch(clock)

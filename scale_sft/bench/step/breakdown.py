@@ -1,8 +1,8 @@
-"""Where the time of our own step goes: a pass of its own, with a clock around each piece of the real code path.
+"""Break down the time of our own step, in a separate pass with a clock around each piece of the real code path.
 
-The clock wraps functions where they are defined, for the length of the pass; the trainer knows nothing of it. Each
-piece is timed exclusively: a piece inside another does not count twice. On a GPU every piece starts and ends with a
-synchronisation, so that pieces add up, and the whole is somewhat slower than a step that overlaps them.
+The clock wraps functions where they are defined, during the pass only; the trainer does not know of it. Each piece is
+timed exclusively: nested pieces do not count twice. On a GPU every piece starts and ends with a synchronisation, so
+that pieces add up, and the whole is somewhat slower than a step that overlaps them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from scale_sft.spiel.taps import WeightTap
 
 DW, GATHER, ALL_REDUCE, OTHER = "dW", "gather", "all-reduce", "other"
 OF_REALLOCATION = ("estimate", "propose", "reallocate")
-"""Pieces that steps of an estimation phase and reallocations add to a plain step."""
+"""Pieces that estimation phases and reallocations add to a plain step."""
 
 _PIECES: tuple[tuple[Any, str, str], ...] = (
     (Batches, "take", "data"),
@@ -53,18 +53,18 @@ _PIECES: tuple[tuple[Any, str, str], ...] = (
 )
 """Owner, name of a function there, and the piece that its time belongs to.
 
-dW: products of the backward pass, whole or of sampled columns. Gather: picking entries out of whole ones, and all of a
-GPU's own kernels, which form and pick in one.
+dW: products of the backward pass, full or of sampled columns. Gather: picking entries out of full products, and all GPU
+kernels, which compute and pick in one.
 """
 
 PIECES = (
     "data", "forward", "dX", DW, GATHER, "rest of backward", "dequantise", ALL_REDUCE, "optimizer", "write", OTHER,
 )  # fmt: skip
-"""Pieces of a plain step, in the order in which they are shown."""
+"""Pieces of a plain step, in the order of the table."""
 
 
 class Stopwatch:
-    """Exclusive seconds by piece: while a piece runs inside another one, only the inner one's clock runs."""
+    """Exclusive seconds by piece: while a piece runs inside another, only the inner one's clock runs."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -84,12 +84,12 @@ class Stopwatch:
             self._running.pop()
 
     def take(self) -> Counter[str]:
-        """What was found since it was last taken."""
+        """Take the times since the last call."""
         found, self.seconds = self.seconds, Counter()
         return found
 
     def _turn(self) -> None:
-        """Give the time since the last turn to the innermost piece."""
+        """Add the time since the last turn to the innermost piece."""
         synchronize(self.device)
         now = time.perf_counter()
         if self._running:
@@ -98,14 +98,14 @@ class Stopwatch:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done all that it was asked to do."""
+    """Wait until a GPU has done all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @contextmanager
 def instrumented(watch: Stopwatch) -> Iterator[None]:
-    """Inside the block every piece is timed, by whoever calls it; trainers must be made inside it too."""
+    """Time every piece inside the block, whoever calls it; trainers must be made inside it too."""
     before = [(owner, name, vars(owner)[name]) for owner, name, _ in _PIECES]
     for owner, name, piece in _PIECES:
         setattr(owner, name, _timed(vars(owner)[name], watch, piece))
@@ -117,7 +117,7 @@ def instrumented(watch: Stopwatch) -> Iterator[None]:
 
 
 def _timed(function: Callable, watch: Stopwatch, piece: str) -> Callable:
-    # Inside dW the mode of the gather around it would cost time and find nothing.
+    # Inside dW the gather's mode would cost time without effect.
     around = {GATHER: lambda: _Products(watch), DW: torch._C.DisableTorchFunction}.get(piece, nullcontext)
 
     @wraps(function)
@@ -129,7 +129,7 @@ def _timed(function: Callable, watch: Stopwatch, piece: str) -> Callable:
 
 
 class _Products(TorchFunctionMode):
-    """Inside the block torch's matrix products, which are whole ones, count as dW and not as the gather around them."""
+    """A mode that counts torch's matrix products, which are full ones, as dW and not as the gather around them."""
 
     def __init__(self, watch: Stopwatch):
         super().__init__()
@@ -142,16 +142,15 @@ class _Products(TorchFunctionMode):
 
 
 def breakdown(base: Base, method: str, batches: Batches, steps: int) -> dict[str, Any]:
-    """Seconds of the pieces of a plain step, and what a reallocation costs over its whole interval.
+    """Time the pieces of a plain step, and the cost of a reallocation over its interval.
 
     Args:
         steps: plain steps; the median of each piece counts.
 
     Returns:
-        `pieces` by name and their `seconds` together; `reallocation`: seconds of one interval, `propose` (the step that
-        proposes, with what it forms and gathers more than plain ones: the whole product, for one), `estimate` (likewise
-        of the other steps of the phase) and `reallocate` (drop and grow); `seconds_per_step` when spread over the
-        interval, and this as a `fraction` of a plain step.
+        `pieces` by name and their sum `seconds`; `reallocation`: seconds of one interval: `propose` (the extra work of
+        the proposing step, such as the full product), `estimate` (that of the other steps of the phase) and
+        `reallocate` (drop and grow); `seconds_per_step`, spread over the interval, and its `fraction` of a plain step.
     """
     watch = Stopwatch(base.device)
     with instrumented(watch):

@@ -16,17 +16,17 @@ from scale_sft.reporting.plots import Plot
 from scale_sft.reporting.style import BLUE, CYCLE, GREY, INK, ORANGE, PERCENT, WIDTH_INCHES
 
 PEERS = ("peft-lora", "full")
-"""Contestants that steps are compared with: LoRA at equal trainable parameters; forward and backward of dense
-fine-tuning."""
+"""The contestants that steps are compared with: LoRA with as many trainable parameters, and dense fine-tuning's
+forward and backward."""
 
 _PEER_NAMES = {"peft-lora": "peft-lora", "full": "dense forward + backward"}
-_NOT_OF_A_CASE = ("contestant", "rounds", "together")  # who took part, and how long it was measured
+_NOT_OF_A_CASE = ("contestant", "rounds", "together")  # the participant, and the length of the measurement
 
 
 def describe(settings: Mapping[str, Any]) -> str:
     """Describe a case in one line."""
     quantized = f" in {settings['quantization']}" if settings["quantization"] != "none" else ""
-    attention = settings.get("attention", "sdpa")  # rows of before there was a choice have none
+    attention = settings.get("attention", "sdpa")  # older rows lack it
     parts = [f"{settings['dtype']}{quantized}", describe_sizes(settings)]
     parts += [f"{attention} attention"] if attention != "sdpa" else []
     return ", ".join(parts)

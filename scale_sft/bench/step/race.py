@@ -1,7 +1,7 @@
-"""`scale-sft bench step`: one optimizer step of each contestant, taken in turns, round after round.
+"""Race one optimizer step of each contestant, in turns, round after round: `scale-sft bench step`.
 
-In a round each contestant makes one step, in an order drawn anew; what is compared is always two steps of one round. So
-a machine that is busy with other work slows both sides of a ratio, and the median over rounds forgets the worst of it.
+In a round each contestant makes one step, in a new random order; comparisons are always between two steps of one round.
+So other work on the machine slows both sides of a ratio, and the median over rounds discards the worst of it.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from .page import PEERS, breakdown_table, describe, part, table_of
 
 __all__ = ["part", "run"]
 
-BREAKDOWN_STEPS = 5  # plain steps of the breakdown; their median counts
-_ROOM = 0.7  # of the free memory may be taken by contestants that stay
+BREAKDOWN_STEPS = 5  # plain steps of the breakdown, for their median
+_ROOM = 0.7  # fraction of the free memory for contestants that stay
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How long it is measured, and how."""
+    """The length and the manner of a measurement."""
 
     rounds: int = 6
     warm_up_steps: int = 1
     breakdown: bool = True
-    together: bool | None = None  # all contestants stay in memory; None: where they fit
+    together: bool | None = None  # keep all contestants in memory; None: if they fit
 
 
 def run(
@@ -54,14 +54,14 @@ def run(
     """Measure the contestants `names` (None: all that a case permits) in each case; returns the rows added to `output`.
 
     Raises:
-        UserError: a contestant is unknown, impossible in every case, or needs what is not installed; a base does not
+        UserError: a contestant is unknown, impossible in every case, or needs a missing library; or a base does not
             load.
         KeyboardInterrupt: after the rows of all finished rounds have been added.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     line_ups = [_line_up(case, names) for case in cases]
     _refuse_empty(cases, names, line_ups)
-    bases = [Base(case, device) for case in cases]  # all that is wrong with a case, before anything is measured
+    bases = [Base(case, device) for case in cases]  # checks every case before the first measurement
     results, rows = Results(output, "step"), []
     for base, chosen in zip(bases, line_ups, strict=True):
         left_out = {name: why for name in names or CONTESTANTS if (why := impossible(name, base.case))}
@@ -84,7 +84,7 @@ def run(
 
 
 def _line_up(case: Case, names: Sequence[str] | None) -> list[str]:
-    """Who takes part in a case, in the order of `CONTESTANTS`."""
+    """List the participants of a case, in the order of `CONTESTANTS`."""
     for name in names or ():
         if name not in CONTESTANTS:
             raise UserError(f"contestants: {unknown(f'contestant {name!r}', name, CONTESTANTS)}")
@@ -94,24 +94,28 @@ def _line_up(case: Case, names: Sequence[str] | None) -> list[str]:
 def _refuse_empty(cases: Sequence[Case], names: Sequence[str] | None, line_ups: list[list[str]]) -> None:
     for name in names or ():
         if not any(name in chosen for chosen in line_ups):
-            raise UserError(f"contestants: {name} takes part in no case: {impossible(name, cases[0])}; leave it out")
+            raise UserError(
+                f"contestants: {name} takes part in no case: {impossible(name, cases[0])}. Fix: leave it out"
+            )
     for case, chosen in zip(cases, line_ups, strict=True):
         if not chosen:
-            raise UserError(f"contestants: nobody is left for {describe(case.settings())}; name others")
+            raise UserError(
+                f"contestants: none of these can take part in {describe(case.settings())}. Fix: name others"
+            )
 
 
 class Times(NamedTuple):
-    """Of one step, in seconds."""
+    """The times of one step, in seconds."""
 
     wall: float
     cpu: float  # processor time of all threads of this process
 
 
 class Race:
-    """All rounds of one case: who takes part, and how long each of their steps took.
+    """All rounds of one case: the participants, and the times of their steps.
 
     Args:
-        base: what all start from.
+        base: the model that all start from.
         names: keys of `CONTESTANTS`.
     """
 
@@ -121,11 +125,11 @@ class Race:
         self.together = fits_together(base, names) if effort.together is None else effort.together
         self.trainable: dict[str, int] = {}
         self.breakdowns: dict[str, dict[str, Any]] = {}
-        self.rounds: list[dict[str, Times]] = []  # those that all have finished
+        self.rounds: list[dict[str, Times]] = []  # those that all participants have finished
         self._ready: dict[str, Contestant] = {}
 
     def run(self, console: Console) -> None:
-        """All rounds, then the breakdown of our own steps."""
+        """Run all rounds, then the breakdown of our own steps."""
         progress = Progress(console=console, transient=True, disable=not console.is_interactive)
         with progress, _undisturbed():
             task = progress.add_task("warming up", total=self.effort.rounds)
@@ -146,7 +150,7 @@ class Race:
                     self.breakdowns[name] = breakdown(self.base, method, self.batches, BREAKDOWN_STEPS)
 
     def prepare(self) -> None:
-        """Make and warm up all contestants, where all of them stay in memory."""
+        """Make and warm up all contestants, if all of them stay in memory."""
         if self.together:
             self._ready = {name: self._prepare(name) for name in self.names}
 
@@ -159,7 +163,7 @@ class Race:
         return contestant
 
     def round(self, number: int) -> None:
-        """One timed step of each; the round counts only if all have finished it."""
+        """Time one step of each; the round counts only if all have finished it."""
         order = list(self.names)
         random.Random(f"{self.base.case.seed} {number}").shuffle(order)
         found = {}
@@ -172,7 +176,7 @@ class Race:
         self.rounds.append(found)
 
     def result(self, name: str) -> dict[str, Any]:
-        """What was found of one contestant, for its row."""
+        """Return the result of one contestant, for its row."""
         seconds = [found[name].wall for found in self.rounds]
         result = {
             "trainable": self.trainable[name],
@@ -186,13 +190,13 @@ class Race:
         return result | ({"breakdown": self.breakdowns[name]} if name in self.breakdowns else {})
 
     def relative(self, name: str, peer: str) -> dict[str, Any]:
-        """Time of a contestant's step over that of a peer's in the same round: median and quartiles."""
+        """Compare a contestant's step with a peer's in the same round: median and quartiles of the ratio of times."""
         ratios = [found[name].wall / found[peer].wall for found in self.rounds]
         return {"median": statistics.median(ratios), "quartiles": quartiles(ratios)}
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
-    """First and third quartile; of a single value that value."""
+    """Compute the first and third quartile; of a single value, that value twice."""
     if len(values) == 1:
         return [values[0], values[0]]
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -209,7 +213,7 @@ def _timed(contestant: Contestant, batches: Batches, number: int, device: torch.
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """No garbage collection inside a timed step, and none of what libraries say of each other's deprecations."""
+    """Turn off garbage collection in timed steps, and libraries' deprecation warnings about each other."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -224,9 +228,9 @@ def _undisturbed() -> Iterator[None]:
 
 
 def fits_together(base: Base, names: Sequence[str]) -> bool:
-    """Whether all contestants can stay in memory for all rounds: then none has to be made anew in each.
+    """Return True if all contestants can stay in memory, so that none has to be made again in each round.
 
-    Counts the weights of each, what dense fine-tuning adds, and 32 bytes for each trained entry of the others.
+    The estimate counts the weights of each, the state of dense fine-tuning, and 32 bytes per trained entry of others.
     """
     if base.device.type == "cuda":
         free = torch.cuda.mem_get_info(base.device)[0]
@@ -241,7 +245,7 @@ def fits_together(base: Base, names: Sequence[str]) -> bool:
 
 
 def _add(race: Race, results: Results, console: Console) -> list[dict[str, Any]]:
-    """Rows of the finished rounds, if there are any, and their table on the console."""
+    """Add the rows of finished rounds, if any, and print their table."""
     if not race.rounds:
         return []
     shared = race.base.case.settings() | {
@@ -282,7 +286,7 @@ def cases_of(
     micro_batches: Sequence[int],
     **shared: Any,
 ) -> list[Case]:
-    """Every combination of what was asked for."""
+    """List every combination of the requested settings."""
     return [
         Case(base=base, dtype=dtype, quantization=quantization, length=length, micro_batch=micro_batch, **shared)
         for dtype in dtypes

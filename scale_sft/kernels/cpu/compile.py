@@ -1,4 +1,4 @@
-"""The kernels for CPUs, in C, compiled for this processor when they are first needed.
+"""Compile the C kernels for this machine's CPU on first use.
 
 Like torch's own compiled operations they need a C compiler: gcc, whose OpenMP runtime torch has loaded. Without one,
 plain torch does their work.
@@ -28,17 +28,17 @@ SOURCES = {
     "topk.c": (),
     "updates.c": ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 }
-"""By file: what else its compiler is told. Updates round each operation; square roots there set no error numbers."""
+"""Extra compiler flags by file. Updates round each operation; their square roots do not set errno."""
 
 POINTER, LONG, FLAG, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 
 
 class NoCompiler(RuntimeError):
-    """Why the C code cannot be used here."""
+    """The reason that the C code cannot be used here."""
 
 
 class Target(ctypes.Structure):
-    """`struct target` of updates.c: where entries lie, and the part of the weight that is written."""
+    """`struct target` of updates.c: the places of the entries, and the part of the weight to write."""
 
     _fields_ = [
         ("row_starts", POINTER), ("columns", POINTER), ("wide", FLAG), ("rows", LONG), ("width", LONG),
@@ -71,10 +71,10 @@ SIGNATURES = {
 
 
 def library() -> ctypes.CDLL:
-    """All sources, compiled and loaded; tried once per process. Nothing of it stays on disk.
+    """Compile and load all sources, once per process. Nothing stays on disk.
 
     Raises:
-        NoCompiler: no compiler, or what it makes cannot be loaded.
+        NoCompiler: there is no compiler, or its output cannot be loaded.
     """
     made = _made()
     if isinstance(made, NoCompiler):
@@ -83,17 +83,17 @@ def library() -> ctypes.CDLL:
 
 
 def asked_for(device: torch.device, kernels: str) -> bool:
-    """Whether these kernels are to be used on a device by a run of an option `kernels`, if they can be had."""
+    """Return True if a run with this option `kernels` wants these kernels on a device, if they are available."""
     return device.type == "cpu" and kernels != "off"
 
 
 def used(device: torch.device, kernels: str) -> bool:
-    """Whether these kernels are asked for and can be had."""
+    """Return True if these kernels are requested and available."""
     return asked_for(device, kernels) and why_not() is None
 
 
 def why_not() -> str | None:
-    """Why there are no kernels for this CPU; None: there are."""
+    """Explain why there are no kernels for this CPU; None if there are."""
     made = _made()
     return str(made) if isinstance(made, NoCompiler) else None
 
@@ -107,7 +107,7 @@ def _made() -> ctypes.CDLL | NoCompiler:
     except subprocess.CalledProcessError as error:
         said = (error.stderr.strip().splitlines() or ["no reason given"])[0]
         return NoCompiler(f"the C compiler '{error.cmd[0]}' failed: {said}")
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:  # no folder, not loaded, no command, too slow
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:  # no folder, load failed, no command, too slow
         return NoCompiler(f"{type(error).__name__}: {error}")
     for name, arguments in SIGNATURES.items():
         function = getattr(loaded, name)
@@ -126,7 +126,7 @@ def _compiled(compiler: Sequence[str]) -> ctypes.CDLL:
             [*compiler, *FLAGS, *SOURCES[source], "-c", str(FOLDER / source), "-o", to]
             for source, to in objects.items()
         ]
-        # Linked with -fopenmp it would bring a second OpenMP runtime, whose threads fight with those of torch's own.
+        # Linking with -fopenmp would load a second OpenMP runtime, whose threads would compete with torch's own.
         commands.append([*compiler, "-shared", *objects.values(), "-o", linked])
         for command in commands:
             subprocess.run(
@@ -136,5 +136,5 @@ def _compiled(compiler: Sequence[str]) -> ctypes.CDLL:
 
 
 def addresses(tensors: Sequence[Tensor]) -> ctypes.Array:
-    """Of each tensor's first number; the tensors must live on."""
+    """Take the address of each tensor's data; the tensors must outlive its use."""
     return (POINTER * len(tensors))(*(tensor.data_ptr() for tensor in tensors))

@@ -1,9 +1,9 @@
-/* Drop and grow for one weight (sections 3.2 and 3.3): sorted lists in, sorted lists out, in a few passes over each.
+/* Drop and grow for one weight (sections 3.2 and 3.3), in a few passes over sorted lists; the results are sorted too.
 
    Shapes: K active entries, C candidates, k up for replacement. The k of largest key are found by counting keys: scores
-   and estimates are no less than 0, and such floats are ordered as their bits are. Ties go to the smaller index.
+   and estimates are at least 0, and the bits of such floats sort like the numbers. Ties go to the smaller index.
 
-   Compiled by native.py, called by exchange.py. */
+   Compiled by compile.py, called by drop_grow.py. */
 
 #include <stdint.h>
 #include <string.h>
@@ -14,10 +14,10 @@ enum { LARGEST = 0x7fffffff };
 
 INLINE uint32_t bits_of(float value) { uint32_t bits; memcpy(&bits, &value, sizeof bits); return bits; }
 
-/* Of two accumulators; 0 where their product is no number (an infinite one times 0). */
+/* The key of a product of two accumulators; 0 if that is NaN (infinity times 0). */
 INLINE uint32_t product_key(float a, float b) { float product = a * b; return product >= 0 ? bits_of(product) : 0; }
 
-/* The k-th largest of n keys, 1 <= k <= n; *equal becomes how many of its equals belong to the k largest. */
+/* Find the k-th largest of n keys, 1 <= k <= n; *equal becomes the number of keys equal to it among the k largest. */
 static uint32_t kth_largest(const uint32_t *keys, long n, long k, long *equal) {
     uint32_t counts[BINS] = {0};
     long above, beyond;
@@ -31,7 +31,7 @@ static uint32_t kth_largest(const uint32_t *keys, long n, long k, long *equal) {
     return upper << 16 | lower;
 }
 
-/* kept[i] = 0 for the k entries of smallest score. */
+/* Set kept[i] = 0 for the k entries of smallest score. */
 static void drop_smallest(const float *scores, long active, long k, uint8_t *kept, uint32_t *keys) {
     memset(kept, 1, active);
     if (k == 0) return;
@@ -41,9 +41,9 @@ static void drop_smallest(const float *scores, long active, long k, uint8_t *kep
     for (long i = 0; i < active; i++) kept[i] = keys[i] < last || (keys[i] == last && equal-- <= 0);
 }
 
-/* How many of the k entries of smallest score can be dropped: the dropped ones that are no candidates must not
-   outnumber the `fresh` candidates that are not active, since what else can grow are dropped ones, which stay then.
-   leaving: which entries are no candidates. */
+/* Count how many of the k entries of smallest score can be dropped. The dropped ones that are not candidates must not
+   outnumber the `fresh`, inactive candidates: the only others that can grow are dropped candidates, which then stay.
+   leaving: marks the entries that are not candidates. */
 static long droppable(const float *scores, const uint8_t *leaving, long active, long fresh, long k, uint32_t *keys) {
     long others = 0, before = 0, equal;
     for (long i = 0; i < active; i++) {
@@ -60,7 +60,7 @@ static long droppable(const float *scores, const uint8_t *leaving, long active, 
     return before < k ? before : k;
 }
 
-/* order: where each entry of the merged list comes from, the grown ones counted on from the active ones. */
+/* order: the source of each entry of the merged list; grown ones are numbered after the active ones. */
 static void merge(const int32_t *indices, const uint8_t *kept, long active, const int32_t *grown, long count,
                   int64_t *order) {
     long at = 0, next = 0;
@@ -71,9 +71,9 @@ static void merge(const int32_t *indices, const uint8_t *kept, long active, cons
     while (next < count) order[at++] = active + next++;
 }
 
-/* SFT-AG: see `exchange_by_gradient` of reallocate.py. Returns how many are grown.
+/* Drop and grow by gradient (SFT-AG): see `exchange_by_gradient` of spiel/drop_grow.py. Returns the number grown.
 
-   kept [K], grown [k], grown_candidates [k], order [K] are written. keys: room for max(K, C); places: for C. */
+   Writes kept [K], grown [k], grown_candidates [k], order [K]. Buffers: keys [max(K, C)], places [C]. */
 long exchange_by_gradient(const int32_t *indices, const float *scores, long active, const int32_t *candidates,
                           const float *mean, long count, long k, uint8_t *kept, int32_t *grown,
                           int64_t *grown_candidates, int64_t *order, uint32_t *keys, int32_t *places) {
@@ -83,7 +83,7 @@ long exchange_by_gradient(const int32_t *indices, const float *scores, long acti
         while (i < active && indices[i] < candidates[c]) i++;
         places[c] = i < active && indices[i] == candidates[c] ? i : -1;
         if (places[c] < 0) fresh++;
-        else kept[i] = 0; /* until it is known what is kept: whether it is no candidate */
+        else kept[i] = 0; /* for now: marks entries that are not candidates */
     }
     k = droppable(scores, kept, active, fresh, k, keys);
     drop_smallest(scores, active, k, kept, keys);
@@ -101,7 +101,7 @@ long exchange_by_gradient(const int32_t *indices, const float *scores, long acti
     return growing;
 }
 
-/* How many columns, sorted from the largest, make a product of at least a key with this row; at most `most`. */
+/* Count the columns, sorted from the largest, whose product with this row reaches a key; at most `most`. */
 INLINE long reached(float row, const float *columns, long most, uint32_t key) {
     long low = 0;
     while (low < most) {
@@ -112,7 +112,7 @@ INLINE long reached(float row, const float *columns, long most, uint32_t key) {
     return low;
 }
 
-/* How many products of all rows, sorted from the largest, and columns reach a key: the border is a flight of stairs. */
+/* Count the products of all rows, sorted from the largest, and columns that reach a key, along a staircase. */
 static long reached_by_all(const float *rows, long height, const float *columns, long width, uint32_t key) {
     long total = 0, border = width;
     for (long r = 0; r < height && border > 0; r++) {
@@ -128,10 +128,10 @@ static long count_at_least(const uint32_t *keys, long n, uint32_t key) {
     return total;
 }
 
-/* SFT-MA: see `exchange_by_accumulators` of reallocate.py; k entries are dropped and k grown.
+/* Drop k entries and grow k by accumulators (SFT-MA): see `exchange_by_accumulators` of spiel/drop_grow.py.
 
-   row [height], col [width]; rows, columns: the same sorted from the largest, and where each column came from.
-   kept [K], grown [k], order [K] are written. keys: room for K; marks: for 2 ceil(width / 64). */
+   row [height], col [width]; rows, columns: the same sorted from the largest, with each column's original place.
+   Writes kept [K], grown [k], order [K]. Buffers: keys [K], marks [2 ceil(width / 64)]. */
 void exchange_by_accumulators(const int32_t *indices, const float *scores, long active, const float *row,
                               const float *rows, long height, const float *col, const float *columns,
                               const int64_t *column_order, long width, long k, uint8_t *kept, int32_t *grown,

@@ -1,6 +1,6 @@
-"""Drop and grow of one weight on a CPU: the functions of `spiel.reallocate` with the same names and results, in C.
+"""Drop and grow of one weight on a CPU, in C: the same names and results as the functions of `spiel.drop_grow`.
 
-What the C code does not take (other devices, weights of more than 2^31 entries) is left to those functions.
+Those functions handle everything else: other devices, and weights of more than 2^31 entries.
 Shapes: K active entries, C candidates, k up for replacement; O rows, I columns.
 """
 
@@ -18,7 +18,7 @@ from .compile import library
 
 
 def exchange_by_gradient(indices: Tensor, scores: Tensor, candidates: Tensor, mean: Tensor, k: int) -> Exchange:
-    """SFT-AG: see `reallocate.exchange_by_gradient`."""
+    """Drop and grow by gradient (SFT-AG): see `spiel.drop_grow.exchange_by_gradient`."""
     active, count = indices.numel(), candidates.numel()
     if not _in_c(indices, k, candidates, floats=(mean,)):
         return reallocate.exchange_by_gradient(indices, scores, candidates, mean, k)
@@ -35,7 +35,7 @@ def exchange_by_gradient(indices: Tensor, scores: Tensor, candidates: Tensor, me
 
 
 def exchange_by_accumulators(indices: Tensor, scores: Tensor, row: Tensor, col: Tensor, k: int) -> Exchange:
-    """SFT-MA: see `reallocate.exchange_by_accumulators`."""
+    """Drop and grow by accumulators (SFT-MA): see `spiel.drop_grow.exchange_by_accumulators`."""
     if not _in_c(indices, k, floats=(row, col)):
         return reallocate.exchange_by_accumulators(indices, scores, row, col, k)
     active, height, width = indices.numel(), row.numel(), col.numel()
@@ -55,13 +55,13 @@ def exchange_by_accumulators(indices: Tensor, scores: Tensor, row: Tensor, col: 
 
 
 def _in_c(indices: Tensor, k: int, *others: Tensor, floats: Sequence[Tensor]) -> bool:
-    """Whether the C code takes these: what it reads is int32 or fp32, on a CPU, without gaps."""
+    """Return True if the C code can read these tensors: int32 or fp32, on a CPU, contiguous."""
     dtypes = [(tensor, torch.int32) for tensor in (indices, *others)] + [(tensor, torch.float32) for tensor in floats]
     known = all(t.device.type == "cpu" and t.dtype is dtype and t.is_contiguous() for t, dtype in dtypes)
     return known and 0 <= k <= indices.numel()
 
 
 def _rooms(active: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate `kept` and `order`, which are returned, and a buffer for keys."""
+    """Allocate kept and order, which are results, and a buffer for keys."""
     kept, order = torch.empty(active, dtype=torch.bool), torch.empty(active, dtype=torch.int64)
     return kept, order, torch.empty(keys, dtype=torch.int32)

@@ -2,12 +2,12 @@
 
    Shapes: T tokens; R rows, C columns of a weight; left [T, R], right [T, C], contiguous.
 
-   A few tokens at a time, both factors are laid out so that each column's tokens lie side by side: BLOCK words of 32
-   bits, one float each or two bf16. A row's words then stay in registers while the columns that its entries ask for
-   stream past. Each entry is summed by one thread and in one order, whatever the number of threads. Vectors are the
-   compiler's own; nothing but the product of bf16 pairs is written for one processor.
+   Both factors are transposed a few tokens at a time, so that each column's tokens are contiguous: BLOCK words of 32
+   bits, one float each or two bf16. A row's words then stay in registers while the columns of its entries stream past.
+   Each entry is summed by one thread and in one order, whatever the number of threads. Vectors are the compiler's own;
+   only the product of bf16 pairs is specific to a processor.
 
-   Compiled by native.py, called by columns.py. */
+   Compiled by compile.py, called by sampled_columns.py. */
 
 #include <stdint.h>
 #include <string.h>
@@ -31,7 +31,7 @@ typedef int32_t places __attribute__((vector_size(16)));
 
 INLINE words load(const void *from) { words v; memcpy(&v, from, sizeof v); return v; }
 
-/* sum + a * b by lanes: of floats, or of the two bf16 in each word. */
+/* Compute sum + a * b by lanes: of floats, or of the two bf16 in each word. */
 INLINE floats add_products(floats sum, words a, words b, int pairs) {
     if (!pairs) return sum + (floats)a * (floats)b;
 #if defined(__AVX512BF16__)
@@ -53,7 +53,7 @@ INLINE quad by_quarters(floats v) {
     return first + second;
 }
 
-/* The sums over the lanes of four vectors. */
+/* Sum the lanes of each of four vectors. */
 INLINE quad totals(const floats *v) {
     quad a = by_quarters(v[0]), b = by_quarters(v[1]), c = by_quarters(v[2]), d = by_quarters(v[3]);
     quad ab = SHUFFLED_QUADS(a, b, 0, 4, 1, 5) + SHUFFLED_QUADS(a, b, 2, 6, 3, 7);
@@ -61,7 +61,7 @@ INLINE quad totals(const floats *v) {
     return SHUFFLED_QUADS(ab, cd, 0, 1, 4, 5) + SHUFFLED_QUADS(ab, cd, 2, 3, 6, 7);
 }
 
-/* out[k] += row . right[columns[k]] for the entries of one row; `more` entries of other rows lie behind them. */
+/* Compute out[k] += row . right[columns[k]] for the entries of one row; `more` entries of other rows follow them. */
 INLINE void dots_of_row(const uint32_t *row, const uint32_t *right, const void *columns, int wide, float *out,
                         long count, long more, int pairs) {
     const uint16_t *narrow_column = columns;
@@ -92,7 +92,7 @@ INLINE void dots_of_row(const uint32_t *row, const uint32_t *right, const void *
 #undef COLUMN
 }
 
-/* rows[i][j] becomes rows[j][i]. */
+/* Transpose: rows[i][j] becomes rows[j][i]. */
 INLINE void transpose(words *rows) {
     words pairs[LANES], quads[LANES];
     for (int i = 0; i < LANES; i += 2) {
@@ -118,7 +118,7 @@ INLINE void transpose(words *rows) {
     }
 }
 
-/* Sixteen (at the edge `count`) numbers of one token, or of two as pairs; zero where there is no such token. */
+/* Load sixteen (at the edge `count`) numbers of one token, or of two as pairs; zeros for missing tokens. */
 INLINE words of_tokens(const char *factor, long width, long token, long tokens, long column, long count, int pairs) {
     words got = {0};
     if (!pairs) {
@@ -133,7 +133,7 @@ INLINE words of_tokens(const char *factor, long width, long token, long tokens, 
     return got;
 }
 
-/* columns[c][word ..] = LANES words of columns [from, until) of a factor [tokens, width], tokens from `start` on. */
+/* Set columns[c][word ..] to LANES words of columns [from, until) of a factor [tokens, width], from token `start`. */
 INLINE void lay_out(const char *factor, long width, long start, long tokens, int word, long from, long until,
                     uint32_t *columns, int pairs) {
     long per_word = pairs ? 2 : 1, first = start + word * per_word;
@@ -153,7 +153,7 @@ INLINE void lay_out(const char *factor, long width, long start, long tokens, int
     }
 }
 
-/* The first row of a thread's share: shares are whole rows with about as many entries each. */
+/* Find the first row of a thread's share: shares are whole rows with about equally many entries. */
 static long first_row(const int32_t *starts, long rows, int thread, int threads) {
     long low = 0, high = rows, bound = (long)starts[rows] * thread / threads;
     if (thread == threads) return rows;
@@ -185,15 +185,15 @@ DOTS(dots_narrow_pairs, 0, 1)
 DOTS(dots_wide_floats, 1, 0)
 DOTS(dots_wide_pairs, 1, 1)
 
-/* out[k] += sum over t of left[t, row(k)] * right[t, column(k)], for several lists of entries.
+/* Compute out[k] += sum over t of left[t, row(k)] * right[t, column(k)], for several lists of entries.
 
    pairs: the factors are bf16, not fp32. wide: columns are int32, not uint16.
-   starts[n] [R + 1]: where each row of list n begins in columns[n] [K] and out[n] [K].
-   room: (R + C) * BLOCK words. */
+   starts[n] [R + 1]: the first entry of each row of list n in columns[n] [K] and out[n] [K].
+   buffer: (R + C) * BLOCK words. */
 void column_products(const char *left, const char *right, long tokens, long rows, long width, int pairs, int lists,
                      const int32_t *const *starts, const void *const *columns, int wide, float *const *out,
-                     uint32_t *room, int threads) {
-    uint32_t *lefts = room, *rights = room + rows * BLOCK;
+                     uint32_t *buffer, int threads) {
+    uint32_t *lefts = buffer, *rights = buffer + rows * BLOCK;
     layer *lay = pairs ? lay_out_pairs : lay_out_floats;
     dotter *dots = wide ? (pairs ? dots_wide_pairs : dots_wide_floats) : pairs ? dots_narrow_pairs : dots_narrow_floats;
     long column_bytes = wide ? 4 : 2;

@@ -1,4 +1,4 @@
-"""Entries of a weight gradient on a CPU, without the gradient: dot products of sampled columns (appendix B), in C.
+"""Compute entries of a weight gradient on a CPU as dot products of sampled columns (appendix B), in C.
 
 Shapes: T tokens; R rows, C columns of a weight; K entries.
 """
@@ -15,26 +15,26 @@ from scale_sft.kernels.operands import Wanted, check_operands
 from .compile import addresses, library
 
 LARGEST_SHARE = 1 / 5
-"""Of a weight's entries. On one core (AVX-512 with products of bf16) 31 ns per entry and 1,024 tokens, where the whole
-product takes 10 per entry of the weight; in fp32 60 to 80, and 21."""
+"""Of a weight's entries. On one core (AVX-512 with bf16 products), 1,024 tokens take 31 ns per sampled entry, where the
+full product takes 10 ns per entry of the weight; in fp32 60 to 80 ns, and 21 ns."""
 
 
 class SampledColumns:
-    """A `Products` of the recorder: adds few entries of left^T right to each `out`, and leaves many to the recorder.
+    """A `Products` of the recorder: adds a small number of entries to each `out`, and leaves more to the full product.
 
-    Sums are fp32, in an order that does not depend on the number of threads. Whether entries are few is arithmetic, not
-    a clock: a run that is repeated chooses as before. Where products of bf16 have matrix units (AMX) they are left
-    whole: there nothing has been measured.
+    Sums are fp32, in an order that does not depend on the number of threads. The limit is computed, not timed, so a
+    repeated run makes the same choice. On CPUs with matrix units for bf16 (AMX) the full product is used, as nothing
+    has been measured there.
 
     Raises:
-        NoCompiler: see `native.library`.
+        NoCompiler: see `compile.library`.
     """
 
     def __init__(self) -> None:
         self._products, self._words = library().column_products, library().words_per_column()
 
     def __call__(self, left: Tensor, right: Tensor, wanted: Wanted) -> bool:
-        """Whether the entries were added.
+        """Add the entries if that pays; returns whether it did.
 
         Args:
             left: [T, R], right: [T, C]; both the same dtype.
@@ -69,18 +69,18 @@ class SampledColumns:
         return True
 
     def pays(self, left: Tensor, right: Tensor, count: int) -> bool:
-        """Whether `count` entries of left^T right come sooner one by one than from the whole product."""
+        """Return True if `count` entries of left^T right are faster one by one than by the full product."""
         dtype, (tokens, rows) = left.dtype, left.shape
         if left.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
             return False
         if dtype is torch.bfloat16 and has_matrix_units():
             return False
         at_once = self._words if dtype is torch.float32 else 2 * self._words
-        computed = -(-tokens // at_once) * at_once  # tokens, the last block's filled up with zeros
+        computed = -(-tokens // at_once) * at_once  # tokens, with the last block padded by zeros
         return count * computed <= LARGEST_SHARE * tokens * rows * right.shape[1]
 
 
 @lru_cache
 def has_matrix_units() -> bool:
-    """Whether this processor multiplies matrices of bf16 in units of their own."""
+    """Return True if this processor has matrix units for bf16."""
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()

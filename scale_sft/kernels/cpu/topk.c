@@ -1,11 +1,11 @@
-/* The k entries of largest magnitude of a vector, by counting: no copy of it is made, and nothing of its size.
+/* Find the k entries of largest magnitude of a vector by counting, without a copy or anything of its size.
 
-   Magnitudes are ordered as the bits of floats without their sign. Those from a floor on, which a sample suggests, are
-   counted by their upper bits (of bf16 all), in fp32 then by the lower 16 where the upper ones are the threshold's; a
-   last pass collects what lies above the threshold and, of its equals, the first. A floor that was too high is given
-   up: it costs time and nothing else. What is no number counts as smaller than any number.
+   Magnitudes sort like the bits of floats without their sign. Those above a floor, suggested by a sample, are counted
+   by their upper bits (all bits of bf16); in fp32, those that share the threshold's upper bits are then counted by
+   their lower 16. A last pass collects entries above the threshold and the first of those equal to it. A floor that
+   was too high is given up, which only costs time. NaN counts as smaller than any number.
 
-   Compiled by native.py, called by select.py. */
+   Compiled by compile.py, called by topk.py. */
 
 #include <math.h>
 #include <stdint.h>
@@ -18,7 +18,7 @@
 
 enum { UPPER_BINS = 1 << 15, BLOCK = 32, SAMPLE = 1 << 13 };
 
-/* 0 for what is no number, else the bits of the magnitude and 1. */
+/* 0 for NaN, otherwise the bits of the magnitude plus 1. */
 INLINE uint32_t key_of(const void *values, long n, int halves) {
     uint32_t bits, largest = halves ? 0x7f80 : 0x7f800000;
     if (halves) bits = ((const uint16_t *)values)[n] & 0x7fff;
@@ -26,7 +26,7 @@ INLINE uint32_t key_of(const void *values, long n, int halves) {
     return bits > largest ? 0 : bits + 1;
 }
 
-/* Which of up to BLOCK entries from `start` on have at least a key: one bit each. */
+/* Mark which of up to BLOCK entries from `start` on reach a key: one bit each. */
 INLINE uint32_t reaching(const void *values, int halves, long start, long last, uint32_t key) {
 #if defined(__AVX512BW__)
     if (last - start >= BLOCK && key && halves) {
@@ -52,13 +52,13 @@ INLINE uint32_t reaching(const void *values, int halves, long start, long last, 
     return which;
 }
 
-/* For each i in [first, last) whose entry has at least a key, in ascending order. */
+/* Loop over each i in [first, last) whose entry reaches a key, in ascending order. */
 #define EACH_REACHING(key) \
     for (long start = first, i; start < last; start += BLOCK) \
         for (uint32_t which = reaching(values, halves, start, last, key); \
              which && (i = start + __builtin_ctz(which), 1); which &= which - 1)
 
-/* The lower end of a bin that a little more than k of n entries reach, if a sample speaks for them; or 0.
+/* Estimate from a sample the lower end of a bin that slightly more than k of n entries reach; 0 if it cannot tell.
    The stride is odd: an even one would see few columns of a weight whose width is a power of two. */
 INLINE uint32_t likely_floor(const void *values, int halves, long n, long k, uint32_t *counts, int lower_bits) {
     long stride = n / SAMPLE | 1, sample = 0, beyond;
@@ -126,8 +126,8 @@ INLINE void select_top(const void *values, int halves, long n, long k, int64_t *
     }
 }
 
-/* out [k]: where they are, ascending; of equals the first. 1 <= k <= n. values: fp32, or bf16 where `halves`.
-   counts: room for threads * BINS words. found: room for 2 * threads. */
+/* out [k]: their indices, ascending; of equals the first. 1 <= k <= n. values: fp32, or bf16 where `halves`.
+   Buffers: counts [threads * BINS] words, found [2 * threads]. */
 void top_k_magnitude(const void *values, int halves, long n, long k, int64_t *out, uint32_t *counts, long *found,
                      int threads) {
     if (halves) select_top(values, 1, n, k, out, counts, found, threads);

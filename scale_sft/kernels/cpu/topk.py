@@ -1,4 +1,4 @@
-"""The entries of largest magnitude of a long vector, found in C where it lies on a CPU. Shapes: N entries, k chosen."""
+"""Find the entries of largest magnitude of a long vector, in C on a CPU. Shapes: N entries, k chosen."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .compile import library, why_not
 
 
 def top_k_magnitude(values: Tensor, k: int) -> Tensor:
-    """As `spiel.topk.top_k_magnitude`, the same indices in every case: [k] int64, ascending, ties to the smaller index.
+    """Find the same indices as `spiel.topk.top_k_magnitude`: [k] int64, ascending, ties to the smaller index.
 
-    In C wherever there is a compiler, whatever kernels a run asks for: only the time differs.
+    This uses C wherever there is a compiler, whatever the option `kernels`: only the time differs.
 
     Args:
-        values: [N] floating point, any device; no number (NaN) counts as smaller than any.
+        values: [N] floating point, any device; NaN counts as smaller than any number.
         k: 0 <= k <= N.
 
     Raises:

@@ -1,11 +1,11 @@
-/* Updates of the deltas in one pass over their state, weight included: AdamW (section 3.2), SM3 (section 3.3).
+/* Update the deltas in one pass over state and weight: AdamW (section 3.2), SM3 (section 3.3).
 
    Shapes: K active entries of one weight [R, C], sorted by row and column. Formulas and their order are those of
-   spiel/optimizer.py, every operation rounded to fp32 and none fused with another (-ffp-contract=off). Then
-   effective = (float(base) + delta) rounded to the weight's dtype, from the delta as it is stored. `halves` beside a
+   spiel/optimizers.py, every operation rounded to fp32 and none fused with another (-ffp-contract=off). Then
+   effective = (float(base) + delta) rounded to the weight's dtype, from the delta as stored. `halves` next to a
    pointer: it points to bf16, not to fp32. The result does not depend on the number of threads.
 
-   Compiled by native.py, called by updates_cpu.py. */
+   Compiled by compile.py, called by updates.py. */
 
 #include <math.h>
 #include <stdint.h>
@@ -34,7 +34,7 @@ static void get(const void *from, int halves, long start, long count, float *int
     else for (long k = 0; k < count; k++) into[k] = widened(((const uint16_t *)from)[start + k]);
 }
 
-/* The values are then those that are kept. */
+/* The values then equal the stored ones. */
 static void put(void *to, int halves, long start, long count, float *values) {
     if (!halves) {
         memcpy((float *)to + start, values, count * sizeof *values);
@@ -47,23 +47,23 @@ static void put(void *to, int halves, long start, long count, float *values) {
     }
 }
 
-/* Where the entries of one weight lie, and the part [start, start + size) of the flattened weight that is written. */
+/* The places of one weight's entries, and the part [start, start + size) of the flattened weight to write. */
 struct target {
     const int32_t *row_starts; /* [R + 1] */
     const void *columns;       /* [K] uint16, or int32 */
     int wide;
     long rows, width;
-    void *weight; /* [size]; none: nothing is written */
+    void *weight; /* [size]; NULL: nothing is written */
     const void *base; /* [E]: base values of the entries in the part, in order */
     int halves;       /* of weight and base */
-    long start, size, first; /* first: how many entries lie before the part */
+    long start, size, first; /* first: number of entries before the part */
 };
 
 static inline long column_of(const struct target *to, long entry) {
     return to->wide ? ((const int32_t *)to->columns)[entry] : ((const uint16_t *)to->columns)[entry];
 }
 
-/* weight = base + delta for entries [from, to), all of one row. */
+/* Write weight = base + delta for entries [from, to), all of one row. */
 static void write_row(const struct target *to, long row, long from, long until, const float *deltas) {
     for (long k = from; k < until; k++) {
         long place = row * to->width + column_of(to, k) - to->start;
@@ -88,7 +88,7 @@ static long row_of(const struct target *to, long entry) {
     return low;
 }
 
-/* cohort: uint8, or int16 where `many`: which of the step sizes and denominators holds for each delta. */
+/* cohort: uint8, or int16 where `many`: selects each delta's step size and denominator. */
 void adamw_write(long entries, void *deltas, int delta_halves, const void *gradients, int gradient_halves,
                  void *exp_avg, int average_halves, float *exp_avg_sq, const void *cohort, int many,
                  const float *step_sizes, const float *denominators, float decay, float weight1, float beta2,
@@ -122,7 +122,7 @@ void adamw_write(long entries, void *deltas, int delta_halves, const void *gradi
     }
 }
 
-/* row [R], col [C]: the accumulators, non-negative, which grow by maxima. largest: room for threads * C floats. */
+/* row [R], col [C]: the accumulators, non-negative, which grow by maxima. largest: a buffer of threads * C floats. */
 void sm3_write(void *deltas, int delta_halves, const void *gradients, int gradient_halves, float *row, float *col,
                float *largest, float decay, float step_size, float eps, const struct target *target, int threads) {
     long width = target->width;

@@ -1,6 +1,7 @@
-"""The updates of sections 3.2 and 3.3 in one pass over their state, weight included, on a CPU: `updates` in C.
+"""Apply the updates of sections 3.2 and 3.3 in one pass over state and weight, on a CPU, in C.
 
-Arguments and results are those of the functions of the same names there; shapes: K active entries of a weight [R, C].
+Arguments and results are those of the functions of the same names in `gpu.updates`.
+Shapes: K active entries of a weight [R, C].
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from scale_sft.spiel.indices import Entries
 from .compile import Target, library
 
 COHORTS = {torch.uint8: False, torch.int16: True}
-"""Whether a cohort's number has two bytes."""
+"""True if a cohort's number has two bytes."""
 
 
 def adamw_write(
@@ -34,7 +35,7 @@ def adamw_write(
     entries: Entries,
     written: Written | None = None,
 ) -> None:
-    """One AdamW step on the [K] entries of a weight in place, and their effective values into the weight."""
+    """Do one AdamW step on the [K] entries of a weight in place, and write their effective values into the weight."""
     check_written(written, entries)
     library().adamw_write(
         entries.count,
@@ -59,7 +60,7 @@ def sm3_write(
     entries: Entries,
     written: Written | None = None,
 ) -> None:
-    """One SM3-II step on the [K] entries of a weight in place, and their effective values into the weight."""
+    """Do one SM3-II step on the [K] entries of a weight in place, and write their effective values into the weight."""
     check_written(written, entries)
     threads = torch.get_num_threads()
     largest = torch.empty(threads, col.numel(), dtype=torch.float32)  # of each thread, by column
@@ -73,7 +74,7 @@ def sm3_write(
 
 
 def halves(tensor: Tensor) -> bool:
-    """Whether a tensor is bf16 and not fp32. Raises ValueError for any other dtype, and for gaps in memory."""
+    """Return True for bf16, False for fp32. Raises ValueError for other dtypes and non-contiguous tensors."""
     if tensor.dtype not in (torch.float32, torch.bfloat16) or not tensor.is_contiguous():
         raise ValueError(
             f"state of deltas: got {tensor.dtype}, contiguous: {tensor.is_contiguous()}; expected fp32 or bf16"
@@ -82,7 +83,7 @@ def halves(tensor: Tensor) -> bool:
 
 
 def _target(entries: Entries, written: Written | None) -> Target:
-    """For the call at hand: the tensors that it points to must live on, as those of `entries.csr` do."""
+    """Describe the target of one call; the tensors it points to must outlive the call, as those of `entries.csr` do."""
     row_starts, columns = entries.csr()
     place = Target(row_starts.data_ptr(), columns.data_ptr(), columns.dtype is torch.int32, *entries.shape)
     if written:

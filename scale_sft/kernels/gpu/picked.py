@@ -1,6 +1,6 @@
-"""The dense product of the vendor's library, and its recorded entries picked out by one kernel.
+"""Compute the dense product with the vendor's library, and pick its recorded entries in one kernel.
 
-The plain path with less around it: no flat index, no gathered copy; the same roundings, the same memory for dW.
+This is the plain path without a flat index and a gathered copy; roundings and the memory for dW are the same.
 Shapes: T tokens; R rows, C columns of a weight; K entries.
 """
 
@@ -17,7 +17,7 @@ BLOCK = 128  # entries of a row taken at once
 
 @triton.jit
 def pick_kernel(gradient, row_starts, columns, out, width, BLOCK: tl.constexpr):
-    """Out += the recorded entries of one row of gradient [R, C]."""
+    """Add the recorded entries of one row of gradient [R, C] to out."""
     row = tl.program_id(0)
     last = tl.load(row_starts + row + 1)
     gradient_row = gradient + row.to(tl.int64) * width
@@ -31,16 +31,16 @@ def pick_kernel(gradient, row_starts, columns, out, width, BLOCK: tl.constexpr):
 
 
 def picked_entries(left: Tensor, right: Tensor, wanted: Wanted) -> None:
-    """out[k] += dW[row(k), column(k)] for all that is wanted, dW = left^T right in the factors' dtype.
+    """Compute out[k] += dW[row(k), column(k)] for all wanted entries, dW = left^T right in the factors' dtype.
 
-    Equals `dense_products` bit for bit. Nothing waits for the device.
+    The result equals `dense_products` bit for bit. This does not wait for the device.
 
     Args:
         left: [T, R], right: [T, C]; fp32, bf16 or fp16, both the same.
         wanted: see `Wanted`; on the device of the factors.
 
     Raises:
-        ValueError: shapes or dtypes do not belong together.
+        ValueError: shapes or dtypes do not match.
     """
     check_operands(left, right, wanted)
     gradient = left.t() @ right

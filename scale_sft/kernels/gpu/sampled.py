@@ -1,9 +1,9 @@
-"""Below the crossover density: the gradient of each recorded entry as a dot product of two columns (appendix B).
+"""Compute each recorded entry as a dot product of two columns, below the crossover density (appendix B).
 
 Shapes: T tokens; R rows, C columns of a weight; K entries.
-Both factors are first laid out token by token ([R, T], [C, T]), in pieces of the tokens: an entry then reads whole
-cache lines, and one piece of the larger factor stays in the second-level cache while all entries use it. The price is
-one pass over both factors, (R + C) T entries read and written, against the 2 K T that the dot products read.
+Both factors are first transposed to [R, T] and [C, T], in pieces of the tokens: an entry then reads whole cache lines,
+and one piece of the larger factor stays in the second-level cache while all entries use it. This costs one pass over
+both factors, (R + C) T entries read and written, compared with the 2 K T that the dot products read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scale_sft.kernels.operands import Wanted, check_operands
 
-ENTRIES = 16  # of one row, summed by one program at a time
+ENTRIES = 16  # of one row that a program sums at a time
 TOKENS = 128  # read of each at once
 PIECE_BYTES = 16 << 20  # of the factor with columns: well below the second-level cache of an A100 (40 MB)
 MAX_PROGRAMS_PER_ROW = 64
@@ -23,8 +23,8 @@ MAX_PROGRAMS_PER_ROW = 64
 
 @triton.jit
 def dot_kernel(
-    left,  # [R, token_stride], tokens innermost, zeros behind the last one
-    right,  # [C, token_stride] likewise
+    left,  # [R, token_stride], tokens innermost, padded with zeros
+    right,  # [C, token_stride], in the same layout
     row_starts,
     columns,
     sums,  # [K] fp32
@@ -32,7 +32,7 @@ def dot_kernel(
     ENTRIES: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Adds the dot products of one row's entries; program (r, s) takes every num_programs(1)-th group of row r."""
+    """Add the dot products of one row's entries; program (r, s) takes every num_programs(1)-th group of row r."""
     row = tl.program_id(0)
     first = tl.load(row_starts + row)
     last = tl.load(row_starts + row + 1)
@@ -53,10 +53,10 @@ def dot_kernel(
 
 
 def sampled_dots(left: Tensor, right: Tensor, wanted: Wanted) -> None:
-    """out[k] += sum over t of left[t, row(k)] * right[t, column(k)], for all that is wanted.
+    """Compute out[k] += sum over t of left[t, row(k)] * right[t, column(k)], for all wanted entries.
 
     Products and sums are fp32; every entry is summed by one program in one order, so the same call gives the same
-    bits. Nothing waits for the device. Temporaries: one piece of both factors, and 4 bytes per entry where `out` is
+    bits. This does not wait for the device. Temporaries: one piece of both factors, and 4 bytes per entry if `out` is
     not fp32.
 
     Args:
@@ -64,7 +64,7 @@ def sampled_dots(left: Tensor, right: Tensor, wanted: Wanted) -> None:
         wanted: see `Wanted`; on the device of the factors.
 
     Raises:
-        ValueError: shapes or dtypes do not belong together.
+        ValueError: shapes or dtypes do not match.
     """
     check_operands(left, right, wanted)
     rows, width = left.shape[1], right.shape[1]
@@ -74,7 +74,7 @@ def sampled_dots(left: Tensor, right: Tensor, wanted: Wanted) -> None:
     for start in range(0, left.shape[0], piece):
         left_piece, right_piece = (_tokens_innermost(factor[start : start + piece]) for factor in (left, right))
         for (row_starts, columns), total in zip(stored, sums, strict=True):
-            groups = triton.cdiv(2 * total.numel(), rows * ENTRIES)  # twice the mean: long rows are shared out
+            groups = triton.cdiv(2 * total.numel(), rows * ENTRIES)  # twice the mean: long rows are split
             dot_kernel[(rows, max(1, min(groups, MAX_PROGRAMS_PER_ROW)))](
                 left_piece,
                 right_piece,
@@ -91,7 +91,7 @@ def sampled_dots(left: Tensor, right: Tensor, wanted: Wanted) -> None:
 
 
 def _tokens_innermost(factor: Tensor) -> Tensor:
-    """[T, R] -> [R, T'] contiguous, T' the next multiple of TOKENS, zeros behind the tokens."""
+    """Transpose [T, R] to [R, T'], contiguous; T' is the next multiple of TOKENS, padded with zeros."""
     tokens, rows = factor.shape
     padded = triton.cdiv(tokens, TOKENS) * TOKENS
     laid_out = torch.empty(rows, padded, dtype=factor.dtype, device=factor.device)

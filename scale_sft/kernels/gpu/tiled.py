@@ -1,9 +1,9 @@
-"""Above the crossover density: a tiled matrix product that hands over the recorded entries and never stores dW.
+"""Compute recorded entries by a tiled matrix product that never stores dW, above the crossover density.
 
 Shapes: T tokens; R rows, C columns of a weight; K entries; a tile is BLOCK_R x BLOCK_C.
-A program computes one tile of dW = left^T right in fp32, finds where its columns begin in each of its rows by bisection
-(entries are sorted), and picks them out of the tile through shared memory: the tile is gathered as one flat vector,
-which keeps Triton from exchanging it between threads by shuffles (a hundred instructions instead of thousands).
+A program computes one tile of dW = left^T right in fp32, bisects each row's sorted entries for the first one in the
+tile, and picks entries out of the tile through shared memory. The tile is gathered as one flat vector, which keeps
+Triton from exchanging it between threads by shuffles (a hundred instructions instead of thousands).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scale_sft.kernels.operands import Wanted, check_operands
 
 
 class Tile(NamedTuple):
-    """How one program works: its tile, the tokens of one multiplication, warps, stages of the pipeline."""
+    """The configuration of a program: its tile, the tokens of one multiplication, warps, stages of the pipeline."""
 
     block_r: int
     block_c: int
@@ -29,9 +29,9 @@ class Tile(NamedTuple):
 
 
 TILES = (Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 32, 4, 4), Tile(64, 64, 64, 4, 4))
-FP32_TILE = Tile(64, 64, 32, 4, 3)  # without tensor cores larger tiles spill
+FP32_TILE = Tile(64, 64, 32, 4, 3)  # larger tiles spill without tensor cores
 AT_ONCE = 2
-MAX_PICKS = 32  # more of them spill registers
+MAX_PICKS = 32  # more would spill registers
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def add_recorded(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Out += what is recorded of this tile, PICKS entries of each row at a time."""
+    """Add the recorded entries of this tile to out, PICKS entries of each row at a time."""
     local_row = tl.arange(0, BLOCK_R)
     row = first_row + local_row
     low = tl.load(row_starts + row, mask=row < rows, other=0)
@@ -62,7 +62,7 @@ def add_recorded(
         low = tl.where(open_ & before, middle + 1, low)
         high = tl.where(open_ & (column >= first_column), middle, high)
     flat_tile = tl.reshape(tile, [BLOCK_R * BLOCK_C])
-    most = PICKS  # entries that the fullest row had in the last round: as many as fit, and there may be more
+    most = PICKS  # entries of the fullest row in the last round: PICKS means that there may be more
     while most == PICKS:
         entry = low[:, None] + tl.arange(0, PICKS)[None, :]
         inside = entry < last[:, None]
@@ -99,9 +99,9 @@ def tile_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    GROUP: tl.constexpr,  # tile rows that neighbouring programs share, so that they find each other's factors cached
+    GROUP: tl.constexpr,  # tile rows shared by neighbouring programs, to reuse each other's cached factors
 ):
-    """One tile of left^T right, and the recorded entries in it."""
+    """Compute one tile of left^T right, and pick the recorded entries in it."""
     tile_rows = tl.cdiv(rows, BLOCK_R)
     tile_columns = tl.cdiv(width, BLOCK_C)
     program = tl.program_id(0)
@@ -134,11 +134,11 @@ def tile_kernel(
 
 
 def product_entries(left: Tensor, right: Tensor, wanted: Wanted, tile: Tile | None = None) -> None:
-    """out[k] += (left^T right)[row(k), column(k)] for all that is wanted, two at a time from one product.
+    """Compute out[k] += (left^T right)[row(k), column(k)] for all wanted entries, two lists at a time from one product.
 
-    Sums are fp32 in one order (fp32 factors are multiplied as such, never as TF32); every entry is written by the one
-    program whose tile it lies in, so the same call gives the same bits. Nothing waits for the device, and no
-    temporary lies outside the chip.
+    Sums are fp32 in one order (fp32 factors are multiplied as such, never as TF32). Every entry is written by the one
+    program whose tile contains it, so the same call gives the same bits. This does not wait for the device, and no
+    temporary is in global memory.
 
     Args:
         left: [T, R], right: [T, C]; fp32, bf16 or fp16, both the same.
@@ -146,7 +146,7 @@ def product_entries(left: Tensor, right: Tensor, wanted: Wanted, tile: Tile | No
         tile: how to cut the work; None: the first of `TILES`, or `FP32_TILE`.
 
     Raises:
-        ValueError: shapes or dtypes do not belong together.
+        ValueError: shapes or dtypes do not match.
     """
     check_operands(left, right, wanted)
     left, right = (factor if factor.stride(1) == 1 else factor.contiguous() for factor in (left, right))
@@ -181,5 +181,5 @@ def product_entries(left: Tensor, right: Tensor, wanted: Wanted, tile: Tile | No
 
 
 def picks(entries: int, numel: int, tile: Tile) -> int:
-    """Entries to pick from a tile's row at once: about twice as many as it holds on average, a power of two."""
+    """Choose how many entries to pick from a tile's row at once: about twice its average, a power of two."""
     return min(MAX_PICKS, tile.block_c, max(8, triton.next_power_of_2(2 * entries * tile.block_c // numel)))

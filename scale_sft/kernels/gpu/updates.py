@@ -1,10 +1,10 @@
-"""The updates of section 3.2 (AdamW) and 3.3 (SM3) in one pass over their state, weight included, on a GPU.
+"""Apply the updates of sections 3.2 (AdamW) and 3.3 (SM3) in one pass over state and weight, on a GPU.
 
 Shapes: K active entries of one weight [R, C], sorted by row and column.
-The formulas and their order are those of `spiel.optimizer.adamw_update` and `sm3_update`, every operation rounded to
-fp32 as IEEE 754 asks and none fused with another. Torch fuses some products with sums (which ones depends on the
-device), so the last bit may differ from it; the same call gives the same bits again. Then effective =
-(base.float() + delta).to(dtype) goes into the weight, from the delta as it is stored.
+The formulas and their order are those of `spiel.optimizers.adamw_update` and `sm3_update`. Every operation is rounded
+to fp32 as IEEE 754 requires, and none is fused with another. Torch fuses some products with sums, depending on the
+device, so results may differ from it in the last bit; the same call gives the same bits. Then effective =
+(base.float() + delta).to(dtype) is written into the weight, from the delta as stored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROW_BLOCK = 128  # entries of a row that an SM3 program takes at once
 
 @triton.jit
 def write_effective(delta, entry, inside, row, column, width, weight, base, part_start, part_size, first):
-    """weight[row, column] = base + delta where the entry lies in the part; all but the scalars are [B]."""
+    """Set weight[row, column] = base + delta for entries inside the part; all but the scalars are [B]."""
     place = row.to(tl.int64) * width + column - part_start
     inside = inside & (place >= 0) & (place < part_size)
     value = tl.load(base + (entry - first), mask=inside, other=0.0).to(tl.float32) + delta
@@ -31,9 +31,9 @@ def write_effective(delta, entry, inside, row, column, width, weight, base, part
 
 @triton.jit
 def row_of(row_starts, entry, low, high, span):
-    """The row that owns each entry: the last in [low, high] that starts at or before it.
+    """Find the row of each entry: the last in [low, high] that starts at or before it.
 
-    `entry`, `low`, `high` are scalars or vectors alike; row_starts[low] <= entry; span, a scalar: >= high - low.
+    `entry`, `low`, `high` are all scalars or all vectors; row_starts[low] <= entry; span, a scalar: >= high - low.
     """
     while span > 0:
         middle = low + (high - low + 1) // 2
@@ -71,7 +71,7 @@ def adamw_kernel(
     WRITES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of entries, whatever their rows."""
+    """Update one block of entries, of any rows."""
     start = tl.program_id(0) * BLOCK
     entry = start + tl.arange(0, BLOCK)
     inside = entry < entries
@@ -124,7 +124,7 @@ def sm3_kernel(
     WRITES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row of the weight."""
+    """Update one row of the weight."""
     row = tl.program_id(0)
     last = tl.load(row_starts + row + 1)
     old_row = tl.load(row_accumulator + row)
@@ -136,7 +136,7 @@ def sm3_kernel(
         gradient = tl.load(gradients + entry, mask=inside, other=0.0).to(tl.float32)
         nu = tl.minimum(old_row, tl.load(old_columns + column, mask=inside, other=0.0)) + gradient * gradient
         largest = tl.maximum(largest, tl.where(inside, nu, old_row))
-        # The bits of non-negative floats are ordered as the numbers are: a maximum of integers, in any order.
+        # The bits of non-negative floats sort like the numbers, so this is a maximum of integers, in any order.
         bits = (column_accumulator + column).to(tl.pointer_type(tl.int32), bitcast=True)
         tl.atomic_max(bits, nu.to(tl.int32, bitcast=True), mask=inside)
 
@@ -166,7 +166,7 @@ def adamw_write(
     entries: Entries,
     written: Written | None = None,
 ) -> None:
-    """One AdamW step on the [K] entries of a weight in place, and their effective values into the weight.
+    """Do one AdamW step on the [K] entries of a weight in place, and write their effective values into the weight.
 
     Args:
         deltas: [K] fp32 or bf16. gradients: [K] fp32 or bf16.
@@ -175,11 +175,11 @@ def adamw_write(
         step_sizes, denominators: by cohort, fp32 on the device: -learning_rate / (1 - beta1^n) and sqrt(1 - beta2^n)
             after n gradients.
         decay: 1 - learning_rate * weight_decay.
-        entries: where they lie.
-        written: None: no weight is written (transient deltas).
+        entries: their places in the weight.
+        written: the weight to write; None (transient deltas): none.
     """
     check_written(written, entries)
-    row_starts, columns = entries.csr() if written else (deltas, deltas)  # asked for only to write
+    row_starts, columns = entries.csr() if written else (deltas, deltas)  # needed only to write
     weight, base, start, first = _target(written, deltas)
     adamw_kernel[(triton.cdiv(deltas.numel(), BLOCK),)](
         deltas,
@@ -221,15 +221,16 @@ def sm3_write(
     entries: Entries,
     written: Written | None = None,
 ) -> None:
-    """One SM3-II step on the [K] entries of a weight in place, and their effective values into the weight.
+    """Do one SM3-II step on the [K] entries of a weight in place, and write their effective values into the weight.
 
-    Accumulators grow by maxima of non-negative numbers, which no order can change: the same call gives the same bits.
+    Accumulators grow by maxima of non-negative numbers, which do not depend on their order: the same call gives the
+    same bits.
 
     Args:
         deltas: [K] fp32 or bf16 (rounded once, at the end). gradients: [K] fp32 or bf16.
         row: [R] fp32, col: [C] fp32: the accumulators, non-negative.
         decay: 1 - learning_rate * weight_decay.
-        entries: where they lie.
+        entries: their places in the weight.
         written: see `adamw_write`.
     """
     check_written(written, entries)
@@ -259,5 +260,5 @@ def sm3_write(
 
 
 def _target(written: Written | None, stand_in: Tensor) -> tuple[Tensor, Tensor, int, int]:
-    """(weight, base, start, first) for a kernel; where nothing is written, any tensor that the kernel will not read."""
+    """Return (weight, base, start, first) for a kernel, with stand-in tensors, never read, if nothing is written."""
     return (written.weight, written.base, written.start, written.first) if written else (stand_in, stand_in, 0, 0)

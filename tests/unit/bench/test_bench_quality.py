@@ -65,7 +65,7 @@ def test_every_rate_is_tried_and_the_best_is_run_with_the_other_seeds(settings, 
     assert [line[0] for line in table] == ["method", "base", "ours-ag", "peft-lora"] and "±" in table[2][4]
     again, said = measure(wanted)
     assert [row["result"] for row in again] == [row["result"] for row in found]
-    assert said == ["5 of 5 runs are there already", "2 of 2 runs are there already"]
+    assert said == ["5 of 5 runs are done already", "2 of 2 runs are done already"]
     assert len(rows.read_rows(tmp_path, "quality")) == 7
 
 
@@ -209,7 +209,7 @@ def test_the_page_shows_the_newest_settings_and_the_newest_row_of_each_run(tmp_p
         (["--methods", "our-ag"], "did you mean 'ours-ag'?"),
         (["--learning-rates", "ours-gg=1"], "did you mean 'ours-"),
         (["--learning-rates", "full=fast"], "expected numbers above 0"),
-        (["--variant", "slim=peft-lora,method=ma"], "peft-lora is not one of ours"),
+        (["--variant", "slim=peft-lora,method=ma"], "got peft-lora, expected one of our methods"),
         (["--variant", "slim=ours-ag,candidate_ratios=0.5"], "did you mean 'candidate_ratio'?"),
         (["--variant", "slim=ours-ag,candidate_ratio=much"], "slim: 1 mistake"),
         (["--learning-rates", "full=1e9"], "learning_rate: got 1000000000.0"),

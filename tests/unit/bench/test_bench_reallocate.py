@@ -56,7 +56,9 @@ def test_every_reallocation_moves_entries_and_leaves_the_base_as_it_was(method: 
 
 def test_a_size_that_does_not_fit_the_memory_is_refused_before_anything_is_measured(monkeypatch) -> None:
     monkeypatch.setattr(reallocate, "available_bytes", lambda device: 1 << 30)
-    with pytest.raises(UserError, match=r"1e\+09 entries in float32 .* needs 7\.\d GiB, 1\.0 GiB are free.*has 1e\+07"):
+    with pytest.raises(
+        UserError, match=r"1e\+09 entries in float32, .* needs 7\.\d GiB, 1\.0 GiB are free.*has 1e\+07"
+    ):
         reallocate.cases([10**7, 10**9], [0.001], ["ag"], CPU, dtype="float32")
 
 

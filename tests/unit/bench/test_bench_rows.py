@@ -33,7 +33,7 @@ def test_a_last_line_cut_off_by_a_crash_is_left_out_and_any_other_is_an_error(tm
     results.path.write_text(whole + whole[:40])
     assert len(rows.read_rows(tmp_path, "step")) == 1
     results.path.write_text(json.dumps({"benchmark": "step"}) + "\n" + whole)
-    with pytest.raises(UserError, match="line 1 is no row of results"):
+    with pytest.raises(UserError, match="line 1 is not a row of results"):
         rows.read_rows(tmp_path, "step")
 
 

@@ -337,7 +337,7 @@ def test_rows_from_before_attention_could_be_chosen_are_shown(everybody):
 def test_an_attention_that_cannot_be_had_is_said_so(case):
     if find_spec("flash_attn") is not None:
         pytest.skip("flash-attn is installed")
-    with pytest.raises(UserError, match="attention: flash_attention_2 cannot be had here"):
+    with pytest.raises(UserError, match="attention: flash_attention_2 is not available here"):
         Base(Case(attention="flash_attention_2"), CPU).load()
 
 

@@ -71,7 +71,7 @@ def test_a_target_that_matches_nothing_is_told_what_there_is(load, wanted) -> No
 
 
 def test_a_broken_regular_expression_is_named(load) -> None:
-    with pytest.raises(UserError, match=re.escape("'q_(proj' is no regular expression")):
+    with pytest.raises(UserError, match=re.escape("'q_(proj' is not a regular expression")):
         find_targets(load(), "q_(proj")
 
 

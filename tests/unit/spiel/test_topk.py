@@ -69,9 +69,9 @@ def test_bfloat16_ties_go_to_the_smaller_index(top_k_magnitude) -> None:
 
 @pytest.mark.parametrize("k", [-1, 6])
 def test_a_k_out_of_range_is_refused(k: int, top_k_magnitude) -> None:
-    with pytest.raises(ValueError, match=r"k must lie in \[0, 5\], got"):
+    with pytest.raises(ValueError, match=r"k must be in \[0, 5\], got"):
         top_k_magnitude(torch.ones(5), k)
-    with pytest.raises(ValueError, match=r"k must lie in \[0, 5\], got"):
+    with pytest.raises(ValueError, match=r"k must be in \[0, 5\], got"):
         top_k_of_product(torch.ones(2), torch.ones(3), k, torch.tensor([4]))
 
 

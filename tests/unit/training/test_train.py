@@ -235,9 +235,9 @@ LINES = {
 BAD_INPUT = {
     "tracker": (["--tracker", "wnadb"], "tracker: unknown 'wnadb'; did you mean 'wandb'?"),
     "option": (["--densty", "0.1"], "unknown option --densty; did you mean 'density'?"),
-    "density 0": (["--density", "0"], "density: got 0.0, must lie in (0, 1]"),
-    "negative density": (["--density", "-0.5"], "density: got -0.5, must lie in (0, 1]"),
-    "density above 1": (["--density", "1.5"], "density: got 1.5, must lie in (0, 1]"),
+    "density 0": (["--density", "0"], "density: got 0.0, must be in (0, 1]"),
+    "negative density": (["--density", "-0.5"], "density: got -0.5, must be in (0, 1]"),
+    "density above 1": (["--density", "1.5"], "density: got 1.5, must be in (0, 1]"),
     "no budget": (["--density", "none"], "expected exactly one of density, tunable_weights, rank_equivalent"),
     "two budgets": (["--tunable_weights", "9"], "got density 0.05 and tunable_weights 9"),
     "a total too large": (["--density", "none", "--tunable_weights", "99999999"], "tunable_weights: got 99,999,999"),
