@@ -96,7 +96,7 @@ def forward_backward(session, batch: list[int]) -> tuple[float, dict[str, int]]:
     target_tokens, all_tokens = inputs.train.target_tokens(batch), inputs.train.all_tokens(batch)
     total, positions = 0.0, 0
     for micro_batch in session.micro_batches(batch, proposing=proposing):
-        loss = token_loss_sum(session.model, micro_batch) / target_tokens
+        loss = token_loss_sum(session.model, micro_batch, target_tokens)
         loss.backward()
         total += loss.detach()
         positions += micro_batch["input_ids"].numel()
@@ -245,7 +245,7 @@ def run_on(cluster, inputs, run) -> RunResult:
     cluster.on_main(run.lock)
     session = assemble(inputs, cluster)
     checkpoints = Checkpoints(session, run)
-    notes = checkpoints.resume() + session.measure_kernels()
+    notes = checkpoints.resume() + session.measure_kernels() + session.prove_loss()
     cluster.on_main(lambda: run.claim(inputs.config))
     with outcome.open_metrics(session, run) as metrics:
         outcome.describe(session, metrics)

@@ -30,7 +30,7 @@ LEARNING_RATE = 1e-4
 
 def forward(model: nn.Module, batch: dict[str, Tensor], target_tokens: int) -> Tensor:
     """Compute the mean loss over the target tokens: fp32 scalar with gradient."""
-    return token_loss_sum(model, batch) / target_tokens
+    return token_loss_sum(model, batch, target_tokens)
 
 
 def backward(loss: Tensor) -> float:

@@ -41,7 +41,8 @@ def micro_batches(
 def collate(examples: Examples, members: Sequence[int | None], pad_id: int, device: torch.device) -> dict[str, Tensor]:
     """Collate a micro-batch, padded on the right: input_ids, attention_mask, labels, each [B, L] int64.
 
-    A member None becomes a short sequence without target tokens.
+    The labels stay on the CPU, which finds the targets among them. A member None becomes a short sequence without
+    target tokens.
     """
     nothing = (np.full(2, pad_id), np.full(2, IGNORED))
     rows = [nothing if n is None else examples.tokens(n) for n in members]
@@ -53,8 +54,8 @@ def collate(examples: Examples, members: Sequence[int | None], pad_id: int, devi
         input_ids[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
         labels[row, : len(wanted)] = torch.from_numpy(wanted.astype(np.int64))
         mask[row, : len(ids)] = 1
-    batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    on_device = {"input_ids": input_ids, "attention_mask": mask}
+    return {**{key: value.to(device, non_blocking=True) for key, value in on_device.items()}, "labels": labels}
 
 
 def longest_first(examples: Examples, members: Sequence[int]) -> list[int]:

@@ -95,8 +95,9 @@ def collate_packed(
             positions[row, start:stop] = np.arange(len(ids))
             start = stop
         positions[row, start:] = np.arange(length - start)  # padding is a sequence of its own
-    batch = {"input_ids": input_ids, "position_ids": positions, "labels": labels}
-    return {key: torch.from_numpy(value).to(device, non_blocking=True) for key, value in batch.items()}
+    on_device = {"input_ids": input_ids, "position_ids": positions}
+    batch = {key: torch.from_numpy(value).to(device, non_blocking=True) for key, value in on_device.items()}
+    return {**batch, "labels": torch.from_numpy(labels)}
 
 
 @torch.no_grad()

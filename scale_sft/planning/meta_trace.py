@@ -19,8 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scale_sft.errors import UserError
+from scale_sft.model.cross_entropy import cross_entropies
 from scale_sft.model.loading import enable_checkpointing
-from scale_sft.model.loss import cross_entropies, rows_at_once
+from scale_sft.model.loss import predictions
+from scale_sft.model.output_layer import assumed_output_layer
 from scale_sft.model.targets import attach_taps, find_targets
 from scale_sft.spiel.topk import CHUNK_ENTRIES
 
@@ -33,13 +35,13 @@ _TRACED_LAYERS = (3, 5)
 class StepMemory:
     """The bytes of one micro-step, at their peaks, without the base and the deltas' state."""
 
-    activations: int  # kept from forward to backward, without the logits
-    logits: int
+    activations: int  # kept from forward to backward
+    logits: int  # what the loss takes at its peak, beyond what the backward pass needs anyway
     peak: int  # of everything that the pass allocates, including the above
 
     @property
     def working(self) -> int:
-        """The rest of the peak without activations and logits: gradients, a weight's dW, the loss's own copies."""
+        """The rest of the peak without activations and logits: gradients, a weight's dW."""
         return max(0, self.peak - self.activations - self.logits)
 
 
@@ -160,15 +162,20 @@ def _trace(
     targets = find_targets(model, target_modules)
     attach_taps(targets, lambda name, left, right: _record(left.t() @ right, active.get(name, 1), proposes))
     ids = torch.zeros(sequences, tokens, dtype=torch.int64, device="meta")
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    places, wanted = (found.to("meta") for found in predictions(torch.zeros(sequences, tokens, dtype=torch.int64)))
+    layer = assumed_output_layer(model)
     with LiveBytes(model) as count, torch.device("meta"):
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        logits_bytes = logits.numel() * logits.element_size()
-        activations = count.live - logits_bytes
-        rows = min(sequences * (tokens - 1), 2 * rows_at_once(logits))  # more rows do not change the peak
-        loss = cross_entropies(logits.flatten(0, 1), torch.arange(rows), torch.zeros(rows, dtype=torch.int64)).sum()
-        del logits
+        if layer is not None and layer.frozen:
+            loss = layer.losses(model, inputs, places, wanted).sum()
+        else:
+            logits = model(**inputs, use_cache=False).logits
+            loss = cross_entropies(logits.flatten(0, 1), places, wanted).sum()
+            del logits
+        activations, before = count.live, count.peak
+        count.peak = count.live
         loss.backward()
-    return StepMemory(activations, logits_bytes, count.peak)
+    return StepMemory(activations, max(0, before - count.peak), max(before, count.peak))
 
 
 def _record(gradient: Tensor, active: int, proposes: bool) -> None:

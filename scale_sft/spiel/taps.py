@@ -117,6 +117,7 @@ def attach(tap: WeightTap) -> None:
         return tap.forward(x)
 
     forward.before = tap.module.__dict__.get("forward")  # type: ignore[attr-defined]
+    forward.tap = tap  # type: ignore[attr-defined]
     tap.module.forward = types.MethodType(forward, tap.module)
 
 

@@ -16,6 +16,7 @@ from scale_sft.evaluation.answers import Answer, exact_match, greedy_answers
 from scale_sft.evaluation.held_out import Evaluation, held_out_loss
 from scale_sft.kernels.cpu import compile as native
 from scale_sft.model.loading import max_length
+from scale_sft.model.loss import why_all_logits
 from scale_sft.model.resident import ResidentDeltas
 from scale_sft.model.sparse_model import SparseModel
 from scale_sft.model.sparse_optimizer import SparseOptimizer
@@ -119,6 +120,11 @@ class Session:
         else:
             step = "updated, then written" if in_weights else "updated"
         return [f"kernels: weight gradients {path.summary()}; deltas {step}"]
+
+    def prove_loss(self) -> list[str]:
+        """Prove the loss that needs no whole logits on this model before the first step; says why it cannot be used."""
+        reason = why_all_logits(self.model)
+        return [f"loss: all logits of a micro-batch are in memory at once: {reason}"] if reason else []
 
     def check_packed_base(self) -> None:
         """Prove that a quantised base still has the bytes that it was loaded with.

@@ -13,11 +13,14 @@ import torch
 
 from scale_sft import train
 from scale_sft.config.loading import load
+from scale_sft.data.micro_batches import collate
 from scale_sft.distributed import candidates
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.distributed.exit import end_process, leave
 from scale_sft.distributed.world import World
 from scale_sft.errors import UserError
+from scale_sft.model import loss, output_layer
+from scale_sft.model.cross_entropy import cross_entropies
 from scale_sft.model.memory import PeakMemory, private_bytes
 from scale_sft.reporting.metrics import NullMetrics
 from scale_sft.spiel.recorder import GradientRecorder
@@ -84,6 +87,33 @@ def broken(folder: str) -> None:
         train.train(session, Counting(), Checkpoints(session, RunFolder(f"{folder}/run")))
     except UserError as error:
         leave(str(error))
+
+
+def losing(folder: str) -> None:
+    """The loss of a sharded model without its logits, and with them; one of the two ranks has no target at times.
+
+    Written: the largest difference of losses and of gradients in the embedded tokens, and the largest gradient.
+    """
+    inputs = read_inputs(load(None, options(folder, base_placement="shard", ds_config="ds_configs/zero3_cpu.json")))
+    cluster = Cluster.start(sharded=True, dtype=inputs.dtype, timeout_seconds=60)
+    model = assemble.assemble(inputs, cluster).model
+    found: list[list[float]] = []
+    embedded: list[torch.Tensor] = []
+    model.get_input_embeddings().register_forward_hook(lambda *call: embedded.append(call[-1].requires_grad_()))
+    assert loss.why_all_logits(model) is None
+    output_layer.CPU_CHUNK = 5 * model.config.vocab_size
+    for members in ([0, 1, 2], [3], [None] if cluster.rank else [4]):
+        batch = collate(inputs.train, members, 0, cluster.device)
+        places, targets = loss.predictions(batch["labels"])
+        ours = loss.token_losses(model, batch)
+        of_ours = torch.autograd.grad(ours.sum(), embedded[-1])[0]
+        logits = model(batch["input_ids"], batch["attention_mask"], use_cache=False).logits.flatten(0, 1)
+        whole = cross_entropies(logits, places, targets)
+        of_whole = torch.autograd.grad(whole.sum(), embedded[-1])[0]
+        differences = (ours - whole).abs().sum(), (of_ours - of_whole).abs().max(), of_whole.abs().max()
+        found.append([len(targets), *map(float, differences)])
+    Path(f"{folder}/losses{cluster.rank}.json").write_text(json.dumps(found))
+    cluster.close()
 
 
 def proposing(folder: str) -> None:

@@ -60,6 +60,17 @@ def test_ranks_choose_the_candidates_that_one_would_choose_from_the_sum_in_piece
         assert len(found) == 7 * len(KINDS) and not wrong, (rank, wrong)
 
 
+def test_the_loss_of_a_sharded_base_needs_no_whole_logits(on_ranks, tmp_path):
+    """With weights gathered and released as it goes, also where one rank has nothing to predict."""
+    statuses, text = on_ranks(2, True, probe.losing, str(tmp_path))
+    assert statuses == [0, 0], text[-4000:]
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"losses{rank}.json").read_text())
+        assert [targets > 0 for targets, *_ in found] == [True, True, rank == 0]
+        for targets, of_losses, of_gradients, gradient in found:
+            assert of_losses <= 1e-5 * targets and of_gradients <= 1e-5 * gradient, found
+
+
 def test_a_rank_holds_half_of_the_base_and_never_much_more(tmp_path, hf_home):
     """Under a launcher: how memory is given back has to be settled before Python starts."""
     import torch

@@ -97,7 +97,7 @@ def train_peer(
         target_tokens = inputs.train.target_tokens(batch)
         total = torch.zeros((), device=cluster.device)
         for micro_batch in inputs.micro_batches(batch, cluster):
-            share = token_loss_sum(model, micro_batch) / target_tokens
+            share = token_loss_sum(model, micro_batch, target_tokens)
             share.backward()
             total += share.detach()
         loss = float(total)

@@ -130,9 +130,9 @@ def test_a_run_that_diverges_is_a_row_and_the_others_go_on(settings, measure, mo
     from scale_sft.bench.quality import peers as quality_peers
     from scale_sft.model.loss import token_loss_sum
 
-    def fragile(model, batch):  # at the high rate the weights of the second step are far from those of the first
+    def fragile(model, batch, over):  # at the high rate the weights of the second step are far from those of the first
         broken = max(float(weight.detach().abs().max()) for weight in model.parameters()) > 1e3
-        return token_loss_sum(model, batch) * (torch.nan if broken else 1.0)
+        return token_loss_sum(model, batch, over) * (torch.nan if broken else 1.0)
 
     monkeypatch.setattr(quality_peers, "token_loss_sum", fragile)
     monkeypatch.setattr("scale_sft.model.loss.token_loss_sum", fragile)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from scale_sft import train
 from scale_sft.config.loading import load
-from scale_sft.model import loss
+from scale_sft.model import cross_entropy, output_layer
 from scale_sft.training import lifecycle as outcome
 
 
@@ -45,7 +45,8 @@ def peak_of(options: dict) -> int:
 
 if __name__ == "__main__":
     outcome.finish = lambda *arguments: None
-    loss.CPU_LOGITS = loss.GPU_LOGITS  # plans are made for GPUs
+    cross_entropy.CPU_LOGITS = cross_entropy.GPU_LOGITS  # plans are made for GPUs
+    output_layer.CPU_CHUNK = output_layer.GPU_CHUNK
     warm_up, *runs = (json.loads(argument) for argument in sys.argv[1:])
     peak_of(warm_up)
     for run in runs:

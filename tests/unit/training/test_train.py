@@ -139,9 +139,9 @@ def break_the_loss(monkeypatch, at_call: int, value: float) -> None:
 
     calls = [0]
 
-    def broken(model, batch):
+    def broken(model, batch, over):
         calls[0] += 1
-        return token_loss_sum(model, batch) * (value if calls[0] >= at_call else 1.0)
+        return token_loss_sum(model, batch, over) * (value if calls[0] >= at_call else 1.0)
 
     monkeypatch.setattr(loss, "token_loss_sum", broken)
 
