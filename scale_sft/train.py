@@ -28,6 +28,8 @@ from scale_sft.distributed.signals import Interrupted, Interruption
 from scale_sft.errors import UserError, explain
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from scale_sft.training.result import RunResult
 
 
@@ -94,7 +96,8 @@ def forward_backward(session, batch: list[int]) -> tuple[float, dict[str, int]]:
     inputs, cluster = session.inputs, session.cluster
     proposing = session.tuning.recorder.proposing
     target_tokens, all_tokens = inputs.train.target_tokens(batch), inputs.train.all_tokens(batch)
-    total, positions = 0.0, 0
+    total: float | Tensor = 0.0
+    positions = 0
     for micro_batch in session.micro_batches(batch, proposing=proposing):
         loss = token_loss_sum(session.model, micro_batch, target_tokens)
         loss.backward()

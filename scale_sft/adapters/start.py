@@ -15,7 +15,6 @@ from scale_sft.errors import UserError
 from scale_sft.model.quantization import Quantization
 from scale_sft.model.sparse_model import SparseModel
 from scale_sft.model.targets import budget_of
-from scale_sft.spiel.deltas import digest as digest_of
 
 from .format import Adapter
 
@@ -58,7 +57,9 @@ class Start:
                         f"start_from: got deltas in {_plain(deltas.dtype)}, expected such as {delta_dtype} can hold. "
                         f"Fix: --delta_dtype {_plain(deltas.dtype)}"
                     )
-                sha.update(f"{name} {digest_of(indices, deltas)}\n".encode())
+                sha.update(f"{name} {indices.dtype} {deltas.dtype} {counts[name]}\n".encode())
+                for tensor in (indices, deltas):
+                    sha.update(tensor.contiguous().view(torch.uint8).numpy())
         return cls(folder, adapter.shapes, counts, sha.hexdigest(), adapter.info)
 
     def refuse_misfit(

@@ -78,7 +78,7 @@ def known_operations(model: Any) -> Iterator[Operation]:
 
 
 def _setting(model: Any, name: str) -> float | None:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for owner in (text, model, getattr(model, "model", None)):
         value = getattr(owner, name, None)
@@ -134,7 +134,8 @@ class OutputLayer:
         Raises:
             ValueError: the model calls the layer never, twice, or with something else than [B, L, H].
         """
-        forward, found = self.module.forward, []
+        forward = self.module.forward
+        found: list[Tensor] = []
 
         def formed(hidden: Tensor) -> Tensor:
             if found or hidden.shape[:-1] != inputs["input_ids"].shape:
