@@ -59,7 +59,7 @@ class Start:
                     )
                 sha.update(f"{name} {indices.dtype} {deltas.dtype} {counts[name]}\n".encode())
                 for tensor in (indices, deltas):
-                    sha.update(tensor.contiguous().view(torch.uint8).numpy())
+                    sha.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
         return cls(folder, adapter.shapes, counts, sha.hexdigest(), adapter.info)
 
     def refuse_misfit(
