@@ -13,5 +13,7 @@ sparse_settings all settings of sparse training
 sparse_model    a model whose target weights carry deltas; shared by trainer, benchmarks and API
 sparse_optimizer  the owner of an optimizer step
 loss            cross entropy of the target tokens
+output_layer    the output layer and the loss, formed together in chunks
+cross_entropy   cross entropies of rows of logits
 memory          memory of this process
 """

@@ -54,7 +54,7 @@ SETTINGS = {
     "ag, candidates run short": Setting(algorithm="ag", interval=2, estimation=1, density=0.9, rate=1.0, seed=3),
     "ag, everything active": Setting(algorithm="ag", density=1.0, learning_rate=1e-3, seed=4),
     "ag, tied, two kinds of layers": Setting(algorithm="ag", tied=True, targets=["q_proj", "down_proj"], seed=5),
-    "ag, other betas": Setting(algorithm="ag", betas=(0.8, 0.95), eps=1e-6, hidden=64, layers=1, seed=6),
+    "ag, other betas": Setting(algorithm="ag", betas=(0.8, 0.95), eps=1e-6, hidden=64, layers=1, seed=12),
     "static": Setting(algorithm="static", weight_decay=0.05, seed=7),
     "static, reallocation at the last step": Setting(algorithm="static", total_steps=4, estimation=4, seed=8),
     "ma": Setting(algorithm="ma", weight_decay=0.1, seed=9),

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from scale_sft.data.micro_batches import collate
-from scale_sft.model.loss import token_loss_sum
+from scale_sft.model.loss import token_loss_sum, why_all_logits
 from scale_sft.spiel import topk
 from scale_sft.spiel.taps import WeightTap, attach, detach
 
@@ -172,6 +172,7 @@ def test_training_forward_passes_cost_what_those_of_the_stock_model_cost(session
         stock.get_parameter(target.name).requires_grad_(True)
     found = []
     for model in (run.model, stock):
+        assert why_all_logits(model) is None, "and the loss is proved, once, before it is counted"
         saved: list[Tensor] = []
         keep = lambda tensor, saved=saved: saved.append(tensor) or tensor
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
