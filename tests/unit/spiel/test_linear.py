@@ -168,6 +168,7 @@ def test_training_forward_passes_cost_what_those_of_the_stock_model_cost(session
     run = session(base=str(tiny_model(architecture)))
     batch = collate(run.inputs.train, [0, 1], run.inputs.tokenizer.pad_token_id, torch.device("cpu"))
     stock = AutoModelForCausalLM.from_pretrained(tiny_model(architecture), config=run.inputs.model_config).train()
+    stock.requires_grad_(False)
     for target in run.targets:  # what dense fine-tuning of the same weights does
         stock.get_parameter(target.name).requires_grad_(True)
     found = []
