@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
+from scale_sft.adapters.live import carries_adapter
 from scale_sft.adapters.start import Start
 from scale_sft.adapters.trained import trained_adapter
 from scale_sft.config.loading import load_sections, unknown
 from scale_sft.config.options import ModelConfig, OptimizerConfig, SparseConfig
 from scale_sft.distributed.existing import existing_ranks
-from scale_sft.errors import UserError
+from scale_sft.errors import UserError, first_line
+from scale_sft.model.exposure import carries_deltas
 from scale_sft.model.group import OneProcess
 from scale_sft.model.packed_weights import is_quantized_layer
 from scale_sft.model.quantization import Quantization, resolve_quantization
-from scale_sft.model.sparse_model import PARAMETER, Save, SparseModel
+from scale_sft.model.sparse_model import Save, SparseModel
 from scale_sft.model.sparse_settings import SparseSettings
 from scale_sft.model.targets import find_targets
 
@@ -49,7 +53,9 @@ def attach(
         >>> sparse.detach()
 
     Move the model to its device first. If torch.distributed has several processes, each attaches its own whole copy,
-    and steps average gradients over them; DistributedDataParallel is not needed.
+    and steps average gradients over them; DistributedDataParallel is not needed, and does no harm. It may be
+    initialised later, as the Trainer of transformers does, but before the first backward pass. Dropout is switched off
+    until detach.
 
     Args:
         model: a causal language model, in float32, bfloat16 or float16, or in 4 or 8 bits of bitsandbytes.
@@ -86,7 +92,7 @@ def attach(
         start=start.counts if start else None,
     )
     ranks = existing_ranks(device)
-    made = SparseModel(model, settings, ranks or OneProcess(device), _writer(name))
+    made = SparseModel(model, settings, ranks or OneProcess(device), _writer(name), partial(existing_ranks, device))
     try:
         if start:
             start.put_into(made)
@@ -136,10 +142,16 @@ def _check_arguments(total_steps: int, seed: int, kernels: str) -> None:
 
 def _usable_targets(model: nn.Module, sparse: SparseConfig) -> list:
     """Find the layers to train and check that the model can be attached, without changing it."""
-    if PARAMETER in dict(model.named_parameters(recurse=False)):
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"attach: got {model!r}, expected a model in memory. Fix: AutoModelForCausalLM.from_pretrained(...)"
+        )
+    if carries_deltas(model):
         raise UserError(
             "attach: got a model that carries deltas already. Fix: use its SparseModel, or detach() it first"
         )
+    if carries_adapter(model):
+        raise UserError("attach: got a model that carries a live adapter. Fix: undo() it first, or use start_from")
     targets = find_targets(model, sparse.target_modules)
     away = next((target.name for target in targets if target.weight.is_meta), None)
     if away:
@@ -205,6 +217,13 @@ def _writer(base: str) -> Save:
 
     def save(sparse: SparseModel, folder: Path) -> None:
         adapter = trained_adapter(sparse, base, None)
-        sparse.group.on_main(lambda: adapter.save(folder))
+
+        def write() -> None:
+            try:
+                adapter.save(folder)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"save: '{folder}' cannot be written: {first_line(error)}") from None
+
+        sparse.group.on_main(write)
 
     return save

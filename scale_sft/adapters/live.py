@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError
+from scale_sft.model.exposure import carries_deltas
 from scale_sft.model.fingerprints import fingerprint
 from scale_sft.model.resident import WeightPart, effective_values, read_entries, write_entries
 
@@ -53,8 +54,14 @@ def load_adapter(model: nn.Module, adapter: str | Path | Adapter) -> LiveAdapter
         adapter: the adapter/ folder of a run, or an adapter read before.
 
     Raises:
-        UserError: the adapter is damaged, or the model is not its base; no weight has been touched.
+        UserError: the adapter is damaged, or the model is not its base, or has deltas attached; no weight has been
+            touched.
     """
+    if carries_deltas(model):
+        raise UserError(
+            "load_adapter: got a model with attached deltas, which are trained. Fix: detach() it first, or use "
+            "start_from to train the adapter further"
+        )
     with _registry:
         live = _live.get(model)
         if live is None:
@@ -66,6 +73,11 @@ def load_adapter(model: nn.Module, adapter: str | Path | Adapter) -> LiveAdapter
             return live
     live.swap(adapter)
     return live
+
+
+def carries_adapter(model: nn.Module) -> bool:
+    """Return True if `load_adapter` has been called on the model, and `undo` has not."""
+    return model in _live
 
 
 @dataclass(frozen=True)

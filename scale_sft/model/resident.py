@@ -139,6 +139,20 @@ class ResidentDeltas:
         local = (delta.indices[where] - part.start).to(entries.device)
         write_entries(entries, local, base[where].to(entries.device))
 
+    def misplaced(self) -> str | None:
+        """Name a weight that does not hold its effective values any more, bit for bit; None if all do. O(K)."""
+        self.settle()
+        for delta in self.store:
+            base, entries = self._base[delta.name], self.parts[delta.name].entries()
+            if entries.device != base.device or entries.dtype is not base.dtype:
+                return delta.name
+            values = effective_values(base, delta.deltas[self._where[delta.name]].to(base.device))
+            bits = _BITS[base.element_size()]
+            found = read_entries(entries, self._local(delta, delta.indices))
+            if not torch.equal(found.view(bits), values.view(bits)):
+                return delta.name
+        return None
+
     @contextmanager
     def without(self) -> Iterator[None]:
         """Give the weights their base values for the length of the block."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,8 @@ from scale_sft.spiel.settings import Backends
 from scale_sft.spiel.taps import detach as remove_tap
 
 from . import fused_step
+from .dropout import DropoutOff
+from .exposure import Exposure
 from .fingerprints import combine_fingerprints
 from .group import Group
 from .packed_weights import PackedWeight, PlainWeight, packed_weights
@@ -32,12 +33,11 @@ from .sparse_settings import SparseSettings
 from .targets import attach_taps, budget_of, find_targets
 from .transient import TransientDeltas, attach_transient_taps
 
-PARAMETER = "sparse_deltas"
-"""Name under which a model's `parameters()` list the deltas of an attached `SparseModel`."""
-
-
 Save = Callable[["SparseModel", Path], None]
 """Writes the deltas of a sparse model into an adapter folder."""
+
+Join = Callable[[], Group | None]
+"""Returns the processes that torch.distributed has now; None if there is one only."""
 
 
 class SparseModel:
@@ -58,35 +58,44 @@ class SparseModel:
         settings: the method, its budget and its targets.
         group: the processes that train it, and how they hold the base.
         save: writes adapter folders; None: `save` is not available.
+        join: finds processes that come together after this; None: `group` is final.
 
     Raises:
         UserError: there is no target, the budget does not fit the targets, or a layer cannot carry a delta; the model
             is unchanged.
     """
 
-    def __init__(self, model: nn.Module, settings: SparseSettings, group: Group, save: Save | None = None):
-        self.settings, self.group, self._save = settings, group, save
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: SparseSettings,
+        group: Group,
+        save: Save | None = None,
+        join: Join | None = None,
+    ):
+        self.settings, self.group, self._save, self._find_ranks = settings, group, save, join
         self.targets = find_targets(model, settings.sparse.target_modules)
         self.shapes = {target.name: target.shape for target in self.targets}
         self.gradient_path = gradient_path_of(group.device, settings.kernels)
         self.tuning = self._method()
-        self.exposed = False
+        self._exposure: Exposure | None = None
+        self._dropout: DropoutOff | None = None
         self._optimizer: SparseOptimizer | None = None
-        self._hooks: list[Any] = []
         self._away = False  # inside `base`
+        self.overwritten = False
+        """Whether the model has loaded weights other than the base's with these deltas."""
         self._trained = [weight for weight in model.parameters() if weight.requires_grad]
         packed = self._packed(model) if settings.quantization else None
         self._tapped = list(packed.values()) if packed else self.targets
         model.requires_grad_(False)
         try:
             self.carrier = self._wire(model, packed)
+            self.fused = all(group.gather_objects(self._fuses()))  # or ranks would differ in the last bits
+            self.parameter = self._make_parameter()
         except BaseException:
             self._untap()
             self._thaw()
             raise
-        steps_fuse = group.gather_objects(self._fuses())  # or ranks would differ in the last bits
-        self.fused = all(steps_fuse)
-        self.parameter = self._make_parameter()
 
     # --- made once ----------------------------------------------------------------------------------------------
 
@@ -103,7 +112,7 @@ class SparseModel:
             dtype=getattr(torch, sparse.delta_dtype),
         )
         backends = Backends(
-            select=self.group.select_candidates,
+            select=lambda gradient, count: self.group.select_candidates(gradient, count),  # `group` may grow
             products=products_of(self.gradient_path, device, settings.kernels),
             exchanges=exchanges_of(device, settings.kernels),
             moments=moments_of(resolve_moments(settings.optimizer.moments, settings.dtype)),
@@ -144,8 +153,7 @@ class SparseModel:
         flat, dtype = self.tuning.store.flat, self.tuning.recorder.dtype
         if flat.dtype is not dtype:  # torch requires a gradient to have its parameter's dtype
             flat = torch.zeros((), dtype=dtype, device=flat.device).expand(flat.shape)
-        # DistributedDataParallel would wait for its gradient; `step` sums it over processes itself
-        return nn.Parameter(flat, requires_grad=self.group.size == 1)
+        return nn.Parameter(flat)
 
     # --- the base -----------------------------------------------------------------------------------------------
 
@@ -252,14 +260,52 @@ class SparseModel:
 
     # --- the Python API -----------------------------------------------------------------------------------------
 
+    @property
+    def exposed(self) -> bool:
+        """True if the model lists the deltas among its parameters, and steps open automatically."""
+        return self._exposure is not None
+
     def expose(self) -> None:
-        """List the deltas among the model's parameters, and open steps automatically, as `attach` promises."""
-        self.exposed = True
-        self.model.register_parameter(PARAMETER, self.parameter)
-        self._hooks = [
-            self.model.register_state_dict_post_hook(_leave_out),
-            self.model.register_load_state_dict_post_hook(_do_not_miss),
-        ]
+        """List the deltas among the model's parameters, switch dropout off, and open steps automatically."""
+        modules = [tapped.module for tapped in self._tapped]
+        self._exposure = Exposure(self.model, self.parameter, modules, self._note_load)
+        self._dropout = DropoutOff(self.model)
+
+    def join(self) -> None:
+        """Train with the processes that torch.distributed has now, if it had none before. Called as a step opens.
+
+        Raises:
+            UserError: their bases or their deltas differ.
+        """
+        if found := self._newcomers():
+            found.check_identical(lambda: {"base": self.base_hash}, "the base model")
+            found.check_identical(self.tuning.digests, "the deltas")
+            self.fused = all(found.gather_objects(self.fused))
+            self.group = found
+
+    def require_joined(self) -> None:
+        """Raise UserError if other processes have appeared since the step opened: they would train apart."""
+        if self._newcomers():
+            raise UserError(
+                "step: torch.distributed was initialised between a backward pass and its step. Fix: initialise it "
+                "before the first backward pass"
+            )
+
+    def _newcomers(self) -> Group | None:
+        return self._find_ranks() if self._find_ranks and self.group.size == 1 else None
+
+    def _note_load(self) -> None:
+        """Notice weights that do not hold the deltas; those of the optimizer's state to come are proven by it."""
+        self.overwritten = self.overwritten or self.carrier.misplaced() is not None
+
+    def require_intact(self, what: str) -> None:
+        """Raise UserError unless the weights hold the deltas that were trained, in O(K)."""
+        if self.overwritten or self.carrier.misplaced() is not None:
+            raise UserError(
+                f"{what}: the weights of the model were replaced, moved or cast after attach (load_state_dict, "
+                "load_best_model_at_end, to), so they are not the base with these deltas. Fix: load the base again, "
+                "attach, and load the optimizer's state of the step that you want"
+            )
 
     @contextmanager
     def base(self) -> Iterator[nn.Module]:
@@ -272,6 +318,7 @@ class SparseModel:
             UserError: the model was detached.
         """
         self.require_attached("base")
+        self.require_intact("base")
         with self.carrier.without():
             self._away = True
             try:
@@ -285,25 +332,32 @@ class SparseModel:
             >>> sparse.save("adapter")  # then: scale-sft merge adapter merged
 
         Raises:
-            UserError: the model was detached, or the folder cannot be written.
+            UserError: the model was detached, its weights were replaced, or the folder cannot be written.
         """
         self.require_attached("save")
+        self.require_intact("save")
         if self._save is None:
             raise UserError("save: got a model without a writer, expected one made by scale_sft.attach")
         self._save(self, Path(folder))
         return Path(folder)
 
     def detach(self) -> nn.Module:
-        """Restore the model's base, bit for bit, and release the model; returns it."""
+        """Restore the model's base, bit for bit, and release the model; returns it.
+
+        Raises:
+            UserError: the model was detached already, or its weights were replaced: the base cannot be restored.
+        """
         self.require_attached("detach")
+        if self.exposed:
+            self.require_intact("detach")
         self.carrier.restore()
         self._untap()
-        if self.exposed:
-            del self.model._parameters[PARAMETER]
-        for hook in self._hooks:
-            hook.remove()
+        if self._exposure is not None:
+            self._exposure.remove()
+        if self._dropout is not None:
+            self._dropout.restore()
         self._thaw()
-        self._tapped, self._hooks = [], []
+        self._tapped = []
         return self.model
 
     def _untap(self) -> None:
@@ -316,6 +370,16 @@ class SparseModel:
         """Make parameters trainable again that were so before."""
         for weight in self._trained:
             weight.requires_grad_(True)
+
+    def __repr__(self) -> str:
+        store, sparse = self.tuning.store, self.settings.sparse
+        total = sum(rows * columns for rows, columns in self.shapes.values())
+        steps = self._optimizer.steps if self._optimizer else 0
+        return (
+            f"<SparseModel: {sparse.method}, {store.active:,} of {total:,} entries ({store.active / total:.3%}) in "
+            f"{len(store)} weights of {type(self.model).__name__}, step {steps} of {self.settings.total_steps}"
+            f"{'' if self.attached else ', detached'}>"
+        )
 
     @property
     def attached(self) -> bool:
@@ -333,14 +397,3 @@ class SparseModel:
 def fuses(kernels: str, device: torch.device, has_kernels: bool) -> bool:
     """Return True if deltas should be updated and written in one pass, where that is possible."""
     return native.asked_for(device, kernels) or has_kernels
-
-
-def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Keep the deltas out of a state dict: the weights hold them already, and the base has no such entry."""
-    state.pop(prefix + PARAMETER, None)
-
-
-def _do_not_miss(module: nn.Module, incompatible: Any) -> None:
-    """Accept a state dict without the deltas, as every state dict is."""
-    missing = incompatible.missing_keys
-    missing[:] = [key for key in missing if key.rpartition(".")[2] != PARAMETER]

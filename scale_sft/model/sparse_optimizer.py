@@ -3,50 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from math import isfinite
-from typing import Any, Protocol
+from collections.abc import Callable
+from math import inf, isfinite
+from numbers import Real
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scale_sft.errors import UserError
-from scale_sft.spiel.algorithm import SparseFineTuning, Turnover
+from scale_sft.spiel.algorithm import Turnover
 from scale_sft.spiel.schedules import LearningRateSchedule, Phase
 
 from .fused_step import update_and_write
-from .group import Group
 from .resident import ResidentDeltas
-from .sparse_settings import SparseSettings
-from .targets import Target
-from .transient import TransientDeltas
-
-
-class Sparse(Protocol):
-    """The part of `SparseModel` that a step uses."""
-
-    settings: SparseSettings
-    group: Group
-    tuning: SparseFineTuning
-    targets: list[Target]
-    carrier: ResidentDeltas | TransientDeltas
-    parameter: nn.Parameter
-    fused: bool
-
-    @property
-    def base_hash(self) -> str: ...
-
-    def check_base(self, what: str) -> None: ...
-
-    def require_attached(self, what: str) -> None: ...
-
-    def load_state(
-        self,
-        step: int,
-        states: Iterable[tuple[str, Mapping[str, Tensor]]],
-        counters: Mapping[str, list[int]],
-        base: Mapping[str, Tensor] | None = None,
-    ) -> None: ...
+from .stepped import Sparse
 
 
 class SparseOptimizer(torch.optim.Optimizer):
@@ -80,9 +51,22 @@ class SparseOptimizer(torch.optim.Optimizer):
         self._stale = False  # the weights do not hold the present deltas
         self._untouched: tuple[int, Tensor] | None = None  # version and norm of the gradients after a backward pass
         rate = learning_rate.at(1) if isinstance(learning_rate, LearningRateSchedule) else learning_rate
-        if not rate >= 0:
-            raise UserError(f"lr: got {rate}, expected a number of at least 0")
+        if isinstance(rate, bool) or not isinstance(rate, Real | Tensor) or not 0 <= float(rate) < inf:
+            raise UserError(f"lr: got {rate!r}, expected a number of at least 0")
         super().__init__([sparse.parameter], {"lr": rate})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse every group but the one of the deltas, which the constructor adds.
+
+        Raises:
+            UserError: always, from a caller.
+        """
+        if self.param_groups:
+            raise UserError(
+                "add_param_group: got parameters, expected none, as this optimizer updates the deltas only. Fix: give "
+                "them an optimizer of their own"
+            )
+        super().add_param_group(param_group)
 
     @property
     def learning_rate(self) -> float:
@@ -230,6 +214,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             self.zero_grad()
         self._scale_candidates()
         if self.number is None:
+            self.sparse.join()
             self.begin()
         if parameter.grad is None:
             parameter.grad = recorder.gradients
@@ -278,6 +263,9 @@ class SparseOptimizer(torch.optim.Optimizer):
                 f"step: the model is on {weight.device}, its deltas are on {self.tuning.store.device}. Fix: move the "
                 "model to its device before scale_sft.attach"
             )
+        sparse.require_joined()
+        if sparse.overwritten:
+            sparse.require_intact("step")
         settings = sparse.settings
         if settings.quantization is None and weight.dtype is not settings.dtype:
             raise UserError(
@@ -331,7 +319,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         self.sparse.require_attached("load_state_dict")
         state = state_dict.get("state", {})
         self._require_fit(state)
-        resumes = state["steps"] != self.steps
+        resumes = state["steps"] != self.steps  # accelerate loads an optimizer's own state into it
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self.zero_grad()
         self.sparse.load_state(state["steps"], state["weights"].items(), state["counters"], state["base"])
@@ -342,6 +330,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                     "load_state_dict: the weights of the model are not those of its base with these deltas. Fix: load "
                     "the base again, attach, and load this state"
                 )
+            self.sparse.overwritten = False
 
     def _require_fit(self, state: dict[str, Any]) -> None:
         """Raise UserError unless a state belongs to this model, method and budget."""

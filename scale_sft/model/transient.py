@@ -72,6 +72,9 @@ class TransientDeltas:
     def restore(self) -> None:
         """Do nothing: the packed base was never changed."""
 
+    def misplaced(self) -> None:
+        """Return None: weights hold only the base."""
+
     @contextmanager
     def without(self) -> Iterator[None]:
         """Leave the deltas out of effective weights for the length of the block."""

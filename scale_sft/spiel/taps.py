@@ -11,7 +11,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +119,11 @@ def attach(tap: WeightTap) -> None:
     forward.before = tap.module.__dict__.get("forward")  # type: ignore[attr-defined]
     forward.tap = tap  # type: ignore[attr-defined]
     tap.module.forward = types.MethodType(forward, tap.module)
+
+
+def share_anchor(module: nn.Module, anchor: Tensor) -> None:
+    """Replace the anchor of a tapped module's tap: a scalar that requires a gradient and gets none."""
+    cast(Any, module).forward.tap.anchor = anchor
 
 
 def detach(module: nn.Module) -> None:

@@ -85,3 +85,62 @@ def plain_loop(method: str, folder: str) -> None:
     if size > 1:
         torch.distributed.destroy_process_group()
     end_process()
+
+
+def under_library(library: str, late: bool, folder: str) -> None:
+    """Train under another library's launcher, attached before or after it initialises torch.distributed."""
+    import os
+    from pathlib import Path
+
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    import scale_sft
+
+    base = Path(scale_sft.__file__).parent / "assets" / "demo" / "base"
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+    def begin() -> Any:
+        if library == "trainer":
+            return TrainingArguments(
+                folder, max_steps=8, per_device_train_batch_size=4 // size, use_cpu=True, report_to=[], seed=1,
+                disable_tqdm=True, max_grad_norm=0.0, save_strategy="no", dataloader_pin_memory=False,
+                logging_strategy="no",
+            )  # fmt: skip
+        if library == "accelerate":
+            from accelerate import Accelerator
+
+            return Accelerator(cpu=True)
+        if size > 1:
+            torch.distributed.init_process_group("gloo")
+        return None
+
+    started = None if late else begin()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    sparse = scale_sft.attach(
+        model, density=0.02, total_steps=8, update_interval_steps=3, estimation_steps=3, max_grad_norm=1.0
+    )
+    optimizer = sparse.optimizer(lr=1e-2)
+    if late:
+        started = begin()
+    batches = [
+        torch.randint(0, model.config.vocab_size, (4, 24), generator=torch.Generator().manual_seed(number))
+        for number in range(8)
+    ]
+    if library == "trainer":
+        rows = [{"input_ids": row, "labels": row} for batch in batches for row in batch]
+        Trainer(model, started, train_dataset=rows, optimizers=(optimizer, None)).train()
+    else:
+        forward, stepping = started.prepare(model, optimizer) if started else (model, optimizer)
+        for batch in batches:
+            rows = batch.chunk(size)[rank]
+            forward(input_ids=rows, labels=rows).loss.backward()
+            stepping.step()
+            stepping.zero_grad()
+    store = sparse.tuning.store
+    found = {"indices": {d.name: d.indices for d in store}, "deltas": {d.name: d.deltas.clone() for d in store}}
+    torch.save(found, Path(folder) / f"{rank}of{size}.pt")
+    sparse.save(Path(folder) / f"adapter{size}")
+    sparse.detach()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    end_process()

@@ -13,7 +13,7 @@ import scale_sft
 from scale_sft.adapters.format import Adapter
 from scale_sft.adapters.merge import merge
 from scale_sft.errors import UserError
-from scale_sft.model.sparse_model import PARAMETER
+from scale_sft.model.exposure import ANCHOR, PARAMETER
 
 SCHEDULE = {"update_interval_steps": 3, "estimation_steps": 2, "total_steps": 9, "density": 0.05}
 
@@ -560,3 +560,132 @@ def test_a_base_of_bitsandbytes_gets_transient_deltas(load, tiny_model, tmp_path
             model.model.layers[0].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True  # as in an evaluation
             with pytest.raises(UserError, match="attach the model before its first forward pass"):
                 scale_sft.attach(model, **SCHEDULE)
+
+
+# --- what must not go wrong silently --------------------------------------------------------------------------------
+
+
+def test_weights_replaced_after_attach_are_refused_by_all_that_would_use_them(load, tmp_path) -> None:
+    model = load()
+    sparse = scale_sft.attach(model, **SCHEDULE)
+    optimizer = sparse.optimizer(lr=1e-2)
+    train(model, optimizer, 1, 2)
+    earlier, resume = weights(model), optimizer.state_dict()
+    train(model, optimizer, 3, 4)
+    model.load_state_dict(earlier)  # as load_best_model_at_end does
+    for call in (lambda: sparse.save(tmp_path), sparse.detach, sparse.base().__enter__):
+        with pytest.raises(UserError, match="the weights of the model were replaced"):
+            call()
+    model(**batch(5)).loss.backward()
+    with pytest.raises(UserError, match="step: the weights of the model were replaced"):
+        optimizer.step()
+    optimizer.load_state_dict(resume)  # the deltas that belong to these weights
+    sparse.save(tmp_path)
+    assert same(weights(sparse.detach()), weights(load()))
+
+
+def test_a_weight_written_by_hand_is_noticed(load, tmp_path) -> None:
+    model = load()
+    sparse = scale_sft.attach(model, **SCHEDULE)
+    train(model, sparse.optimizer(lr=1e-2), 1, 2)
+    with torch.no_grad():
+        sparse.targets[-1].weight.mul_(1.5)
+    for call in (lambda: sparse.save(tmp_path), sparse.detach):
+        with pytest.raises(UserError, match="were replaced, moved or cast"):
+            call()
+
+
+def test_a_live_adapter_and_attached_deltas_exclude_each_other(load, tmp_path) -> None:
+    model = load()
+    sparse = scale_sft.attach(model, **SCHEDULE)
+    sparse.save(tmp_path)
+    with pytest.raises(UserError, match="load_adapter: got a model with attached deltas"):
+        scale_sft.load_adapter(model, tmp_path)
+    sparse.detach()
+    live = scale_sft.load_adapter(model, tmp_path)
+    with pytest.raises(UserError, match="carries a live adapter"):
+        scale_sft.attach(model, **SCHEDULE)
+    live.undo()
+    scale_sft.attach(model, **SCHEDULE).detach()
+
+
+def test_dropout_is_off_from_attach_to_detach(load) -> None:
+    model = load(architecture="gpt2")
+    model.config.attn_pdrop = 0.2
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.1
+    model.transformer.h[0].attn.some_dropout = 0.3
+    sparse = scale_sft.attach(model, **SCHEDULE)
+    model.train()
+    assert torch.equal(model(**batch(1)).logits, model(**batch(1)).logits)
+    assert model.config.attn_pdrop == 0 and model.transformer.h[0].attn.some_dropout == 0
+    sparse.detach()
+    assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.1}
+    assert model.config.attn_pdrop == 0.2 and model.transformer.h[0].attn.some_dropout == 0.3
+
+
+def test_input_of_the_wrong_kind_is_one_error(load, tmp_path) -> None:
+    model = load()
+    sparse = scale_sft.attach(model, **SCHEDULE)
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "folder", "/proc/nowhere"):
+        with pytest.raises(UserError, match=f"save: '{folder}' cannot be written"):
+            sparse.save(folder)
+    for rate in ("a", float("nan"), float("inf"), True):
+        with pytest.raises(UserError, match="lr: got"):
+            sparse.optimizer(lr=rate)
+    with pytest.raises(UserError, match="got 'demo', expected a model in memory"):
+        scale_sft.attach("demo")
+    optimizer = sparse.optimizer(lr=1e-2)
+    with pytest.raises(UserError, match="add_param_group"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_an_attached_model_is_not_copied(load) -> None:
+    model = load()
+    sparse = scale_sft.attach(model, **SCHEDULE)
+    with pytest.raises(UserError, match="deepcopy: got a model with attached deltas"):
+        copy.deepcopy(model)
+    copy.deepcopy(sparse.detach())
+
+
+def test_a_sparse_model_says_what_it_trains(load) -> None:
+    model = load()
+    sparse = scale_sft.attach(model, method="ma", **SCHEDULE)
+    train(model, sparse.optimizer(lr=1e-2), 1, 2)
+    assert repr(sparse) == (
+        "<SparseModel: ma, 760 of 15,360 entries (4.948%) in 14 weights of LlamaForCausalLM, step 2 of 9>"
+    )
+    sparse.detach()
+    assert repr(sparse).endswith("step 2 of 9, detached>")
+
+
+def test_a_detached_model_lists_nothing_of_ours_and_a_failed_one_neither(load, monkeypatch) -> None:
+    from scale_sft.model.sparse_model import SparseModel
+
+    model = load()
+    before = dict(model.named_parameters()), set(vars(model))
+    scale_sft.attach(model, **SCHEDULE).detach()
+    assert (dict(model.named_parameters()), set(vars(model))) == before
+
+    def broken(*_):
+        raise UserError("broken")
+
+    for late in ("_fuses", "_make_parameter", "expose"):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="broken"):
+            patch.setattr(SparseModel, late, broken)
+            scale_sft.attach(model, **SCHEDULE)
+        assert not any("forward" in vars(module) for module in model.modules())
+        assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_processes_that_appear_between_a_backward_pass_and_its_step_are_refused(load, monkeypatch) -> None:
+    model = load()
+    sparse = scale_sft.attach(model, **SCHEDULE)
+    optimizer = sparse.optimizer(lr=1e-2)
+    model(**batch(1)).loss.backward()
+    monkeypatch.setattr(sparse, "_find_ranks", lambda: sparse.group)
+    with pytest.raises(UserError, match="initialised between a backward pass and its step"):
+        optimizer.step()
