@@ -25,9 +25,12 @@ from .commands import Commands
 @click.option("--refresh", is_flag=True, help="Tokenise again, even if a cached result exists.")
 @with_options_of("model", "data")
 def preprocess(recipe: str | None, refresh: bool, **options: str | None) -> None:
-    """Tokenise the data of a recipe ahead of time.
+    r"""Tokenise the data of a recipe ahead of time.
 
     Runs with the same data, tokenizer and options reuse the result.
+
+    \b
+    scale-sft preprocess --config recipe.yaml
     """
     for split, examples, seconds in _load(load_sections(recipe, options), refresh=refresh):
         for note in examples.notes:
@@ -50,9 +53,12 @@ def data() -> None:
 @click.option("--first", default=0, show_default=True, help="Index of the first example, counted from 0.")
 @with_options_of("model", "data")
 def show(recipe: str | None, count: int, first: int, **options: str | None) -> None:
-    """Show a few examples as the model sees them, with the target tokens marked.
+    r"""Show a few examples as the model sees them, with the target tokens marked.
 
     Below them: a histogram of lengths, and how many examples were cut or dropped.
+
+    \b
+    scale-sft data show --config recipe.yaml --count 5
     """
     from scale_sft.data.chat import use_template
     from scale_sft.data.preview import show_examples

@@ -208,7 +208,7 @@ def test_the_page_shows_the_newest_settings_and_the_newest_row_of_each_run(tmp_p
     [
         (["--methods", "our-ag"], "did you mean 'ours-ag'?"),
         (["--learning-rates", "ours-gg=1"], "did you mean 'ours-"),
-        (["--learning-rates", "full=fast"], "expected numbers above 0"),
+        (["--learning_rates", "full=fast"], "--learning_rates full: got 'fast', expected numbers above 0"),
         (["--variant", "slim=peft-lora,method=ma"], "got peft-lora, expected one of our methods"),
         (["--variant", "slim=ours-ag,candidate_ratios=0.5"], "did you mean 'candidate_ratio'?"),
         (["--variant", "slim=ours-ag,candidate_ratio=much"], "slim: 1 mistake"),
@@ -217,7 +217,7 @@ def test_the_page_shows_the_newest_settings_and_the_newest_row_of_each_run(tmp_p
         (["--variant", "slim=ours-ag,start_from=runs/a/adapter"], "expected option=value"),
         (["--variant", "full=ours-ag,candidate_ratio=1"], "the name 'full' is taken"),
         (["--variant", "slim"], "expected NAME=METHOD,option=value"),
-        (["--validation-examples", "4000"], "the training data are 2500 examples"),
+        (["--validation_examples", "4000"], "--validation_examples: got 4000, but the training data are 2500 examples"),
     ],
 )
 def test_what_was_asked_for_wrongly_is_said_before_anything_runs(tmp_path, arguments, message):
