@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -60,14 +61,19 @@ def show(recipe: str | None, count: int, first: int, **options: str | None) -> N
     \b
     scale-sft data show --config recipe.yaml --count 5
     """
+    from scale_sft.data.cache import with_writable_cache
     from scale_sft.data.chat import use_template
     from scale_sft.data.preview import show_examples
     from scale_sft.model.loading import load_tokenizer
 
     sections = load_sections(recipe, options)
     tokenizer = use_template(load_tokenizer(sections["model"]), sections["data"].chat_template)
-    for split, examples, _ in _load(sections):
-        show_examples(examples, tokenizer, title=f"{split}_data", first=first, count=count)
+    with tempfile.TemporaryDirectory() as spare:
+        sections["data"], notes = with_writable_cache(sections["data"], Path(spare))
+        for note in notes:
+            click.echo(f"note: {note}", err=True)
+        for split, examples, _ in _load(sections):
+            show_examples(examples, tokenizer, title=f"{split}_data", first=first, count=count)
 
 
 def _load(sections: dict[str, Any], *, refresh: bool = False) -> Iterator[tuple[str, Examples, float]]:
