@@ -1,4 +1,7 @@
-"""scale_sft: sparse fine-tuning of large language models, on one GPU or many nodes, with the same result.
+"""scale_sft: sparse fine-tuning of large language models, on one GPU or many nodes.
+
+On any number of ranks a run has the same batches and the same schedule, and the same sums up to rounding
+(docs/cluster.md).
 
 train            run a recipe: scale_sft.train("demo", steps=20) -> RunResult
 RunResult        where a run has left its adapter, and its held-out results

@@ -51,7 +51,7 @@ class Case:
     attention: str = "sdpa"  # of all contestants, as in a run; or auto: the faster one
     rank: int | None = 16
     density: float | None = None
-    kernels: str = "cpu"  # of ours, as in a run: off, cpu or auto
+    kernels: str = "cpu"  # of our methods, as in a run: off, cpu or auto
     seed: int = 0
 
     def settings(self) -> dict[str, Any]:
@@ -87,12 +87,12 @@ class Base:
         self._written: tempfile.TemporaryDirectory | None = None
 
     def _refuse_more_than_all(self, rank: int) -> None:
-        """Refuse a rank with r (O + I) > O I: ours would have fewer trained entries than LoRA."""
+        """Refuse a rank with r (O + I) > O I: the sparse deltas would have fewer trained entries than LoRA."""
         name, (rows, columns) = min(self.shapes.items(), key=lambda item: _largest_rank(*item[1]))
         if rank > _largest_rank(rows, columns):
             raise UserError(
                 f"rank: got {rank}, but {name} [{rows}, {columns}] has fewer entries than LoRA of that rank has "
-                f"parameters, so ours cannot train as many; expected at most {_largest_rank(rows, columns)}"
+                f"parameters, so sparse deltas cannot train as many; expected at most {_largest_rank(rows, columns)}"
             )
 
     @property

@@ -10,6 +10,12 @@ import click
 from scale_sft.errors import UserError
 
 _ADAPTER = click.Path(path_type=Path)
+_LICENCE = click.option(
+    "--licence",
+    "--license",
+    "licence",
+    help="Licence for the model card, as the hub knows it (apache-2.0, llama3 ...).",
+)
 
 
 @click.command()
@@ -20,24 +26,33 @@ _ADAPTER = click.Path(path_type=Path)
 @click.option(
     "--quantize",
     type=click.Choice(["nf4", "fp4", "int8"]),
-    help="Write the merged model of a quantised base in few bits again; reports the loss.",
+    help="Write the merged model of a quantised base in 4 or 8 bits again; reports the loss.",
 )
-def merge(adapter: Path, output: Path, base: str | None, unmerge: Path | None, quantize: str | None) -> None:
-    """Write base + ADAPTER as a plain transformers folder (ADAPTER: the adapter/ folder of a run).
+@_LICENCE
+def merge(
+    adapter: Path, output: Path, base: str | None, unmerge: Path | None, quantize: str | None, licence: str | None
+) -> None:
+    r"""Write base + ADAPTER as a plain transformers folder (ADAPTER: the adapter/ folder of a run).
 
     Its logits are those of the trained model, bit for bit. Needs the memory of one weight at a time. A base in 4 or 8
     bits is dequantised, and the result is written in bfloat16.
+
+    \b
+    scale-sft merge runs/mine/adapter --output merged
+    scale-sft merge runs/mine/adapter --unmerge merged --output base
     """
     from scale_sft.adapters import merge as merging
 
     if quantize:
         from scale_sft.evaluation.requantize import merge_into_few_bits
 
-        click.echo(merge_into_few_bits(adapter, output, quantize, base))
+        click.echo(merge_into_few_bits(adapter, output, quantize, base, licence=licence))
     elif unmerge is not None:
+        if licence:
+            raise UserError(f"licence: got {licence} with --unmerge, which writes no model card. Fix: leave it out")
         click.echo(f"base: {merging.unmerge(adapter, unmerge, output)}")
     else:
-        click.echo(f"merged model: {merging.merge(adapter, output, base)}")
+        click.echo(f"merged model: {merging.merge(adapter, output, base, licence=licence)}")
 
 
 @click.command()
@@ -46,7 +61,7 @@ def merge(adapter: Path, output: Path, base: str | None, unmerge: Path | None, q
 @click.option("--output", required=True, type=_ADAPTER, help="New folder for the result.")
 @click.option("--base", help="Folder or hub id of the base, if it is not where the adapter says.")
 @click.option("--verify", is_flag=True, help="Load the result in stock peft / transformers and compare all logits.")
-@click.option("--license", "licence", help="Licence for the model card, as the hub knows it (apache-2.0, llama3 ...).")
+@_LICENCE
 @click.option("--push-to-hub", metavar="REPOSITORY", help="Upload the result to this repository of the hub.")
 @click.option("--private", is_flag=True, help="Make the repository of the hub private.")
 def export(
@@ -59,9 +74,12 @@ def export(
     push_to_hub: str | None,
     private: bool,
 ) -> None:
-    """Write ADAPTER for stock peft (shira: peft >= 0.17, supertuning: peft >= 0.21) or as a merged model.
+    r"""Write ADAPTER for stock peft (shira: peft >= 0.17, supertuning: peft >= 0.21) or as a merged model.
 
     All three give the logits of the trained model, bit for bit; --verify proves it.
+
+    \b
+    scale-sft export runs/mine/adapter --to shira --output peft --verify
     """
     from scale_sft.adapters import export as exporting
     from scale_sft.adapters import verify as verifying
@@ -88,7 +106,11 @@ def export(
 @click.option("--html", type=_ADAPTER, help="Write one HTML page with plots to this file.")
 @click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Most moved weights to name.")
 def inspect(adapter: Path, as_json: bool, html: Path | None, top: int) -> None:
-    """Show what ADAPTER holds: entries, magnitudes, layers, rows and columns, most moved weights, provenance."""
+    r"""Show what ADAPTER holds: entries, magnitudes, layers, rows and columns, most moved weights, provenance.
+
+    \b
+    scale-sft inspect runs/mine/adapter --html adapter.html
+    """
     from scale_sft.adapters.inspection import inspect as read
 
     found = read(adapter, top=top)

@@ -23,7 +23,11 @@ _SEVERAL = click.argument("adapters", nargs=-1, required=True, type=_ADAPTER)
 @_VERBOSE
 @click.option("--weights", help="One factor per adapter, as in 1,0.5; default: all 1.")
 def add(adapters: tuple[Path, ...], output: Path, weights: str | None, verbose: bool) -> None:
-    """Add up ADAPTERS of one base, weighted: several tasks in one adapter, on the union of their entries."""
+    r"""Add up ADAPTERS of one base, weighted: several tasks in one adapter, on the union of their entries.
+
+    \b
+    scale-sft add runs/a/adapter runs/b/adapter --weights 1,0.5 --output both
+    """
     from scale_sft.adapters import arithmetic
 
     try:
@@ -41,7 +45,11 @@ def add(adapters: tuple[Path, ...], output: Path, weights: str | None, verbose: 
 @click.option("--factor", required=True, type=float, help="Number to multiply all deltas by.")
 @_OUTPUT
 def scale(adapter: Path, factor: float, output: Path) -> None:
-    """Multiply all deltas of ADAPTER: a factor of 0.5 halves its effect on the weights, 2 doubles it."""
+    r"""Multiply all deltas of ADAPTER: a factor of 0.5 halves its effect on the weights, 2 doubles it.
+
+    \b
+    scale-sft scale runs/a/adapter --factor 0.5 --output half
+    """
     from scale_sft.adapters import arithmetic
 
     (operand,) = _read([adapter])
@@ -52,7 +60,11 @@ def scale(adapter: Path, factor: float, output: Path) -> None:
 @click.argument("adapter", type=_ADAPTER)
 @_OUTPUT
 def negate(adapter: Path, output: Path) -> None:
-    """Negate ADAPTER, to steer the model away from its task."""
+    r"""Negate ADAPTER, to steer the model away from its task.
+
+    \b
+    scale-sft negate runs/a/adapter --output away
+    """
     from scale_sft.adapters import arithmetic
 
     (operand,) = _read([adapter])
@@ -64,7 +76,11 @@ def negate(adapter: Path, output: Path) -> None:
 @_OUTPUT
 @_VERBOSE
 def intersect(adapters: tuple[Path, ...], output: Path, verbose: bool) -> None:
-    """Keep the deltas of the first of ADAPTERS at the entries that all the others have too."""
+    r"""Keep the deltas of the first of ADAPTERS at the entries that all the others have too.
+
+    \b
+    scale-sft intersect runs/a/adapter runs/b/adapter --output shared
+    """
     from scale_sft.adapters import arithmetic
 
     operands = _read(adapters, at_least=2)
@@ -78,7 +94,11 @@ def intersect(adapters: tuple[Path, ...], output: Path, verbose: bool) -> None:
 @_OUTPUT
 @_VERBOSE
 def difference(adapters: tuple[Path, ...], output: Path, verbose: bool) -> None:
-    """Keep the deltas of the first of ADAPTERS at the entries that none of the others has."""
+    r"""Keep the deltas of the first of ADAPTERS at the entries that none of the others has.
+
+    \b
+    scale-sft difference runs/a/adapter runs/b/adapter --output only_a
+    """
     from scale_sft.adapters import arithmetic
 
     operands = _read(adapters, at_least=2)
@@ -92,7 +112,11 @@ def difference(adapters: tuple[Path, ...], output: Path, verbose: bool) -> None:
 @click.option("--density", required=True, type=float, help="Fraction of each target weight to keep.")
 @_OUTPUT
 def prune(adapter: Path, density: float, output: Path) -> None:
-    """Keep only the largest deltas of each weight of ADAPTER."""
+    r"""Keep only the largest deltas of each weight of ADAPTER.
+
+    \b
+    scale-sft prune runs/a/adapter --density 0.005 --output small
+    """
     from scale_sft.adapters import arithmetic
 
     (operand,) = _read([adapter])
@@ -103,7 +127,11 @@ def prune(adapter: Path, density: float, output: Path) -> None:
 @_SEVERAL
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with a row per weight.")
 def overlap(adapters: tuple[Path, ...], as_json: bool) -> None:
-    """Count the entries that each two of ADAPTERS share, and how often with the same sign, per layer."""
+    r"""Count the entries that each two of ADAPTERS share, and how often with the same sign, per layer.
+
+    \b
+    scale-sft overlap runs/a/adapter runs/b/adapter
+    """
     _overlaps(adapters, _read(adapters, at_least=2), as_json)
 
 

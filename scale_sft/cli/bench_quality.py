@@ -22,9 +22,10 @@ from .bench_options import OUTPUT
     help="Another contestant: one of our methods with other training options, such as ag-8bit=ours-ag,moments=int8. "
     "Can be repeated.",
 )
-@click.option(
-    "--learning-rates",
+@option(
+    "--learning_rates",
     "grids",
+    also=["--learning-rates"],
     metavar="METHOD=A,B,...",
     multiple=True,
     help="Another grid of learning rates for one contestant. Can be repeated.",
@@ -50,8 +51,9 @@ from .bench_options import OUTPUT
     type=click.IntRange(min=1),
     help="Sequences per forward pass; default: all.",
 )
-@click.option(
-    "--validation-examples",
+@option(
+    "--validation_examples",
+    also=["--validation-examples"],
     type=click.IntRange(min=1),
     default=256,
     show_default=True,
@@ -78,7 +80,7 @@ def quality(
     Contestants: ours-ag, ours-ma, ours-static; random-mask, entries drawn once; peft-lora on the same layers, all of
     equal trained weights; peft-ia3; and full, the same layers densely. All see the same batches, the same loss and the
     same schedule of the learning rate. Each tries a grid of rates with one seed; the best, by the loss on
-    --validation-examples held back from the training data, runs with the other seeds. Reported figures come from the
+    --validation_examples held back from the training data, runs with the other seeds. Reported figures come from the
     eval data, which are not used for any choice. The report warns of a best rate at the edge of its grid.
 
     Without options it trains the small model on the task that ships, in float32: about 10 minutes on two cores.

@@ -12,13 +12,21 @@ from .commands import Commands
 
 @click.group(cls=Commands)
 def checkpoint() -> None:
-    """List and verify the checkpoints of a run."""
+    r"""List and verify the checkpoints of a run.
+
+    \b
+    scale-sft checkpoint ls runs/mine
+    """
 
 
 @checkpoint.command("ls")
 @click.argument("folder", type=click.Path(path_type=Path))
 def checkpoint_ls(folder: Path) -> None:
-    """List the checkpoints in FOLDER (a run, its checkpoints/ or one of them); checks sizes, not checksums."""
+    r"""List the checkpoints in FOLDER (a run, its checkpoints/ or one of them); checks sizes, not checksums.
+
+    \b
+    scale-sft checkpoint ls runs/mine
+    """
     from scale_sft.training.checkpoint_listing import checkpoints_in, table
 
     click.echo(table(checkpoints_in(folder), "complete (sizes)"))
@@ -27,7 +35,11 @@ def checkpoint_ls(folder: Path) -> None:
 @checkpoint.command("verify")
 @click.argument("folder", type=click.Path(path_type=Path))
 def checkpoint_verify(folder: Path) -> None:
-    """Read the checkpoints in FOLDER completely and compare checksums; exits with status 1 if one is damaged."""
+    r"""Read the checkpoints in FOLDER completely and compare checksums; exits with status 1 if one is damaged.
+
+    \b
+    scale-sft checkpoint verify runs/mine
+    """
     from scale_sft.training.checkpoint_listing import checkpoints_in, table, verified
 
     found = [verified(one) for one in checkpoints_in(folder)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,9 +26,12 @@ from .commands import Commands
 @click.option("--refresh", is_flag=True, help="Tokenise again, even if a cached result exists.")
 @with_options_of("model", "data")
 def preprocess(recipe: str | None, refresh: bool, **options: str | None) -> None:
-    """Tokenise the data of a recipe ahead of time.
+    r"""Tokenise the data of a recipe ahead of time.
 
     Runs with the same data, tokenizer and options reuse the result.
+
+    \b
+    scale-sft preprocess --config recipe.yaml
     """
     for split, examples, seconds in _load(load_sections(recipe, options), refresh=refresh):
         for note in examples.notes:
@@ -50,18 +54,26 @@ def data() -> None:
 @click.option("--first", default=0, show_default=True, help="Index of the first example, counted from 0.")
 @with_options_of("model", "data")
 def show(recipe: str | None, count: int, first: int, **options: str | None) -> None:
-    """Show a few examples as the model sees them, with the target tokens marked.
+    r"""Show a few examples as the model sees them, with the target tokens marked.
 
     Below them: a histogram of lengths, and how many examples were cut or dropped.
+
+    \b
+    scale-sft data show --config recipe.yaml --count 5
     """
+    from scale_sft.data.cache import with_writable_cache
     from scale_sft.data.chat import use_template
     from scale_sft.data.preview import show_examples
     from scale_sft.model.loading import load_tokenizer
 
     sections = load_sections(recipe, options)
     tokenizer = use_template(load_tokenizer(sections["model"]), sections["data"].chat_template)
-    for split, examples, _ in _load(sections):
-        show_examples(examples, tokenizer, title=f"{split}_data", first=first, count=count)
+    with tempfile.TemporaryDirectory() as spare:
+        sections["data"], notes = with_writable_cache(sections["data"], Path(spare))
+        for note in notes:
+            click.echo(f"note: {note}", err=True)
+        for split, examples, _ in _load(sections):
+            show_examples(examples, tokenizer, title=f"{split}_data", first=first, count=count)
 
 
 def _load(sections: dict[str, Any], *, refresh: bool = False) -> Iterator[tuple[str, Examples, float]]:

@@ -36,7 +36,11 @@ def list_files() -> None:
 @launch_files.command("cp")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 def copy(folder: Path) -> None:
-    """Copy the files to FOLDER/launch and FOLDER/ds_configs. Nothing is overwritten."""
+    r"""Copy the files to FOLDER/launch and FOLDER/ds_configs. Nothing is overwritten.
+
+    \b
+    scale-sft launch-files cp .
+    """
     from scale_sft.files import write_text
 
     found = _files()

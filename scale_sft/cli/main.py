@@ -47,7 +47,11 @@ for _commands in (train, adapters, arithmetic, recipes, plan, bench, checkpoints
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
-    """Write report.html and its pictures for RUN, the output folder of a finished, running or dead run."""
+    r"""Write report.html and its pictures for RUN, the output folder of a finished, running or dead run.
+
+    \b
+    scale-sft report runs/mine
+    """
     from scale_sft.reporting.run_report import write_report
 
     if not (run / "metrics.jsonl").is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -21,9 +22,12 @@ _SHAPES = ASSETS / "shapes"
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Devices, one rank on each.")
 @click.option("--gpu-memory", type=float, help="Memory of one device in GB, to judge whether the run fits.")
 @click.option("--shape", help="Plan for the shape 7b, 13b, 70b or 405b (Llama) in place of the recipe's base.")
+@click.option("--check", is_flag=True, help="Exit with status 1 if the run does not fit; needs --gpu-memory.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, in bytes.")
 @with_field_options
-def plan(recipe: str | None, gpus: int, gpu_memory: float | None, shape: str | None, as_json: bool, **options) -> None:
+def plan(
+    recipe: str | None, gpus: int, gpu_memory: float | None, shape: str | None, check: bool, as_json: bool, **options
+) -> None:
     r"""Compute the memory of RECIPE (a shipped name or a file) per device, and the smallest change that makes it fit.
 
     This reads the base's config.json, never its weights.
@@ -31,12 +35,15 @@ def plan(recipe: str | None, gpus: int, gpu_memory: float | None, shape: str | N
     \b
     scale-sft plan llama2_7b_ag --shape 7b --gpus 8 --gpu-memory 80
     scale-sft plan --shape 70b --density 0.01 --global_batch_size 64 --gpus 64 --gpu-memory 80
+    scale-sft plan recipe.yaml --gpu-memory 24 --check && scale-sft train --config recipe.yaml
     """
     from scale_sft.config.loading import load
     from scale_sft.model.loading import load_model_config
     from scale_sft.planning.planner import Planner
     from scale_sft.planning.suggestions import smallest_change
 
+    if check and gpu_memory is None:
+        raise click.UsageError("--check needs --gpu-memory")
     if shape is not None:
         options["base"] = str(_shape_folder(shape))
     config = load(recipe, options)
@@ -52,6 +59,8 @@ def plan(recipe: str | None, gpus: int, gpu_memory: float | None, shape: str | N
         click.echo(json.dumps(_document(found, change), indent=2))
     else:
         _print(found, change, gpus, gpu_memory)
+    if check and not found.fits:
+        sys.exit(1)
 
 
 def _counts_of_adapter(config, model_config) -> dict[str, int] | None:

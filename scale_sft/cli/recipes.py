@@ -31,7 +31,11 @@ def list_recipes() -> None:
 @recipes.command()
 @click.argument("recipe")
 def show(recipe: str) -> None:
-    """Print RECIPE, a shipped name or a file."""
+    r"""Print RECIPE, a shipped name or a file.
+
+    \b
+    scale-sft recipes show llama2_7b_ag
+    """
     from scale_sft.config import recipes as shipped
 
     click.echo(shipped.path_of(recipe).read_text(encoding="utf-8"), nl=False)
@@ -60,7 +64,11 @@ def copy(recipe: str, target: str) -> None:
 @recipes.command()
 @click.argument("files", metavar="RECIPE...", nargs=-1, required=True)
 def validate(files: tuple[str, ...]) -> None:
-    """Check each RECIPE (a shipped name or a file) as the trainer would, and report all mistakes."""
+    r"""Check each RECIPE (a shipped name or a file) as the trainer would, and report all mistakes.
+
+    \b
+    scale-sft recipes validate mine.yaml
+    """
     from scale_sft.config.loading import load
 
     wrong = []

@@ -118,7 +118,9 @@ def _section(kind: type, values: Mapping[str, Any], mistakes: list[str]) -> Any:
         try:
             value = convert(values[f.name], hints[f.name])
         except (ValueError, TypeError, KeyError, OverflowError):
-            mistakes.append(f"{f.name}: got {values[f.name]!r}, expected {describe_type(hints[f.name])}")
+            empty = values[f.name] in ([], ())
+            expected = "at least one item" if empty else describe_type(hints[f.name])
+            mistakes.append(f"{f.name}: got {values[f.name]!r}, expected {expected}")
             continue
         if value is not None and (wrong := _wrong_with(f, value)):
             mistakes.append(f"{f.name}: {wrong}")
@@ -131,7 +133,8 @@ def _wrong_with(f: dataclasses.Field, value: Any) -> str | None:
     """Say what is wrong with an option's value, if anything."""
     choices, check = f.metadata["choices"], f.metadata["check"]
     if choices and value not in choices:
-        return f"{unknown(repr(value), str(value), choices)}; choices: {', '.join(choices)}"
+        told, listed = unknown(repr(value), str(value), choices), ", ".join(choices)
+        return told if listed in told else f"{told} Known: {listed}"
     if check and (wrong := check(value)):
         return f"got {value}, {wrong}"
     if f.metadata["path"]:

@@ -188,8 +188,8 @@ class DataConfig:
     train_data: tuple[str, ...] | str = option(
         DEMO,
         "Training examples: a file (.jsonl, .json, .csv, .parquet, .txt), a folder of them, a hub data set, or 'demo'; "
-        "several with commas. Details as NAME?key=value&key=value: subset, split, revision, weight (uses per epoch), "
-        "keep (COLUMN:VALUE), format, and the names of columns.",
+        "separate several with commas. Details as NAME?key=value&key=value: subset, split, revision, weight (uses per "
+        "epoch), keep (COLUMN:VALUE), format, and the names of columns.",
         on_resume="by_effect",
         path=True,
     )

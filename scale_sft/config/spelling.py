@@ -5,9 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+FEW = 5
+"""Names that an error lists as a whole."""
+
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """Say 'unknown WHAT; did you mean ...?' with the nearest of the known names, or list them all."""
+    """Say 'unknown WHAT; did you mean ...?' with the nearest known name; list them if they are few or none is near."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"unknown {what}" + (f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}")
+    if not near:
+        return f"unknown {what}; known: {', '.join(known)}"
+    return f"unknown {what}; did you mean '{near[0]}'?" + (f" Known: {', '.join(known)}" if len(known) <= FEW else "")

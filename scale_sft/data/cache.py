@@ -9,9 +9,11 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,23 @@ def load_examples(
     except OSError as error:
         raise UserError(f"cache_dir: {root} cannot be used: {error}; choose another folder with cache_dir") from None
     return _open(root / key, name, config)
+
+
+def with_writable_cache(data: DataConfig, instead: Path) -> tuple[DataConfig, tuple[str, ...]]:
+    """Keep tokenised data in the folder `instead` if the usual cache cannot be written; returns notes for the user.
+
+    A folder that the user chose with `cache_dir` has no substitute.
+    """
+    usual = cache_folder(data)
+    if data.cache_dir:
+        return data, ()
+    try:
+        usual.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=usual):
+            return data, ()
+    except OSError as error:
+        note = f"cache_dir: {usual} cannot be written ({error.strerror}); tokenised data is kept in {instead}"
+        return replace(data, cache_dir=str(instead)), (note,)
 
 
 def _make(root: Path, key: str, work: tuple[Any, ...], refresh: bool) -> None:

@@ -4,5 +4,5 @@ held_out        loss and perplexity
 answers         greedy answers and exact match
 evaluate_model  `scale-sft eval`
 harness         benchmarks of lm-evaluation-harness
-requantize      merge into few bits, and measure what that costs
+requantize      merge in 4 or 8 bits, and measure what that costs
 """

@@ -42,7 +42,7 @@ SMALL_FILES = (".json", ".jinja", ".model", ".txt")
 
 @dataclass(frozen=True)
 class Loss:
-    """The cost of writing a merged model into few bits, in deltas and held-out loss."""
+    """The cost of writing a merged model in 4 or 8 bits, in deltas and held-out loss."""
 
     kind: str
     active: int  # entries where the merged model differs from the base
@@ -60,11 +60,14 @@ class Loss:
         )
 
 
-def merge_into_few_bits(adapter_folder: str | Path, output: str | Path, kind: str, base: str | None = None) -> str:
+def merge_into_few_bits(
+    adapter_folder: str | Path, output: str | Path, kind: str, base: str | None = None, *, licence: str | None = None
+) -> str:
     """Merge, quantise the result (double quantised) as a folder that transformers loads, and measure the loss.
 
     Args:
         kind: nf4, fp4 or int8.
+        licence: for the model card; see `merge`.
 
     Returns:
         A text that says what was written and what was lost.
@@ -90,7 +93,7 @@ def merge_into_few_bits(adapter_folder: str | Path, output: str | Path, kind: st
         for path in merged.iterdir():
             if path.suffix in SMALL_FILES and path.name != INDEX_FILE and not (work / path.name).exists():
                 shutil.copyfile(path, work / path.name)
-        write_card(adapter_folder, work, form="merged", name=output.resolve().name)
+        write_card(adapter_folder, work, form="merged", name=output.resolve().name, licence=licence)
         packed = packed_weights(model, torch.bfloat16, next(model.parameters()).device)
         figures = _measure(merged, packed, adapter, kept)
         attach_transient_taps(TransientDeltas(DeltaStore({}, {}), packed), (), lambda *_: None)

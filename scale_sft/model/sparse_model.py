@@ -329,7 +329,7 @@ class SparseModel:
     def save(self, folder: str | Path) -> Path:
         """Write the deltas as an adapter folder, as a run of `scale-sft train` does; returns the folder.
 
-            >>> sparse.save("adapter")  # then: scale-sft merge adapter merged
+            >>> sparse.save("adapter")  # then: scale-sft merge adapter --output merged
 
         Raises:
             UserError: the model was detached, its weights were replaced, or the folder cannot be written.

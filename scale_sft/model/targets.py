@@ -90,13 +90,22 @@ def budget_of(sparse: SparseConfig, shapes: dict[str, tuple[int, int]]) -> dict[
     """Compute K of each weight.
 
     Raises:
-        UserError: a total that exceeds the targets' entries, or is less than one entry for each.
+        UserError: a total that exceeds the targets' entries, or is less than one entry for each; a rank whose LoRA has
+            more parameters than a weight has entries.
     """
     everything, total = sum(o * i for o, i in shapes.values()), sparse.tunable_weights
     if total and not len(shapes) <= total <= everything:
         raise UserError(
             f"tunable_weights: got {total:,}, expected {len(shapes):,} to {everything:,}: the targets are "
             f"{len(shapes):,} weights of {everything:,} entries, and each gets at least one"
+        )
+    rank = sparse.rank_equivalent
+    smallest = min(shapes, key=lambda name: _largest_rank(shapes[name]))
+    if rank and rank > (largest := _largest_rank(shapes[smallest])):
+        rows, columns = shapes[smallest]
+        raise UserError(
+            f"rank_equivalent: got {rank:,}, expected 1 to {largest:,}: the target '{smallest}' is a weight of "
+            f"{rows * columns:,} entries, and LoRA of rank {rank:,} has {rank * (rows + columns):,} parameters for it"
         )
     return budget(
         shapes,
@@ -111,6 +120,11 @@ def attach_taps(targets: list[Target], record: Record, materialize: Materialize 
     for target in targets:
         tap = WeightTap(target.module, target.name, record, transposed=target.transposed, materialize=materialize)
         attach(tap)
+
+
+def _largest_rank(shape: tuple[int, int]) -> int:
+    """Compute the largest r with r * (O + I) <= O * I; at least 1."""
+    return max(1, shape[0] * shape[1] // (shape[0] + shape[1]))
 
 
 def _shape(module: Any) -> tuple[int, int]:

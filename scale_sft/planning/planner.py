@@ -21,7 +21,7 @@ from scale_sft.errors import UserError
 from scale_sft.model.fingerprints import CHUNK_ENTRIES
 from scale_sft.model.loading import max_length, resolve_dtype
 from scale_sft.model.quantization import Quantization, resolve_quantization
-from scale_sft.spiel.budgets import budget
+from scale_sft.model.targets import budget_of
 from scale_sft.spiel.indices import PIECE_ENTRIES
 
 from .footprint import GIB, Facts, candidate_bytes, facts_of, proposes, state_bytes, stored_base
@@ -102,12 +102,7 @@ class Planner:
         facts, sparse = self.facts(config), config.sparse
         dtype = resolve_dtype(config.model, self.model_config)
         size, quantization = dtype.itemsize, resolve_quantization(config.model, self.model_config)
-        counts = self.counts or budget(
-            facts.shapes,
-            density=sparse.density,
-            tunable_weights=sparse.tunable_weights,
-            rank_equivalent=sparse.rank_equivalent,
-        )
+        counts = self.counts or budget_of(sparse, facts.shapes)
         active, largest_k = sum(counts.values()), max(counts.values())
         candidates = int(sparse.candidate_ratio * active) if proposes(sparse) else 0
         largest_target = max(o * i for o, i in facts.shapes.values())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from scale_sft.adapters.start import Start
 from scale_sft.config.loading import to_yaml
-from scale_sft.config.options import Config, DataConfig
+from scale_sft.config.options import Config
 from scale_sft.data.batches import BatchOrder, batches_of_rank
-from scale_sft.data.cache import cache_folder, load_examples
+from scale_sft.data.cache import load_examples, with_writable_cache
 from scale_sft.data.chat import use_template
 from scale_sft.data.examples import Examples
 from scale_sft.data.fit import refuse_misfit
@@ -106,7 +105,7 @@ def read_inputs(config: Config) -> Inputs:
     placement = choose_placement(config, model_config, dtype, world, quantization, counts)
     if quantization and placement.sharded:
         refuse_corrupting_storage(quantization, dtype)
-    data, notes = _with_writable_cache(data, Path(run.output_dir))
+    data, notes = with_writable_cache(data, Path(run.output_dir) / "cache")
     train = load_examples(data.train_data, "train", tokenizer, data, data.max_train_examples)
     held_out = None
     if data.eval_data:
@@ -130,21 +129,6 @@ def read_inputs(config: Config) -> Inputs:
         start=start,
         notes=notes,
     )
-
-
-def _with_writable_cache(data: DataConfig, run: Path) -> tuple[DataConfig, tuple[str, ...]]:
-    """Keep tokenised data in the run's folder if the usual cache cannot be written; returns notes for the user."""
-    usual = cache_folder(data)
-    if data.cache_dir:
-        return data, ()
-    try:
-        usual.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=usual):
-            return data, ()
-    except OSError as error:
-        own = run / "cache"
-        note = f"cache_dir: {usual} cannot be written ({error.strerror}); tokenised data is kept in {own}"
-        return replace(data, cache_dir=str(own)), (note,)
 
 
 def _checked_targets(config: Config, model_config: Any, ranks: int) -> dict[str, tuple[int, int]]:

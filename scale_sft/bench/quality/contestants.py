@@ -78,7 +78,7 @@ def choose(methods: Sequence[str], variants: Sequence[str], grids: Sequence[str]
     for text in grids:
         name, _, rates = text.partition("=")
         if name not in found:
-            raise UserError(f"--learning-rates: {unknown(f'method {name!r}', name, found)}")
+            raise UserError(f"--learning_rates: {unknown(f'method {name!r}', name, found)}")
         found[name] = replace(found[name], learning_rates=_rates(name, rates))
     return list(found.values())
 
@@ -115,6 +115,6 @@ def _rates(name: str, text: str) -> tuple[float, ...]:
             raise ValueError
     except ValueError:
         raise UserError(
-            f"--learning-rates {name}: got '{text}', expected numbers above 0 with commas, as in 1e-3,3e-3"
+            f"--learning_rates {name}: got '{text}', expected numbers above 0 with commas, as in 1e-3,3e-3"
         ) from None
     return tuple(rates)

@@ -47,7 +47,7 @@ class Summary:
         more = sorted({*tried, float(f"{self.best_rate * factor:.1g}")})
         return (
             f"{self.name}: the best rate, {self.best_rate:g}, is the {edge} tried; a better one may be beyond it: "
-            f"--learning-rates {self.name}={','.join(f'{rate:g}' for rate in more)}"
+            f"--learning_rates {self.name}={','.join(f'{rate:g}' for rate in more)}"
         )
 
     def cells(self) -> list[str]:

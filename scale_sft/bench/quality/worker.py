@@ -103,7 +103,7 @@ def split(inputs: Any, count: int) -> tuple[Any, Any]:
     if inputs.eval is None:
         raise UserError("eval_data: got none, expected held-out examples to report on. Fix: name some")
     if not 0 < count < total:
-        raise UserError(f"--validation-examples: got {count}, but the training data are {total} examples")
+        raise UserError(f"--validation_examples: got {count}, but the training data are {total} examples")
     order = torch.randperm(total, generator=seeded_generator(0, "validation split")).tolist()
     train = inputs.train.subset(sorted(order[count:]))
     left = replace(inputs, train=train, order=replace(inputs.order, examples=len(train)))

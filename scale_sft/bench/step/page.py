@@ -97,8 +97,8 @@ def part(rows: list[Row]) -> Part:
         text=(
             "Contestants take turns: in each round, each of them makes one step on the same micro-batch, in a new "
             "random order. A ratio is the median, over rounds, of the ratio of two steps of the same round. A "
-            "step is complete: data, forward, backward, update, and for ours the write into the weights. The "
-            "contestant full is forward and backward of dense fine-tuning without an update; frozen computes the "
+            "step is complete: data, forward, backward, update, and for the sparse deltas the write into the weights. "
+            "The contestant full is forward and backward of dense fine-tuning without an update; frozen computes the "
             "gradients of the inputs alone, the cost that no adapter can avoid."
         ),
         tables=[_table(group) for of_machine in machines.values() for group in of_machine],

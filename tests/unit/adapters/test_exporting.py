@@ -134,6 +134,14 @@ def test_a_merged_model_has_a_card_with_the_licence_of_its_base(tiny_model, tmp_
     assert 'AutoModelForCausalLM.from_pretrained("merged", dtype="float32")' in card.text
 
 
+@pytest.mark.parametrize("spelling", ["--licence", "--license"])
+@pytest.mark.parametrize("arguments", [["merge"], ["export", "--to", "merged"]], ids=["merge", "export"])
+def test_a_licence_that_is_given_is_on_the_card_in_either_spelling(tiny_model, tmp_path, arguments, spelling) -> None:
+    adapter = make_adapter(tiny_model("llama"), tmp_path / "adapter")
+    command(*arguments, adapter, "--output", tmp_path / "out", spelling, "mit")
+    assert ModelCard((tmp_path / "out" / "README.md").read_text()).data.license == "mit"
+
+
 @pytest.mark.parametrize("head", ["no front matter", "---\nlicense: [\n---\n", "---\n- a list\n---\n", "\udcff"])
 def test_a_damaged_card_of_the_base_states_no_licence(tiny_model, tmp_path, head) -> None:
     base = tmp_path / "base"

@@ -37,6 +37,15 @@ def test_help_shows_examples_as_typed_and_cuts_nothing(path) -> None:
             assert line in shown, "an example was wrapped"
 
 
+@pytest.mark.parametrize(
+    "path",
+    [path for path, command in ALL.items() if any(isinstance(one, click.Argument) for one in command.params)],
+    ids=" ".join,
+)
+def test_a_command_with_arguments_shows_how_it_is_typed(path) -> None:
+    assert f"\n  scale-sft {' '.join(path)} " in helped(*path)
+
+
 def test_every_command_has_a_place_in_the_help() -> None:
     assert sorted(name for names in _SECTIONS.values() for name in names) == sorted(main.commands)
 

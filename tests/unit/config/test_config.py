@@ -110,7 +110,9 @@ def test_exactly_one_budget_must_be_given(options: dict, got: str) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"method": "agg"}, "did you mean 'ag'?"),
+        ({"method": "agg"}, "method: unknown 'agg'; did you mean 'ag'? Known: ag, ma, static"),
+        ({"kernels": "cuda"}, "kernels: unknown 'cuda'; did you mean 'cpu'? Known: off, cpu, auto"),
+        ({"target_modules": []}, "target_modules: got [], expected at least one item"),
         ({"steps": "ten"}, "steps: got 'ten', expected a whole number"),
         ({"steps": "1.5"}, "steps: got '1.5', expected a whole number"),
         ({"steps": "0"}, "steps: got 0, must be at least 1"),

@@ -393,8 +393,9 @@ def test_what_cannot_be_attached_is_said_and_left_as_it_was(load) -> None:
         (load(), {"density": 2}, "density: got 2"),
         (load(), {"density": 0.1, "rank_equivalent": 4}, "got density and rank_equivalent"),
         (load(), {"tunable_weights": 3}, "tunable_weights: got 3"),
+        (load(), {"rank_equivalent": 1000}, "rank_equivalent: got 1,000, expected 1 to [0-9]+: the target 'model"),
         (load(), {"total_steps": 0}, "total_steps: got 0"),
-        (load(), {"kernels": "cuda"}, "kernels: unknown 'cuda'"),
+        (load(), {"kernels": "cuda"}, "kernels: unknown 'cuda'; did you mean 'cpu'. Known: off, cpu, auto"),
         (load(), {"estimation_steps": 9, "update_interval_steps": 3}, "estimation_steps: got 9"),
         (load(), {"proposal_batch_size": 4}, "proposal_batch_size"),
     ]

@@ -78,9 +78,10 @@ def test_what_does_not_fit_is_told_with_a_change_that_does() -> None:
     arguments = ("--shape", "7b", "--density", 0.01, "--global_batch_size", 16, "--gpu-memory", 24)
     result = command(*arguments)
     assert result.exit_code == 0 and "does not fit" in result.output
+    assert command(*arguments, "--check").exit_code == 1
     assert "smallest change that fits: --micro_batch_size 1 --gradient_checkpointing true" in result.output
-    fixed = command(*arguments, "--micro_batch_size", 1, "--gradient_checkpointing", "true")
-    assert "\nfits: " in fixed.output
+    fixed = command(*arguments, "--micro_batch_size", 1, "--gradient_checkpointing", "true", "--check")
+    assert fixed.exit_code == 0 and "\nfits: " in fixed.output
 
 
 def test_the_proposed_change_fits_when_it_is_made() -> None:
@@ -99,6 +100,10 @@ def test_wrong_requests_are_told() -> None:
     assert "did you mean '70b'" in command("--shape", "700b", "--density", 0.1).output
     assert "does not divide over 3 ranks" in command("--shape", "7b", "--density", 0.1, "--gpus", 3).output
     assert "budget" in command("--shape", "7b").output
+    assert (
+        "rank_equivalent: got 9,999, expected 1 to 2,048" in command("--shape", "7b", "--rank_equivalent", 9999).output
+    )
+    assert "--check needs --gpu-memory" in command("--shape", "7b", "--density", 0.1, "--check").output
     assert "did you mean 'density'" in command("--shape", "7b", "--densty", 0.1).output
 
 

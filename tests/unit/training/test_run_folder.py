@@ -4,9 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from scale_sft.cli.main import main as cli
 from scale_sft.errors import UserError
 from scale_sft.training.run_folder import RunFolder
 
@@ -65,7 +68,17 @@ def test_without_a_writable_cache_tokenised_data_is_kept_in_the_run_and_that_is_
     train_run, monkeypatch, tmp_path, capsys
 ):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("scale_sft.training.inputs.cache_folder", lambda _: tmp_path / "file" / "scale_sft")
+    monkeypatch.setattr(
+        "scale_sft.data.cache.cache_folder", lambda data: Path(data.cache_dir or tmp_path / "file" / "x")
+    )
     run = train_run(steps=1)
     assert f"cannot be written (Not a directory); tokenised data is kept in {run / 'cache'}" in capsys.readouterr().out
     assert list((run / "cache").rglob("manifest.json"))
+
+
+def test_data_are_shown_without_a_writable_cache(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("scale_sft.data.cache.cache_folder", lambda data: Path(data.cache_dir or tmp_path / "file/x"))
+    result = CliRunner().invoke(cli, ["data", "show", "--config", "demo", "--count", "1"])
+    assert result.exit_code == 0, result.output
+    assert "cannot be written (Not a directory); tokenised data is kept in" in result.output
