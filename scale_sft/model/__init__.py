@@ -12,6 +12,9 @@ group           the processes that train one model together
 sparse_settings all settings of sparse training
 sparse_model    a model whose target weights carry deltas; shared by trainer, benchmarks and API
 sparse_optimizer  the owner of an optimizer step
+stepped         the interface between the two
+exposure        the deltas among a model's parameters
+dropout         dropout, off while deltas are trained
 loss            cross entropy of the target tokens
 output_layer    the output layer and the loss, formed together in chunks
 cross_entropy   cross entropies of rows of logits
