@@ -692,3 +692,20 @@ def test_processes_that_appear_between_a_backward_pass_and_its_step_are_refused(
     monkeypatch.setattr(sparse, "_find_ranks", lambda: sparse.group)
     with pytest.raises(UserError, match="initialised between a backward pass and its step"):
         optimizer.step()
+
+
+def test_processes_that_meet_later_with_other_deltas_are_refused(load, monkeypatch) -> None:
+    from scale_sft.model.group import OneProcess
+
+    class Disagreeing(OneProcess):
+        def check_identical(self, take_digests, what):
+            if take_digests() and what == "the deltas":
+                raise UserError(f"ranks disagree on {what}")
+
+    model = load()
+    sparse = scale_sft.attach(model, **SCHEDULE)
+    sparse.optimizer(lr=1e-2)
+    monkeypatch.setattr(sparse, "_find_ranks", lambda: Disagreeing(sparse.group.device, size=2))
+    with pytest.raises(UserError, match="ranks disagree on the deltas"):
+        model(**batch(1)).loss.backward()
+    assert sparse.group.size == 1
