@@ -31,7 +31,8 @@ def model_section(model: ModelConfig, adapter: Path | None, *, base_given: bool)
     """Fill in the options of the model that an adapter knows: its base, revision and dtype."""
     if adapter is None:
         return model
-    info = Adapter.load(adapter).info
+    with Adapter.open(adapter) as opened:
+        info = opened.info
     model = model if base_given else replace(model, base=info["base"], revision=info.get("revision"))
     return replace(model, dtype=info["dtype"] if model.dtype == "auto" else model.dtype)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from math import inf, isfinite
 from numbers import Real
 from typing import Any
@@ -306,6 +306,17 @@ class SparseOptimizer(torch.optim.Optimizer):
         }
         return {"state": state, "param_groups": super().state_dict()["param_groups"]}
 
+    def resume(
+        self,
+        steps: int,
+        states: Iterable[tuple[str, Mapping[str, Tensor]]],
+        counters: Mapping[str, list[int]],
+        base: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Continue after `steps` completed steps from a state that fits; see `SparseModel.load_state`."""
+        self.sparse.load_state(steps, states, counters, base)
+        self.steps = steps
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from a `state_dict`, bit for bit; a state that does not fit changes nothing.
 
@@ -322,8 +333,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         resumes = state["steps"] != self.steps  # accelerate loads an optimizer's own state into it
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self.zero_grad()
-        self.sparse.load_state(state["steps"], state["weights"].items(), state["counters"], state["base"])
-        self.steps = state["steps"]
+        self.resume(state["steps"], state["weights"].items(), state["counters"], state["base"])
         if resumes and isinstance(self.sparse.carrier, ResidentDeltas):
             with self.sparse.carrier.without():
                 self.sparse.check_base(

@@ -75,9 +75,9 @@ class Checkpoints:
             if start and start.info is None:
                 raise UserError(f"start_from: {start.folder} is gone, and so are the checkpoints. Fix: put one back")
             return notes
-        session.sparse.load_state(state["step"], self._shared(layout), state["counters"])
+        session.optimizer.resume(state["step"], self._shared(layout), state["counters"])
         self._files = None
-        session.optimizer.steps = self._saved_step = state["step"]
+        self._saved_step = state["step"]
         session.skipped_steps = state["skipped_steps"]
         if session.sparse.gradient_path:
             session.sparse.gradient_path.load_state(state["gradient_paths"])

@@ -16,7 +16,6 @@ from scale_sft.config.options import DataConfig, ModelConfig
 from scale_sft.data.cache import load_examples
 from scale_sft.data.examples import Examples
 from scale_sft.data.turn_ends import taught_end, with_end, write_taught_end
-from scale_sft.distributed.cluster import Cluster
 from scale_sft.evaluation.answers import exact_match, greedy_answers
 from scale_sft.model.loading import load_base, load_model_config
 
@@ -25,13 +24,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 EOT, YES, NO = 259, 260, 261
-
-
-@pytest.fixture
-def cluster():
-    started = Cluster.start(sharded=False, dtype=torch.float32)
-    yield started
-    started.close()
 
 
 @pytest.fixture

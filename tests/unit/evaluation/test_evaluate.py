@@ -16,7 +16,6 @@ from scale_sft.adapters.merge import merge
 from scale_sft.cli.main import main
 from scale_sft.config.options import DataConfig, ModelConfig
 from scale_sft.data.cache import load_examples
-from scale_sft.distributed.cluster import Cluster
 from scale_sft.evaluation.answers import Answer, exact_match, extract_answer, greedy_answers
 from scale_sft.evaluation.evaluate_model import for_people
 from scale_sft.evaluation.held_out import Evaluation, held_out_loss
@@ -24,13 +23,6 @@ from scale_sft.model.loading import load_base, load_model_config
 from scale_sft.training.best import best_step, hopeless
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def cluster():
-    started = Cluster.start(sharded=False, dtype=torch.float32)
-    yield started
-    started.close()
 
 
 @pytest.fixture
