@@ -29,11 +29,11 @@ class Carrier(Protocol):
     def write(self) -> None:
         """Show the new values of all deltas to the forward pass."""
 
-    def release(self, delta: SparseDelta) -> None:
-        """Remove one weight's deltas before its indices change."""
+    def release(self, *deltas: SparseDelta) -> None:
+        """Remove some weights' deltas before their indices change."""
 
-    def adopt(self, delta: SparseDelta) -> None:
-        """Take over one weight's new indices; a `write` follows."""
+    def adopt(self, *deltas: SparseDelta) -> None:
+        """Take over some weights' new indices; a `write` follows."""
 
 
 @dataclass(frozen=True)

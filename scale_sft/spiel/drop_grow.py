@@ -124,6 +124,6 @@ def apply_exchange(delta: SparseDelta, exchange: Exchange, cohort: int) -> None:
     zeros = torch.zeros(grown.shape, dtype=delta.deltas.dtype, device=grown.device)
     delta.indices = exchange.merge(delta.indices, grown)
     delta.deltas.copy_(exchange.merge(delta.deltas, zeros))
-    delta.cohort = exchange.merge(delta.cohort, torch.full_like(zeros, cohort, dtype=delta.cohort.dtype))
+    delta.cohort.copy_(exchange.merge(delta.cohort, torch.full_like(zeros, cohort, dtype=delta.cohort.dtype)))
     if delta.reference is not None:
         delta.reference.copy_(delta.deltas)

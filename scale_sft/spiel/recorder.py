@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .deltas import DeltaStore
-from .indices import Entries
+from .indices import Entries, FlatEntries, piece_entries, pieces
 from .schedules import Phase
 from .topk import top_k_magnitude
 
@@ -102,9 +102,12 @@ class GradientRecorder:
         sizes = [delta.active for delta in self.store]
         if candidates:
             sizes += [self.counts[name] for name in self.store.names]
-        pieces = self.flat.split(sizes)
-        self._active = dict(zip(self.store.names, pieces, strict=False))
-        self._candidate = dict(zip(self.store.names, pieces[len(self.store) :], strict=False))
+        of_each = self.flat.split(sizes)
+        self._active = dict(zip(self.store.names, of_each, strict=False))
+        self._candidate = dict(zip(self.store.names, of_each[len(self.store) :], strict=False))
+        self.estimates = torch.zeros(2, candidates, device=self.store.device)  # mean, mean square
+        counts = [self.counts[name] for name in self.store.names] if candidates else [0] * len(self.store)
+        self.places = FlatEntries(self.store.places.rows, counts)
 
     @property
     def gradients(self) -> Tensor:
@@ -143,8 +146,17 @@ class GradientRecorder:
 
     def load_candidates(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Load a result of `Candidates.state` for one weight, in an open estimation phase."""
-        indices, mean, square = (state[key].to(self.store.device, copy=True) for key in CANDIDATE_STATE)
-        self.candidates[name] = Candidates(Entries(indices, self.store[name].shape), mean, square)
+        indices, mean, square = (state[key].to(self.store.device) for key in CANDIDATE_STATE)
+        candidates = self._choose(name, indices)
+        candidates.mean.copy_(mean)
+        candidates.mean_square.copy_(square)
+
+    def _choose(self, name: str, indices: Tensor) -> Candidates:
+        """Make entries [C] the candidates of one weight, in an open estimation phase."""
+        number = self.store.number_of(name)
+        mean, mean_square = self.estimates[:, self.places.starts[number] : self.places.starts[number + 1]]
+        self.candidates[name] = Candidates(self.places.of_weight(number, indices), mean, mean_square)
+        return self.candidates[name]
 
     def record_product(self, name: str, left: Tensor, right: Tensor) -> None:
         """Record the wanted entries of left^T right, the [R, C'] gradient of one weight in one backward pass.
@@ -177,9 +189,7 @@ class GradientRecorder:
         if self._watching and name not in self.received and bool(gradient.any()):
             self.received.add(name)
         if self.phase is not Phase.OFF and name not in self.candidates:
-            chosen = self.select(gradient.reshape(-1), self.counts[name])
-            zeros = torch.zeros(chosen.shape, dtype=torch.float32, device=chosen.device)
-            self.candidates[name] = Candidates(Entries(chosen, self.store[name].shape), zeros, zeros.clone())
+            self._choose(name, self.select(gradient.reshape(-1), self.counts[name]))
         pick(gradient, self._wanted(name))
 
     def _wanted(self, name: str) -> list[tuple[Entries, Tensor]]:
@@ -194,10 +204,12 @@ class GradientRecorder:
         self._watching, self._buffer = False, None
         if self.phase is Phase.OFF:
             return
-        for name, candidates in self.candidates.items():
-            gradient = self._candidate[name].float()
-            candidates.mean.add_(gradient, alpha=1 / self.estimation_steps)
-            candidates.mean_square.addcmul_(gradient, gradient, value=1 / self.estimation_steps)
+        mean, mean_square = self.estimates
+        gradients = self.flat[self.store.active :]  # 0 where a weight has no candidates yet
+        for part in pieces(gradients.numel(), piece_entries(self.store.device)):
+            gradient = gradients[part].float()
+            mean[part].add_(gradient, alpha=1 / self.estimation_steps)
+            mean_square[part].addcmul_(gradient, gradient, value=1 / self.estimation_steps)
 
     def close_estimation(self) -> None:
         """Free the candidates after the reallocation that used them."""

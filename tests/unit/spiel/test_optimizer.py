@@ -142,6 +142,24 @@ def test_grown_deltas_start_at_zero_with_seeded_moments_that_have_seen_g_gradien
     assert own.gradients_seen == [3, 3]
 
 
+@pytest.mark.parametrize("limit", [10, 40, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_weights_at_once_are_updated_as_each_alone_bit_for_bit(limit, dtype, monkeypatch) -> None:
+    monkeypatch.setattr(entries, "PIECE_ENTRIES", limit)
+    settings = {"learning_rate": 0.05, "eps": 1e-8, "weight_decay": 0.1}
+    store = DeltaStore(SHAPES, ACTIVE, dtype=dtype)
+    own = SM3(store, eps=1e-8, weight_decay=0.1)
+    alone = {
+        delta.name: [delta.deltas.clone(), *(t.clone() for t in own.state_of(delta.name).values())] for delta in store
+    }
+    for gradient in gradients(6, 8, store.active):
+        own.step(gradient.to(dtype), 0.05)
+        for delta, part in zip(store, gradient.to(dtype).split(list(ACTIVE.values())), strict=True):
+            deltas, row, col = alone[delta.name]
+            sm3_update(deltas, part, delta.entries, row, col, **settings)
+            assert all(map(torch.equal, (delta.deltas, *own.state_of(delta.name).values()), (deltas, row, col)))
+
+
 def dense_sm3(weight: Tensor, gradient: Tensor, row: Tensor, col: Tensor, lr: float, eps: float, decay: float) -> None:
     """SM3-II on a dense [O, I] weight, entry by entry as the paper writes it, in place."""
     nu = torch.minimum(row[:, None], col[None, :]) + gradient**2
