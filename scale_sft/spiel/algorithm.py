@@ -6,7 +6,7 @@ ranks if there are several, then `update` and, where the schedule says so, `real
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from .deltas import DeltaStore, SparseDelta
 from .digests import digest_states
 from .drop_grow import Exchange, apply_exchange, drop_scores
-from .indices import wrong_with_indices
+from .indices import Part, piece_entries, wrong_with_indices
+from .joined_drop_grow import exchange_by_accumulators, exchange_by_gradient
 from .optimizers import SM3, AdamW, Optimizer
 from .recorder import CANDIDATE_STATE, GradientRecorder
 from .schedules import Phase, ReallocationSchedule
@@ -66,6 +67,7 @@ class SparseFineTuning:
     ):
         backends = backends or Backends()
         self.store, self.settings, self.schedule, self.exchanges = store, settings, schedule, backends.exchanges
+        self.together = store.device.type != "cpu" if backends.together is None else backends.together
         self.cohort_steps = [0]  # by cohort: the step that grew it
         decay = {"eps": settings.eps, "weight_decay": settings.weight_decay}
         self.optimizer: Optimizer
@@ -121,31 +123,55 @@ class SparseFineTuning:
         number = len(self.cohort_steps)
         self.cohort_steps.append(step)
         self.optimizer.begin_cohort()
-        replaced = dropped = 0
-        for delta in self.store:
-            if self.method != "ma" and delta.name not in self.recorder.candidates:
-                continue  # no gradient has reached this weight in the phase: nothing is known that could grow
-            exchange = self._exchange(delta, self.schedule.replaced(step, delta.active))
-            self.optimizer.follow(delta, exchange, self.recorder.candidates.get(delta.name))
-            carrier.release(delta)
-            apply_exchange(delta, exchange, number)
-            carrier.adopt(delta)
-            replaced += exchange.replaced
-            dropped += int((~exchange.kept).sum())
+        names, replaced, dropped = self.store.names, [], []
+        for part in self._reallocated():
+            deltas = [self.store[names[weight]] for weight in part.numbers]
+            joined = self.store.together(part) if self.together else deltas[0]
+            wanted = [self.schedule.replaced(step, delta.active) for delta in deltas]
+            scores = drop_scores(joined, self.settings.drop_criterion)
+            exchange = self._exchange(part, scores, wanted)
+            self.optimizer.follow(part, exchange, self._estimates(part))
+            carrier.release(*deltas)
+            apply_exchange(joined, exchange, number)
+            carrier.adopt(*deltas)
+            replaced.append(exchange.replaced)
+            dropped.append(exchange.kept.numel() - exchange.kept.sum())
         self.recorder.close_estimation()
-        return Turnover(number, step, self.store.active, replaced, dropped)
+        return Turnover(number, step, self.store.active, int(sum(replaced)), int(sum(dropped)))
 
     @property
     def can_reallocate(self) -> bool:
         """Return False if every step of the estimation phase was discarded, so that nothing can grow."""
         return self.method == "ma" or bool(self.recorder.candidates)
 
-    def _exchange(self, delta: SparseDelta, k: int) -> Exchange:
-        scores = drop_scores(delta, self.settings.drop_criterion)
+    def _reallocated(self) -> Iterator[Part]:
+        """Yield the weights to reallocate: all that know what could grow, many at once or one by one."""
+        numbers = [
+            number
+            for number, name in enumerate(self.store.names)
+            if self.method == "ma" or name in self.recorder.candidates  # else no gradient has reached it in the phase
+        ]
+        limit = piece_entries(self.store.device) // (2 if self.method == "ma" else 4) if self.together else 1
+        yield from self.store.places.groups(numbers, limit)
+
+    def _estimates(self, part: Part) -> tuple[Tensor, Tensor] | None:
         if self.method == "ma":
-            state = self.optimizer.state_of(delta.name)
+            return None
+        mean, mean_square = self.recorder.estimates_of(part)
+        return mean, mean_square
+
+    def _exchange(self, part: Part, scores: Tensor, wanted: list[int]) -> Exchange:
+        optimizer, recorder, places = self.optimizer, self.recorder, self.store.places
+        if self.together:
+            if isinstance(optimizer, SM3):
+                return exchange_by_accumulators(places, part, scores, optimizer.rows, optimizer.columns, wanted)
+            mean = recorder.estimates_of(part)[0]
+            return exchange_by_gradient(places, recorder.places, part, scores, mean, wanted)
+        delta, (k,) = self.store[self.store.names[part.weights.start]], wanted
+        if self.method == "ma":
+            state = optimizer.state_of(delta.name)
             return self.exchanges.exchange_by_accumulators(delta.indices, scores, state["row"], state["col"], k)
-        candidates = self.recorder.candidates[delta.name]
+        candidates = recorder.candidates[delta.name]
         return self.exchanges.exchange_by_gradient(delta.indices, scores, candidates.indices, candidates.mean, k)
 
     def discard_step(self) -> None:

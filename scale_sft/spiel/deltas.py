@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .indices import Entries, FlatEntries, Rows
+from .indices import Entries, FlatEntries, JoinedEntries, Part, Rows
 from .seeding import random_indices
 
 INITIAL_COHORT = 0
@@ -68,6 +68,16 @@ class SparseDelta:
         self.cohort.copy_(state["cohort"])
         if self.reference is not None:
             self.reference.copy_(state["reference"])
+
+
+@dataclass(frozen=True)
+class TogetherDelta:
+    """The active entries of several weights, as drop and grow see them: as a `SparseDelta`, with joined indices."""
+
+    entries: JoinedEntries
+    deltas: Tensor  # [n]
+    cohort: Tensor  # [n]
+    reference: Tensor | None
 
 
 class DeltaStore:
@@ -133,6 +143,15 @@ class DeltaStore:
         """Return where one weight's entries are in the flat buffers."""
         number = self._numbers[name]
         return slice(self.places.starts[number], self.places.starts[number + 1])
+
+    def together(self, part: Part) -> TogetherDelta:
+        """Return the deltas of some whole weights as one: views, not copies."""
+        return TogetherDelta(
+            entries=JoinedEntries(self.places, part),
+            deltas=self.flat[part.entries],
+            cohort=self.cohort[part.entries],
+            reference=self.reference[part.entries] if self.reference is not None else None,
+        )
 
     @property
     def names(self) -> list[str]:

@@ -172,6 +172,10 @@ class FlatEntries:
         starts, entries = self.rows.of(slice(number, number + 1)), slice(self.starts[number], self.starts[number + 1])
         return Entries(indices, self.rows.shapes[number], (self._row_starts[starts], self._columns[entries]))
 
+    def part_of(self, weights: slice) -> Part:
+        """Describe some whole weights."""
+        return Part(weights, slice(self.starts[weights.start], self.starts[weights.stop]))
+
     def groups(self, numbers: Sequence[int] | None = None, limit: int | None = None) -> Iterator[Part]:
         """Yield parts of consecutive whole weights: as many as have at most `limit` entries together, at least one.
 
@@ -185,7 +189,7 @@ class FlatEntries:
             following = numbers[place + 1] if place + 1 < len(numbers) else None
             if following != number + 1 or self.starts[following + 1] - self.starts[numbers[first]] > limit:
                 weights = slice(numbers[first], number + 1)
-                yield Part(weights, slice(self.starts[weights.start], self.starts[weights.stop]))
+                yield self.part_of(weights)
                 first = place + 1
 
     def parts(self) -> Iterator[Part]:
@@ -231,6 +235,16 @@ class FlatEntries:
         """Compute the flat index of each entry in the part's weights, one after the other: [n], sorted, as `flat`."""
         return self.flat(part, self.rows.offsets(part.weights)[:-1])
 
+    def replace(self, part: Part, joined: Tensor) -> None:
+        """Take over other indices of some whole weights: [n], `joined` and sorted, as many of each weight as before."""
+        rows, weights = self.rows.of(part.weights), part.weights
+        first = self.rows.first_entries[rows] + self.rows.spread(self.rows.offsets(weights)[:-1], weights)
+        starts = torch.searchsorted(joined, first.to(joined.dtype), out_int32=True)
+        before = [start - part.entries.start for start in self.starts[weights]]
+        self._row_starts[rows] = starts - self.rows.spread(before, weights)
+        columns = joined - first.index_select(0, self.row_of_each(part))
+        self._columns[part.entries] = columns.to(self._columns.dtype)
+
     def columns(self, part: Part) -> Tensor:
         """Return the column of each entry in its own weight: a new tensor, [n] int64."""
         return self._columns[part.entries].to(torch.int64, copy=True)
@@ -244,6 +258,24 @@ class FlatEntries:
             else:
                 columns.add_(self.rows.columns_before[rows].index_select(0, row))
             yield part.entries, row.long().add_(rows.start), columns
+
+
+class JoinedEntries:
+    """The entries of some whole weights, which take the place of one weight's `Entries` in drop and grow.
+
+    Their flat indices are those of `FlatEntries.joined`.
+    """
+
+    def __init__(self, entries: FlatEntries, part: Part):
+        self._entries, self._part = entries, part
+
+    def flat(self) -> Tensor:
+        """Compute the joined indices: [n], sorted."""
+        return self._entries.joined(self._part)
+
+    def replace(self, indices: Tensor) -> None:
+        """Take over other joined indices [n], in place."""
+        self._entries.replace(self._part, indices)
 
 
 def bytes_of_entries(count: int, rows: int) -> int:

@@ -14,11 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .deltas import DeltaStore, SparseDelta
+from .deltas import DeltaStore
 from .drop_grow import Exchange
-from .indices import on_device, piece_entries, pieces
+from .indices import Part, on_device, piece_entries, pieces
 from .moments import Moments, float32_moments
-from .recorder import Candidates
 
 
 def adamw_update(
@@ -143,7 +142,7 @@ class Optimizer(Protocol):
 
     def step(self, gradients: Tensor, learning_rate: float) -> None: ...
 
-    def follow(self, delta: SparseDelta, exchange: Exchange, candidates: Candidates | None) -> None: ...
+    def follow(self, part: Part, exchange: Exchange, estimates: tuple[Tensor, Tensor] | None) -> None: ...
 
     def begin_cohort(self) -> None: ...
 
@@ -222,15 +221,26 @@ class AdamW:
         """Open the cohort that the next drop and grow fills; its moments start with G gradients counted."""
         self.gradients_seen.append(self.estimation_steps)
 
-    def follow(self, delta: SparseDelta, exchange: Exchange, candidates: Candidates | None) -> None:
-        """Move the moments with the entries, and seed grown ones from their estimates (section 3.2)."""
-        if candidates is None:
-            raise ValueError(f"weight '{delta.name}': an exchange by gradient needs its candidates")
-        picked, everything = exchange.grown_candidates, self.store.entries_of(delta.name)
-        estimates = (candidates.mean, candidates.mean_square)
+    def follow(self, part: Part, exchange: Exchange, estimates: tuple[Tensor, Tensor] | None) -> None:
+        """Move the moments with the entries, and seed grown ones from their estimates (section 3.2).
+
+        Args:
+            part: whole weights.
+            exchange: of their entries.
+            estimates: mean and mean square of their candidates' gradients, [c] each (Eq. 8).
+        """
+        if estimates is None:
+            raise ValueError("an exchange by gradient needs the estimates of its candidates")
+        picked, starts = exchange.grown_candidates, self.store.places.starts
+        weights = [slice(starts[number], starts[number + 1]) for number in part.numbers]
         for moment, beta, estimate in zip((self.exp_avg, self.exp_avg_sq), self.betas, estimates, strict=True):
-            seed = estimate[picked] * (1 - beta**self.estimation_steps)
-            moment.store(everything, exchange.merge(moment.load(everything), seed))
+            seed = (estimate if picked is None else estimate[picked]) * (1 - beta**self.estimation_steps)
+            if moment.crosses_weights:
+                moment.store(part.entries, exchange.merge(moment.load(part.entries), seed))
+                continue
+            moved = exchange.merge(torch.cat([moment.load(entries) for entries in weights]), seed)
+            for entries, values in zip(weights, moved.split([w.stop - w.start for w in weights]), strict=True):
+                moment.store(entries, values)
 
     def state_of(self, name: str) -> dict[str, Tensor]:
         """Return the state tensors of one weight, by name; views, not copies."""
@@ -278,7 +288,7 @@ class SM3:
     def begin_cohort(self) -> None:
         """SM3 has no ages."""
 
-    def follow(self, delta: SparseDelta, exchange: Exchange, candidates: Candidates | None) -> None:
+    def follow(self, part: Part, exchange: Exchange, estimates: tuple[Tensor, Tensor] | None) -> None:
         """Move nothing: the accumulators belong to rows and columns, not to entries."""
 
     def state_of(self, name: str) -> dict[str, Tensor]:

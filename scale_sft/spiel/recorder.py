@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .deltas import DeltaStore
-from .indices import Entries, FlatEntries, piece_entries, pieces
+from .indices import Entries, FlatEntries, Part, piece_entries, pieces
 from .schedules import Phase
 from .topk import top_k_magnitude
 
@@ -198,6 +198,10 @@ class GradientRecorder:
         if self.phase is not Phase.OFF:
             wanted.append((self.candidates[name].entries, self._candidate[name]))
         return wanted
+
+    def estimates_of(self, part: Part) -> Tensor:
+        """Return mean and mean square of the gradients of some whole weights' candidates: [2, c]."""
+        return self.estimates[:, self.places.part_of(part.weights).entries]
 
     def end_step(self) -> None:
         """Add one term to the running estimates (Eq. 8), after the buffer was summed over ranks."""

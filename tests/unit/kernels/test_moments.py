@@ -116,7 +116,7 @@ def test_moments_follow_their_entries_over_drop_and_grow(way):
     candidates = Candidates(Entries(inactive, (40, 50)), mean, mean**2)
     exchange = exchange_by_gradient(old_indices, delta.deltas.abs(), inactive, mean, 50)
     own.begin_cohort()
-    own.follow(delta, exchange, candidates)
+    own.follow(own.store.places.part_of(slice(0, 1)), exchange, (candidates.mean, candidates.mean_square))
     new_indices, new = exchange.merge(old_indices, exchange.grown), own.exp_avg.load(slice(0, 700))
     stayed_new, stayed_old = torch.isin(new_indices, old_indices), torch.isin(old_indices, new_indices)
     step = float(new.abs().max()) * (0.02 if way == "int8" else 0)

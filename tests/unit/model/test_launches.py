@@ -127,3 +127,15 @@ def test_sm3_and_the_write_of_all_weights_are_few_launches(monkeypatch):
     run.record(Phase.OFF)
     launches, waits = run.counted(monkeypatch, lambda: (run.tuning.update(1e-3), run.carrier.write()), "MA")
     assert launches <= 300 and waits == 0
+
+
+@pytest.mark.parametrize(("method", "limit"), [("ag", 3000), ("ma", 5000)])
+def test_a_reallocation_of_all_weights_is_few_launches(method, limit, monkeypatch):
+    run = Run(method, monkeypatch, together=True)
+    tuning = run.tuning
+    run.step(Phase.PROPOSE if method == "ag" else Phase.OFF)
+    turnovers = []
+    work = lambda: (turnovers.append(tuning.reallocate(50, run.carrier)), run.carrier.write())
+    launches, waits = run.counted(monkeypatch, work, f"reallocation, {method}")
+    assert turnovers[0].replaced > 224
+    assert launches <= limit and waits <= 224

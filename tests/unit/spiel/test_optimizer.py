@@ -129,7 +129,7 @@ def test_grown_deltas_start_at_zero_with_seeded_moments_that_have_seen_g_gradien
     candidates = Candidates(places, torch.tensor([1.0, -5.0, 3.0]), torch.tensor([2.0, 30.0, 10.0]))
     exchange = exchange_by_gradient(store["w"].indices, store["w"].deltas.abs(), candidates.indices, candidates.mean, 2)
     own.begin_cohort()
-    own.follow(store["w"], exchange, candidates)
+    own.follow(store.places.part_of(slice(0, 1)), exchange, (candidates.mean, candidates.mean_square))
     apply_exchange(store["w"], exchange, 1)
     assert store["w"].indices.tolist() == [1, 3, 8, 10]  # 3 is dropped and grown: it stays; 19 gives way to 10
     assert store["w"].deltas.tolist() == pytest.approx([0.5, 0.1, -0.4, 0.0])
