@@ -4,7 +4,9 @@
     draws      scores to keys: the best, or a random sample that prefers the better
     rule       a score and a draw, applied to a weight
     evidence   what a score may look at, and the sums over rows and columns that this takes
+    parts      the processes that choose together
     survey     gradients of several batches before the first update, and the choice made from them
+    proposals  candidates for growth by any rule, in the paper's loop
     quotas     caps for each row and column
     shares     one ranking across weights, with floors
 

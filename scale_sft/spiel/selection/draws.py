@@ -17,7 +17,7 @@ from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 _LEAST = 2.0**100
-"""Larger than the magnitude of any key of a positive score; keys of entries with a score of 0 are below its negative."""
+"""Above the magnitude of any key of a positive score; keys of entries with a score of 0 are below its negative."""
 MOST_TEMPERATURE = 1e6
 """The highest finite temperature; above it a draw is `top`."""
 

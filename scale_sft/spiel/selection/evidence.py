@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Evidence:
-    """Facts about n entries of one weight, aligned: each [n] fp32, or a placeholder [0] if the score does not read it."""
+    """Facts about n entries of one weight, aligned: each [n] fp32, or [0] if the score does not read it."""
 
     count: int
     device: torch.device

@@ -11,10 +11,11 @@ from scale_sft.distributed import candidates
 from scale_sft.spiel.selection import scores
 from scale_sft.spiel.selection.draws import sample_keys, stream
 from scale_sft.spiel.selection.evidence import margins_of
+from scale_sft.spiel.selection.parts import WholeParts
 from scale_sft.spiel.selection.quotas import choose_within
 from scale_sft.spiel.selection.rule import SelectionRule
 from scale_sft.spiel.selection.shares import global_shares
-from scale_sft.spiel.selection.survey import Survey, WholeParts
+from scale_sft.spiel.selection.survey import Survey
 from scale_sft.spiel.topk import top_k_magnitude
 from tests.thread_ranks import ThreadRanks, on_threads
 
