@@ -52,7 +52,9 @@ def test_picked_entries_have_the_bits_of_the_plain_path_for_all_that_is_wanted(d
 
 def test_factors_that_are_views_are_read_as_they_are() -> None:
     left, right, entries = drawn(1, 12, 40)[:, 3:21], drawn(2, 35, 12).t(), some_entries((18, 35), 90)
-    assert all(map(torch.equal, *(gradients(path, left, right, [entries]) for path in (picked_entries, dense_products))))
+    assert all(
+        map(torch.equal, *(gradients(path, left, right, [entries]) for path in (picked_entries, dense_products)))
+    )
 
 
 def test_factors_of_another_weight_are_refused() -> None:

@@ -231,7 +231,13 @@ def test_contestants_made_anew_in_each_round_give_the_same_rows(run, case):
 
 @pytest.mark.parametrize(
     ("kernels", "device", "plain"),
-    [("auto", "cpu", False), ("cpu", "cpu", False), ("off", "cpu", True), ("auto", "cuda", False), ("cpu", "cuda", True)],
+    [
+        ("auto", "cpu", False),
+        ("cpu", "cpu", False),
+        ("off", "cpu", True),
+        ("auto", "cuda", False),
+        ("cpu", "cuda", True),
+    ],
 )
 def test_a_title_says_where_our_steps_are_plain_torch(kernels, device, plain):
     settings = Case(kernels=kernels).settings() | {"device": device}
