@@ -28,7 +28,6 @@ from .targets import budget_of
 def make_method(
     settings: SparseSettings,
     shapes: Mapping[str, tuple[int, int]],
-    gradient_path: Any,
     group: Callable[[], Group],
     read_weight: ReadWeight,
 ) -> SparseFineTuning:
@@ -37,7 +36,6 @@ def make_method(
     Args:
         settings: what to do.
         shapes: (O, I) of each target weight by name.
-        gradient_path: of `kernels.backends`.
         group: returns the processes that train together, which may grow in number.
         read_weight: see `ReadWeight`.
     """
@@ -55,7 +53,7 @@ def make_method(
     backends = Backends(
         select=lambda gradient, count: group().select_candidates(gradient, count),
         proposals=None if plain else ModelProposals(rule, group, read_weight, schedule.estimation_steps),
-        products=products_of(gradient_path, device, settings.kernels),
+        products=products_of(device, settings.kernels),
         exchanges=exchanges_of(device, settings.kernels),
         moments=moments_of(resolve_moments(settings.optimizer.moments, settings.dtype)),
         gradient_dtype=getattr(torch, settings.optimizer.gradient_dtype),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError
-from scale_sft.kernels.backends import gradient_path_of
+from scale_sft.kernels.backends import triton_used
 from scale_sft.kernels.cpu import compile as native
 from scale_sft.spiel.taps import detach as remove_tap
 
@@ -74,8 +74,7 @@ class SparseModel:
         self.settings, self.group, self._save, self._find_ranks = settings, group, save, join
         self.targets = find_targets(model, settings.sparse.target_modules)
         self.shapes = {target.name: target.shape for target in self.targets}
-        self.gradient_path = gradient_path_of(group.device, settings.kernels)
-        self.tuning = make_method(settings, self.shapes, self.gradient_path, lambda: self.group, weight_reader(self))
+        self.tuning = make_method(settings, self.shapes, lambda: self.group, weight_reader(self))
         self.choosing: FirstChoice | None = None
         """While the entries are chosen, before the first update."""
         self._exposure: Exposure | None = None
@@ -121,8 +120,7 @@ class SparseModel:
         return transient or ResidentDeltas(store, self.parts, group.settle, group.written)
 
     def _fuses(self) -> bool:
-        path, device = self.gradient_path, self.group.device
-        return fuses(self.settings.kernels, device, path is not None and path.has_kernels) and (
+        return fuses(self.settings.kernels, self.group.device) and (
             fused_step.why_not(self.tuning, self.carrier) is None
         )
 
@@ -206,12 +204,6 @@ class SparseModel:
             self.choosing.apply()
         finally:
             self.choosing = None
-
-    def measure_kernels(self, tokens: int) -> None:
-        """Find the fastest way to each weight's gradient for micro-batches of `tokens` tokens, before step 1."""
-        if self.gradient_path and self.gradient_path.has_kernels:
-            counts = {} if self.tuning.method == "ma" else self.tuning.recorder.counts
-            self.gradient_path.measure_store(self.tuning.store, counts, tokens, self.settings.dtype)
 
     def load_state(
         self,
@@ -394,6 +386,6 @@ class SparseModel:
             raise UserError(f"{what}: got a call inside sparse.base(), expected it outside of the `with` block")
 
 
-def fuses(kernels: str, device: torch.device, has_kernels: bool) -> bool:
+def fuses(kernels: str, device: torch.device) -> bool:
     """Return True if deltas should be updated and written in one pass, where that is possible."""
-    return native.asked_for(device, kernels) or has_kernels
+    return native.asked_for(device, kernels) or triton_used(device, kernels)
