@@ -80,7 +80,7 @@ class SpielOptions(PeftConfig):
         metadata={"help": "Optimizer steps of the whole training (ag). In a Trainer the callback knows them."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the first entries."})
-    kernels: str = field(default="cpu", metadata={"help": "off, cpu or auto, as option kernels of scale-sft train."})
+    kernels: str = field(default="auto", metadata={"help": "off, cpu or auto, as option kernels of scale-sft train."})
     optimizer_state: str = field(
         default="carry",
         metadata={

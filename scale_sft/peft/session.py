@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scale_sft.distributed.existing import existing_ranks
 from scale_sft.errors import UserError
-from scale_sft.kernels.backends import exchanges_of, gradient_path_of, products_of
+from scale_sft.kernels.backends import exchanges_of, products_of
 from scale_sft.model.group import Group, OneProcess
 from scale_sft.spiel.algorithm import candidates_of
 from scale_sft.spiel.deltas import DeltaStore
@@ -62,14 +62,13 @@ class Session:
         shapes = {name: layer.shape for name, layer in self.layers.items()}
         self.store = DeltaStore(shapes, indices, device=device, keep_reference=self.sparse.drop_criterion == "change")
         self._adopt_values()
-        path = gradient_path_of(device, config.kernels)
         self.exchanges = exchanges_of(device, config.kernels)
         self.recorder = GradientRecorder(
             self.store,
             candidates_of(self.store, self.sparse.candidate_ratio),
             estimation_steps=self.sparse.estimation_steps,
             select=lambda gradient, count: self.group.select_candidates(gradient, count),
-            products=products_of(path, device, config.kernels),
+            products=products_of(device, config.kernels),
         )
         self.schedule = self._schedule()
         self.steps = 0
