@@ -14,6 +14,8 @@
     schedules   when and how many (Eq. 9); learning rates
     drop_grow   drop and grow: tensors in, tensors out
     topk        deterministic top-k; top-k of an outer product never formed
+    joined_drop_grow  drop and grow in many weights at once, for devices
+    joined_product    top-k of the outer products of many weights
 
 Nothing here knows files, ranks, configurations or models.
 """
