@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from .resident import _BITS, WeightPart
+from .resident import WeightPart, bits_of
 
 CHUNK_ENTRIES = 1 << 22
 _MASK64 = (1 << 64) - 1
@@ -21,15 +21,35 @@ def fingerprint(part: WeightPart) -> tuple[int, int]:
     """
     entries = part.entries()
     sums = torch.zeros(2, dtype=torch.int64, device=entries.device)
-    bits_type = _BITS[entries.element_size()]
     for first in range(0, entries.numel(), CHUNK_ENTRIES):
-        bits = entries[first : first + CHUNK_ENTRIES].view(bits_type).long()
-        place = torch.arange(part.start + first, part.start + first + bits.numel(), device=bits.device)
-        mixed = _mix(bits ^ _mix(place))
-        sums[0] += mixed.sum()
-        sums[1] += _mix(mixed ^ place).sum()
+        bits = bits_of(entries[first : first + CHUNK_ENTRIES]).long()
+        sums += _sums(torch.arange(part.start + first, part.start + first + bits.numel(), device=bits.device), bits)
     first, second = sums.tolist()  # one transfer per weight
     return first & _MASK64, second & _MASK64
+
+
+def entry_sums(indices: Tensor, values: Tensor) -> Tensor:
+    """Compute what the entries at flat `indices` [K] add to a weight's fingerprint: [2] int64, modulo 2^64.
+
+    A fingerprint follows a write in O(K): subtract the sums of the old values, add those of the new ones.
+    """
+    sums = torch.zeros(2, dtype=torch.int64, device=values.device)
+    for first in range(0, values.numel(), CHUNK_ENTRIES):
+        part = slice(first, first + CHUNK_ENTRIES)
+        sums += _sums(indices[part].long(), bits_of(values[part]).long())
+    return sums
+
+
+def add_sums(print_: tuple[int, int], sums: Iterable[int]) -> tuple[int, int]:
+    """Add results of `entry_sums` to a fingerprint."""
+    first, second = (known + more & _MASK64 for known, more in zip(print_, sums, strict=True))
+    return first, second
+
+
+def _sums(place: Tensor, bits: Tensor) -> Tensor:
+    """Sum over entries at `place` [n] int64 with `bits` [n] int64: [2] int64."""
+    mixed = _mix(bits ^ _mix(place))
+    return torch.stack((mixed.sum(), _mix(mixed ^ place).sum()))
 
 
 def _mix(x: Tensor) -> Tensor:
