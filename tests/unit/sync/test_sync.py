@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import load_file
 from servers import FusedServer
 from torch import nn
-from trainers import IDS, SCHEDULE, Trainer, load, same_weights
+from trainers import Trainer, load, same_weights
 from transformers.core_model_loading import WeightRenaming
 
-import scale_sft
 from scale_sft import sync
 from scale_sft.errors import UserError
 from scale_sft.model.fingerprints import combine_fingerprints, fingerprint
