@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import uuid
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from scale_sft.errors import UserError
-from scale_sft.model.fingerprints import add_sums, combine_fingerprints, entry_sums
+from scale_sft.model.fingerprints import add_sums, change_sums, combine_fingerprints
 from scale_sft.model.resident import bits_of
+from scale_sft.spiel.indices import merge_places
 
 from .names import names_on_disk, unwrapped
 from .patches import Patches, Prints, Snapshot, WeightPatch
@@ -65,15 +67,15 @@ def changed(model: Any, since: Snapshot | None = None) -> Patches:
         )
     now: dict[str, TrainedWeight] = {}
     patches: list[WeightPatch] = []
-    sums: list[Tensor] = []
+    changes: list[tuple[Tensor, Tensor, Tensor]] = []
     for weight in source.weights():
         name, shape = stream.names[weight.name], source.shapes[weight.name]
         now[name] = weight
         indices, values, previous = _difference(before.weights.get(name), weight)
         if indices.numel():
             patches.append(WeightPatch(name, shape, indices, values))
-            sums.append(entry_sums(indices, values) - entry_sums(indices, previous))
-    prints = moved(before.prints, [patch.name for patch in patches], sums)
+            changes.append((indices, values, previous))
+    prints = moved(before.prints, [patch.name for patch in patches], changes)
     shapes = {stream.names[name]: shape for name, shape in source.shapes.items()}
     after = Snapshot(stream.base.stream, stream.last.version + 1, prints, now, combine_fingerprints(prints, shapes))
     stream.last = after
@@ -98,10 +100,12 @@ def full(model: Any) -> Patches:
     return changed(model, since=_stream_of(model, source_of(model)).base)
 
 
-def moved(prints: Prints, names: list[str], sums: list[Tensor]) -> dict[str, tuple[int, int]]:
-    """Add differences of `entry_sums` to the fingerprints of some weights, with one transfer from the device."""
-    added = torch.stack(sums).tolist() if sums else []
-    return {**prints, **{name: add_sums(prints[name], sum_) for name, sum_ in zip(names, added, strict=True)}}
+def moved(
+    prints: Prints, names: Sequence[str], changes: Sequence[tuple[Tensor, Tensor, Tensor]]
+) -> dict[str, tuple[int, int]]:
+    """Compute fingerprints after changes of some weights: see `change_sums`."""
+    added = zip(names, change_sums(changes), strict=True)
+    return {**prints, **{name: add_sums(prints[name], sums) for name, sums in added}}
 
 
 def _stream_of(model: Any, source: Source) -> _Stream:
@@ -130,10 +134,16 @@ def _difference(old: TrainedWeight | None, new: TrainedWeight) -> tuple[Tensor, 
     gone = torch.ones_like(old.indices, dtype=torch.bool)
     gone[place[kept]] = False
     dropped = _where_different(old.indices[gone], old.base[gone], old.values[gone])
-    indices = torch.cat((stayed[0], dropped[0]))
-    order = indices.argsort()
-    values, previous = torch.cat((stayed[1], dropped[1])), torch.cat((stayed[2], dropped[2]))
-    return indices[order], values[order], previous[order]
+    places = merge_places(stayed[0], dropped[0])
+    indices, values, previous = (merged(places, *both) for both in zip(stayed, dropped, strict=True))
+    return indices, values, previous
+
+
+def merged(places: tuple[Tensor, Tensor], first: Tensor, second: Tensor) -> Tensor:
+    """Put two tensors [K] and [M] together in the order of `merge_places`: [K + M]."""
+    both = first.new_empty(first.numel() + second.numel())
+    both[places[0]], both[places[1]] = first, second
+    return both
 
 
 def _where_different(indices: Tensor, values: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from scale_sft.errors import UserError
+from scale_sft.model.resident import bits_of
 from scale_sft.spiel.indices import wrong_with_indices
 
 from .source import TrainedWeight
@@ -25,7 +26,8 @@ from .source import TrainedWeight
 Prints = Mapping[str, tuple[int, int]]
 """Fingerprints of weights by name: see `scale_sft.model.fingerprints`."""
 FORMAT = "scale_sft sparse sync 1"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_VALUES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPES = {torch.int32: "I32", torch.int64: "I64", **_VALUES}
 _HEX = re.compile("[0-9a-f]+")
 
 
@@ -119,12 +121,19 @@ class Patches:
 
     def to_bytes(self) -> bytes:
         """Write a safetensors file into memory."""
-        tensors = {}
-        for patch in self.weights:
-            tensors[f"{patch.name}.indices"] = patch.indices.cpu().contiguous()
-            tensors[f"{patch.name}.values"] = patch.values.cpu().contiguous()
         facts = {name: getattr(self, name) for name in ("shapes", "stream", "version", "since", "before", "after")}
-        return save(tensors, metadata={"format": FORMAT, "sync": json.dumps(facts)})
+        header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "sync": json.dumps(facts)}}
+        parts = [(f"{patch.name}.indices", patch.indices) for patch in self.weights]
+        parts += [(f"{patch.name}.values", patch.values) for patch in self.weights]
+        start, data = 0, []
+        for name, tensor in sorted(parts, key=lambda part: -part[1].itemsize):  # the format aligns wide dtypes so
+            raw = bits_of(tensor.cpu().contiguous()).numpy().data
+            offsets = [start, start := start + tensor.nbytes]
+            header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": offsets}
+            data.append(raw)
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        return b"".join((len(text).to_bytes(8, "little"), text, *data))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Patches:
@@ -193,7 +202,7 @@ def _checked(name: str, shape: tuple[int, int], indices: Tensor, values: Tensor)
     wrong = wrong_with_indices(indices, shape)
     if indices.dtype is not wide:
         wrong = f"indices are {indices.dtype}, expected {wide}"
-    elif values.dtype not in _DTYPES or values.shape != indices.shape:
+    elif values.dtype not in _VALUES or values.shape != indices.shape:
         wrong = wrong or f"values are {tuple(values.shape)} {values.dtype} for {tuple(indices.shape)} indices"
     if wrong:
         raise ValueError(f"'{name[:80]}': {wrong}")

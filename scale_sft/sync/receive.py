@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from scale_sft.model.fingerprints import combine_fingerprints, entry_sums
+from scale_sft.model.fingerprints import combine_fingerprints
 from scale_sft.model.resident import bits_of
+from scale_sft.spiel.indices import merge_places
 
-from .compose import moved
+from .compose import merged, moved
 from .names import unwrapped
 from .patches import Patches, SyncError, WeightPatch
 from .places import Place, Places
@@ -195,11 +196,8 @@ def _proven(
     """Compute the fingerprints after the patches, and raise SyncError if they are not those of the trainer."""
     if not state.whole:
         return {}
-    sums = [
-        entry_sums(patch.indices, patch.values) - entry_sums(patch.indices, values)
-        for patch, values in zip(held, old, strict=True)
-    ]
-    prints = moved(state.base if patches.full else state.prints, [patch.name for patch in held], sums)
+    changes = [(patch.indices, patch.values, values) for patch, values in zip(held, old, strict=True)]
+    prints = moved(state.base if patches.full else state.prints, [patch.name for patch in held], changes)
     digest = combine_fingerprints(prints, state.shapes)
     if digest != patches.after:
         base = "; if this was one, load the base again first" if patches.full else ""
@@ -213,20 +211,20 @@ def _proven(
 def _keep(state: _Received, patch: WeightPatch, old: Tensor) -> None:
     """Remember the base values of a patch's entries that had them until now; forget those that have them again."""
     indices, base = state.kept.get(patch.name, (patch.indices[:0], old[:0]))
-    if indices.numel():
-        where = torch.searchsorted(indices, patch.indices).clamp_(max=indices.numel() - 1)
-        new = indices[where] != patch.indices
-        back = where[~new][bits_of(patch.values[~new]) == bits_of(base[where[~new]])]
-    else:
-        new, back = torch.ones_like(patch.indices, dtype=torch.bool), patch.indices[:0].long()
+    if not indices.numel():
+        state.kept[patch.name] = patch.indices, old
+        return
+    where = torch.searchsorted(indices, patch.indices).clamp_(max=indices.numel() - 1)
+    known = indices[where] == patch.indices
+    back = where[(known & (bits_of(patch.values) == bits_of(base[where]))).nonzero().squeeze(1)]
     if back.numel():
         stay = torch.ones_like(indices, dtype=torch.bool)
         stay[back] = False
         indices, base = indices[stay], base[stay]
-    if bool(new.any()):
-        indices, base = torch.cat((indices, patch.indices[new])), torch.cat((base, old[new]))
-        order = indices.argsort()
-        indices, base = indices[order], base[order]
+    new = (~known).nonzero().squeeze(1)
+    if new.numel():
+        places = merge_places(indices, patch.indices[new])
+        indices, base = merged(places, indices, patch.indices[new]), merged(places, base, old[new])
     if indices.numel():
         state.kept[patch.name] = indices, base
     else:

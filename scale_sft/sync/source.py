@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError
-from scale_sft.model.resident import ResidentDeltas, bits_of, effective_values
+from scale_sft.model.resident import ResidentDeltas, bits_of, effective_values, read_entries
 from scale_sft.model.sparse_model import SparseModel
 
 
@@ -119,20 +119,32 @@ class SparseSource:
         sparse, store = self._sparse, self._sparse.tuning.store
         sparse.require_attached("sync")
         whole = all(part.stop - part.start == store[name].numel for name, part in sparse.parts.items())
-        if whole:
+        if not whole:  # a rank that raised alone would leave the others waiting
+            lost = next(filter(None, sparse.group.gather_objects(self._carrier.misplaced())), None)
+            if lost:
+                raise UserError(f"sync: weight '{lost}' does not hold its deltas on every rank; expected it to")
+        if sparse.overwritten:
             sparse.require_intact("sync")
-        elif lost := next(filter(None, sparse.group.gather_objects(self._carrier.misplaced())), None):
-            raise UserError(f"sync: weight '{lost}' does not hold its deltas on every rank; expected an intact model")
         gathered = None if whole else self._gather_base()
+        self._carrier.settle()
         start = 0
         for delta in store:
             base = self._carrier.base_values(delta.name)
+            indices = delta.indices.to(base.device)
             if gathered is not None:
-                bits = gathered[start : start + delta.active].to(bits_of(base).dtype)
-                base = bits.view(base.dtype)
+                base = gathered[start : start + delta.active].to(bits_of(base).dtype).view(base.dtype)
                 start += delta.active
-            deltas = delta.deltas.to(base.device)
-            yield TrainedWeight(delta.name, delta.indices.to(base.device), effective_values(base, deltas), base)
+            values = effective_values(base, delta.deltas.to(base.device))
+            if whole and not self._holds(delta.name, indices, values):
+                sparse.require_intact("sync")
+            yield TrainedWeight(delta.name, indices, values, base)
+
+    def _holds(self, name: str, indices: Tensor, values: Tensor) -> bool:
+        """Compare the entries [K] of a whole weight with their effective values [K], bit for bit."""
+        entries = self._sparse.parts[name].entries()
+        if entries.device != values.device or entries.dtype is not values.dtype:
+            return False
+        return torch.equal(bits_of(read_entries(entries, indices)), bits_of(values))
 
     def _gather_base(self) -> Tensor:
         """Collect the base values of all entries from the ranks that hold them: bits [sum of K] int32."""
