@@ -2,7 +2,9 @@
 
 import copy
 import random
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -326,3 +328,11 @@ def test_a_tied_weight_is_written_once_under_either_name() -> None:
         after = {name: fingerprint(WeightPart.whole(changed.inner.weight))}
         sync.apply(model, replace(patches, after=combine_fingerprints(after, {name: (3, 4)})))
         assert float(model.head.weight.view(-1)[5].detach()) == 2.5
+
+
+def test_the_code_on_the_page_of_docs_runs_as_printed(capsys) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "sync.md").read_text(encoding="utf-8")
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(compile(code, "docs/sync.md", "exec"), names)
+    assert "<Patches: version 4 since 3, " in capsys.readouterr().out
