@@ -1,8 +1,8 @@
 """Measure a sparse weight sync: bytes and seconds of shipping what changed, compared with shipping every weight.
 
 A trainer makes real steps on random tokens; after each, a receiver in the same process follows by `scale_sft.sync`, and
-the median counts. The whole copy is what a trainer without a record of its changes sends: all weights as safetensors,
-read and copied into the receiver. Both go through bytes; a network would add time in proportion to them.
+then takes a whole copy: all weights as safetensors, read and copied. Both go through bytes; a network would add time in
+proportion to them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from torch import nn
 
 from scale_sft import sync
 from scale_sft.api import attach
+from scale_sft.config.options import DEMO
 from scale_sft.errors import UserError
+from scale_sft.model.loading import base_location
 
 from .page import Part, part_of_groups
 from .peak import seconds_of
@@ -44,7 +46,7 @@ def run(cases: Sequence[Case]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]
     for case in cases:
         trained, receiver = _load(case), _load(case)
         settings = asdict(case) | {
-            "base": Path(case.base).name,
+            "base": DEMO if case.base == DEMO else Path(case.base).name,
             "parameters": sum(weight.numel() for weight in receiver.parameters()),
             "device": "cpu",
             "threads": torch.get_num_threads(),
@@ -56,12 +58,12 @@ def measure(case: Case, trained: nn.Module, receiver: nn.Module) -> dict[str, An
     """Train, sync after each step, and compare with whole copies.
 
     Returns:
-        Medians: `bytes` of a sync and the largest of them, `entries` it sends; `compose_seconds` to find and serialise
-        them, `apply_seconds` to check and write them; `full_set_bytes` for a receiver that restarts; `whole_bytes`,
-        `whole_send_seconds`, `whole_apply_seconds` of all weights.
+        Medians over the steps but the first: `bytes` of a sync and `entries` in it, `compose_seconds` to find and
+        serialise them, `apply_seconds` to check and write them, the same of all weights (`whole_...`), and
+        `time_ratio` of the two ways in one step; `most_bytes` of a sync; `full_set_bytes` for a restarted receiver.
 
     Raises:
-        RuntimeError: the receiver's weights differ from the trainer's.
+        UserError: the receiver's weights are not the trainer's at the end.
     """
     device = torch.device("cpu")
     sparse = attach(
@@ -73,44 +75,43 @@ def measure(case: Case, trained: nn.Module, receiver: nn.Module) -> dict[str, An
     )
     optimizer = sparse.optimizer(lr=case.learning_rate)
     vocabulary = int(trained.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    weights = {name: weight.data for name, weight in receiver.named_parameters()}
     box: dict[str, Any] = {}
-    found: dict[str, list[float]] = {"bytes": [], "entries": [], "compose_seconds": [], "apply_seconds": []}
-    for step in range(case.steps):
+
+    def compose() -> None:
+        box["patches"] = sync.changed(sparse)
+        box["data"] = box["patches"].to_bytes()
+
+    def write_all() -> None:
+        box["whole"] = save(weights)
+
+    def read_all() -> None:
+        for name, value in load(box["whole"]).items():
+            weights[name].copy_(value)
+
+    works = {
+        "compose_seconds": compose,
+        "apply_seconds": lambda: sync.apply(receiver, box["data"]),
+        "whole_send_seconds": write_all,
+        "whole_apply_seconds": read_all,
+    }
+    rounds: list[dict[str, float]] = []
+    for step in range(case.steps + 1):
         ids = torch.randint(0, vocabulary, (1, case.tokens), generator=torch.Generator().manual_seed(step))
         trained(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-        def compose() -> None:
-            box["patches"] = sync.changed(sparse)
-            box["data"] = box["patches"].to_bytes()
-
-        compose_seconds = seconds_of(compose, device)
-        apply_seconds = seconds_of(lambda: sync.apply(receiver, box["data"]), device)
+        taken = {name: seconds_of(work, device) for name, work in works.items()}
+        whole = taken["whole_send_seconds"] + taken["whole_apply_seconds"]
+        taken["time_ratio"] = (taken["compose_seconds"] + taken["apply_seconds"]) / whole
         if step:  # the first also proves the base
-            found["bytes"].append(len(box["data"]))
-            found["entries"].append(box["patches"].entries)
-            found["compose_seconds"].append(compose_seconds)
-            found["apply_seconds"].append(apply_seconds)
+            rounds.append({"bytes": len(box["data"]), "entries": box["patches"].entries, **taken})
     sync.verify(receiver)
-    full_set = len(sync.full(sparse).to_bytes())
-    weights = {name: weight.data for name, weight in receiver.named_parameters()}
-
-    def write_all() -> None:
-        box["data"] = save(weights)
-
-    def read_all() -> None:
-        for name, value in load(box["data"]).items():
-            weights[name].copy_(value)
-
-    whole = [(seconds_of(write_all, device), seconds_of(read_all, device)) for _ in range(3)]
     return {
-        **{name: median(values) for name, values in found.items()},
-        "most_bytes": max(found["bytes"]),
-        "full_set_bytes": full_set,
-        "whole_bytes": len(box["data"]),
-        "whole_send_seconds": median(send for send, _ in whole),
-        "whole_apply_seconds": median(take for _, take in whole),
+        **{name: median(one[name] for one in rounds) for name in rounds[0]},
+        "most_bytes": max(one["bytes"] for one in rounds),
+        "full_set_bytes": len(sync.full(sparse).to_bytes()),
+        "whole_bytes": len(box["whole"]),
     }
 
 
@@ -118,7 +119,9 @@ def _load(case: Case) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(case.base, dtype=getattr(torch, case.dtype)).eval()
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            base_location(case.base), dtype=getattr(torch, case.dtype)
+        ).eval()
     except (OSError, ValueError) as error:
         raise UserError(f"base: got '{case.base}', which transformers cannot load: {error}") from None
     for weight in model.parameters():
@@ -127,30 +130,26 @@ def _load(case: Case) -> nn.Module:
 
 
 COLUMNS = (
-    "base", "parameters", "density", "entries", "sync", "share of whole", "x density", "compose", "apply", "full set",
-    "whole copy", "whole: send", "whole: apply", "time / whole",
+    "base", "density", "entries", "sync", "share of whole", "x density", "time", "full set", "whole", "time of whole",
+    "time ratio",
 )  # fmt: skip
 
 
 def cells(settings: dict[str, Any], result: dict[str, Any]) -> list[str]:
     """Format one line of the table."""
     share = result["bytes"] / result["whole_bytes"]
-    seconds = result["compose_seconds"] + result["apply_seconds"]
     return [
-        settings["base"],
-        f"{settings['parameters'] / 1e6:,.1f} M",
+        f"{settings['base']}, {settings['parameters'] / 1e6:,.1f} M",
         f"{settings['density']:.2%}",
         f"{result['entries']:,.0f}",
         _size(result["bytes"]),
         f"{share:.3%}",
         f"{share / settings['density']:.2f}",
-        _milliseconds(result["compose_seconds"]),
-        _milliseconds(result["apply_seconds"]),
+        _milliseconds(result["compose_seconds"] + result["apply_seconds"]),
         _size(result["full_set_bytes"]),
         _size(result["whole_bytes"]),
-        _milliseconds(result["whole_send_seconds"]),
-        _milliseconds(result["whole_apply_seconds"]),
-        f"{seconds / (result['whole_send_seconds'] + result['whole_apply_seconds']):.2f}",
+        _milliseconds(result["whole_send_seconds"] + result["whole_apply_seconds"]),
+        f"{result['time_ratio']:.2f}",
     ]
 
 
@@ -160,10 +159,12 @@ def part(rows: list[Row]) -> Part:
     return part_of_groups(
         title="Sparse weight sync",
         text=(
-            "What reaches a rollout server after each optimizer step: the entries that changed (docs/sync.md) compared "
-            "with all weights, both as bytes of safetensors. The first sync is left out. `x density` is the share of "
-            "the whole copy's bytes divided by the density; 3 would be all trained entries of all weights, at 4 bytes "
-            "of index and 2 of value. `full set` is what a restarted receiver gets. Times are without a network."
+            "What reaches a rollout server after an optimizer step: the entries that changed (docs/sync.md), compared "
+            "with all weights, both as bytes of safetensors. Medians over steps of training on random tokens, with a "
+            "reallocation every other step; the first sync is left out. x density is the share of the whole copy's "
+            "bytes divided by the density: 3 if every entry of the model were a target and every delta visible in "
+            "bf16. Full set is what a restarted receiver gets. Times are those of both sides in one process, without "
+            "a network; time ratio is the median of the ratios of the same step."
         ),
         columns=COLUMNS,
         cells=cells,

@@ -161,7 +161,13 @@ def scale(ranks: tuple, weak: bool, base_placement: str, sharded: bool | None, o
 @click.command()
 @several("--base", "bases", click.STRING, "demo", "Model folder or hub id, or demo, the small model that ships")
 @several("--density", "densities", click.FloatRange(0, 1, min_open=True), "0.01", "Density of the trained deltas")
-@click.option("--steps", type=click.IntRange(min=2), default=8, show_default=True, help="Steps, each with its sync.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=2),
+    default=8,
+    show_default=True,
+    help="Steps, each with a sync and a whole copy.",
+)
 @OUTPUT
 def sync(bases: tuple, densities: tuple, steps: int, output: Path) -> None:
     r"""Measure bytes and time of a sparse weight sync, compared with shipping every weight.
@@ -172,10 +178,9 @@ def sync(bases: tuple, densities: tuple, steps: int, output: Path) -> None:
     """
     from scale_sft.bench import sync as module
     from scale_sft.bench.show import report
-    from scale_sft.model.loading import base_location
 
     cases = [
-        module.Case(base=base_location(base), density=density, steps=steps)
+        module.Case(base=base, density=density, steps=steps)
         for base in flattened(bases)
         for density in flattened(densities)
     ]
