@@ -11,7 +11,8 @@
 patches  `Patches`, their bytes, `SyncError`
 compose  `changed` and `full`: the trainer's side
 receive  `apply`, `version`, `verify`, `forget`: the receiver's side
-source   what a trained model gives: `SparseModel`, PEFT models
+source   what a trained model gives, and `SparseModel` as such
+peft     PEFT models as such
 names    weights' names in the checkpoint's files
 places   where a running model keeps the checkpoint's weights: as they are, or fused and cut by `load_weights`
 vllm     send to vLLM's sparse weight transfer engine
@@ -19,6 +20,7 @@ sglang   the loader for SGLang's --custom-weight-loader, and how to send to it
 trl      the weight transfer of TRL's AsyncGRPOTrainer
 """
 
+from . import peft as _peft  # noqa: F401 - registers a kind of model
 from .compose import changed as changed
 from .compose import full as full
 from .patches import Patches as Patches

@@ -124,7 +124,7 @@ def _difference(old: TrainedWeight | None, new: TrainedWeight) -> tuple[Tensor, 
     Returns:
         (indices [C] sorted, values [C], the receiver's values [C]).
     """
-    if old is None:
+    if old is None or not old.indices.numel():
         return _where_different(new.indices, new.values, new.base)
     if old.indices is new.indices or torch.equal(old.indices, new.indices):
         return _where_different(new.indices, new.values, old.values)

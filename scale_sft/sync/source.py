@@ -1,4 +1,4 @@
-"""What a trained model gives to `compose`: a small interface that `SparseModel` and PEFT models are adapted to.
+"""What a trained model gives to `compose`: a small interface, to which `SparseModel` is adapted here.
 
 K active entries of a weight.
 """
