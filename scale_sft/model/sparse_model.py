@@ -74,7 +74,7 @@ class SparseModel:
         join: Join | None = None,
     ):
         self.settings, self.group, self._save, self._find_ranks = settings, group, save, join
-        self.targets = find_targets(model, settings.sparse.target_modules)
+        self.targets = find_targets(model, settings.sparse.target_modules, settings.sparse.exclude_modules)
         self.shapes = {target.name: target.shape for target in self.targets}
         self.gradient_path = gradient_path_of(group.device, settings.kernels)
         self.tuning = self._method()
