@@ -18,7 +18,7 @@ from scale_sft.files import ASSETS
 from .dropout import switch_off_randomness
 from .empty import model_class, text_config
 from .packed_weights import cast_the_rest
-from .quantization import Quantization
+from .quantization import Quantization, compute_in
 
 
 def base_location(base: str) -> str:
@@ -112,7 +112,7 @@ def load_base(
             attn_implementation=None if config.attention == "auto" else config.attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
-            **(quantization.loading(device or torch.device("cpu")) if quantization else {}),
+            **(quantization.loading(device or torch.device("cpu"), dtype) if quantization else {}),
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base: '{config.base}' does not load: {first_line(error)}") from None
@@ -123,6 +123,7 @@ def load_base(
     if quantization:
         if quantization.on_disk:
             cast_the_rest(model, dtype)
+        compute_in(model, dtype)
         return model
     return model if device is None else model.to(device)
 

@@ -1,4 +1,4 @@
-"""Tiny random models of transformers' own configurations: every type that has a text model, a few layers of width 64."""
+"""Tiny random models of the configurations in transformers: every type with a text model, two layers of width 64."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ _SMALL: dict[str, Any] = {
 
 
 def tiny_config(model_type: str) -> Any:
+    """Make a small configuration of a model type, by its class's own fields."""
     from transformers import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[model_type]
@@ -51,17 +52,13 @@ def _arguments(kind: Any) -> dict[str, Any]:
     fields = set(inspect.signature(kind.__init__).parameters)
     if dataclasses.is_dataclass(kind):
         fields |= {f.name for f in dataclasses.fields(kind)}
-    renamed = {value: key for key, value in getattr(kind, "attribute_map", {}).items()}
     given = {}
     for name, value in _SMALL.items():
         if name in fields:
             given[name] = value
     for name, sub in getattr(kind, "sub_configs", {}).items():
         if name in fields and inspect.isclass(sub) and hasattr(sub, "model_type"):
-            try:
-                given[name] = _arguments(sub)
-            except Exception:
-                pass
+            given[name] = _arguments(sub)
     if "kv_lora_rank" in given and "num_key_value_heads" in given:
         given["num_key_value_heads"] = given["num_attention_heads"]
     return given
