@@ -79,32 +79,29 @@ def train(session, metrics, checkpoints) -> None:
                 seconds=time.perf_counter() - began,
                 padding_fraction=tokens["padding"] / (tokens["padding"] + tokens["all"]),
                 **measurements(cluster),
+                **{name: value for name, value in tokens.items() if name not in ("target", "all", "padding")},
             )
         evaluate_if_due(session, metrics, checkpoints.run)
         checkpoints.save_if_due(metrics)
         cluster.raise_if_stopping()
 
 
-def forward_backward(session, batch: list[int]) -> tuple[float, dict[str, int]]:
-    """Compute the gradients of one global batch's loss: the sum of its token losses over its number of target tokens.
+def forward_backward(session, batch: list[int]) -> tuple[float, dict[str, float]]:
+    """Compute the gradients of one global batch's loss: a mean over its target tokens, or over its pairs of answers.
 
     Each micro-batch contributes its share of that mean, so the split into ranks and micro-batches does not matter.
-    Returns the mean loss, and counts of tokens: target, all, and padding that was computed with them.
+    Returns the mean loss, and counts of tokens: target, all, and padding that was computed with them; of preferences
+    also what `objective.rewards` reports.
     """
-    from scale_sft.model.loss import token_loss_sum
-
-    inputs, cluster = session.inputs, session.cluster
     proposing = session.tuning.recorder.proposing
-    target_tokens, all_tokens = inputs.train.target_tokens(batch), inputs.train.all_tokens(batch)
+    share = session.objective.share(batch, proposing=proposing)
     total: float | Tensor = 0.0
-    positions = 0
     for micro_batch in session.micro_batches(batch, proposing=proposing):
-        loss = token_loss_sum(session.model, micro_batch, target_tokens)
+        loss = share.loss_sum(session.model, micro_batch)
         loss.backward()
         total += loss.detach()
-        positions += micro_batch["input_ids"].numel()
-    mean, positions = cluster.sum_and_agree(float(total), positions)
-    return mean, {"target": target_tokens, "all": all_tokens, "padding": positions - all_tokens}
+    mean, *sums = session.cluster.sum_and_agree(float(total), *share.sums)
+    return mean, share.counts(sums)
 
 
 def reallocate(session, metrics, step: int) -> None:
@@ -176,6 +173,7 @@ def evaluate_if_due(session, metrics, run) -> None:
         target_tokens=result.target_tokens,
         seconds=time.perf_counter() - began,
         exact_match=result.exact_match,
+        **(result.rewards or {}),
     )
     metrics.samples(step, [vars(answer) for answer in session.samples])
     if best_step(session.evaluations) == step and run.keeps_best(session.inputs.config):
@@ -256,6 +254,8 @@ def run_on(cluster, inputs, run) -> RunResult:
             metrics.note(note)
         with cluster.in_steps():
             try:
+                for note in session.prepare(metrics):
+                    metrics.note(note)
                 train(session, metrics, checkpoints)
             except Interrupted as stop:
                 failure = checkpoints.save(metrics)

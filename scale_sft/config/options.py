@@ -14,6 +14,7 @@ from typing import Any
 from scale_sft.errors import UserError
 
 from .fields import a_density, a_pattern, above, at_least, between, option, two_betas
+from .objective_options import ObjectiveConfig
 
 DEMO = "demo"
 """As `base`, `train_data`, `eval_data`: the small pretrained model and the task that ship with the package."""
@@ -360,6 +361,7 @@ class Config:
     sparse: SparseConfig = field(default_factory=SparseConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
