@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from scale_sft.training.result import RunResult
 
 
+IMPROVED = {"loss": "fallen", "accuracy": "risen"}
+
+
 def train(session, metrics, checkpoints) -> None:
     """Run T optimizer steps, each on one global batch, with drop and grow where the schedule says so.
 
@@ -44,11 +47,12 @@ def train(session, metrics, checkpoints) -> None:
     """
     from scale_sft.training.best import best_step, hopeless
 
-    optimizer, cluster = session.optimizer, session.cluster
+    optimizer, cluster, best_by = session.optimizer, session.cluster, session.inputs.config.objective.best_by
     evaluate_if_due(session, metrics, checkpoints.run)
     for step in range(session.step + 1, session.inputs.steps + 1):
-        if hopeless(session.evaluations, session.step, session.inputs.config.run.early_stopping_steps):
-            metrics.note(f"stopped: the held-out loss has not fallen since step {best_step(session.evaluations)}")
+        if hopeless(session.evaluations, session.step, session.inputs.config.run.early_stopping_steps, best_by):
+            since = best_step(session.evaluations, best_by)
+            metrics.note(f"stopped: the held-out {best_by} has not {IMPROVED[best_by]} since step {since}")
             return
         began = time.perf_counter()
 
@@ -176,7 +180,8 @@ def evaluate_if_due(session, metrics, run) -> None:
         **(result.rewards or {}),
     )
     metrics.samples(step, [vars(answer) for answer in session.samples])
-    if best_step(session.evaluations) == step and run.keeps_best(session.inputs.config):
+    best_by = session.inputs.config.objective.best_by
+    if best_step(session.evaluations, best_by) == step and run.keeps_best(session.inputs.config):
         session.cluster.on_main(lambda: save_best(session.adapter(), result.loss, step, run.best))
 
 

@@ -26,6 +26,11 @@ class Evaluation:
     exact_match: float | None = None  # fraction in [0, 1]; None: not asked for
     rewards: Mapping[str, float] | None = None  # what `objective.rewards` reports; None: the objective is sft
 
+    def record(self) -> dict[str, Any]:
+        """Return the fields as a checkpoint keeps them; `rewards` only where there are any."""
+        fields = {"loss": self.loss, "target_tokens": self.target_tokens, "exact_match": self.exact_match}
+        return fields if self.rewards is None else {**fields, "rewards": dict(self.rewards)}
+
     @property
     def perplexity(self) -> float:
         """The exponential of the cross entropy per target token, of preferences that of the chosen answers."""

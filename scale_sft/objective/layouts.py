@@ -36,9 +36,8 @@ def layout_of(
     if reason is None and not shares(model, additive, device):
         reason = f"the attention of {type(model).__name__} does not follow a mask of blocks"
     if reason:
-        return Layout(
-            row_tokens=row_tokens, flat=flat
-        ), f"packing: both sides of a pair have their own prompt: {reason}"
+        note = f"packing: each side of a pair has a prompt of its own: {reason}"
+        return Layout(row_tokens=row_tokens, flat=flat), note
     return Layout(row_tokens=row_tokens, shared=True, additive_mask=additive), None
 
 

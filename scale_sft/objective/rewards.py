@@ -12,6 +12,7 @@ length_chosen, length_rejected  target tokens per answer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,18 @@ class Answers:
     def pairs(self) -> tuple[slice, slice]:
         """Where the chosen and the rejected sides of pairs are."""
         return slice(0, None, 2), slice(1, None, 2)
+
+
+REPORTED = (
+    "reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "kl_per_token", "kl", "chosen_nll",
+    "length_chosen", "length_rejected",
+)  # fmt: skip
+
+
+def rewards_of(record: Mapping[str, float]) -> dict[str, float] | None:
+    """Find what is reported of preferences in a record of metrics.jsonl; None: the objective was sft."""
+    found = {name: record[name] for name in REPORTED if name in record}
+    return found or None
 
 
 def sums_of(answers: Answers, rewards: Tensor, paired: bool) -> Tensor:

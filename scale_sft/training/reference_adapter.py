@@ -17,6 +17,9 @@ from scale_sft.errors import UserError
 from scale_sft.model.quantization import Quantization
 from scale_sft.model.sparse_model import SparseModel
 
+REFERENCE_DIGEST = "reference_adapter (digest of its indices and deltas)"
+"""Key of a checkpoint's identity."""
+
 
 @dataclass(frozen=True)
 class ReferenceAdapter:
