@@ -18,6 +18,8 @@ from .objective_options import ObjectiveConfig
 
 DEMO = "demo"
 """As `base`, `train_data`, `eval_data`: the small pretrained model and the task that ship with the package."""
+DEMO_PREFERENCES = "demo_preferences"
+"""As `train_data`, `eval_data`: the shipped pairs of answers, for sft too; preference objectives have them as `demo`."""
 
 
 class ConfigError(UserError):

@@ -24,9 +24,9 @@ from .sources import recognise, with_aliases
 
 DROPPED = (
     "",
-    "nothing counts in one side",
+    "an answer is empty",
     "both sides are equal",
-    "max_length cuts one side away",
+    "max_length cuts an answer away",
 )
 """Reasons why a pair is left out, by their number in column `dropped_for`; 0: it is kept."""
 _NOTHING, _EQUAL, _CUT = 1, 2, 3

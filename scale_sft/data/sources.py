@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from scale_sft.config.options import DEMO
+from scale_sft.config.options import DEMO, DEMO_PREFERENCES
 from scale_sft.config.spelling import unknown
 from scale_sft.errors import UserError
 from scale_sft.files import ASSETS
@@ -201,8 +201,9 @@ def files_of(source: Source) -> Finding:
 
 def _parse(text: str, split: str, kind: str) -> Source:
     name, _, query = text.partition("?")
-    if name == DEMO:
-        name = str(ASSETS / "demo" / (f"{split}.jsonl" if kind == "sft" else f"preferences_{split}.jsonl"))
+    if name in (DEMO, DEMO_PREFERENCES):
+        pairs = name == DEMO_PREFERENCES or kind != "sft"
+        name = str(ASSETS / "demo" / (f"preferences_{split}.jsonl" if pairs else f"{split}.jsonl"))
     values: dict[str, Any] = {"columns": {}, "kind": kind}
     formats = tuple(FORMATS_OF[kind])
     for item in filter(None, query.split("&")):

@@ -87,7 +87,10 @@ def test_pairs(prefer, step_of, dpo_trainer, options, kinds, weights):
     run = prefer(**options)
     trainer = dpo_trainer(run)
     trainer.loss_types, trainer.loss_weights = kinds, weights or [1.0]
-    trainer.beta, trainer.label_smoothing = run.inputs.config.objective.beta, run.inputs.config.objective.label_smoothing
+    trainer.beta, trainer.label_smoothing = (
+        run.inputs.config.objective.beta,
+        run.inputs.config.objective.label_smoothing,
+    )
     for batch in ([3], [20], [1, 7, 12]):
         inputs = rows_of(run, [2 * n for n in batch] + [2 * n + 1 for n in batch])
         assert_same(step_of(run, batch), trainer.compute_loss(trainer.model, inputs), run, trainer.model)
