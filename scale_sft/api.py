@@ -37,7 +37,7 @@ def attach(
     *,
     total_steps: int = 1000,
     seed: int = 0,
-    kernels: str = "cpu",
+    kernels: str = "auto",
     base: str | None = None,
     **options: Any,
 ) -> SparseModel:
@@ -61,7 +61,7 @@ def attach(
         model: a causal language model, in float32, bfloat16 or float16, or in 4 or 8 bits of bitsandbytes.
         total_steps: optimizer steps of the whole training; the fraction that is replaced falls to 0 over them.
         seed: of the initial indices.
-        kernels: `cpu`, `auto` or `off`: see option kernels of `scale-sft train`.
+        kernels: `auto`, `cpu` or `off`: see option kernels of `scale-sft train`.
         base: recorded as the adapter's base; default: the path or hub id that the model was loaded from.
         options: every option of sections sparse and optimizer, by name: method, density (default: 0.01),
             target_modules, update_interval_steps, betas, max_grad_norm, ...; with start_from, the folder of an

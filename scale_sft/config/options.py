@@ -19,7 +19,7 @@ from .objective_options import ObjectiveConfig
 DEMO = "demo"
 """As `base`, `train_data`, `eval_data`: the small pretrained model and the task that ship with the package."""
 DEMO_PREFERENCES = "demo_preferences"
-"""As `train_data`, `eval_data`: the shipped pairs of answers, for sft too; preference objectives have them as `demo`."""
+"""As `train_data`, `eval_data`: the shipped pairs of answers, also for sft; other objectives read them as `demo`."""
 
 
 class ConfigError(UserError):
@@ -339,10 +339,10 @@ class RunConfig:
         on_resume="free",
     )
     kernels: str = option(
-        "cpu",
-        "off: plain torch. cpu: on a CPU with a C compiler, compute only the needed entries of weight gradients, and "
-        "update and write the deltas in one pass. auto: use Triton kernels on a GPU as well, whichever are fastest at "
-        "the start; not the default until they have been measured on a GPU.",
+        "auto",
+        "auto: on a GPU with Triton, pick the needed entries of weight gradients, and update and write the deltas, in "
+        "one pass each; on a CPU with a C compiler, compute only the needed entries, and update and write in one pass. "
+        "cpu: the same on a CPU, plain torch on a GPU. off: plain torch.",
         choices=("off", "cpu", "auto"),
     )
     save_merged: bool = option(

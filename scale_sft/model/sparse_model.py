@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError
-from scale_sft.kernels.backends import exchanges_of, gradient_path_of, products_of
+from scale_sft.kernels.backends import exchanges_of, products_of, triton_used
 from scale_sft.kernels.cpu import compile as native
 from scale_sft.kernels.moments import moments_of, resolve_moments
 from scale_sft.spiel.algorithm import SparseFineTuning
@@ -76,7 +76,6 @@ class SparseModel:
         self.settings, self.group, self._save, self._find_ranks = settings, group, save, join
         self.targets = find_targets(model, settings.sparse.target_modules)
         self.shapes = {target.name: target.shape for target in self.targets}
-        self.gradient_path = gradient_path_of(group.device, settings.kernels)
         self.tuning = self._method()
         self._exposure: Exposure | None = None
         self._dropout: DropoutOff | None = None
@@ -113,7 +112,7 @@ class SparseModel:
         )
         backends = Backends(
             select=lambda gradient, count: self.group.select_candidates(gradient, count),  # `group` may grow
-            products=products_of(self.gradient_path, device, settings.kernels),
+            products=products_of(device, settings.kernels),
             exchanges=exchanges_of(device, settings.kernels),
             moments=moments_of(resolve_moments(settings.optimizer.moments, settings.dtype)),
             gradient_dtype=getattr(torch, settings.optimizer.gradient_dtype),
@@ -143,8 +142,7 @@ class SparseModel:
         return transient or ResidentDeltas(store, self.parts, group.settle, group.written)
 
     def _fuses(self) -> bool:
-        path, device = self.gradient_path, self.group.device
-        return fuses(self.settings.kernels, device, path is not None and path.has_kernels) and (
+        return fuses(self.settings.kernels, self.group.device) and (
             fused_step.why_not(self.tuning, self.carrier) is None
         )
 
@@ -208,12 +206,6 @@ class SparseModel:
                 raise UserError("backward: got no optimizer. Fix: call sparse.optimizer(lr=...) before the first step")
             self._optimizer.receive()
         self.tuning.recorder.record_product(name, left, right)
-
-    def measure_kernels(self, tokens: int) -> None:
-        """Find the fastest way to each weight's gradient for micro-batches of `tokens` tokens, before step 1."""
-        if self.gradient_path and self.gradient_path.has_kernels:
-            counts = {} if self.tuning.method == "ma" else self.tuning.recorder.counts
-            self.gradient_path.measure_store(self.tuning.store, counts, tokens, self.settings.dtype)
 
     def load_state(
         self,
@@ -394,6 +386,6 @@ class SparseModel:
             raise UserError(f"{what}: got a call inside sparse.base(), expected it outside of the `with` block")
 
 
-def fuses(kernels: str, device: torch.device, has_kernels: bool) -> bool:
+def fuses(kernels: str, device: torch.device) -> bool:
     """Return True if deltas should be updated and written in one pass, where that is possible."""
-    return native.asked_for(device, kernels) or has_kernels
+    return native.asked_for(device, kernels) or triton_used(device, kernels)

@@ -26,7 +26,7 @@ class SparseSettings:
     quantization: Quantization | None = None
     seed: int = 0
     """Of the initial indices."""
-    kernels: str = "cpu"
+    kernels: str = "auto"
     """`off`, `cpu` or `auto`, as in the option kernels."""
     start: Mapping[str, int] | None = None
     """Active entries K by weight of the adapter that training starts from; None: K by the budget, at random indices."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -49,8 +48,9 @@ _STATE_KEYS = {
     "skipped_steps",
     "ranks",
     "proposal_sequences",
-    "gradient_paths",
 }
+_FORMER_KEYS = {"gradient_paths"}
+"""What earlier versions saved and this one has no use for: a choice among kernels that are gone."""
 
 
 class Checkpoints:
@@ -80,8 +80,6 @@ class Checkpoints:
         self._files = None
         self._saved_step = state["step"]
         session.skipped_steps = state["skipped_steps"]
-        if session.sparse.gradient_path:
-            session.sparse.gradient_path.load_state(state["gradient_paths"])
         session.evaluations = {entry.pop("step"): Evaluation(**entry) for entry in state["evaluations"]}
         session.cluster.check_identical(session.tuning.digests, f"the state that was loaded for step {session.step}")
         return notes
@@ -94,7 +92,7 @@ class Checkpoints:
             return notes, None, {}
         files = TensorFiles(checkpoint)
         state = _checked_state(checkpoint)
-        differences = differing(state["identity"], self._identity())
+        differences = differing(*map(self._comparable, (state["identity"], self._identity())))
         if differences:
             raise UserError(
                 f"resume: {checkpoint.path} is of another run; it differs in:\n  "
@@ -192,7 +190,6 @@ class Checkpoints:
             "skipped_steps": session.skipped_steps,
             "ranks": session.cluster.size,
             "proposal_sequences": _proposal_sequences(session),
-            "gradient_paths": session.sparse.gradient_path.state() if session.sparse.gradient_path else {},
         }
         weights = ((name, tuning.state_of(name)) for name in tuning.store.names)
         try:
@@ -201,6 +198,11 @@ class Checkpoints:
         except (SaveFailed, OSError) as error:
             return 0, str(error)
         return saved.bytes, None
+
+    def _comparable(self, identity: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Treat `cpu` and `auto` as one value of option kernels where there is no GPU: they are the same there."""
+        alike = self.session.cluster.device.type == "cpu" and identity.get("kernels") == "auto"
+        return {**identity, "kernels": "cpu"} if alike else identity
 
     def _identity(self) -> dict[str, Any]:
         """Collect what a run must have in common with a checkpoint to resume from it, as plain JSON."""
@@ -275,8 +277,8 @@ def _checked_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     file = checkpoint.path / STATE
     state = read_json(file)
-    if set(state) != _STATE_KEYS:
-        raise Damaged(f"{file}: unexpected or missing: {', '.join(sorted(set(state) ^ _STATE_KEYS))}")
+    if wrong := (set(state) - _FORMER_KEYS) ^ _STATE_KEYS:
+        raise Damaged(f"{file}: unexpected or missing: {', '.join(sorted(wrong))}")
     fields = {field.name for field in dataclasses.fields(Evaluation)} | {"step"}
     whole = lambda value: type(value) is int and value >= 0
     try:
@@ -289,8 +291,6 @@ def _checked_state(checkpoint: Checkpoint) -> dict[str, Any]:
             and all(isinstance(entry.get("rewards", {}), dict) for entry in state["evaluations"])
             and all(map(whole, state["skipped_steps"]))
             and whole(state["ranks"])
-            and all(re.fullmatch(r"\d+ \d+ \w+ \d+ \d+", case) for case in state["gradient_paths"])
-            and all(isinstance(path, str) for path in state["gradient_paths"].values())
         )
     except (TypeError, AttributeError) as error:
         raise Damaged(f"{file} is damaged: {error}") from None

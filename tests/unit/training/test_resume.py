@@ -249,7 +249,7 @@ def test_resuming_another_run_is_refused_with_what_differs(
 
 
 def test_what_may_change_is_accepted(train_run, crashing_run, saving, tmp_path, tiny_model):
-    crashing_run(5, **saving)
+    crashing_run(5, **saving, kernels="cpu")  # without a GPU the same as the default
     moved = tmp_path / "moved"
     shutil.copytree(tiny_model("llama"), moved)
     changed = {"save_every_steps": 3, "keep_last": 1, "log_every_steps": 2, "base": str(moved), "micro_batch_size": 2}
