@@ -35,10 +35,10 @@ def show_examples(
     for note in examples.notes:
         console.print(Text(shown(f"note: {note}")), soft_wrap=True)
     for n in range(first, min(first + count, total)):
-        for heading, tokens in sides(examples, n):
+        for heading, side in sides(examples, n):
             console.print(f"[dim]{heading}[/dim]", highlight=False)
             text = Text()
-            for piece, counts in pieces(tokens, tokenizer):
+            for piece, counts in pieces(side, tokenizer):
                 piece = shown(piece)
                 piece = f"{quotes[0]}{piece}{quotes[1]}" if counts and not console.is_terminal else piece
                 text.append(piece, style=COUNTS if counts else None)
@@ -58,7 +58,8 @@ def unit_of(examples: Examples) -> str:
 def left_out(examples: Examples) -> str:
     """Count what was cut to max_length, and what was dropped, by reason."""
     if not isinstance(examples, Preferences):
-        return f"{examples.truncated:,} cut to max_length, {examples.dropped:,} dropped (no token that counts was left)"
+        cut = f"{examples.truncated:,} examples cut to max_length"
+        return f"{cut}, {examples.dropped:,} dropped (no token that counts was left)"
     reasons = ", ".join(f"{count:,} because {reason}" for reason, count in examples.drops.items())
     answers = "sides" if isinstance(examples, Pairs) else "answers"
     counts = f"{examples.truncated:,} {answers} cut to max_length, {examples.dropped:,} dropped"
