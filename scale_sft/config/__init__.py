@@ -3,6 +3,7 @@
 fields         how an option is declared, and its checks
 options        the dataclasses: default, help, check
 sparse_options of these, the section of the sparse deltas
+objective_options  the same of the objective: sft, or preferences
 loading        recipe + command line -> Config
 rules          rules over several options
 click_options  command-line options made from the dataclasses

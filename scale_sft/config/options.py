@@ -14,10 +14,13 @@ from typing import Any
 from scale_sft.errors import UserError
 
 from .fields import a_pattern, above, at_least, between, option, two_betas
+from .objective_options import ObjectiveConfig
 from .sparse_options import SparseConfig as SparseConfig
 
 DEMO = "demo"
 """As `base`, `train_data`, `eval_data`: the small pretrained model and the task that ship with the package."""
+DEMO_PREFERENCES = "demo_preferences"
+"""As `train_data`, `eval_data`: the shipped pairs of answers, also for sft; other objectives read them as `demo`."""
 
 
 class ConfigError(UserError):
@@ -296,6 +299,7 @@ class Config:
     sparse: SparseConfig = field(default_factory=SparseConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 

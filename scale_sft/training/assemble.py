@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from scale_sft.adapters.base_files import require_mergeable
-from scale_sft.data.packing import refuse_leaks
 from scale_sft.distributed.cluster import Cluster
-from scale_sft.model.empty import empty_model, text_config
+from scale_sft.model.empty import empty_model
 from scale_sft.model.loading import base_location, load_base
 from scale_sft.model.memory import PeakMemory
 from scale_sft.model.quantization import staging_device
@@ -17,7 +16,8 @@ from scale_sft.model.sparse_model import SparseModel
 from scale_sft.model.sparse_settings import SparseSettings
 from scale_sft.model.targets import find_targets
 
-from .inputs import Inputs, flat_rows
+from .inputs import Inputs
+from .objectives import objective_of
 from .session import Session
 
 
@@ -52,12 +52,12 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
     cluster.check_identical(lambda: {"base": sparse.base_hash}, "the base model")
     if inputs.start:
         inputs.start.put_into(sparse)
-    if inputs.row_tokens:
-        refuse_leaks(sparse.model, text_config(inputs.model_config).vocab_size, cluster.device, flat=flat_rows(config))
+    objective = objective_of(inputs, cluster, sparse)
     return Session(
         inputs=inputs,
         cluster=cluster,
         sparse=sparse,
+        objective=objective,
         optimizer=sparse.optimizer(),
         load_peak_bytes=loading.added,
         loaded_on=device,
