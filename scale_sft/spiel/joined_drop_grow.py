@@ -61,7 +61,7 @@ class Segments:
         return torch.empty_like(chosen).scatter_(0, self.sorted(low), chosen)
 
 
-def bits_of(values: Tensor) -> Tensor:
+def sort_bits(values: Tensor) -> Tensor:
     """Return the bits of non-negative floats as int32, which sort like the numbers."""
     return values.float().view(torch.int32)
 
@@ -88,7 +88,7 @@ def exchange_by_gradient(
     k = on_device(wanted, torch.int64, index.device)
     dropped, growing = _dropped(_segments(active, part), scores, _marked(index.numel(), is_active, at), fresh, k)
     eligible = is_active.logical_not().logical_or_(dropped.index_select(0, at))
-    chosen = others.first((_NEVER - 1) - bits_of(ranking.abs()).long().masked_fill_(~eligible, -1), growing)
+    chosen = others.first((_NEVER - 1) - sort_bits(ranking.abs()).long().masked_fill_(~eligible, -1), growing)
     kept = dropped.logical_not_().logical_or_(_marked(index.numel(), chosen & is_active, at))
     return _exchange(index, kept, joining, chosen.logical_and_(is_active.logical_not_()), place)
 
@@ -105,7 +105,7 @@ def _dropped(
     Returns:
         ([n] bool, [W] how many).
     """
-    order = entries.sorted(bits_of(scores))
+    order = entries.sorted(sort_bits(scores))
     leaving = entries.counted(is_candidate.index_select(0, order).logical_not_())[0]
     drops = (leaving <= entries.of_each(fresh)).logical_and_(entries.rank() < entries.of_each(k))
     return torch.empty_like(drops).scatter_(0, order, drops), entries.counted(drops)[1]
@@ -127,7 +127,7 @@ def exchange_by_accumulators(
     shapes, counts = active.rows.shapes[part.weights], active.counts[part.weights]
     most = [rows * columns - count for (rows, columns), count in zip(shapes, counts, strict=True)]
     k = on_device([min(pair) for pair in zip(wanted, most, strict=True)], torch.int64, index.device)
-    kept = entries.first(bits_of(scores), k).logical_not_()
+    kept = entries.first(sort_bits(scores), k).logical_not_()
     joining, grown = largest_products(active, part, index, row, col, k)
     return _exchange(index, kept, joining, grown, torch.searchsorted(index, joining))
 
