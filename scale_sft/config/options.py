@@ -68,6 +68,11 @@ class ModelConfig:
         "Attention implementation. On a CPU in bfloat16, eager is faster up to 256 tokens.",
         choices=("sdpa", "eager", "flash_attention_2", "flex_attention"),
     )
+    compile: str = option(
+        "off",
+        "blocks: torch.compile each decoder block in training; not with a base in shards. The first step takes longer.",
+        choices=("off", "blocks"),
+    )
     trust_remote_code: bool = option(
         False, "Run model code that comes with the base. Only for sources that you trust.", on_resume="free"
     )

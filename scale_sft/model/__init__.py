@@ -7,6 +7,7 @@ packed_weights  its packed weights, dequantised on demand
 resident        deltas written into the weights
 transient       deltas added to a dequantised weight for one product
 fingerprints    hashes of the base
+compiled_blocks decoder blocks under torch.compile
 fused_step      update and write in one pass
 group           the processes that train one model together
 sparse_settings all settings of sparse training

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 from scale_sft.data.packing import refuse_leaks
 from scale_sft.distributed.cluster import Cluster
+from scale_sft.model.compiled_blocks import compile_blocks, decoder_blocks
 from scale_sft.model.loading import load_base
 from scale_sft.model.memory import PeakMemory
 from scale_sft.model.quantization import staging_device
@@ -46,6 +47,8 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
         inputs.start.put_into(sparse)
     if inputs.row_tokens:
         refuse_leaks(sparse.model, inputs.model_config.vocab_size, cluster.device, flat=flat_rows(config))
+    if config.model.compile == "blocks":
+        _compile(sparse)
     return Session(
         inputs=inputs,
         cluster=cluster,
@@ -54,3 +57,13 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
         load_peak_bytes=loading.added,
         loaded_on=device,
     )
+
+
+def _compile(sparse: SparseModel) -> None:
+    """Compile the blocks; those of several ranks run as they are in steps that propose candidates.
+
+    There ranks meet in the backward pass, once per weight, in an order that a graph may choose for itself.
+    """
+    recorder = sparse.tuning.recorder
+    blocks = decoder_blocks(sparse.model, recorder.store.names)
+    compile_blocks(blocks, as_they_are=lambda: recorder.proposing and sparse.group.size > 1)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from scale_sft.config.options import FREE, MAY_CHANGE
+from scale_sft.config.options import FREE, MAY_CHANGE, SECTIONS
 from scale_sft.errors import UserError
 from scale_sft.evaluation.held_out import Evaluation
 
@@ -93,7 +93,7 @@ class Checkpoints:
             return notes, None, {}
         files = TensorFiles(checkpoint)
         state = _checked_state(checkpoint)
-        differences = differing(state["identity"], self._identity())
+        differences = differing({**_DEFAULTS, **state["identity"]}, self._identity())
         if differences:
             raise UserError(
                 f"resume: {checkpoint.path} is of another run; it differs in:\n  "
@@ -245,6 +245,15 @@ def choose_checkpoint(run: RunFolder, resume: str) -> tuple[Checkpoint | None, l
 
 
 _AFRESH = "Fix: put one back, or start over in another output_dir."
+
+
+_DEFAULTS = {
+    option.name: option.default
+    for kind in SECTIONS.values()
+    for option in dataclasses.fields(kind)
+    if option.name not in MAY_CHANGE
+}
+"""What an option is in a checkpoint of a version that did not have it."""
 
 
 def differing(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

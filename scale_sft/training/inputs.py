@@ -25,6 +25,7 @@ from scale_sft.distributed.cluster import Cluster
 from scale_sft.distributed.tracking import refuse_unknown_tracker
 from scale_sft.distributed.world import World
 from scale_sft.errors import UserError
+from scale_sft.model.compiled_blocks import refuse_uncompilable
 from scale_sft.model.loading import load_model_config, load_tokenizer, max_length, resolve_dtype
 from scale_sft.model.quantization import Quantization, refuse_corrupting_storage, resolve_quantization
 from scale_sft.model.targets import budget_of, find_targets
@@ -103,6 +104,8 @@ def read_inputs(config: Config) -> Inputs:
         budget_of(config.sparse, shapes)
     counts = start.counts if start else None
     placement = choose_placement(config, model_config, dtype, world, quantization, counts)
+    if config.model.compile == "blocks":
+        refuse_uncompilable(world.device(), sharded=placement.sharded, attention=config.model.attention)
     if quantization and placement.sharded:
         refuse_corrupting_storage(quantization, dtype)
     data, notes = with_writable_cache(data, Path(run.output_dir) / "cache")
