@@ -347,6 +347,11 @@ class RunConfig:
         "the start; not the default until they have been measured on a GPU.",
         choices=("off", "cpu", "auto"),
     )
+    deterministic: bool = option(
+        False,
+        "Make a run on a GPU repeat and resume bit for bit, by deterministic algorithms, which take longer. On a CPU "
+        "runs do so anyway.",
+    )
     save_merged: bool = option(
         False, "At the end, also write the merged model, a plain transformers folder.", on_resume="free"
     )

@@ -15,6 +15,7 @@ sparse_model    a model whose target weights carry deltas; shared by trainer, be
 sparse_optimizer  the owner of an optimizer step
 stepped         the interface between the two
 exposure        the deltas among a model's parameters
+determinism     deterministic algorithms, while a run lasts
 dropout         dropout, off while deltas are trained
 loss            cross entropy of the target tokens
 output_layer    the output layer and the loss, formed together in chunks

@@ -26,6 +26,7 @@ from scale_sft.distributed.tracking import refuse_unknown_tracker
 from scale_sft.distributed.world import World
 from scale_sft.errors import UserError
 from scale_sft.model.compiled_blocks import refuse_uncompilable
+from scale_sft.model.determinism import refuse_unrepeatable
 from scale_sft.model.loading import load_model_config, load_tokenizer, max_length, resolve_dtype
 from scale_sft.model.quantization import Quantization, refuse_corrupting_storage, resolve_quantization
 from scale_sft.model.targets import budget_of, find_targets
@@ -93,6 +94,7 @@ def read_inputs(config: Config) -> Inputs:
     data, run = config.data, config.run
     tokenizer = use_template(load_tokenizer(config.model), data.chat_template)
     world = World.from_environment()
+    refuse_unrepeatable(config, world.device())
     _check_batch(config, world.size)
     data = replace(data, max_length=max_length(data.max_length, model_config))
     dtype = resolve_dtype(config.model, model_config)

@@ -62,6 +62,26 @@ def test_all_blocks_share_two_graphs_whatever_the_lengths_and_a_single_sequence_
     assert graphs() == 4
 
 
+def test_in_a_loop_of_ones_own_blocks_compile_after_attach() -> None:
+    """As docs/python.md says; a layer whose input needs no gradient still records."""
+    torch._dynamo.reset()
+    digests = []
+    for compiled in (False, True):
+        model = llama(2)
+        sparse = scale_sft.attach(model, density=0.05, total_steps=6, update_interval_steps=2, estimation_steps=2)
+        optimizer = sparse.optimizer(lr=1e-2)
+        if compiled:
+            for block in model.model.layers:
+                block.compile(dynamic=True, backend="eager")
+        for length in (8, 11, 9, 20):
+            model(**batch(2, length), use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        digests.append(sparse.tuning.digests())
+        assert len(optimizer.turnovers) == 2
+    assert digests[0] == digests[1]
+
+
 @pytest.mark.parametrize("as_they_are", [True, False])
 def test_evaluation_runs_the_blocks_as_they_are_and_so_does_a_step_that_asks_for_it(graphs, as_they_are) -> None:
     model = llama(2)
