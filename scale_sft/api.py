@@ -17,6 +17,7 @@ from scale_sft.adapters.start import Start
 from scale_sft.adapters.trained import trained_adapter
 from scale_sft.config.loading import load_sections, unknown
 from scale_sft.config.options import ModelConfig, OptimizerConfig, SparseConfig
+from scale_sft.config.rules import broken_selection
 from scale_sft.distributed.existing import existing_ranks
 from scale_sft.errors import UserError, first_line
 from scale_sft.model.exposure import carries_deltas
@@ -37,7 +38,7 @@ def attach(
     *,
     total_steps: int = 1000,
     seed: int = 0,
-    kernels: str = "cpu",
+    kernels: str = "auto",
     base: str | None = None,
     **options: Any,
 ) -> SparseModel:
@@ -61,7 +62,7 @@ def attach(
         model: a causal language model, in float32, bfloat16 or float16, or in 4 or 8 bits of bitsandbytes.
         total_steps: optimizer steps of the whole training; the fraction that is replaced falls to 0 over them.
         seed: of the initial indices.
-        kernels: `cpu`, `auto` or `off`: see option kernels of `scale-sft train`.
+        kernels: `auto`, `cpu` or `off`: see option kernels of `scale-sft train`.
         base: recorded as the adapter's base; default: the path or hub id that the model was loaded from.
         options: every option of sections sparse and optimizer, by name: method, density (default: 0.01),
             target_modules, update_interval_steps, betas, max_grad_norm, ...; with start_from, the folder of an
@@ -128,6 +129,8 @@ def _sections(options: dict[str, Any]) -> tuple[SparseConfig, OptimizerConfig]:
             f"estimation_steps: got {sparse.estimation_steps}, expected at most update_interval_steps "
             f"({sparse.update_interval_steps}). Fix: lower it"
         )
+    if mistakes := broken_selection(sparse):
+        raise UserError(mistakes[0])
     return sparse, sections["optimizer"]
 
 

@@ -9,5 +9,5 @@ swap_cost     swapping an adapter compared with PEFT's hotswap
 contestants   the methods compared; workload: the model and data they share
 rows          JSON rows; show prints them as they arrive, page makes HTML with plots, markdown only tables
 child, pool   measurements in processes of their own
-peak          exact memory peaks
+device        the GPU or CPU measured; peak: exact memory peaks
 """

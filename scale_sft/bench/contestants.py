@@ -71,7 +71,6 @@ class Sparse:
         )
         self.sparse = SparseModel(base.load(), settings, OneProcess(base.device))
         self.optimizer = self.sparse.optimizer(LEARNING_RATE)
-        self.sparse.measure_kernels(base.case.micro_batch * base.case.length)
         self.model, self.tuning, self.resident = self.sparse.model, self.sparse.tuning, self.sparse.carrier
         self.trainable = self.tuning.store.active
 

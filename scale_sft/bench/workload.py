@@ -51,7 +51,7 @@ class Case:
     attention: str = "sdpa"  # of all contestants, as in a run; or auto: the faster one
     rank: int | None = 16
     density: float | None = None
-    kernels: str = "cpu"  # of our methods, as in a run: off, cpu or auto
+    kernels: str = "auto"  # of our methods, as in a run: off, cpu or auto
     seed: int = 0
 
     def settings(self) -> dict[str, Any]:

@@ -48,14 +48,13 @@ def memory(names: tuple, limit: bool, output: Path, **asked) -> None:
     scale-sft bench memory
     scale-sft bench memory --dtype bfloat16 --quantization none,nf4 --contestants ours-ag,peft-lora
     """
-    import torch
-
+    from scale_sft.bench.device import this_device
     from scale_sft.bench.memory import measure as module
     from scale_sft.bench.show import report
 
     cases = cases_from(**asked)
     chosen = module.known(flattened(names))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     if limit and device.type == "cpu":
         click.echo(f"smallest limit under which {module.LIMIT_STEPS} steps pass: left out, {module.NO_GPU}", err=True)
     found = module.run(chosen, cases, device=device, limit_steps=module.LIMIT_STEPS if limit else None)
@@ -89,12 +88,11 @@ def reallocate(weights: tuple, densities: tuple, methods: tuple, repeats: int, o
     scale-sft bench reallocate
     scale-sft bench reallocate --weights 1e9 --density 0.002 --repeats 1
     """
-    import torch
-
     from scale_sft.bench import reallocate as module
+    from scale_sft.bench.device import this_device
     from scale_sft.bench.show import report
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     chosen = module.cases(flattened(weights), flattened(densities), flattened(methods), device, **others)
     found = module.run(chosen, repeats=repeats, device=device)
     report(output, "reallocate", found, count=len(chosen), columns=module.COLUMNS, cells=module.cells)

@@ -24,9 +24,9 @@ from .bench_options import OUTPUT, cases_from, with_cases
 @click.option(
     "--kernels",
     type=click.Choice(["off", "cpu", "auto"]),
-    default="cpu",
+    default="auto",
     show_default=True,
-    help="Kernels of our methods, as in a run: cpu uses C on a CPU, auto also the fastest of a GPU, off none.",
+    help="Kernels of our methods, as in a run: auto uses C on a CPU and Triton on a GPU, cpu only C, off none.",
 )
 @click.option(
     "--attention",

@@ -2,7 +2,6 @@
 
 cpu/      compiled on first use
 gpu/      imported only where there is a GPU
-autotune  benchmarks the paths to a gradient's entries, and picks the fastest
 backends  chooses kernels or plain torch
 operands  arguments common to all kernels, checked
 moments   AdamW's moments in 1 byte each (bitsandbytes' dynamic map)

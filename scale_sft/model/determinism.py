@@ -71,7 +71,6 @@ def refuse_unrepeatable(config: Config, device: torch.device) -> None:
     for name, value, others, why in (
         ("attention", config.model.attention, ("sdpa", "eager"), "torch does not vouch for its backward pass"),
         ("compile", config.model.compile, ("off",), "graphs are tuned for the first inputs they meet"),
-        ("kernels", config.run.kernels, ("cpu", "off"), "the fastest are chosen by a measurement"),
     ):
         if value not in others:
             raise UserError(

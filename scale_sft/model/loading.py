@@ -17,7 +17,7 @@ from scale_sft.errors import UserError, first_line
 from scale_sft.files import ASSETS
 
 from .packed_weights import cast_the_rest
-from .quantization import Quantization
+from .quantization import Quantization, compute_in
 
 
 def base_location(base: str) -> str:
@@ -117,7 +117,7 @@ def load_base(
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
-            **(quantization.loading(device or torch.device("cpu")) if quantization else {}),
+            **(quantization.loading(device or torch.device("cpu"), dtype) if quantization else {}),
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base: '{config.base}' does not load: {first_line(error)}") from None
@@ -128,6 +128,7 @@ def load_base(
     if quantization:
         if quantization.on_disk:
             cast_the_rest(model, dtype)
+        compute_in(model, dtype)
         return model
     return model if device is None else model.to(device)
 

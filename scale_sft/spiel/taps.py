@@ -56,6 +56,11 @@ class WeightTap:
         self.number = enlist(self)
         self.rows: int = module.nf if transposed else module.out_features
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give a copy a number of its own."""
+        self.__dict__.update(state)
+        self.number = enlist(self)
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute [..., O] from x [..., I]; without gradients, the same values from the same effective weight."""
         if not torch.is_grad_enabled() or (self.record is None and not x.requires_grad):

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from scale_sft.config.options import FREE, MAY_CHANGE, SECTIONS
+from scale_sft.config.options import FREE, MAY_CHANGE
 from scale_sft.errors import UserError
 from scale_sft.evaluation.held_out import Evaluation
 
@@ -48,8 +47,21 @@ _STATE_KEYS = {
     "skipped_steps",
     "ranks",
     "proposal_sequences",
-    "gradient_paths",
 }
+_FORMER_KEYS = {"gradient_paths"}
+"""What earlier versions saved and this one has no use for: a choice among kernels that are gone."""
+
+_BEFORE = {
+    "score": "gradient",
+    "draw": "top",
+    "temperature": 1.0,
+    "selection_batches": 0,
+    "budget": "weight",
+    "budget_floor": 0.1,
+    "compile": "off",
+    "deterministic": False,
+}
+"""What runs did before these options existed. Not their defaults, which may change."""
 
 
 class Checkpoints:
@@ -79,8 +91,6 @@ class Checkpoints:
         self._files = None
         self._saved_step = state["step"]
         session.skipped_steps = state["skipped_steps"]
-        if session.sparse.gradient_path:
-            session.sparse.gradient_path.load_state(state["gradient_paths"])
         session.evaluations = {entry.pop("step"): Evaluation(**entry) for entry in state["evaluations"]}
         session.cluster.check_identical(session.tuning.digests, f"the state that was loaded for step {session.step}")
         return notes
@@ -93,7 +103,7 @@ class Checkpoints:
             return notes, None, {}
         files = TensorFiles(checkpoint)
         state = _checked_state(checkpoint)
-        differences = differing({**_DEFAULTS, **state["identity"]}, self._identity())
+        differences = differing(*map(self._comparable, (state["identity"], self._identity())))
         if differences:
             raise UserError(
                 f"resume: {checkpoint.path} is of another run; it differs in:\n  "
@@ -191,7 +201,6 @@ class Checkpoints:
             "skipped_steps": session.skipped_steps,
             "ranks": session.cluster.size,
             "proposal_sequences": _proposal_sequences(session),
-            "gradient_paths": session.sparse.gradient_path.state() if session.sparse.gradient_path else {},
         }
         weights = ((name, tuning.state_of(name)) for name in tuning.store.names)
         try:
@@ -200,6 +209,11 @@ class Checkpoints:
         except (SaveFailed, OSError) as error:
             return 0, str(error)
         return saved.bytes, None
+
+    def _comparable(self, identity: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Add options that an older version did not have, and take `cpu` and `auto` as one where there is no GPU."""
+        alike = self.session.cluster.device.type == "cpu" and identity.get("kernels") == "auto"
+        return {**_BEFORE, **identity, **({"kernels": "cpu"} if alike else {})}
 
     def _identity(self) -> dict[str, Any]:
         """Collect what a run must have in common with a checkpoint to resume from it, as plain JSON."""
@@ -247,15 +261,6 @@ def choose_checkpoint(run: RunFolder, resume: str) -> tuple[Checkpoint | None, l
 _AFRESH = "Fix: put one back, or start over in another output_dir."
 
 
-_DEFAULTS = {
-    option.name: option.default
-    for kind in SECTIONS.values()
-    for option in dataclasses.fields(kind)
-    if option.name not in MAY_CHANGE
-}
-"""What an option is in a checkpoint of a version that did not have it."""
-
-
 def differing(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Describe each difference between two identities in one line."""
     lines = []
@@ -279,8 +284,8 @@ def _checked_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     file = checkpoint.path / STATE
     state = read_json(file)
-    if set(state) != _STATE_KEYS:
-        raise Damaged(f"{file}: unexpected or missing: {', '.join(sorted(set(state) ^ _STATE_KEYS))}")
+    if wrong := (set(state) - _FORMER_KEYS) ^ _STATE_KEYS:
+        raise Damaged(f"{file}: unexpected or missing: {', '.join(sorted(wrong))}")
     fields = {field.name for field in dataclasses.fields(Evaluation)} | {"step"}
     whole = lambda value: type(value) is int and value >= 0
     try:
@@ -292,8 +297,6 @@ def _checked_state(checkpoint: Checkpoint) -> dict[str, Any]:
             and all(isinstance(entry["loss"], float) for entry in state["evaluations"])
             and all(map(whole, state["skipped_steps"]))
             and whole(state["ranks"])
-            and all(re.fullmatch(r"\d+ \d+ \w+ \d+ \d+", case) for case in state["gradient_paths"])
-            and all(isinstance(path, str) for path in state["gradient_paths"].values())
         )
     except (TypeError, AttributeError) as error:
         raise Damaged(f"{file} is damaged: {error}") from None

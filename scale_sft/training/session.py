@@ -14,8 +14,7 @@ from scale_sft.data.turn_ends import INFO_KEY, taught_end
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.evaluation.answers import Answer, exact_match, greedy_answers
 from scale_sft.evaluation.held_out import Evaluation, held_out_loss
-from scale_sft.kernels.cpu import compile as native
-from scale_sft.model.loading import max_length
+from scale_sft.kernels.backends import triton_asked_for, why_plain
 from scale_sft.model.loss import why_all_logits
 from scale_sft.model.resident import ResidentDeltas
 from scale_sft.model.sparse_model import SparseModel
@@ -103,23 +102,18 @@ class Session:
         """Cut this rank's micro-batches from a global batch; `proposing` if the first of them proposes candidates."""
         return self.inputs.micro_batches(batch, self.cluster, proposing=proposing)
 
-    def measure_kernels(self) -> list[str]:
-        """Find the fastest way to each weight's gradient before the first step; returns notes for the user."""
-        path, config = self.sparse.gradient_path, self.inputs.config
-        if native.asked_for(self.cluster.device, config.run.kernels) and not (path and path.has_kernels):
-            reasons = sorted(set(filter(None, self.cluster.gather_objects(native.why_not()))))
-            return [f"kernels: using plain torch, which is slower than C: {reason}" for reason in reasons]
-        if path is None:
-            return []
-        rows = config.run.micro_batch_size or config.run.global_batch_size // self.cluster.size
-        length = max_length(config.data.max_length, self.inputs.model_config)
-        self.sparse.measure_kernels(rows * length)
+    def describe_kernels(self) -> list[str]:
+        """Describe the kernels in use before the first step, as notes for the user."""
+        device, kernels = self.cluster.device, self.inputs.config.run.kernels
+        reasons = sorted(set(filter(None, self.cluster.gather_objects(why_plain(device, kernels)))))
+        if reasons or not triton_asked_for(device, kernels):
+            return [f"kernels: using plain torch, which is {reason}" for reason in reasons]
         in_weights = isinstance(self.resident, ResidentDeltas)
         if self.sparse.fused:
             step = "updated and written in one pass" if in_weights else "updated in one pass"
         else:
             step = "updated, then written" if in_weights else "updated"
-        return [f"kernels: weight gradients {path.summary()}; deltas {step}"]
+        return [f"kernels: entries of weight gradients picked in one pass; deltas {step}"]
 
     def prove_loss(self) -> list[str]:
         """Prove the loss that needs no whole logits on this model before the first step; says why it cannot be used."""

@@ -1,6 +1,10 @@
 """Whole runs on a GPU: with the kernels as without them, and as on a CPU."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,17 +31,28 @@ def test_kernels_train_as_the_plain_steps_do(train_run, tmp_path, method, checkp
     assert losses(fused) == pytest.approx(losses(plain), rel=1e-4)
 
 
+def run_on_a_cpu(options: dict) -> Path:
+    """A run in a process of its own, which sees no GPU: accelerate chooses the device of a process once."""
+    code = (
+        "import json, sys; from scale_sft.config.loading import load; from scale_sft.train import run_training;"
+        "run_training(load(None, json.loads(sys.argv[1])))"
+    )
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", code, json.dumps(options)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return Path(options["output_dir"])
+
+
 @pytest.mark.parametrize("kernels", ["off", "auto"])
-def test_a_step_on_a_gpu_is_that_on_a_cpu(train_run, tmp_path, monkeypatch, kernels) -> None:
+def test_a_step_on_a_gpu_is_that_on_a_cpu(train_run, run_options, tmp_path, kernels) -> None:
     options = {"dtype": "float32", "log_every_steps": 1}
     on_gpu = train_run(**options, kernels=kernels, output_dir=str(tmp_path / "gpu"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    on_cpu = train_run(**options, output_dir=str(tmp_path / "cpu"))
+    on_cpu = run_on_a_cpu({**run_options, **options, "output_dir": str(tmp_path / "cpu")})
     assert losses(on_gpu) == pytest.approx(losses(on_cpu), rel=1e-3)
 
 
 def test_a_resumed_run_with_kernels_leaves_the_same_bits(train_run, tmp_path) -> None:
-    """The choice of paths is part of the checkpoint."""
     options = {"kernels": "auto", "dtype": "bfloat16", "save_every_steps": 2, "keep_last": 9}
     whole = train_run(**options, output_dir=str(tmp_path / "whole"))
     again = train_run(**options, output_dir=str(tmp_path / "again"), resume=str(whole / "checkpoints" / "step_000002"))

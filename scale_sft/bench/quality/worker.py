@@ -145,7 +145,6 @@ def _train_ours(kind: str, inputs: Any, cluster: Any, progress: Progress) -> tup
             progress.step(step, **values)
 
     session = assemble(inputs, cluster)
-    session.measure_kernels()  # at the start of a run, not in its steps
     with TemporaryDirectory() as folder:
         began = time.perf_counter()
         train(session, Metrics(), Checkpoints(session, RunFolder(Path(folder) / "run")))

@@ -41,8 +41,8 @@ def describe_sizes(settings: Mapping[str, Any]) -> str:
         f"{settings['micro_batch']} x {settings['length']} tokens",
         budget + " equivalent" * bool(settings["rank"]),
     ]
-    kernels = {"off": ["no kernels"], "cpu": [], "auto": ["kernels"]}[settings["kernels"]]
-    parts += ["checkpointing"] * settings["gradient_checkpointing"] + kernels
+    plain = ("off",) if settings.get("device", "cpu") == "cpu" else ("off", "cpu")
+    parts += ["checkpointing"] * settings["gradient_checkpointing"] + ["no kernels"] * (settings["kernels"] in plain)
     return ", ".join(parts)
 
 

@@ -24,6 +24,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from scale_sft.bench.contestants import CONTESTANTS, Contestant, impossible
+from scale_sft.bench.device import this_device
 from scale_sft.bench.rows import Results
 from scale_sft.bench.workload import Base, Batches, Case
 from scale_sft.config.spelling import unknown
@@ -58,7 +59,7 @@ def run(
             load.
         KeyboardInterrupt: after the rows of all finished rounds have been added.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     line_ups = [_line_up(case, names) for case in cases]
     _refuse_empty(cases, names, line_ups)
     bases = [Base(case, device) for case in cases]  # checks every case before the first measurement

@@ -30,10 +30,11 @@ def pick_kernel(gradient, row_starts, columns, out, width, BLOCK: tl.constexpr):
         tl.store(out + entry, total.to(out.dtype.element_ty), mask=inside)
 
 
-def picked_entries(left: Tensor, right: Tensor, wanted: Wanted) -> None:
-    """Compute out[k] += dW[row(k), column(k)] for all wanted entries, dW = left^T right in the factors' dtype.
+def picked_entries(left: Tensor, right: Tensor, wanted: Wanted) -> bool:
+    """Compute out[k] += dW[row(k), column(k)] for all wanted entries, dW = left^T right: a `Products`, always True.
 
-    The result equals `dense_products` bit for bit. This does not wait for the device.
+    dW is rounded to the factors' dtype, and the result equals `dense_products` bit for bit. This does not wait for the
+    device.
 
     Args:
         left: [T, R], right: [T, C]; fp32, bf16 or fp16, both the same.
@@ -47,3 +48,4 @@ def picked_entries(left: Tensor, right: Tensor, wanted: Wanted) -> None:
     rows, width = gradient.shape
     for entries, out in wanted:
         pick_kernel[(rows,)](gradient, *entries.csr(), out, width, BLOCK=BLOCK)
+    return True

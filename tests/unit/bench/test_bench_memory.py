@@ -133,3 +133,19 @@ def test_thirty_steps_pass_under_a_whole_gpu_and_not_under_next_to_nothing(case:
     request = {"name": "ours-ag", "case": asdict(case), "device": "cuda", "steps": 30}
     fits = lambda limit: ask("memory.worker", request | {"limit_bytes": limit}, what="", timeout_seconds=300)["fits"]
     assert fits(torch.cuda.get_device_properties(0).total_memory) and not fits(1 << 20)
+
+
+@pytest.mark.parametrize("command", ["memory", "reallocate"])
+def test_a_gpu_is_named_with_its_index(command: str, monkeypatch, tmp_path: Path) -> None:
+    """torch.cuda.set_per_process_memory_fraction takes no device without one."""
+    from scale_sft.bench import reallocate
+
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(reallocate, "available_bytes", lambda device: 1 << 60)
+    for module in (memory, reallocate):
+        monkeypatch.setattr(module, "run", lambda *_, device, **options: asked.append(device) or iter(()))
+    done = CliRunner().invoke(main, ["bench", command, "--output_dir", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert asked == [torch.device("cuda", 3)]

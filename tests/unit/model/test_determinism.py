@@ -87,7 +87,7 @@ def test_a_gpu_that_was_used_without_the_setting_of_cublas_is_refused(monkeypatc
     assert settings() == before
 
 
-@pytest.mark.parametrize("option", [{"attention": "flash_attention_2"}, {"compile": "blocks"}, {"kernels": "auto"}])
+@pytest.mark.parametrize("option", [{"attention": "flash_attention_2"}, {"compile": "blocks"}])
 def test_options_that_do_not_repeat_on_a_gpu_are_refused_there(option) -> None:
     (name,) = option
     gpu, cpu = torch.device("cuda"), torch.device("cpu")

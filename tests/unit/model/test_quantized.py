@@ -1,6 +1,7 @@
 """A base in 4 or 8 bits under transient deltas: same run as on its dequantised weights, packed bytes never change."""
 
 import json
+import warnings
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -226,6 +227,28 @@ def test_no_layer_may_repack_its_weight_on_avx512_bf16_processors(open_session):
     session = open_session(quantization="nf4")
     layers = [module for module in session.model.modules() if type(module).__name__ == "Linear4bit"]
     assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layers_that_bitsandbytes_runs_compute_in_the_dtype_of_the_run(dtype, stored, tiny_model, tmp_path, caplog):
+    """transformers' default is float32, which is several times slower than bf16 on a GPU."""
+    folder, kind, name = tiny_model("llama"), "nf4", str(dtype).removeprefix("torch.")
+    if stored:
+        load_quantized(folder, kind)[0].save_pretrained(tmp_path)
+        folder, kind = tmp_path, "none"
+    model, _ = load_quantized(folder, kind, name)
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            assert layers[0](torch.ones(2, 3, 32, dtype=dtype)).dtype is dtype
+            assert {layer.compute_dtype for layer in layers} == {dtype}
+    assert not [record for record in caplog.records if "compute_dtype" in record.getMessage()]
+    if dtype is torch.bfloat16:  # sums of float32 products, rounded once, would be others
+        x, exact = torch.randn(64, 32).bfloat16(), packed_weights(model, torch.float32, torch.device("cpu"))
+        weight = exact[next(iter(exact))]
+        assert torch.equal(layers[0](x), x @ weight.dequantize(weight.module.weight.data).bfloat16().t())
 
 
 def test_not_even_the_layers_own_evaluation_repacks_their_weights(open_session):

@@ -1,5 +1,6 @@
 """Tapped layers inside torch.compile: one graph, and the bits of the layers without it."""
 
+import copy
 import gc
 
 import pytest
@@ -82,6 +83,13 @@ def test_a_weight_that_is_made_for_one_product_is_neither_kept_nor_made_twice_at
     y.atanh().square().sum().backward()
     assert len(made) == 2
     torch.testing.assert_close(x.grad, wanted[1])
+
+
+def test_a_copy_of_a_tap_is_found_by_a_number_of_its_own() -> None:
+    layer, _ = tapped("linear")
+    tap = layer.forward.tap
+    again = copy.deepcopy(tap)
+    assert traced._taps[int(tap.number)] is tap and traced._taps[int(again.number)] is again
 
 
 def test_a_tap_that_is_gone_leaves_no_number_behind() -> None:

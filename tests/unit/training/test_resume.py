@@ -69,9 +69,18 @@ def flip(file, place=-1):
 
 
 LEAN = {"moments": "int8", "gradient_dtype": "bfloat16", "delta_dtype": "bfloat16"}
+SAMPLED = {"selection_batches": 2, "score": "balanced", "draw": "sample", "temperature": 0.5}
+OPTIONS = {
+    "plain": {},
+    "lean": LEAN,
+    "mixed": {"moments": "mixed"},
+    "sampled growth": SAMPLED,
+    "static, with a quota": SAMPLED | {"method": "static", "row_quota": 2.0},
+    "random": {"method": "random"},
+}
 
 
-@pytest.mark.parametrize("options", [{}, LEAN, {"moments": "mixed"}], ids=["plain", "lean", "mixed"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_resumed_run_leaves_the_same_bits_and_each_step_once(options, train_run, crashing_run, saving, tmp_path):
     saving = saving | options
     whole = train_run(**{**saving, "output_dir": str(tmp_path / "whole")})
@@ -249,7 +258,7 @@ def test_resuming_another_run_is_refused_with_what_differs(
 
 
 def test_what_may_change_is_accepted(train_run, crashing_run, saving, tmp_path, tiny_model):
-    crashing_run(5, **saving)
+    crashing_run(5, **saving, kernels="cpu")  # without a GPU the same as the default
     moved = tmp_path / "moved"
     shutil.copytree(tiny_model("llama"), moved)
     changed = {"save_every_steps": 3, "keep_last": 1, "log_every_steps": 2, "base": str(moved), "micro_batch_size": 2}
