@@ -60,10 +60,10 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
 
 
 def _compile(sparse: SparseModel) -> None:
-    """Compile the blocks; those of several ranks run as they are in steps that propose candidates.
+    """Compile the blocks. With several ranks they run as they are while entries or candidates are chosen.
 
-    There ranks meet in the backward pass, once per weight, in an order that a graph may choose for itself.
+    Ranks meet in such backward passes, once per weight, and a graph may choose an order of its own.
     """
     recorder = sparse.tuning.recorder
-    blocks = decoder_blocks(sparse.model, recorder.store.names)
-    compile_blocks(blocks, as_they_are=lambda: recorder.proposing and sparse.group.size > 1)
+    meeting = lambda: sparse.group.size > 1 and (recorder.proposing or sparse.choosing is not None)
+    compile_blocks(decoder_blocks(sparse.model, recorder.store.names), as_they_are=meeting)
