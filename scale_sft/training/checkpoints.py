@@ -59,6 +59,8 @@ _BEFORE = {
     "selection_batches": 0,
     "budget": "weight",
     "budget_floor": 0.1,
+    "compile": "off",
+    "deterministic": False,
 }
 """What runs did before these options existed. Not their defaults, which may change."""
 
