@@ -224,6 +224,7 @@ class Checkpoints:
         named = (item for section in sections.values() for item in section.items())
         identity = {name: value for name, value in named if name not in MAY_CHANGE}
         identity |= {
+            "attention": inputs.attention.name,
             "hash of the target weights": session.base_hash,
             "train_data (digest of its tokens)": inputs.train.digest(),
             "eval_data (digest of its tokens)": inputs.eval.digest() if inputs.eval else None,

@@ -60,6 +60,8 @@ def describe(session: Session, metrics: Metrics | NullMetrics) -> None:
         "loading": f"{max(load_peaks) / 2**20:,.0f} MiB at the peak, on the rank with most",
         "method": config.sparse.method,
         "active entries": f"{store.active:,} of {entries:,} in {len(store)} weights ({store.active / entries:.2%})",
+        "block weights": inputs.coverage.line(),
+        "attention": inputs.attention.name,
         "delta state": f"{state_bytes / 2**20:.1f} MiB ({state_bytes / store.active:.1f} bytes per active entry)",
         **_objective(session),
         "data": f"{len(inputs.train):,} {unit} from {inputs.train.source}{held_out}{_cut(inputs.train)}",

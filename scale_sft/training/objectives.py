@@ -8,6 +8,7 @@ from scale_sft.data.packing import refuse_leaks
 from scale_sft.data.preference_batches import PreferenceBatches
 from scale_sft.data.preferences import Preferences
 from scale_sft.distributed.cluster import Cluster
+from scale_sft.model.empty import text_config
 from scale_sft.model.sparse_model import SparseModel
 from scale_sft.objective.layouts import layout_of
 from scale_sft.objective.preference import Cut, PreferenceObjective
@@ -27,17 +28,17 @@ def objective_of(inputs: Inputs, cluster: Cluster, sparse: SparseModel) -> Token
     examples = inputs.train
     if not isinstance(examples, Preferences):
         if inputs.row_tokens:
-            refuse_leaks(sparse.model, inputs.model_config.vocab_size, device, flat=flat_rows(config))
+            refuse_leaks(sparse.model, text_config(inputs.model_config).vocab_size, device, flat=flat_rows(config))
         return TokenObjective(examples, partial(inputs.micro_batches, cluster=cluster))
     layout, note = layout_of(
         sparse.model,
         row_tokens=inputs.row_tokens,
-        attention=config.model.attention,
+        attention=inputs.attention.name,
         pairs=config.objective.pairs,
         device=device,
     )
     if inputs.row_tokens and not layout.shared:
-        refuse_leaks(sparse.model, inputs.model_config.vocab_size, device, flat=layout.flat)
+        refuse_leaks(sparse.model, text_config(inputs.model_config).vocab_size, device, flat=layout.flat)
     pad_id = inputs.tokenizer.pad_token_id
     cached = config.objective.reference_kind == "precomputed"
     reference = Reference(
@@ -45,7 +46,7 @@ def objective_of(inputs: Inputs, cluster: Cluster, sparse: SparseModel) -> Token
         cluster=cluster,
         pad_id=pad_id,
         cache=inputs.cache if cached else None,
-        facts=(str(inputs.dtype), config.model.attention),
+        facts=(str(inputs.dtype), inputs.attention.name),
     )
     return PreferenceObjective(
         settings=config.objective,
