@@ -15,6 +15,7 @@ first_choice    the choice of entries before the first update
 sparse_model    a model whose target weights carry deltas; shared by trainer, benchmarks and API
 sparse_optimizer  the owner of an optimizer step
 stepped         the interface between the two
+visibility      which deltas survive in a merged model
 exposure        the deltas among a model's parameters
 dropout         dropout, off while deltas are trained
 loss            cross entropy of the target tokens

@@ -42,8 +42,11 @@ def record_run(folder: Path, *, reallocations: int = 4, end: bool = True, extra:
         if end:
             names = [f"model.layers.{layer}.{kind}.weight" for layer in range(3) for kind in _KINDS]
             weight = {"active": 100, "numel": 5000, "cohort_counts": counts, "max_abs_delta": 0.1}
+            weight |= {"spread_rows": [0.1, 0.6], "spread_columns": [0.2, 0.7]}
             metrics.summary(
-                per_weight={name: {**weight, "l2_delta": 3.0 + i} for i, name in enumerate(names)}, adapter_bytes=2**20
+                per_weight={name: {**weight, "l2_delta": 3.0 + i} for i, name in enumerate(names)},
+                adapter_bytes=2**20,
+                spread_fractions=[0.1, 0.5],
             )
 
 
