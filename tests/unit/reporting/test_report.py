@@ -65,8 +65,8 @@ def pictures(folder: Path) -> set[str]:
 def test_a_finished_run_has_every_picture(finished: Path) -> None:
     assert finished.name == "report.html"
     assert pictures(finished.parent) == {
-        "loss", "exact_match", "ages", "survival", "turnover", "per_layer", "learning_rate", "grad_norm", "throughput",
-        "memory", "communication",
+        "loss", "exact_match", "ages", "survival", "turnover", "per_layer", "spread", "learning_rate", "grad_norm",
+        "throughput", "memory", "communication",
     }  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in finished.parent.glob("*.png"))
     assert "Left out" not in finished.read_text()
