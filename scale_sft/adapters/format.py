@@ -30,6 +30,8 @@ from .safetensors_writer import TensorReader
 FORMAT = "scale_sft sparse delta 1"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+PEFT_TYPE = "SPIEL"
+"""Name of the method among PEFT's; see `scale_sft.peft`."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -102,9 +104,21 @@ class Adapter:
             "base": absolute_base(self.info["base"]),
             "active_entries": self.active(),
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            **self._for_peft(),
         }
         write_json(folder / CONFIG_FILE, config)
         Adapter.load(folder)
+
+    def _for_peft(self) -> dict[str, Any]:
+        """Return what PEFT needs to load the folder, once `scale_sft.peft` has been imported."""
+        return {
+            "peft_type": PEFT_TYPE,
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": absolute_base(self.info["base"]),
+            "inference_mode": True,
+            "target_modules": [name.removesuffix(".weight") for name in self.shapes],
+            "entries_per_weight": {name: self.active(name) for name in self.shapes},
+        }
 
     def active(self, name: str | None = None) -> int:
         """Count the active entries K of one weight, or of all of them; reads no tensor."""
@@ -147,6 +161,11 @@ def _read_config(folder: Path) -> tuple[dict[str, tuple[int, int]], dict[str, An
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if config.get("format") != FORMAT:
             raise UserError(f"adapter: {folder / CONFIG_FILE}: format is {config.get('format')!r}, expected {FORMAT!r}")
+        if config.get("modules_to_save"):
+            raise UserError(
+                f"adapter: {folder} also holds whole modules ({', '.join(config['modules_to_save'])}), expected deltas "
+                "alone. Fix: load it with peft.PeftModel.from_pretrained after `import scale_sft.peft`"
+            )
         wrong = [key for key in ("base", "base_hash", "dtype") if not isinstance(config[key], str)]
         if wrong or config["dtype"] not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"{(wrong or ['dtype'])[0]} is {config[(wrong or ['dtype'])[0]]!r:.80}")

@@ -1,0 +1,102 @@
+"""Carry the state of somebody else's optimizer across drop and grow.
+
+Differs from `spiel.optimizers.AdamW`: torch's optimizers count steps once per parameter and not once per cohort of
+entries. Seeds are therefore scaled to the parameter's own count, so that a grown entry's bias-corrected moments are its
+estimates of Eq. 8, as with cohorts; from then on a young entry's moments move as slowly as an old one's.
+Shapes: K active entries of a weight, g of them newly grown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scale_sft.errors import UserError
+from scale_sft.spiel.drop_grow import Exchange
+
+Seed = Callable[[Mapping[str, Any], float, Tensor, Tensor], Tensor]
+"""(param group, steps, mean [g], mean square [g]) -> the state of grown entries [g]."""
+
+
+def _first(group: Mapping[str, Any], steps: float, mean: Tensor, square: Tensor) -> Tensor:
+    return mean * (1 - group["betas"][0] ** steps)
+
+
+def _second(group: Mapping[str, Any], steps: float, mean: Tensor, square: Tensor) -> Tensor:
+    return square * (1 - group["betas"][1] ** steps)
+
+
+def _mean(group: Mapping[str, Any], steps: float, mean: Tensor, square: Tensor) -> Tensor:
+    return mean
+
+
+def _alpha(group: Mapping[str, Any], steps: float, mean: Tensor, square: Tensor) -> Tensor:
+    return square * (1 - group["alpha"] ** steps)
+
+
+SEEDS: dict[str, Seed] = {
+    "exp_avg": _first,  # Adam, AdamW, NAdam, RAdam, Adamax, Lion
+    "exp_avg_sq": _second,
+    "max_exp_avg_sq": _second,
+    "momentum_buffer": _mean,  # SGD
+    "square_avg": _alpha,  # RMSprop
+}
+"""State tensors [K] that can be carried, and what grown entries start with."""
+
+
+def refuse_foreign(optimizer: torch.optim.Optimizer, values: nn.Parameter, mode: str) -> None:
+    """Raise UserError for an optimizer whose state cannot follow drop and grow; mode `reset` accepts every one."""
+    if mode == "reset":
+        return
+    kind, state = type(optimizer).__name__, optimizer.state.get(values, {})
+    group = group_of(optimizer, values)
+    for key, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.numel() <= 1:
+            continue
+        wanted = {"exp_avg": "betas", "exp_avg_sq": "betas", "square_avg": "alpha"}.get(key)
+        if (
+            key in SEEDS
+            and tensor.shape == values.shape
+            and tensor.is_floating_point()
+            and (wanted or key) in (group if wanted else SEEDS)
+        ):
+            continue
+        raise UserError(
+            f"optimizer_state: {kind} keeps '{key}' ({str(tensor.dtype).removeprefix('torch.')} "
+            f"{tuple(tensor.shape)}), expected one of {', '.join(SEEDS)} with a number for each entry. Fix: "
+            "SpielConfig(optimizer_state='reset'), or method='random', or AdamW"
+        )
+
+
+def group_of(optimizer: torch.optim.Optimizer, values: nn.Parameter) -> dict[str, Any]:
+    """Return the parameter group of a parameter."""
+    return next(group for group in optimizer.param_groups if any(one is values for one in group["params"]))
+
+
+@torch.no_grad()
+def follow(
+    optimizer: torch.optim.Optimizer, values: nn.Parameter, exchange: Exchange, mean: Tensor, square: Tensor, mode: str
+) -> None:
+    """Move a parameter's state with its entries, in place; grown ones are seeded from their estimates (section 3.2).
+
+    Args:
+        optimizer: holds the parameter.
+        values: the parameter [K].
+        exchange: of its entries.
+        mean: [C] fp32, estimate of Eq. 8. square: [C] fp32, of its square.
+        mode: `carry`, or `reset`, which forgets the state of this parameter.
+    """
+    state = optimizer.state.get(values)
+    if not state:
+        return
+    if mode == "reset":
+        del optimizer.state[values]
+        return
+    group, picked = group_of(optimizer, values), exchange.grown_candidates
+    steps = float(state.get("step", 0) or 0)
+    for key, tensor in state.items():
+        if isinstance(tensor, Tensor) and key in SEEDS and tensor.shape == values.shape:
+            tensor.copy_(exchange.merge(tensor, SEEDS[key](group, steps, mean[picked], square[picked])))
