@@ -12,33 +12,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .deltas import SparseDelta
+from .deltas import SparseDelta, TogetherDelta
 from .topk import bottom_k_sorted, top_k_of_product, top_k_sorted
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """The active entries of a weight that stay, and the indices that join them.
+    """The active entries of a weight, or of several together, that stay, and the indices that join them.
 
     `merge` carries any tensor parallel to the indices across the exchange.
     """
 
     kept: Tensor  # [K] bool
-    grown: Tensor  # [g] flat indices, sorted, none of them active before
-    order: Tensor  # [K - dropped + g]: cat(indices, grown)[order] are the new indices, sorted
-    grown_candidates: Tensor | None = None  # [g] positions of `grown` among the candidates (AG)
+    grown: Tensor  # [g] flat indices, sorted, none of them active before; of several weights, more may be listed
+    order: Tensor  # [K]: cat(indices, grown)[order] are the new indices, sorted
+    grown_candidates: Tensor | None = None  # [g] positions of `grown` among the candidates (AG); None: `grown` is all
+    count: Tensor | None = None  # the newly active entries, int64, where that is not g
 
     @property
-    def replaced(self) -> int:
+    def replaced(self) -> Tensor | int:
         """Count the newly active entries."""
-        return self.grown.numel()
+        return self.grown.numel() if self.count is None else self.count
 
     def merge(self, old: Tensor, new: Tensor) -> Tensor:
         """Merge old values [K] with those of grown entries, new [g]; returns them in the new order."""
         return torch.cat((old, new.to(old.dtype))).index_select(0, self.order)
 
 
-def drop_scores(delta: SparseDelta, criterion: str) -> Tensor:
+def drop_scores(delta: SparseDelta | TogetherDelta, criterion: str) -> Tensor:
     """Score the entries, [K]; the smallest are dropped first.
 
     `magnitude`: |delta|, the paper's text and the authors' code. `change`: |delta - delta at the last reallocation|,
@@ -115,15 +116,15 @@ def _exchange(indices: Tensor, kept: Tensor, grown: Tensor, grown_candidates: Te
     return Exchange(kept=kept, grown=grown, order=order, grown_candidates=grown_candidates)
 
 
-def apply_exchange(delta: SparseDelta, exchange: Exchange, cohort: int) -> None:
-    """Carry one weight over an exchange, in place: grown deltas start at 0 and belong to `cohort`.
+def apply_exchange(delta: SparseDelta | TogetherDelta, exchange: Exchange, cohort: int) -> None:
+    """Carry one weight, or several together, over an exchange, in place: grown deltas start at 0, in `cohort`.
 
     The number of active entries does not change; the optimizer's state follows in its own `follow`.
     """
     grown = exchange.grown
     zeros = torch.zeros(grown.shape, dtype=delta.deltas.dtype, device=grown.device)
-    delta.indices = exchange.merge(delta.indices, grown)
+    delta.entries.replace(exchange.merge(delta.entries.flat(), grown))
     delta.deltas.copy_(exchange.merge(delta.deltas, zeros))
-    delta.cohort = exchange.merge(delta.cohort, torch.full_like(zeros, cohort, dtype=delta.cohort.dtype))
+    delta.cohort.copy_(exchange.merge(delta.cohort, torch.full_like(zeros, cohort, dtype=delta.cohort.dtype)))
     if delta.reference is not None:
         delta.reference.copy_(delta.deltas)

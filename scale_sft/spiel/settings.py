@@ -63,6 +63,8 @@ class Backends:
     """Compute entries of a weight's gradient; None: pick them from the full product."""
     exchanges: Exchanges = in_torch
     """Drop and grow the entries of one weight."""
+    together: bool | None = None
+    """Drop and grow many weights at once, with the same results, and not by `exchanges`; None: on all but CPUs."""
     moments: Moments = float32_moments
     """Create the storage of AdamW's moments."""
     gradient_dtype: torch.dtype = torch.float32
