@@ -9,9 +9,6 @@ from scale_sft.spiel.deltas import DeltaStore
 from scale_sft.spiel.drop_grow import drop_scores, exchange_by_gradient, keep_unless_better
 from scale_sft.spiel.optimizers import AdamW, Growth
 from scale_sft.spiel.schedules import ReallocationSchedule
-from scale_sft.spiel.selection.parts import WholeParts
-from scale_sft.spiel.selection.proposals import Proposals
-from scale_sft.spiel.selection.rule import SelectionRule
 from scale_sft.spiel.selection.spread import update_rates
 from scale_sft.spiel.settings import Backends, MethodSettings
 
@@ -35,10 +32,10 @@ def gradient(step: int, name: str) -> Tensor:
     return torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(97 * step + len(name) + ord(name[0])))
 
 
-def trained(last: int = 7, *, together: bool = False, proposals=None, learning_rate: float = 0.1, **settings):
+def trained(last: int = 7, *, together: bool = False, learning_rate: float = 0.1, **settings):
     """A method after `last` steps."""
     store = DeltaStore(SHAPES, {"a": 30, "b": 40}, seed=1)
-    backends = Backends(together=together, proposals=proposals)
+    backends = Backends(together=together)
     tuning = SparseFineTuning(store, MethodSettings(**settings), SCHEDULE, backends)
     for step in range(1, last + 1):
         tuning.begin_step(step)
@@ -109,12 +106,8 @@ def test_an_exchange_keeps_the_most_promising_of_both_sides() -> None:
     assert torch.equal(keep_unless_better(whole, indices, torch.zeros(3), promises).order, whole.order)
 
 
-@pytest.mark.parametrize("score", [None, "balanced"])
-def test_only_candidates_that_promise_more_are_exchanged(score) -> None:
-    rule = SelectionRule(score=score, temperature=1.0) if score else None
-    proposals = Proposals(rule, WholeParts, None, SCHEDULE.estimation_steps) if rule else None
-    plain = trained(6, proposals=proposals)
-    careful = trained(6, proposals=proposals, exchange_if_better=True)
+def test_only_candidates_that_promise_more_are_exchanged() -> None:
+    plain, careful = trained(6), trained(6, exchange_if_better=True)
     youngest = [sum(int((d.cohort == 2).sum()) for d in tuning.store) for tuning in (plain, careful)]
     assert 0 < youngest[1] < youngest[0]
 
