@@ -17,7 +17,7 @@ def test_a_delta_is_visible_if_it_moves_its_weight_by_half_a_step_of_bfloat16(ti
     assert visible_fraction(sparse) == 0
     for delta in store:
         base = sparse.carrier.base_values(delta.name).float()
-        step = torch.ldexp(torch.ones(()), torch.frexp(base).exponent - 8)  # 7 bits after the first
+        step = torch.ldexp(torch.ones_like(base), torch.frexp(base).exponent - 8)  # 7 bits after the first
         odd = torch.arange(delta.active, device=base.device) % 2
         delta.deltas.copy_(torch.where(odd == 1, 2 * step, 1e-4 * step))
     sparse.carrier.write()
