@@ -65,9 +65,17 @@ class ModelConfig:
         False, "Recompute each block in the backward pass: less memory, more time.", on_resume="free"
     )
     attention: str = option(
-        "sdpa",
-        "Attention implementation. On a CPU in bfloat16, eager is faster up to 256 tokens.",
-        choices=("sdpa", "eager", "flash_attention_2", "flex_attention"),
+        "auto",
+        "Attention implementation. auto: sdpa where the model has it, otherwise eager; on a CPU in bfloat16 eager up "
+        "to 256 tokens, which is faster.",
+        choices=("auto", "sdpa", "eager", "flash_attention_2", "flex_attention"),
+        on_resume="by_effect",
+    )
+    allow_randomness: bool = option(
+        False,
+        "Train a base whose forward pass is random in training mode and cannot be made otherwise (sampling routers): "
+        "its runs do not repeat, nor do they resume bit for bit.",
+        on_resume="free",
     )
     trust_remote_code: bool = option(
         False, "Run model code that comes with the base. Only for sources that you trust.", on_resume="free"

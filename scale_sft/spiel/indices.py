@@ -311,3 +311,18 @@ def _dtype_of_indices(rows: int, columns: int) -> torch.dtype:
 
 def _offsets(sizes: Sequence[int]) -> list[int]:
     return list(accumulate(sizes, initial=0))
+
+
+def merge_places(sorted_: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+    """Find where two sorted sets of indices without common members go in their union.
+
+    Args:
+        sorted_: [K], more: [M], each sorted and unique.
+
+    Returns:
+        ([K], [M]): places of both in the sorted union, int64.
+    """
+    after = torch.searchsorted(sorted_, more) + torch.arange(more.numel(), device=more.device)
+    free = torch.ones(sorted_.numel() + more.numel(), dtype=torch.bool, device=more.device)
+    free[after] = False
+    return free.nonzero().squeeze(1), after

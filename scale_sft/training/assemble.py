@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 
+from scale_sft.adapters.base_files import require_mergeable
 from scale_sft.data.packing import refuse_leaks
 from scale_sft.distributed.cluster import Cluster
-from scale_sft.model.loading import load_base
+from scale_sft.model.empty import empty_model, text_config
+from scale_sft.model.loading import base_location, load_base
 from scale_sft.model.memory import PeakMemory
 from scale_sft.model.quantization import staging_device
 from scale_sft.model.sparse_model import SparseModel
 from scale_sft.model.sparse_settings import SparseSettings
+from scale_sft.model.targets import find_targets
 
 from .inputs import Inputs, flat_rows
 from .session import Session
@@ -29,7 +34,10 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
     if quantization:
         device = device or staging_device(cluster.device, inputs.placement.base_bytes or 0)
     with PeakMemory(cluster.device) as loading, cluster.loading_whole() if quantization else nullcontext():
-        model = load_base(config.model, inputs.model_config, device, quantization)
+        chosen = replace(config.model, attention=inputs.attention.asked)
+        model = load_base(chosen, inputs.model_config, device, quantization)
+    if quantization is None:
+        cluster.on_main(lambda: _check_hub_base(inputs))
     settings = SparseSettings(
         sparse=config.sparse,
         optimizer=config.optimizer,
@@ -45,7 +53,7 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
     if inputs.start:
         inputs.start.put_into(sparse)
     if inputs.row_tokens:
-        refuse_leaks(sparse.model, inputs.model_config.vocab_size, cluster.device, flat=flat_rows(config))
+        refuse_leaks(sparse.model, text_config(inputs.model_config).vocab_size, cluster.device, flat=flat_rows(config))
     return Session(
         inputs=inputs,
         cluster=cluster,
@@ -54,3 +62,13 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
         load_peak_bytes=loading.added,
         loaded_on=device,
     )
+
+
+def _check_hub_base(inputs: Inputs) -> None:
+    """Prove on a base of the hub what `read_inputs` proves on a local folder: that the result can be merged."""
+    config = inputs.config
+    if Path(base_location(config.model.base)).is_dir():
+        return
+    model = empty_model(inputs.model_config, trust_remote_code=config.model.trust_remote_code)
+    targets = find_targets(model, config.sparse.target_modules, config.sparse.exclude_modules)
+    require_mergeable(config.model, model, {target.name: target.shape for target in targets}, loaded=True)

@@ -224,6 +224,7 @@ class Checkpoints:
         sections = dataclasses.asdict(inputs.config).values()
         identity = {name: value for section in sections for name, value in section.items() if name not in MAY_CHANGE}
         identity |= {
+            "attention": inputs.attention.name,
             "hash of the target weights": session.base_hash,
             "train_data (digest of its tokens)": inputs.train.digest(),
             "eval_data (digest of its tokens)": inputs.eval.digest() if inputs.eval else None,

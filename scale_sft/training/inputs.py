@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scale_sft.adapters.base_files import require_mergeable
 from scale_sft.adapters.start import Start
 from scale_sft.config.loading import to_yaml
 from scale_sft.config.options import Config
@@ -21,14 +22,24 @@ from scale_sft.data.cache import load_examples, with_writable_cache
 from scale_sft.data.chat import use_template
 from scale_sft.data.examples import Examples
 from scale_sft.data.fit import refuse_misfit
+from scale_sft.data.packing import refuse_unpackable
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.distributed.tracking import refuse_unknown_tracker
 from scale_sft.distributed.world import World
 from scale_sft.errors import UserError
-from scale_sft.model.loading import load_model_config, load_tokenizer, max_length, resolve_dtype
+from scale_sft.model.attention import Attention, choose_attention
+from scale_sft.model.coverage import Coverage, coverage
+from scale_sft.model.loading import (
+    enable_checkpointing,
+    load_model_config,
+    load_tokenizer,
+    max_length,
+    resolve_dtype,
+)
 from scale_sft.model.quantization import Quantization, refuse_corrupting_storage, resolve_quantization
+from scale_sft.model.reach import refuse_randomness
 from scale_sft.model.sparse_settings import rule_of
-from scale_sft.model.targets import budget_of, find_targets
+from scale_sft.model.targets import budget_of, choose_targets
 from scale_sft.planning.footprint import empty_model
 from scale_sft.planning.placement import Placement, choose_placement
 
@@ -49,6 +60,8 @@ class Inputs:
     order: BatchOrder
     steps: int
     placement: Placement
+    attention: Attention
+    coverage: Coverage  # what the targets reach of the blocks
     row_tokens: int | None  # length of packed rows; None: one sequence per row
     start: Start | None = None  # the adapter that the run starts from
     notes: tuple[str, ...] = ()  # for the user: deviations from the request
@@ -84,7 +97,7 @@ def read_inputs(config: Config) -> Inputs:
     """Read and check everything except the weights.
 
     Raises:
-        UserError: see `load_model_config`, `find_targets`, `budget_of`, `start_of`, `Start.refuse_misfit`,
+        UserError: see `load_model_config`, `choose_targets`, `budget_of`, `start_of`, `Start.refuse_misfit`,
             `load_examples`, `refuse_misfit`; or the batch does not divide over the ranks.
     """
     refuse_unknown_tracker(config.run.tracker)
@@ -95,9 +108,13 @@ def read_inputs(config: Config) -> Inputs:
     tokenizer = use_template(load_tokenizer(config.model), data.chat_template)
     world = World.from_environment()
     _check_batch(config, world.size)
-    data = replace(data, max_length=max_length(data.max_length, model_config))
+    tokens = max_length(data.max_length, model_config)
+    data = replace(data, max_length=tokens)
     dtype = resolve_dtype(config.model, model_config)
-    shapes = _checked_targets(config, model_config, world.size)
+    base = _checked_base(config, model_config, world.size)
+    shapes = base.shapes
+    if quantization is None:  # a base that is quantised is merged from what was loaded
+        require_mergeable(config.model, base.model, shapes, loaded=False)
     start = start_of(config)
     if start:
         start.refuse_misfit(config.sparse, shapes, dtype, quantization)
@@ -113,6 +130,8 @@ def read_inputs(config: Config) -> Inputs:
     if data.eval_data:
         held_out = load_examples(data.eval_data, "eval", tokenizer, data, data.max_eval_examples)
     refuse_misfit(tokenizer, model_config, train, held_out)
+    attention = choose_attention(config.model.attention, base.model, dtype, tokens, device_type())
+    notes = (*notes, *filter(None, (attention.note, base.note)))
     notes = (*notes, *dict.fromkeys((*train.notes, *(held_out.notes if held_out else ()))))
     total = None if run.steps else math.ceil((run.epochs or 1) * len(train))
     order = BatchOrder(len(train), run.global_batch_size, run.seed, total)
@@ -127,18 +146,42 @@ def read_inputs(config: Config) -> Inputs:
         order=order,
         steps=run.steps or order.steps(),
         placement=placement,
+        attention=attention,
+        coverage=base.coverage,
         row_tokens=data.max_length if data.packing else None,
         start=start,
         notes=notes,
     )
 
 
-def _checked_targets(config: Config, model_config: Any, ranks: int) -> dict[str, tuple[int, int]]:
-    """Refuse targets that the base cannot have, before any weight is loaded; returns their shapes (O, I)."""
-    targets = find_targets(empty_model(config, model_config), config.sparse.target_modules)
+@dataclass(frozen=True)
+class _Base:
+    """What is known of the base without its weights."""
+
+    model: Any  # on the meta device
+    shapes: dict[str, tuple[int, int]]  # (O, I) of the targets
+    coverage: Coverage
+    note: str | None
+
+
+def _checked_base(config: Config, model_config: Any, ranks: int) -> _Base:
+    """Refuse targets that the base cannot have, and what it cannot do, before any weight is loaded."""
+    model: Any = empty_model(config, model_config)
+    choice = choose_targets(model, config.sparse.target_modules, config.sparse.exclude_modules)
     if ranks > 1:
-        refuse_experts([target.name for target in targets])
-    return {target.name: target.shape for target in targets}
+        refuse_experts([target.name for target in choice.targets])
+    note = refuse_randomness(model, allowed=config.model.allow_randomness)
+    if config.model.gradient_checkpointing:
+        enable_checkpointing(model)
+    if config.data.packing:
+        refuse_unpackable(model)
+    shapes = {target.name: target.shape for target in choice.targets}
+    return _Base(model, shapes, coverage(model, choice), note)
+
+
+def device_type() -> str:
+    """Return where a run computes: cuda if there is a GPU, otherwise cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def refuse_experts(names: Sequence[str]) -> None:

@@ -59,6 +59,8 @@ def describe(session: Session, metrics: Metrics | NullMetrics) -> None:
         "loading": f"{max(load_peaks) / 2**20:,.0f} MiB at the peak, on the rank with most",
         "method": config.sparse.method,
         "active entries": f"{store.active:,} of {entries:,} in {len(store)} weights ({store.active / entries:.2%})",
+        "block weights": inputs.coverage.line(),
+        "attention": inputs.attention.name,
         "delta state": f"{state_bytes / 2**20:.1f} MiB ({state_bytes / store.active:.1f} bytes per active entry)",
         "data": f"{len(inputs.train):,} examples from {inputs.train.source}{held_out}{_cut(inputs.train)}",
         "steps": f"{inputs.steps} of {config.run.global_batch_size} sequences, reallocation at "
