@@ -14,6 +14,7 @@
     moments     how AdamW's moments are kept
     schedules   when and how many (Eq. 9); learning rates
     drop_grow   drop and grow: tensors in, tensors out
+    joined_drop_grow, joined_product  the same in many weights at once
     topk        deterministic top-k; top-k of an outer product never formed
 
 Nothing here knows files, ranks, configurations or models.
