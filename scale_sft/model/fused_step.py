@@ -22,6 +22,8 @@ from .transient import TransientDeltas
 
 def why_not(tuning: SparseFineTuning, carrier: ResidentDeltas | TransientDeltas) -> str | None:
     """Explain why their step cannot be fused, or return None if it can."""
+    if tuning.settings.scale_rates:
+        return "updates are scaled by the entries in row and column"
     if tuning.store.device.type == "cpu" and (reason := native.why_not()):
         return reason
     parts = carrier.parts.values() if isinstance(carrier, ResidentDeltas) else ()

@@ -39,15 +39,43 @@ class Exchange:
         return torch.cat((old, new.to(old.dtype))).index_select(0, self.order)
 
 
-def drop_scores(delta: SparseDelta | TogetherDelta, criterion: str) -> Tensor:
+def drop_scores(delta: SparseDelta | TogetherDelta, criterion: str, ages: Tensor | None = None) -> Tensor:
     """Score the entries, [K]; the smallest are dropped first.
 
     `magnitude`: |delta|, the paper's text and the authors' code. `change`: |delta - delta at the last reallocation|,
-    the paper's Algorithm 1 (line 10).
+    the paper's Algorithm 1 (line 10). `age`: |delta| / steps since the entry was grown, so that young entries are not
+    dropped for being young; not in the paper.
+
+    Args:
+        delta: the entries.
+        criterion: as above.
+        ages: [cohorts] fp32, steps since each cohort was grown, at least 1; only for `age`.
     """
     if criterion == "change" and delta.reference is not None:
         return (delta.deltas.float() - delta.reference.float()).abs()
+    if criterion == "age" and ages is not None:
+        return delta.deltas.float().abs() / ages.index_select(0, delta.cohort.int())
     return delta.deltas.abs()
+
+
+def keep_unless_better(exchange: Exchange, indices: Tensor, leaving: Tensor, coming: Tensor) -> Exchange:
+    """Undo the part of an exchange whose newcomers promise no more than what they replace; not in the paper.
+
+    Of the entries up for replacement and the newcomers together, the most promising stay; ties go to the entries.
+
+    Args:
+        exchange: of one weight, by gradient.
+        indices: [K] its entries before the exchange, sorted.
+        leaving: [g] promises of the entries to be dropped, in their order.
+        coming: [g] promises of the newcomers, in theirs.
+    """
+    if exchange.grown_candidates is None:
+        raise ValueError("an exchange by gradient knows its candidates; got one that does not")
+    best = top_k_sorted(torch.cat((leaving, coming)), leaving.numel())
+    stays, joins = best[best < leaving.numel()], best[best >= leaving.numel()] - leaving.numel()
+    kept = exchange.kept.clone()
+    kept[(~kept).nonzero().squeeze(1)[stays]] = True
+    return _exchange(indices, kept, exchange.grown[joins], exchange.grown_candidates[joins])
 
 
 def exchange_by_gradient(indices: Tensor, scores: Tensor, candidates: Tensor, mean: Tensor, k: int) -> Exchange:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -75,10 +76,20 @@ def corrections(
 
 
 def correction_table(
-    gradients_seen: Sequence[int], learning_rate: float, betas: tuple[float, float], device: torch.device
+    gradients_seen: Sequence[int],
+    learning_rate: float,
+    betas: tuple[float, float],
+    device: torch.device,
+    warmth: Sequence[float] = (),
 ) -> Tensor:
-    """Put `corrections` into a tensor [2, cohorts] fp32 on the device, without waiting for it."""
-    return on_device(corrections(gradients_seen, learning_rate, betas), torch.float32, device)
+    """Put `corrections` into a tensor [2, cohorts] fp32 on the device, without waiting for it.
+
+    `warmth` by cohort, if given, scales the step sizes.
+    """
+    step_sizes, denominators = corrections(gradients_seen, learning_rate, betas)
+    if warmth:
+        step_sizes = [size * share for size, share in zip(step_sizes, warmth, strict=True)]
+    return on_device((step_sizes, denominators), torch.float32, device)
 
 
 class Coordinates(Protocol):
@@ -134,6 +145,16 @@ def in_fp32(deltas: Tensor) -> Iterator[Tensor]:
     deltas.copy_(work)
 
 
+@dataclass(frozen=True)
+class Growth:
+    """How newly grown entries begin in AdamW."""
+
+    seed_moments: bool = True
+    """Start their moments from the estimates of the phase that chose them (section 3.2), or from zero."""
+    warmup_steps: int = 0
+    """Let their rate rise linearly over this many updates."""
+
+
 class Optimizer(Protocol):
     """An optimizer of deltas, as the main loop and checkpoints use it."""
 
@@ -160,6 +181,7 @@ class AdamW:
         store: the deltas.
         estimation_steps: G, the gradients already counted in the moments of a newly grown delta.
         moments: creates the storage of the two moments.
+        growth: how newly grown entries begin.
     """
 
     def __init__(
@@ -171,7 +193,9 @@ class AdamW:
         weight_decay: float = 0.0,
         estimation_steps: int = 5,
         moments: Moments = float32_moments,
+        growth: Growth | None = None,
     ):
+        self.growth = growth or Growth()
         self.store, self.betas, self.eps, self.weight_decay = store, betas, eps, weight_decay
         self.estimation_steps = estimation_steps
         self.exp_avg, self.exp_avg_sq = moments(store)
@@ -215,14 +239,39 @@ class AdamW:
         `step` does this itself; code that updates the deltas in another way calls it once per step.
         """
         self.gradients_seen = [n + 1 for n in self.gradients_seen]
-        return correction_table(self.gradients_seen, learning_rate, self.betas, self.store.device)
+        return correction_table(self.gradients_seen, learning_rate, self.betas, self.store.device, self._warmth())
+
+    @property
+    def _seen_at_birth(self) -> int:
+        """How many gradients the moments of a newly grown delta have seen."""
+        return self.estimation_steps if self.growth.seed_moments else 0
+
+    def _warmth(self) -> list[float]:
+        """Compute by cohort the fraction of the learning rate that holds for it; the first is never warmed up."""
+        if not self.growth.warmup_steps:
+            return []
+        updates = [n - self._seen_at_birth for n in self.gradients_seen[1:]]
+        return [1.0, *(min(1.0, n / self.growth.warmup_steps) for n in updates)]
+
+    def estimates(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Return the moments of whole weights' entries with their bias corrected: [n] fp32 each; 0 before any update.
+
+        They estimate the gradients' mean and mean square, as those of candidates do.
+        """
+        starts, found = self.store.places.starts, []
+        place = self.store.cohort[part.entries].int()
+        for moment, beta in zip((self.exp_avg, self.exp_avg_sq), self.betas, strict=True):
+            values = torch.cat([moment.load(slice(starts[n], starts[n + 1])) for n in part.numbers])
+            weights = torch.tensor([1 - beta**n if n else 1.0 for n in self.gradients_seen], device=values.device)
+            found.append(values / weights.index_select(0, place))
+        return found[0], found[1]
 
     def begin_cohort(self) -> None:
-        """Open the cohort that the next drop and grow fills; its moments start with G gradients counted."""
-        self.gradients_seen.append(self.estimation_steps)
+        """Open the cohort that the next drop and grow fills; seeded moments start with G gradients counted."""
+        self.gradients_seen.append(self._seen_at_birth)
 
     def follow(self, part: Part, exchange: Exchange, estimates: tuple[Tensor, Tensor] | None) -> None:
-        """Move the moments with the entries, and seed grown ones from their estimates (section 3.2).
+        """Move the moments with the entries, and seed grown ones from their estimates (section 3.2), or with zero.
 
         Args:
             part: whole weights.
@@ -234,7 +283,7 @@ class AdamW:
         picked, starts = exchange.grown_candidates, self.store.places.starts
         weights = [slice(starts[number], starts[number + 1]) for number in part.numbers]
         for moment, beta, estimate in zip((self.exp_avg, self.exp_avg_sq), self.betas, estimates, strict=True):
-            seed = (estimate if picked is None else estimate[picked]) * (1 - beta**self.estimation_steps)
+            seed = (estimate if picked is None else estimate[picked]) * (1 - beta**self._seen_at_birth)
             if moment.crosses_weights:
                 moment.store(part.entries, exchange.merge(moment.load(part.entries), seed))
                 continue

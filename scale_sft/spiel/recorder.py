@@ -156,8 +156,8 @@ class GradientRecorder:
     def load_candidates(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Load a result of `Candidates.state` for one weight, in an open estimation phase."""
         own = lambda key: state[key].to(self.store.device)
-        facts = {key: own(key).clone() for key in state if key.startswith("candidate_") and key not in CANDIDATE_STATE}
         indices, mean, square = map(own, CANDIDATE_STATE)
+        facts = {key: own(key).clone() for key in state if key.startswith("candidate_") and key not in CANDIDATE_STATE}
         candidates = self._choose(name, indices, facts)
         candidates.mean.copy_(mean)
         candidates.mean_square.copy_(square)
