@@ -24,6 +24,7 @@ BENCHMARKS = {
     "reallocate": "reallocate",
     "scale": "scale.page",
     "quality": "quality.page",
+    "sync": "sync",
 }
 """Modules of this package by benchmark; `part(rows) -> Part` takes the rows of all runs in a folder, oldest first."""
 
