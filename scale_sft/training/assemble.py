@@ -53,9 +53,9 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
     cluster.check_identical(lambda: {"base": sparse.base_hash}, "the base model")
     if inputs.start:
         inputs.start.put_into(sparse)
+    objective = objective_of(inputs, cluster, sparse)
     if config.model.compile == "blocks":
         _compile(sparse)
-    objective = objective_of(inputs, cluster, sparse)
     return Session(
         inputs=inputs,
         cluster=cluster,
@@ -67,16 +67,6 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
     )
 
 
-def _compile(sparse: SparseModel) -> None:
-    """Compile the blocks. With several ranks they run as they are while entries or candidates are chosen.
-
-    Ranks meet in such backward passes, once per weight, and a graph may choose an order of its own.
-    """
-    recorder = sparse.tuning.recorder
-    meeting = lambda: sparse.group.size > 1 and (recorder.proposing or sparse.choosing is not None)
-    compile_blocks(decoder_blocks(sparse.model, recorder.store.names), as_they_are=meeting)
-
-
 def _check_hub_base(inputs: Inputs) -> None:
     """Prove on a base of the hub what `read_inputs` proves on a local folder: that the result can be merged."""
     config = inputs.config
@@ -85,3 +75,13 @@ def _check_hub_base(inputs: Inputs) -> None:
     model = empty_model(inputs.model_config, trust_remote_code=config.model.trust_remote_code)
     targets = find_targets(model, config.sparse.target_modules, config.sparse.exclude_modules)
     require_mergeable(config.model, model, {target.name: target.shape for target in targets}, loaded=True)
+
+
+def _compile(sparse: SparseModel) -> None:
+    """Compile the blocks. With several ranks they run as they are while entries or candidates are chosen.
+
+    Ranks meet in such backward passes, once per weight, and a graph may choose an order of its own.
+    """
+    recorder = sparse.tuning.recorder
+    meeting = lambda: sparse.group.size > 1 and (recorder.proposing or sparse.choosing is not None)
+    compile_blocks(decoder_blocks(sparse.model, recorder.store.names), as_they_are=meeting)
