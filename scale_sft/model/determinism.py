@@ -69,7 +69,7 @@ def refuse_unrepeatable(config: Config, device: torch.device) -> None:
     if not config.run.deterministic or device.type == "cpu":
         return
     for name, value, others, why in (
-        ("attention", config.model.attention, ("sdpa", "eager"), "torch does not vouch for its backward pass"),
+        ("attention", config.model.attention, ("auto", "sdpa", "eager"), "torch does not vouch for its backward pass"),
         ("compile", config.model.compile, ("off",), "graphs are tuned for the first inputs they meet"),
     ):
         if value not in others:
