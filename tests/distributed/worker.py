@@ -35,7 +35,7 @@ def run_all_with_their_own_operations(plan: list[dict[str, Any]], report: bool) 
     """`run_all`, where compiled blocks run the operations of the model, and so compute the same bits."""
     from scale_sft.model import compiled_blocks
 
-    compiled_blocks.BACKEND = "aot_eager"
+    compiled_blocks.BACKEND = "eager"
     run_all(plan, report)
 
 
