@@ -155,7 +155,7 @@ def _usable_targets(model: nn.Module, sparse: SparseConfig) -> list:
         )
     if carries_adapter(model):
         raise UserError("attach: got a model that carries a live adapter. Fix: undo() it first, or use start_from")
-    targets = find_targets(model, sparse.target_modules)
+    targets = find_targets(model, sparse.target_modules, sparse.exclude_modules)
     away = next((target.name for target in targets if target.weight.is_meta), None)
     if away:
         raise UserError(

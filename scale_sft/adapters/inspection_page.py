@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scale_sft.files import write_text
+from scale_sft.model.coverage import Coverage
 from scale_sft.reporting.html import details, heading, page_of, pairs, picture, table, titled
 from scale_sft.reporting.plots import Plot
 from scale_sft.reporting.style import BLUE, WIDTH_INCHES, heat_map
@@ -64,6 +66,7 @@ def facts(found: Inspection) -> dict[str, str]:
         "base": f"{info['base']}" + (f", revision {info['revision']}" if info.get("revision") else ""),
         "hash of the base's target weights": info["base_hash"][:16],
         "dtype of the base": info["dtype"],
+        **_reach(info),
         "method": info.get("method"),
         "made from": info.get("made_from"),
         "scale_sft": info.get("scale_sft_version"),
@@ -73,6 +76,11 @@ def facts(found: Inspection) -> dict[str, str]:
         "deltas that are 0": f"{total.zeros:,}" if total.zeros else None,
     }
     return {name: str(value) for name, value in rows.items() if value is not None}
+
+
+def _reach(info: dict[str, Any]) -> dict[str, str]:
+    """Say what share of the base's blocks the adapter's training reached, where it was recorded."""
+    return {"reach": Coverage.of_document(info["block_weights"]).line()} if "block_weights" in info else {}
 
 
 def magnitudes(found: Inspection) -> Figure:

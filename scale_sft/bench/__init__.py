@@ -4,6 +4,7 @@ step/         one training step of each contestant in turn
 memory/       bytes by part, and the peak of a step
 reallocate    one reallocation, from 10^5 to 10^9 weights
 scale/        ranks compared with the planner's arithmetic
+sync          a sparse weight sync compared with a whole copy
 quality/      held-out quality of each method at its best rate
 gpu/          all of it that matters on a GPU, in one command
 swap_cost     swapping an adapter compared with PEFT's hotswap

@@ -25,6 +25,7 @@ BENCHMARKS = {
     "scale": "scale.page",
     "quality": "quality.page",
     "gpu": "gpu.page",
+    "sync": "sync",
 }
 """Modules of this package by benchmark; `part(rows) -> Part` takes the rows of all runs in a folder, oldest first."""
 

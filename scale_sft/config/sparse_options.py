@@ -88,6 +88,9 @@ class SparseConfig:
         "path. Default: all linear layers inside the transformer blocks.",
         on_resume="by_effect",
     )
+    exclude_modules: tuple[str, ...] | str | None = option(
+        None, "Layers not to train, written like target_modules, which it overrides.", on_resume="by_effect"
+    )
     update_interval_steps: int = option(20, "S: optimizer steps between reallocations.", check=at_least(1))
     estimation_steps: int = option(
         5, "G: steps over which candidates are estimated before a reallocation.", check=at_least(1)

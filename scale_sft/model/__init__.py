@@ -1,7 +1,12 @@
 """The frozen base, and the deltas that live in it.
 
 loading         find and load the base and its tokenizer
+empty           the base without its weights: its class and its shapes
+attention       the choice of attention
 targets         the layers to train
+reach           a probe of what text does with each layer
+linear_kinds    layers that compute what nn.Linear does
+coverage        the share of the blocks that is trained, and why not the rest
 quantization    a base in 4 or 8 bits
 packed_weights  its packed weights, dequantised on demand
 resident        deltas written into the weights
@@ -18,7 +23,7 @@ sparse_optimizer  the owner of an optimizer step
 stepped         the interface between the two
 exposure        the deltas among a model's parameters
 determinism     deterministic algorithms, while a run lasts
-dropout         dropout, off while deltas are trained
+dropout         dropout and jitter, off while deltas are trained
 loss            cross entropy of the target tokens
 output_layer    the output layer and the loss, formed together in chunks
 cross_entropy   cross entropies of rows of logits

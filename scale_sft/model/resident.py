@@ -27,6 +27,11 @@ def effective_values(base: Tensor, deltas: Tensor) -> Tensor:
     return (base.float() + deltas).to(base.dtype)
 
 
+def bits_of(values: Tensor) -> Tensor:
+    """View values as integers of the same width, so that comparisons see signs of zeros and NaNs."""
+    return values.view(_BITS[values.element_size()])
+
+
 def read_entries(entries: Tensor, indices: Tensor) -> Tensor:
     """Read the values [K] at indices [K], int32 or int64, of entries [N]."""
     return entries.index_select(0, indices)

@@ -72,7 +72,7 @@ class SparseModel:
         join: Join | None = None,
     ):
         self.settings, self.group, self._save, self._find_ranks = settings, group, save, join
-        self.targets = find_targets(model, settings.sparse.target_modules)
+        self.targets = find_targets(model, settings.sparse.target_modules, settings.sparse.exclude_modules)
         self.shapes = {target.name: target.shape for target in self.targets}
         self.tuning = make_method(settings, self.shapes, lambda: self.group, weight_reader(self))
         self.choosing: FirstChoice | None = None

@@ -113,3 +113,18 @@ def _first_of_rows(starts: Tensor, columns: Tensor, shape: tuple[int, int], dtyp
     of_row = torch.full((), shape[1], dtype=dtype, device=sums.device).expand(shape[0] - 1)
     sums.index_add_(0, starts[1:-1], of_row)  # rows without entries add up where the next one begins
     return sums.cumsum_(0)[:-1]
+
+
+def merge_places(sorted_: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+    """Find where two sorted sets of indices without common members go in their union.
+
+    Args:
+        sorted_: [K], more: [M], each sorted and unique.
+
+    Returns:
+        ([K], [M]): places of both in the sorted union, int64.
+    """
+    after = torch.searchsorted(sorted_, more) + torch.arange(more.numel(), device=more.device)
+    free = torch.ones(sorted_.numel() + more.numel(), dtype=torch.bool, device=more.device)
+    free[after] = False
+    return free.nonzero().squeeze(1), after
