@@ -24,8 +24,8 @@ BENCHMARKS = {
     "reallocate": "reallocate",
     "scale": "scale.page",
     "quality": "quality.page",
-    "gpu": "gpu.page",
     "sync": "sync",
+    "gpu": "gpu.page",
 }
 """Modules of this package by benchmark; `part(rows) -> Part` takes the rows of all runs in a folder, oldest first."""
 

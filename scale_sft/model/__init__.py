@@ -21,6 +21,7 @@ first_choice    the choice of entries before the first update
 sparse_model    a model whose target weights carry deltas; shared by trainer, benchmarks and API
 sparse_optimizer  the owner of an optimizer step
 stepped         the interface between the two
+visibility      which deltas survive in a merged model
 exposure        the deltas among a model's parameters
 determinism     deterministic algorithms, while a run lasts
 dropout         dropout and jitter, off while deltas are trained

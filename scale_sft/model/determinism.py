@@ -18,7 +18,7 @@ from scale_sft.errors import UserError
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
-"""With any other, cuBLAS may sum in another order each time. It reads the setting when a process first uses the GPU."""
+"""With any other value cuBLAS may sum in a new order each time. It reads the value when a process first uses a GPU."""
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def refuse_unrepeatable(config: Config, device: torch.device) -> None:
     if not config.run.deterministic or device.type == "cpu":
         return
     for name, value, others, why in (
-        ("attention", config.model.attention, ("sdpa", "eager"), "torch does not vouch for its backward pass"),
+        ("attention", config.model.attention, ("auto", "sdpa", "eager"), "torch does not vouch for its backward pass"),
         ("compile", config.model.compile, ("off",), "graphs are tuned for the first inputs they meet"),
     ):
         if value not in others:

@@ -160,7 +160,7 @@ def read_inputs(config: Config) -> Inputs:
         placement=placement,
         attention=attention,
         coverage=base.coverage,
-        row_tokens=_row_tokens(config, data.max_length or 0),
+        row_tokens=_row_tokens(config, tokens),
         start=start,
         reference=reference,
         cache=cache_folder(data),
