@@ -173,8 +173,8 @@ class SparseFineTuning:
             for number, name in enumerate(self.store.names)
             if self.method == "ma" or name in self.recorder.candidates  # else no gradient has reached it in the phase
         ]
-        limit = piece_entries(self.store.device) // (2 if self.method == "ma" else 4) if self.together else 1
-        yield from self.store.places.groups(numbers, limit)
+        at_once = piece_entries(self.store.device) // (2 if self.method == "ma" else 4)  # see `joined_drop_grow`
+        yield from self.store.places.groups(numbers, at_once if self.together else 1)
 
     def _estimates(self, part: Part) -> tuple[Tensor, Tensor] | None:
         if self.method == "ma":

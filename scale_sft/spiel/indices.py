@@ -17,7 +17,7 @@ from torch import Tensor
 PIECE_ENTRIES = 1 << 18
 """Entries at once on a CPU: temporaries stay in its cache."""
 DEVICE_PIECE_ENTRIES = 1 << 26
-"""Entries at once elsewhere: few launches; temporaries take up to 28 bytes for each of them."""
+"""Entries at once elsewhere: few launches; temporaries take up to 32 bytes for each of them."""
 _NARROW = 1 << 16
 
 

@@ -15,7 +15,7 @@ from scale_sft.spiel.moments import float32_moments, mixed_moments
 from scale_sft.spiel.schedules import Phase, ReallocationSchedule
 from scale_sft.spiel.settings import Backends, MethodSettings
 
-SCALE = 64  # 7B's 224 weights, with fewer rows and columns
+SCALE = 128  # 7B's 224 weights, with fewer rows and columns
 SHAPES = {
     f"{layer}.{name}": (rows // SCALE, columns // SCALE)
     for layer in range(32)
@@ -112,8 +112,7 @@ class Run:
         return launches.report(what)
 
 
-@pytest.mark.parametrize("moments", [float32_moments, mixed_moments])
-@pytest.mark.parametrize("phase", [Phase.OFF, Phase.ESTIMATE])
+@pytest.mark.parametrize(("moments", "phase"), [(float32_moments, Phase.OFF), (mixed_moments, Phase.ESTIMATE)])
 def test_adamw_and_the_write_of_all_weights_are_few_launches(moments, phase, monkeypatch):
     run = Run("ag", monkeypatch, moments=moments)
     run.record(Phase.PROPOSE if phase is Phase.ESTIMATE else Phase.OFF)
