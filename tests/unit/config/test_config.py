@@ -256,11 +256,11 @@ def test_what_a_resumed_run_may_change_is_a_promise() -> None:
         resume save_every_steps keep_last on_save_failure log_every_steps eval_every_steps save_merged tracker
         output_dir skip_nonfinite_steps collective_timeout_seconds base_placement ds_config gradient_checkpointing
         micro_batch_size eval_batch_size trust_remote_code preprocess_workers cache_dir streaming answer_pattern
-        generation_samples keep_best early_stopping_steps best_by allow_randomness
+        generation_samples keep_best early_stopping_steps allow_randomness best_by
     """
     by_effect = """
         base revision train_data eval_data steps epochs density tunable_weights rank_equivalent target_modules
-        chat_template start_from reference_adapter attention exclude_modules
+        chat_template start_from attention exclude_modules reference_adapter
     """
     assert set(free.split()) == FREE
     assert {*free.split(), *by_effect.split()} == MAY_CHANGE
