@@ -239,7 +239,15 @@ def run(recipe: str | Path | Config | None = None, /, **options: Any) -> RunResu
 
 
 def run_training(config: Config) -> RunResult:
-    """Run a configuration from start to end: inputs, ranks, model, loop, files."""
+    """Run a configuration from start to end; torch's global settings are what they were afterwards."""
+    from scale_sft.model.determinism import deterministic
+
+    with deterministic(config.run.deterministic):  # before anything touches a GPU
+        return run_configuration(config)
+
+
+def run_configuration(config: Config) -> RunResult:
+    """Run a configuration: inputs, ranks, model, loop, files."""
     from scale_sft.distributed.cluster import Cluster
     from scale_sft.distributed.world import World, refuse_lonely_launchers
     from scale_sft.training.inputs import read_inputs

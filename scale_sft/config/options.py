@@ -80,6 +80,11 @@ class ModelConfig:
         "its runs do not repeat, nor do they resume bit for bit.",
         on_resume="free",
     )
+    compile: str = option(
+        "off",
+        "blocks: torch.compile each decoder block in training; not with a base in shards. The first step takes longer.",
+        choices=("off", "blocks"),
+    )
     trust_remote_code: bool = option(
         False, "Run model code that comes with the base. Only for sources that you trust.", on_resume="free"
     )
@@ -280,6 +285,11 @@ class RunConfig:
         "one pass each; on a CPU with a C compiler, compute only the needed entries, and update and write in one pass. "
         "cpu: the same on a CPU, plain torch on a GPU. off: plain torch.",
         choices=("off", "cpu", "auto"),
+    )
+    deterministic: bool = option(
+        False,
+        "Make a run on a GPU repeat and resume bit for bit, by deterministic algorithms, which take longer. On a CPU "
+        "runs do so anyway.",
     )
     save_merged: bool = option(
         False, "At the end, also write the merged model, a plain transformers folder.", on_resume="free"

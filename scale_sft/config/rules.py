@@ -96,6 +96,18 @@ def broken_selection(sparse: SparseConfig) -> list[str]:
     default = SparseConfig()
     given = [name for name in ("score", "draw", "selection_batches") if getattr(sparse, name) != getattr(default, name)]
     given += ["budget"] * (sparse.budget == "global")
+    growth = ("exchange_if_better", "seed_moments", "growth_warmup_steps")
+    moved = next((name for name in growth if getattr(sparse, name) != getattr(default, name)), None)
+    if moved and sparse.method in ("ma", "random"):
+        mistakes.append(
+            f"{moved}: got {getattr(sparse, moved)} with method {sparse.method}, expected ag or static: "
+            "only they keep moments of entries that grow by gradient"
+        )
+    if sparse.exchange_if_better and sparse.score in ("weight", "gradient_weight"):
+        mistakes.append(
+            f"exchange_if_better: got it with score {sparse.score}, expected a score of gradients alone: the "
+            "weights under active entries are not compared"
+        )
     if sparse.method == "random" and given:
         mistakes.append(
             f"{given[0]}: got {getattr(sparse, given[0])} with method random, which chooses from the seed alone. Fix: "

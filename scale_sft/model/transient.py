@@ -60,10 +60,10 @@ class TransientDeltas:
     def write(self) -> None:
         """Do nothing: the next effective weight reads the new values."""
 
-    def release(self, delta: SparseDelta) -> None:
+    def release(self, *deltas: SparseDelta) -> None:
         """Do nothing: weights hold only the base."""
 
-    def adopt(self, delta: SparseDelta) -> None:
+    def adopt(self, *deltas: SparseDelta) -> None:
         """Do nothing: the next effective weight reads the new indices."""
 
     def overwrite(self, delta: SparseDelta, base: Tensor) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from scale_sft.adapters.base_files import require_mergeable
 from scale_sft.distributed.cluster import Cluster
+from scale_sft.model.compiled_blocks import compile_blocks, decoder_blocks
 from scale_sft.model.empty import empty_model
 from scale_sft.model.loading import base_location, load_base
 from scale_sft.model.memory import PeakMemory
@@ -53,6 +54,8 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
     if inputs.start:
         inputs.start.put_into(sparse)
     objective = objective_of(inputs, cluster, sparse)
+    if config.model.compile == "blocks":
+        _compile(sparse)
     return Session(
         inputs=inputs,
         cluster=cluster,
@@ -72,3 +75,13 @@ def _check_hub_base(inputs: Inputs) -> None:
     model = empty_model(inputs.model_config, trust_remote_code=config.model.trust_remote_code)
     targets = find_targets(model, config.sparse.target_modules, config.sparse.exclude_modules)
     require_mergeable(config.model, model, {target.name: target.shape for target in targets}, loaded=True)
+
+
+def _compile(sparse: SparseModel) -> None:
+    """Compile the blocks. With several ranks they run as they are while entries or candidates are chosen.
+
+    Ranks meet in such backward passes, once per weight, and a graph may choose an order of its own.
+    """
+    recorder = sparse.tuning.recorder
+    meeting = lambda: sparse.group.size > 1 and (recorder.proposing or sparse.choosing is not None)
+    compile_blocks(decoder_blocks(sparse.model, recorder.store.names), as_they_are=meeting)

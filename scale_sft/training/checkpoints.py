@@ -59,6 +59,12 @@ _BEFORE = {
     "selection_batches": 0,
     "budget": "weight",
     "budget_floor": 0.1,
+    "compile": "off",
+    "deterministic": False,
+    "exchange_if_better": False,
+    "seed_moments": True,
+    "growth_warmup_steps": 0,
+    "rate_scaling": "none",
 }
 """What runs did before these options existed. Not their defaults, which may change."""
 

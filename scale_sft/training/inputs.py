@@ -29,7 +29,9 @@ from scale_sft.distributed.tracking import refuse_unknown_tracker
 from scale_sft.distributed.world import World
 from scale_sft.errors import UserError
 from scale_sft.model.attention import Attention, choose_attention
+from scale_sft.model.compiled_blocks import refuse_uncompilable
 from scale_sft.model.coverage import Coverage, coverage
+from scale_sft.model.determinism import refuse_unrepeatable
 from scale_sft.model.loading import (
     enable_checkpointing,
     load_model_config,
@@ -112,6 +114,7 @@ def read_inputs(config: Config) -> Inputs:
     data, run = config.data, config.run
     tokenizer = use_template(load_tokenizer(config.model), data.chat_template)
     world = World.from_environment()
+    refuse_unrepeatable(config, world.device())
     _check_batch(config, world.size)
     tokens = max_length(data.max_length, model_config)
     data = replace(data, max_length=tokens)
@@ -127,6 +130,8 @@ def read_inputs(config: Config) -> Inputs:
         budget_of(config.sparse, shapes)
     counts = start.counts if start else None
     placement = choose_placement(config, model_config, dtype, world, quantization, counts)
+    if config.model.compile == "blocks":
+        refuse_uncompilable(world.device(), sharded=placement.sharded, attention=config.model.attention)
     if quantization and placement.sharded:
         refuse_corrupting_storage(quantization, dtype)
     reference = reference_of(config, shapes, dtype, quantization)

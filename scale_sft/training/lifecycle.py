@@ -12,8 +12,10 @@ from scale_sft.adapters.model_card import write_card
 from scale_sft.data.examples import Examples
 from scale_sft.data.preferences import Preferences
 from scale_sft.evaluation.held_out import Evaluation
+from scale_sft.model.visibility import visible_fraction
 from scale_sft.reporting.metrics import Metrics, NullMetrics
 from scale_sft.reporting.run_report import write_report
+from scale_sft.spiel.selection.spread import FRACTIONS, profiles
 
 from .best import best_step
 from .inputs import Inputs
@@ -139,6 +141,9 @@ def finish(session: Session, metrics: Metrics | NullMetrics, run: RunFolder) -> 
     cluster, config = session.cluster, session.inputs.config
     cluster.check_identical(session.tuning.digests, "the deltas at the end")
     session.check_packed_base()
+    session.visible_fraction = visible_fraction(session.sparse)
+    if warning := _vanishing(session):
+        metrics.note(warning)
     cluster.on_main(lambda: run.save_adapter(session.adapter()))
     metrics.summary(**_totals(session))
     written: dict[str, Path] = {"adapter": run.adapter}
@@ -171,6 +176,21 @@ def finish(session: Session, metrics: Metrics | NullMetrics, run: RunFolder) -> 
     metrics.describe("done", rows)
 
 
+_MOST_VISIBLE = 0.9
+
+
+def _vanishing(session: Session) -> str | None:
+    """Warn of deltas that vanish in the merged model, if it rounds to bfloat16."""
+    visible = session.visible_fraction
+    rounds = session.inputs.dtype is torch.bfloat16 or session.inputs.quantization is not None
+    if visible is None or visible >= _MOST_VISIBLE or not rounds:
+        return None
+    return (
+        f"warning: {1 - visible:.0%} of the deltas are smaller than half a bfloat16 step of their weight and vanish in "
+        "the merged model. Fix: raise learning_rate or train longer"
+    )
+
+
 def _totals(session: Session) -> dict[str, Any]:
     """Count entries by cohort and measure the deltas of each weight, for the report."""
     store, cohorts = session.tuning.store, len(session.tuning.cohort_steps)
@@ -181,12 +201,15 @@ def _totals(session: Session) -> dict[str, Any]:
             "cohort_counts": torch.bincount(delta.cohort.int(), minlength=cohorts).tolist(),
             "l2_delta": float(torch.linalg.vector_norm(delta.deltas)),
             "max_abs_delta": float(delta.deltas.abs().max()),
+            **dict(zip(("spread_rows", "spread_columns"), profiles(delta.indices, delta.shape), strict=True)),
         }
         for delta in store
     }
     return {
         "load_peak_bytes": session.load_peak_bytes,
         "active": store.active,
+        "visible_in_bfloat16": f"{session.visible_fraction:.1%} of the deltas",
+        "spread_fractions": list(FRACTIONS),
         "cohort_steps": session.tuning.cohort_steps,
         "cohort_counts": store.cohort_counts(cohorts),
         "per_weight": per_weight,

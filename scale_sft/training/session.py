@@ -42,6 +42,7 @@ class Session:
     loaded_on: torch.device | None = None  # where a quantised base was quantised
     evaluations: dict[int, Evaluation] = field(default_factory=dict)  # by step
     skipped_steps: list[int] = field(default_factory=list)  # without an update: loss or gradient was not finite
+    visible_fraction: float | None = None  # of the deltas, in a merged model in bfloat16; measured at the end
     samples: list[Answer] = field(default_factory=list)  # of the last evaluation
 
     @property
@@ -154,6 +155,8 @@ class Session:
         adapter = trained_adapter(self.sparse, config.model.base, config.model.revision, self.loaded_on)
         if config.data.chat_template:  # the base lacks it, and the merged model needs it
             adapter.info["chat_template"] = self.inputs.tokenizer.chat_template
+        if self.visible_fraction is not None:
+            adapter.info["visible_in_bfloat16"] = round(self.visible_fraction, 4)
         end = taught_end(self.inputs.train, self.inputs.tokenizer)
         if end is not None:
             adapter.info[INFO_KEY] = end

@@ -97,9 +97,8 @@ def test_it_is_measured_once_per_base_and_data_and_then_taken_from_the_cache(
 def test_a_reference_adapter_is_part_of_the_reference(train_run, prefer, session, tmp_path, kind, dtype):
     adapter = train_run(output_dir=str(tmp_path / "sft"), dtype=dtype) / "adapter"
     run = prefer(dtype=dtype, reference_adapter=str(adapter), reference=kind)
-    model = AutoModelForCausalLM.from_pretrained(
-        run.inputs.config.model.base, dtype=getattr(torch, dtype), attn_implementation=run.inputs.attention.name
-    )
+    own = {"dtype": getattr(torch, dtype), "attn_implementation": run.inputs.attention.name}
+    model = AutoModelForCausalLM.from_pretrained(run.inputs.config.model.base, **own)
     apply_adapter(model, Adapter.load(adapter))
     expected = all_of(run, model)
     trained = all_of(run)
