@@ -33,8 +33,8 @@ def pick_kernel(gradient, row_starts, columns, out, width, BLOCK: tl.constexpr):
 def picked_entries(left: Tensor, right: Tensor, wanted: Wanted) -> bool:
     """Compute out[k] += dW[row(k), column(k)] for all wanted entries, dW = left^T right: a `Products`, always True.
 
-    dW is rounded to the factors' dtype, then to that of `out`, and the result equals `dense_products` bit for bit. This does not wait for the
-    device.
+    dW is rounded to the factors' dtype, then to that of `out`, and the result equals `dense_products` bit for bit. This
+    does not wait for the device.
 
     Args:
         left: [T, R], right: [T, C]; fp32, bf16 or fp16, both the same.
