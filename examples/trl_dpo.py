@@ -35,7 +35,7 @@ trainer = DPOTrainer(
         learning_rate=5e-3,
         beta=0.1,
         bf16=False,
-        logging_steps=10,
+        logging_steps=5,
         report_to=[],
     ),
     train_dataset=Dataset.from_list(pairs),

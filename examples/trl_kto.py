@@ -36,7 +36,7 @@ trainer = KTOTrainer(
         per_device_train_batch_size=8,
         learning_rate=5e-3,
         bf16=False,
-        logging_steps=10,
+        logging_steps=5,
         report_to=[],
     ),
     train_dataset=Dataset.from_list(answers),

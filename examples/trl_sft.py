@@ -31,7 +31,7 @@ trainer = SFTTrainer(
         per_device_train_batch_size=16,
         learning_rate=1e-2,
         bf16=False,
-        logging_steps=10,
+        logging_steps=5,
         report_to=[],
     ),
     train_dataset=Dataset.from_list(examples),  # of prompt and completion; only completions count

@@ -144,3 +144,50 @@ def under_library(library: str, late: bool, folder: str) -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     end_process()
+
+
+def under_peft(library: str, folder: str) -> None:
+    """Train a SpIEL adapter of PEFT under a Trainer; leave this rank's entries."""
+    import os
+    from pathlib import Path
+
+    from datasets import Dataset
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+    import scale_sft
+    from scale_sft.peft import SpielConfig
+
+    base = Path(scale_sft.__file__).parent / "assets" / "demo" / "base"
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = SpielConfig(density=0.02, update_interval_steps=3, estimation_steps=3)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, model.config.vocab_size, (64, 24), generator=generator)
+    options = {
+        "output_dir": folder, "max_steps": 8, "per_device_train_batch_size": 4 // size, "use_cpu": True, "seed": 1,
+        "report_to": [], "disable_tqdm": True, "save_strategy": "no", "dataloader_pin_memory": False,
+        "logging_strategy": "no", "gradient_accumulation_steps": 2, "learning_rate": 1e-2,
+    }  # fmt: skip
+    if library == "trainer":
+        rows = [{"input_ids": row, "labels": row} for row in ids]
+        trainer = Trainer(get_peft_model(model, config), TrainingArguments(**options), train_dataset=rows)
+    else:
+        from trl import SFTConfig, SFTTrainer
+
+        rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+        trainer = SFTTrainer(
+            model, SFTConfig(**options, bf16=False), train_dataset=rows, peft_config=config,
+            processing_class=AutoTokenizer.from_pretrained(base),
+        )  # fmt: skip
+    trainer.train()
+    tuner = trainer.model.base_model
+    found = {
+        "indices": {layer.weight_name: layer.spiel_indices["default"] for layer in tuner.spiel_layers()},
+        "deltas": {layer.weight_name: layer.spiel_values["default"].detach().clone() for layer in tuner.spiel_layers()},
+        "reallocations": tuner.sessions["default"].reallocations,
+    }
+    torch.save(found, Path(folder) / f"{rank}of{size}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    end_process()
