@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import runpy
 import sys
 import types
@@ -156,3 +157,14 @@ def test_an_example_trains_drops_and_grows_and_its_reference_is_the_base(script,
             assert torch.equal(model(ids).logits, base(ids).logits)
     assert not torch.equal(tuned, base(ids).logits)
     assert Adapter.load(tmp_path / "adapter").active() == session_of(model).store.active
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
+def test_the_examples_of_the_page_run_one_after_the_other(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    page = (EXAMPLES.parent / "docs" / "peft.md").read_text(encoding="utf-8")
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(code, "docs/peft.md", "exec"), names)
+    assert set(names["model"].peft_config) == {"default", "both"} and (tmp_path / "copy").is_dir()
