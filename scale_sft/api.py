@@ -17,6 +17,7 @@ from scale_sft.adapters.start import Start
 from scale_sft.adapters.trained import trained_adapter
 from scale_sft.config.loading import load_sections, unknown
 from scale_sft.config.options import ModelConfig, OptimizerConfig, SparseConfig
+from scale_sft.config.rules import broken_selection
 from scale_sft.distributed.existing import existing_ranks
 from scale_sft.errors import UserError, first_line
 from scale_sft.model.exposure import carries_deltas
@@ -128,6 +129,8 @@ def _sections(options: dict[str, Any]) -> tuple[SparseConfig, OptimizerConfig]:
             f"estimation_steps: got {sparse.estimation_steps}, expected at most update_interval_steps "
             f"({sparse.update_interval_steps}). Fix: lower it"
         )
+    if mistakes := broken_selection(sparse):
+        raise UserError(mistakes[0])
     return sparse, sections["optimizer"]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from types import ModuleType
@@ -45,6 +46,7 @@ def train(session, metrics, checkpoints) -> None:
     from scale_sft.training.best import best_step, hopeless
 
     optimizer, cluster = session.optimizer, session.cluster
+    select_entries(session, metrics)
     evaluate_if_due(session, metrics, checkpoints.run)
     for step in range(session.step + 1, session.inputs.steps + 1):
         if hopeless(session.evaluations, session.step, session.inputs.config.run.early_stopping_steps):
@@ -105,6 +107,31 @@ def forward_backward(session, batch: list[int]) -> tuple[float, dict[str, int]]:
         positions += micro_batch["input_ids"].numel()
     mean, positions = cluster.sum_and_agree(float(total), positions)
     return mean, {"target": target_tokens, "all": all_tokens, "padding": positions - all_tokens}
+
+
+def select_entries(session, metrics) -> None:
+    """Choose the entries before the first update, from the gradients of `selection_batches` global batches.
+
+    The batches are the first of the training order; nothing is trained. Without the option the first entries are
+    random.
+    """
+    inputs, cluster = session.inputs, session.cluster
+    sparse, count = inputs.config.sparse, inputs.config.sparse.selection_batches
+    if not count or session.step:
+        return
+
+    def run(number: int) -> None:
+        forward_backward(session, inputs.order.batch((number - 1) % inputs.steps + 1))
+        cluster.raise_if_stopping()
+
+    began = time.perf_counter()
+    with metrics.phase("choosing entries"):
+        session.sparse.choose_entries(partial(run, number) for number in range(1, count + 1))
+    how = "the best" if sparse.draw == "top" else f"sampled at temperature {sparse.temperature:g}"
+    seconds = time.perf_counter() - began
+    metrics.note(
+        f"entries: {how} by {sparse.score} (selection_batches {count}), before the first update: {seconds:.1f} s"
+    )
 
 
 def reallocate(session, metrics, step: int) -> None:

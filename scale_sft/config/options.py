@@ -13,7 +13,8 @@ from typing import Any
 
 from scale_sft.errors import UserError
 
-from .fields import a_density, a_pattern, above, at_least, between, option, two_betas
+from .fields import a_pattern, above, at_least, between, option, two_betas
+from .sparse_options import SparseConfig as SparseConfig
 
 DEMO = "demo"
 """As `base`, `train_data`, `eval_data`: the small pretrained model and the task that ship with the package."""
@@ -70,79 +71,6 @@ class ModelConfig:
     )
     trust_remote_code: bool = option(
         False, "Run model code that comes with the base. Only for sources that you trust.", on_resume="free"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparseConfig:
-    """The sparse deltas: which method, how many, where, and how they move."""
-
-    method: str = option(
-        "ag",
-        "ag: grow by accumulated gradients (SFT-AG); ma: grow by SM3 momentum approximation (SFT-MA, least memory); "
-        "static: choose once by gradient, then keep.",
-        choices=("ag", "ma", "static"),
-    )
-    density: float | None = option(
-        None,
-        "Fraction of each target weight that is trained. Exactly one budget must be given (none is needed with "
-        "start_from).",
-        check=a_density,
-        on_resume="by_effect",
-    )
-    tunable_weights: int | None = option(
-        None,
-        "Total number of trained entries, spread evenly over the target weights.",
-        check=at_least(1),
-        on_resume="by_effect",
-    )
-    rank_equivalent: int | None = option(
-        None,
-        "As many trained entries as LoRA of this rank would have: r * (rows + columns).",
-        check=at_least(1),
-        on_resume="by_effect",
-    )
-    start_from: str | None = option(
-        None,
-        "Folder of a finished adapter to train further in a new run: its indices and deltas are the initial state, its "
-        "entries per weight the budget. Base and targets must be its own; optimizer state starts fresh. ag and ma move "
-        "its indices from the first reallocation on, static keeps them.",
-        on_resume="by_effect",
-        path=True,
-    )
-    target_modules: tuple[str, ...] | str | None = option(
-        None,
-        "Layers to train: names ('q_proj,v_proj'; a module path or its end) or one regular expression for the whole "
-        "path. Default: all linear layers inside the transformer blocks.",
-        on_resume="by_effect",
-    )
-    update_interval_steps: int = option(20, "S: optimizer steps between reallocations.", check=at_least(1))
-    estimation_steps: int = option(
-        5, "G: steps over which candidates are estimated before a reallocation.", check=at_least(1)
-    )
-    initial_replacement_fraction: float = option(
-        0.2, "a: fraction of the active entries replaced at first; it falls to 0 over the run.", check=between(0, 1)
-    )
-    replacement_schedule: str = option("linear", "How the fraction falls to 0.", choices=("linear", "cosine"))
-    candidate_ratio: float = option(
-        1.0, "Candidates for growth per active entry (SFT-AG).", check=between(0, 100, open_low=True)
-    )
-    drop_criterion: str = option(
-        "magnitude",
-        "Drop the smallest |delta| (magnitude) or the smallest change since the last reallocation (change).",
-        choices=("magnitude", "change"),
-    )
-    delta_dtype: str = option(
-        "float32",
-        "Dtype of the deltas; bfloat16 saves 2 bytes per entry and loses updates that are small compared with their "
-        "delta. The update itself is computed in float32.",
-        choices=("float32", "bfloat16"),
-    )
-    proposal_batch_size: int | None = option(
-        None,
-        "Sequences of the global batch whose gradient proposes candidates (SFT-AG, static); default: the first "
-        "micro-step of all ranks. If set, candidates do not depend on how batches are cut into micro-batches.",
-        check=at_least(1),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .options import Config
+from .sparse_options import SparseConfig
 
 
 def broken_rules(config: Config) -> list[str]:
@@ -16,6 +17,7 @@ def broken_rules(config: Config) -> list[str]:
             f"budget: got {got}, expected exactly one of density, tunable_weights, rank_equivalent "
             "(for example --density 0.02)"
         )
+    mistakes += broken_selection(sparse)
     if run.steps and run.epochs:
         mistakes.append(f"length: got steps {run.steps} and epochs {run.epochs}, expected one of them")
     if sparse.estimation_steps > sparse.update_interval_steps:
@@ -41,4 +43,39 @@ def broken_rules(config: Config) -> list[str]:
             mistakes.append(f"{name}: needs eval_data")
     if run.early_stopping_steps and not (run.eval_every_steps and config.data.eval_data):
         mistakes.append("early_stopping_steps: needs eval_data and eval_every_steps")
+    return mistakes
+
+
+def broken_selection(sparse: SparseConfig) -> list[str]:
+    """Say which options of the selection contradict each other, or would do nothing."""
+    mistakes = []
+    default = SparseConfig()
+    given = [name for name in ("score", "draw", "selection_batches") if getattr(sparse, name) != getattr(default, name)]
+    given += ["budget"] * (sparse.budget == "global")
+    if sparse.method == "random" and given:
+        mistakes.append(
+            f"{given[0]}: got {getattr(sparse, given[0])} with method random, which chooses from the seed alone. Fix: "
+            f"leave it out, or use method static"
+        )
+        return mistakes
+    first = sparse.selection_batches > 0
+    if sparse.method == "ma" and given and not first:
+        mistakes.append(
+            f"{given[0]}: got {getattr(sparse, given[0])} with method ma, which grows by its accumulators, expected "
+            "selection_batches of at least 1: only the first choice can follow a score"
+        )
+    if first and sparse.start_from:
+        mistakes.append("selection_batches: got a number with start_from, whose entries are chosen already. Fix: use 0")
+    if sparse.budget == "global" and not first:
+        mistakes.append(
+            "budget: got global without selection_batches, expected at least 1: the ranking needs gradients"
+        )
+    quotas = [name for name in ("row_quota", "column_quota") if getattr(sparse, name) is not None]
+    if quotas and not first:
+        mistakes.append(f"{quotas[0]}: got a quota without selection_batches, expected at least 1")
+    if len(quotas) == 2 and min(getattr(sparse, name) for name in quotas) < 2:
+        mistakes.append(
+            "row_quota and column_quota: got one below 2, which together may not hold the budget, expected at least 2 "
+            "each, or one of them"
+        )
     return mistakes

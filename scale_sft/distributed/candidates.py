@@ -45,11 +45,57 @@ def select_candidates(ranks: Ranks, gradient: Tensor, count: int) -> Tensor:
     Raises:
         ValueError: C is out of range.
     """
-    n, world = gradient.numel(), ranks.size
-    if world == 1 or not 0 < count <= n:
+    n = gradient.numel()
+    if ranks.size == 1 or not 0 < count <= n:
         return top_k_magnitude(gradient, count)
-    part, integers = -(-n // world), _integers(n)
-    chosen, offset = _chosen(ranks, _keys(_own_part(ranks, gradient, part)), count, integers)
+    return _select(ranks, _own_part(ranks, gradient, -(-n // ranks.size)), n, count)
+
+
+def range_of_rank(ranks: Ranks, n: int) -> slice:
+    """Return the entries of a weight of `n` (N) whose sum this rank receives."""
+    part = -(-n // ranks.size)
+    return slice(min(n, part * ranks.rank), min(n, part * (ranks.rank + 1)))
+
+
+def sum_own_part(ranks: Ranks, gradient: Tensor) -> Tensor:
+    """Sum a gradient [N] over the ranks and return this rank's part of the sum: see `range_of_rank`."""
+    return gradient if ranks.size == 1 else _own_part(ranks, gradient, -(-gradient.numel() // ranks.size))
+
+
+def select_largest(ranks: Ranks, keys: Tensor, n: int, count: int) -> Tensor:
+    """Choose the entries with the largest keys of all ranks, as `select_candidates` does with magnitudes.
+
+    Args:
+        ranks: the ranks that call this together.
+        keys: float32, not negative, of this rank's part of `n` (N) entries: see `range_of_rank`.
+        n: N.
+        count: C, 0 <= C <= N.
+
+    Returns:
+        Flat indices [C] int64, sorted.
+
+    Raises:
+        ValueError: C is out of range.
+    """
+    if ranks.size == 1 or not 0 < count <= n:
+        return top_k_magnitude(keys, count)
+    return _select(ranks, keys.clone(), n, count)
+
+
+def join_parts(ranks: Ranks, keys: Tensor, n: int) -> Tensor:
+    """Put the ranks' parts of `n` (N) entries together on every rank: [N]."""
+    if ranks.size == 1:
+        return keys
+    padded = keys.new_zeros(-(-n // ranks.size))
+    padded[: keys.numel()] = keys
+    return ranks.gather(padded)[:n]
+
+
+def _select(ranks: Ranks, values: Tensor, n: int, count: int) -> Tensor:
+    """Choose the C entries of largest magnitude from the ranks' parts of N values, which are overwritten."""
+    part, integers = -(-n // ranks.size), _integers(n)
+    chosen, offset = _chosen(ranks, _keys(values), count, integers)
+    del values  # before memory is taken for the exchange
     own = chosen.nonzero().squeeze(1)  # the host waits for their number
     places = torch.arange(own.numel(), device=own.device).add_(offset)
     own += part * ranks.rank

@@ -21,7 +21,7 @@ from scale_sft.model.fingerprints import fingerprint
 from scale_sft.model.resident import WeightPart
 
 from .agreement import Ranks
-from .candidates import select_candidates
+from .candidates import join_parts, range_of_rank, select_candidates, select_largest, sum_own_part
 from .heartbeat import Heartbeat, end_stalled
 from .sharding import Fingerprints, Replicated, Sharding, ZeroShards, deepspeed_plugin, forget_launchers_deepspeed
 from .signals import Interrupted, Interruption
@@ -129,6 +129,22 @@ class Cluster(Ranks):
     def select_candidates(self, gradient: Tensor, count: int) -> Tensor:
         """Choose candidates from a gradient [N] summed over the ranks: see `candidates.select_candidates`."""
         return select_candidates(self, gradient, count)
+
+    def range_of(self, n: int) -> slice:
+        """Return the entries of a weight of `n` whose gradient this rank sums in `own_part`."""
+        return range_of_rank(self, n)
+
+    def own_part(self, gradient: Tensor) -> Tensor:
+        """Sum a gradient [N] over the ranks; returns this rank's part of it."""
+        return sum_own_part(self, gradient)
+
+    def choose(self, keys: Tensor, n: int, count: int) -> Tensor:
+        """Choose the largest keys of all ranks' parts of `n` entries: see `candidates.select_largest`."""
+        return select_largest(self, keys, n, count)
+
+    def join(self, keys: Tensor, n: int) -> Tensor:
+        """Put all ranks' parts of `n` entries together: [n]."""
+        return join_parts(self, keys, n)
 
     def tracking(self, name: str, settings: Mapping[str, Any]) -> Log | None:
         """Return the logging function of the tracker that the run was started with; only for the main rank."""

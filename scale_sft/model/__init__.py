@@ -10,6 +10,8 @@ fingerprints    hashes of the base
 fused_step      update and write in one pass
 group           the processes that train one model together
 sparse_settings all settings of sparse training
+method          the method of a sparse model, built from its settings
+first_choice    the choice of entries before the first update
 sparse_model    a model whose target weights carry deltas; shared by trainer, benchmarks and API
 sparse_optimizer  the owner of an optimizer step
 stepped         the interface between the two

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.kernels.cpu.topk import top_k_magnitude
+from scale_sft.spiel.selection.parts import Parts, WholeParts
 
 from .fingerprints import fingerprint
 from .resident import WeightPart
 
 
-class Group(Protocol):
+class Group(Parts, Protocol):
     """Processes that train one model together. All of them make the same calls in the same order."""
 
     @property
@@ -62,7 +63,7 @@ class Group(Protocol):
 
 
 @dataclass(frozen=True)
-class OneProcess:
+class OneProcess(WholeParts):
     """A process that trains alone and holds the base whole: nothing is summed, gathered or cut."""
 
     device: torch.device

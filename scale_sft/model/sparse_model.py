@@ -13,24 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError
-from scale_sft.kernels.backends import exchanges_of, products_of, triton_used
+from scale_sft.kernels.backends import triton_used
 from scale_sft.kernels.cpu import compile as native
-from scale_sft.kernels.moments import moments_of, resolve_moments
-from scale_sft.spiel.algorithm import SparseFineTuning
-from scale_sft.spiel.deltas import DeltaStore
-from scale_sft.spiel.settings import Backends
 from scale_sft.spiel.taps import detach as remove_tap
 
 from . import fused_step
 from .dropout import DropoutOff
 from .exposure import Exposure
 from .fingerprints import combine_fingerprints
+from .first_choice import FirstChoice, weight_reader
 from .group import Group
+from .method import make_method
 from .packed_weights import PackedWeight, PlainWeight, packed_weights
 from .resident import ResidentDeltas
 from .sparse_optimizer import SparseOptimizer
 from .sparse_settings import SparseSettings
-from .targets import attach_taps, budget_of, find_targets
+from .targets import attach_taps, find_targets
 from .transient import TransientDeltas, attach_transient_taps
 
 Save = Callable[["SparseModel", Path], None]
@@ -76,7 +74,9 @@ class SparseModel:
         self.settings, self.group, self._save, self._find_ranks = settings, group, save, join
         self.targets = find_targets(model, settings.sparse.target_modules)
         self.shapes = {target.name: target.shape for target in self.targets}
-        self.tuning = self._method()
+        self.tuning = make_method(settings, self.shapes, lambda: self.group, weight_reader(self))
+        self.choosing: FirstChoice | None = None
+        """While the entries are chosen, before the first update."""
         self._exposure: Exposure | None = None
         self._dropout: DropoutOff | None = None
         self._optimizer: SparseOptimizer | None = None
@@ -97,28 +97,6 @@ class SparseModel:
             raise
 
     # --- made once ----------------------------------------------------------------------------------------------
-
-    def _method(self) -> SparseFineTuning:
-        settings, sparse, device = self.settings, self.settings.sparse, self.group.device
-        schedule = settings.reallocations
-        store = DeltaStore(
-            self.shapes,
-            settings.start or budget_of(sparse, self.shapes),
-            seed=settings.seed,
-            device=device,
-            cohorts=len(schedule.reallocations()),
-            keep_reference=sparse.drop_criterion == "change",
-            dtype=getattr(torch, sparse.delta_dtype),
-        )
-        backends = Backends(
-            select=lambda gradient, count: self.group.select_candidates(gradient, count),  # `group` may grow
-            products=products_of(device, settings.kernels),
-            exchanges=exchanges_of(device, settings.kernels),
-            moments=moments_of(resolve_moments(settings.optimizer.moments, settings.dtype)),
-            gradient_dtype=getattr(torch, settings.optimizer.gradient_dtype),
-            reuse_buffer=settings.quantization is None,  # next to a dequantised copy, memory is for one gradient only
-        )
-        return SparseFineTuning(store, settings.method, schedule, backends)
 
     def _packed(self, model: nn.Module) -> dict[str, PackedWeight | PlainWeight]:
         """Collect all quantised weights, and targets that are not, before the packed ones are cut into shards."""
@@ -199,13 +177,33 @@ class SparseModel:
 
     def _record(self, name: str, left: Tensor, right: Tensor) -> None:
         """Receive the factors of one weight's gradient in a backward pass: see `Record`."""
+        if self._away:
+            raise UserError("backward: got a call inside sparse.base(), expected it outside: deltas are trained")
+        if self.choosing is not None:
+            self.choosing.record(name, left, right)
+            return
         if self.exposed:
-            if self._away:
-                raise UserError("backward: got a call inside sparse.base(), expected it outside: deltas are trained")
             if self._optimizer is None:
                 raise UserError("backward: got no optimizer. Fix: call sparse.optimizer(lr=...) before the first step")
             self._optimizer.receive()
         self.tuning.recorder.record_product(name, left, right)
+
+    def choose_entries(self, batches: Iterable[Callable[[], None]]) -> None:
+        """Choose the entries before the first step, by option selection_batches; each of `batches` runs one batch.
+
+        Raises:
+            UserError: see `FirstChoice.apply`.
+        """
+        self.choosing = FirstChoice(self)
+        try:
+            for run in batches:
+                if self.choosing.complete:
+                    break
+                run()
+                self.choosing.end_batch()
+            self.choosing.apply()
+        finally:
+            self.choosing = None
 
     def load_state(
         self,
@@ -262,6 +260,8 @@ class SparseModel:
         modules = [tapped.module for tapped in self._tapped]
         self._exposure = Exposure(self.model, self.parameter, modules, self._note_load)
         self._dropout = DropoutOff(self.model)
+        if self.settings.sparse.selection_batches:
+            self.choosing = FirstChoice(self)
 
     def join(self) -> None:
         """Train with the processes that torch.distributed has now, if it had none before. Called as a step opens.

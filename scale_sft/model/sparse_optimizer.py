@@ -176,6 +176,9 @@ class SparseOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.sparse.choosing is not None:
+            self._choose()
+            return loss
         self._require_usable()
         self._take_gradient()
         self._scale_candidates()
@@ -196,6 +199,16 @@ class SparseOptimizer(torch.optim.Optimizer):
         self.end()
         self._tell_the_end()
         return loss
+
+    def _choose(self) -> None:
+        """Close one of the batches that choose the entries; after the last of them the next step is the first."""
+        self.sparse.require_attached("step")
+        choosing = self.sparse.choosing
+        if choosing and not choosing.complete:
+            choosing.end_batch()
+        if choosing and choosing.complete:
+            choosing.apply()
+            self.sparse.choosing = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients recorded since the last step."""
@@ -292,6 +305,10 @@ class SparseOptimizer(torch.optim.Optimizer):
         """
         if self._received:
             raise UserError("state_dict: got gradients that no step has used. Fix: call step() or zero_grad() before")
+        if self.sparse.choosing is not None:
+            raise UserError(
+                "state_dict: got a call while the entries are chosen, expected it after selection_batches steps"
+            )
         tuning, carrier = self.tuning, self.sparse.carrier
         weights = {name: {k: t.clone() for k, t in tuning.state_of(name).items()} for name in tuning.store.names}
         base = {}
@@ -333,6 +350,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         resumes = state["steps"] != self.steps  # accelerate loads an optimizer's own state into it
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self.zero_grad()
+        self.sparse.choosing = None
         self.resume(state["steps"], state["weights"].items(), state["counters"], state["base"])
         if resumes and isinstance(self.sparse.carrier, ResidentDeltas):
             with self.sparse.carrier.without():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from scale_sft.config.options import OptimizerConfig, SparseConfig
+from scale_sft.errors import UserError
 from scale_sft.spiel.schedules import LearningRateSchedule, ReallocationSchedule
+from scale_sft.spiel.selection.rule import SelectionRule
 from scale_sft.spiel.settings import MethodSettings
 
 from .quantization import Quantization
@@ -40,10 +43,15 @@ class SparseSettings:
             estimation_steps=self.sparse.estimation_steps,
             initial_replacement_fraction=self.sparse.initial_replacement_fraction,
             replacement_schedule=self.sparse.replacement_schedule,
-            only_first=self.sparse.method == "static",
+            only_first=self.sparse.method in ("static", "random"),
             estimates=self.sparse.method != "ma",
-            chosen=self.start is not None,
+            chosen=self.start is not None or self.sparse.method == "random" or self.sparse.selection_batches > 0,
         )
+
+    @property
+    def rule(self) -> SelectionRule:
+        """Build the rule that chooses entries from the options."""
+        return rule_of(self.sparse, self.seed)
 
     @property
     def learning_rates(self) -> LearningRateSchedule:
@@ -67,3 +75,21 @@ class SparseSettings:
             drop_criterion=self.sparse.drop_criterion,
             max_grad_norm=self.optimizer.max_grad_norm,
         )
+
+
+def rule_of(sparse: SparseConfig, seed: int) -> SelectionRule:
+    """Build the rule that chooses entries from the options.
+
+    Raises:
+        UserError: the score is unknown.
+    """
+    try:
+        return SelectionRule(
+            score=sparse.score,
+            temperature=sparse.temperature if sparse.draw == "sample" else math.inf,
+            seed=seed,
+            row_quota=sparse.row_quota,
+            column_quota=sparse.column_quota,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None

@@ -16,6 +16,17 @@ from .targets import Target
 from .transient import TransientDeltas
 
 
+class Choosing(Protocol):
+    """The part of `FirstChoice` that a step uses."""
+
+    @property
+    def complete(self) -> bool: ...
+
+    def end_batch(self) -> None: ...
+
+    def apply(self) -> None: ...
+
+
 class Sparse(Protocol):
     """The part of `SparseModel` that a step uses."""
 
@@ -23,10 +34,17 @@ class Sparse(Protocol):
     group: Group
     tuning: SparseFineTuning
     targets: list[Target]
+    shapes: dict[str, tuple[int, int]]
     carrier: ResidentDeltas | TransientDeltas
     parameter: nn.Parameter
     fused: bool
     overwritten: bool
+
+    @property
+    def choosing(self) -> Choosing | None: ...
+
+    @choosing.setter
+    def choosing(self, value: None) -> None: ...
 
     @property
     def base_hash(self) -> str: ...
@@ -40,6 +58,8 @@ class Sparse(Protocol):
     def require_joined(self) -> None: ...
 
     def require_intact(self, what: str) -> None: ...
+
+    def begin_with(self, entries: Iterable[tuple[str, Tensor, Tensor]]) -> None: ...
 
     def load_state(
         self,

@@ -15,7 +15,7 @@ from torch import nn
 
 from scale_sft.config.options import SparseConfig
 from scale_sft.errors import UserError
-from scale_sft.spiel.budgets import budget
+from scale_sft.spiel.budgets import as_lora_spends, budget
 from scale_sft.spiel.taps import Materialize, Record, WeightTap, attach
 
 from .packed_weights import is_quantized_layer
@@ -107,12 +107,13 @@ def budget_of(sparse: SparseConfig, shapes: dict[str, tuple[int, int]]) -> dict[
             f"rank_equivalent: got {rank:,}, expected 1 to {largest:,}: the target '{smallest}' is a weight of "
             f"{rows * columns:,} entries, and LoRA of rank {rank:,} has {rank * (rows + columns):,} parameters for it"
         )
-    return budget(
+    counts = budget(
         shapes,
         density=sparse.density,
         tunable_weights=sparse.tunable_weights,
         rank_equivalent=sparse.rank_equivalent,
     )
+    return as_lora_spends(counts, shapes) if sparse.budget == "rank" else counts
 
 
 def attach_taps(targets: list[Target], record: Record, materialize: Materialize = nullcontext) -> None:

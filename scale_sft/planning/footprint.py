@@ -126,7 +126,8 @@ def state_bytes(
 
 def proposes(sparse: SparseConfig) -> bool:
     """Tell whether gradients propose candidates at any time."""
-    return sparse.method == "ag" or (sparse.method == "static" and sparse.start_from is None)
+    chosen = sparse.start_from is not None or sparse.selection_batches > 0
+    return sparse.method == "ag" or (sparse.method == "static" and not chosen)
 
 
 def candidate_bytes(config: Config, active: int) -> int:

@@ -167,7 +167,8 @@ def _method(method: str | None) -> str | None:
     names = {
         "ag": "SFT-AG (accumulated gradients)",
         "ma": "SFT-MA (momentum approximation)",
-        "static": "static (selected by gradient once, then fixed)",
+        "static": "static (selected once, then fixed)",
+        "random": "random (drawn once from the seed, then fixed)",
     }
     return names.get(method, method) if method else None
 

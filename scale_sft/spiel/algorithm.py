@@ -18,7 +18,7 @@ from .digests import digest_states
 from .drop_grow import Exchange, apply_exchange, drop_scores
 from .indices import wrong_with_indices
 from .optimizers import SM3, AdamW, Optimizer
-from .recorder import CANDIDATE_STATE, GradientRecorder
+from .recorder import CANDIDATE_STATE, Candidates, GradientRecorder, largest
 from .schedules import Phase, ReallocationSchedule
 from .settings import Backends, MethodSettings
 
@@ -48,7 +48,7 @@ class Turnover:
 
 
 class SparseFineTuning:
-    """SFT-AG, SFT-MA or static selection over a store of deltas.
+    """SFT-AG, SFT-MA, static or random selection over a store of deltas.
 
     Args:
         store: the deltas; with a reference where the drop criterion is `change`.
@@ -66,6 +66,7 @@ class SparseFineTuning:
     ):
         backends = backends or Backends()
         self.store, self.settings, self.schedule, self.exchanges = store, settings, schedule, backends.exchanges
+        self.proposals = backends.proposals
         self.cohort_steps = [0]  # by cohort: the step that grew it
         decay = {"eps": settings.eps, "weight_decay": settings.weight_decay}
         self.optimizer: Optimizer
@@ -83,7 +84,7 @@ class SparseFineTuning:
             store,
             candidates_of(store, settings.candidate_ratio),
             estimation_steps=schedule.estimation_steps,
-            select=backends.select,
+            propose=self._propose if backends.proposals else largest(backends.select),
             dtype=backends.gradient_dtype,
             products=backends.products,
             reuse_buffer=backends.reuse_buffer,
@@ -91,7 +92,7 @@ class SparseFineTuning:
 
     @property
     def method(self) -> str:
-        """`ag`, `ma` or `static`."""
+        """`ag`, `ma`, `static` or `random`."""
         return self.settings.method
 
     def begin_step(self, step: int) -> None:
@@ -146,7 +147,27 @@ class SparseFineTuning:
             state = self.optimizer.state_of(delta.name)
             return self.exchanges.exchange_by_accumulators(delta.indices, scores, state["row"], state["col"], k)
         candidates = self.recorder.candidates[delta.name]
-        return self.exchanges.exchange_by_gradient(delta.indices, scores, candidates.indices, candidates.mean, k)
+        ranking = self._ranking(delta, candidates)
+        return self.exchanges.exchange_by_gradient(delta.indices, scores, candidates.indices, ranking, k)
+
+    def _propose(self, name: str, gradient: Tensor, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Choose candidates for the next reallocation by the rule of `proposals`."""
+        assert self.proposals is not None
+        return self.proposals.propose(name, gradient, count, len(self.cohort_steps))
+
+    def _ranking(self, delta: SparseDelta, candidates: Candidates) -> Tensor:
+        """Return values [C] fp32 of which the largest magnitudes grow first, in the reallocation under way."""
+        if self.proposals is None:
+            return candidates.mean
+        return self.proposals.rank(
+            delta.name,
+            delta.shape[1],
+            candidates.indices,
+            candidates.mean,
+            candidates.mean_square,
+            candidates.facts,
+            len(self.cohort_steps) - 1,
+        )
 
     def discard_step(self) -> None:
         """Ignore this step's gradients: no update and no estimate. Only the step count advances."""
@@ -195,6 +216,8 @@ class SparseFineTuning:
             count = (self.recorder.counts[name],)
             dtypes = (delta.entries.dtype, torch.float32, torch.float32)
             expected |= {kind: (count, dtype) for kind, dtype in zip(CANDIDATE_STATE, dtypes, strict=True)}
+            facts = self.proposals.facts(delta.shape, *count) if self.proposals else {}
+            expected |= {kind: (shape, torch.float32) for kind, shape in facts.items()}
         found = {kind: (tuple(tensor.shape), tensor.dtype) for kind, tensor in state.items()}
         if found != expected:
             kind = next(kind for kind in {**expected, **found} if expected.get(kind) != found.get(kind))

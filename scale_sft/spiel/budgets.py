@@ -30,6 +30,25 @@ def budget(
     return {name: max(1, min(wanted[name], size(*shapes[name]))) for name in shapes}
 
 
+def as_lora_spends(counts: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Divide the sum of `counts` over the weights in proportion to O + I, as LoRA of one rank would; at most N each.
+
+    What does not fit into a weight goes to the others in the same proportion.
+    """
+    shares: dict[str, int] = {}
+    total, rest = sum(counts.values()), dict(shapes)
+    while rest:
+        wanted = _spread(total, {name: o + i for name, (o, i) in rest.items()})
+        full = {name: o * i for name, (o, i) in rest.items() if wanted[name] >= o * i}
+        if not full:
+            shares |= {name: max(1, k) for name, k in wanted.items()}
+            break
+        shares |= full
+        total -= sum(full.values())
+        rest = {name: shape for name, shape in rest.items() if name not in full}
+    return {name: shares[name] for name in shapes}
+
+
 def _spread(total: int, sizes: Mapping[str, int]) -> dict[str, int]:
     """Split `total` in proportion to `sizes`; entries left over by rounding go to the largest remainders, in order."""
     everything = sum(sizes.values())

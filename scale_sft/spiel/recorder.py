@@ -6,7 +6,7 @@ Shapes: N = R * C' entries of a weight, K active, C candidates; T tokens. Estima
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,7 +23,15 @@ Products = Callable[[Tensor, Tensor, Sequence[tuple[Entries, Tensor]]], bool]
 """(left [T, R], right [T, C'], [(entries, out [K]), ...]): adds the entries of left^T right to each `out` and returns
 True; or returns False, doing nothing, if forming the full product is no slower."""
 
+Propose = Callable[[str, Tensor, int], tuple[Tensor, dict[str, Tensor]]]
+"""(name, gradient [O, I], C) -> [C] sorted indices of candidates, and the facts that their ranking needs later."""
+
 CANDIDATE_STATE = ("candidate_indices", "candidate_mean", "candidate_mean_square")
+
+
+def largest(select: Select) -> Propose:
+    """Propose the largest gradients, as in the paper; their ranking needs no other facts."""
+    return lambda name, gradient, count: (select(gradient.reshape(-1), count), {})
 
 
 def dense_products(left: Tensor, right: Tensor, wanted: Sequence[tuple[Entries, Tensor]]) -> None:
@@ -44,6 +52,7 @@ class Candidates:
     entries: Entries
     mean: Tensor  # [C] fp32
     mean_square: Tensor  # [C] fp32
+    facts: dict[str, Tensor] = field(default_factory=dict)  # fp32, what another rule than |gradient| ranks them by
 
     @property
     def indices(self) -> Tensor:
@@ -53,11 +62,11 @@ class Candidates:
     @property
     def tensors(self) -> list[Tensor]:
         """Return the tensors that are kept."""
-        return [*self.entries.tensors, self.mean, self.mean_square]
+        return [*self.entries.tensors, self.mean, self.mean_square, *self.facts.values()]
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that a checkpoint keeps, by name: views, except for the indices."""
-        return dict(zip(CANDIDATE_STATE, (self.indices, self.mean, self.mean_square), strict=True))
+        return dict(zip(CANDIDATE_STATE, (self.indices, self.mean, self.mean_square), strict=True)) | self.facts
 
 
 class GradientRecorder:
@@ -67,7 +76,7 @@ class GradientRecorder:
         store: the deltas whose active entries are recorded.
         candidates: C of each weight; needed only where a phase proposes.
         estimation_steps: G, over which Eq. 8 averages.
-        select: chooses candidates from one weight's gradient; the default sees this process only.
+        propose: chooses candidates from one weight's gradient; the default takes the largest that this process sees.
         dtype: of the recorded gradients: float32, or bfloat16, which sums micro-batches and ranks in bf16.
         products: computes only the wanted entries of a weight's gradient (appendix B); None: pick them from the full
             product.
@@ -80,14 +89,14 @@ class GradientRecorder:
         candidates: Mapping[str, int] | None = None,
         *,
         estimation_steps: int = 5,
-        select: Select = top_k_magnitude,
+        propose: Propose | None = None,
         dtype: torch.dtype = torch.float32,
         products: Products | None = None,
         reuse_buffer: bool = True,
     ):
-        self.store, self.counts, self.select = store, dict(candidates or {}), select
+        self.store, self.counts = store, dict(candidates or {})
         self.dtype, self.products, self.reuse_buffer = dtype, products, reuse_buffer
-        self.estimation_steps = estimation_steps
+        self.estimation_steps, self.propose = estimation_steps, propose or largest(top_k_magnitude)
         self.phase = Phase.OFF
         self.proposing = False  # this step chooses the candidates
         self.candidates: dict[str, Candidates] = {}
@@ -143,8 +152,10 @@ class GradientRecorder:
 
     def load_candidates(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Load a result of `Candidates.state` for one weight, in an open estimation phase."""
-        indices, mean, square = (state[key].to(self.store.device, copy=True) for key in CANDIDATE_STATE)
-        self.candidates[name] = Candidates(Entries(indices, self.store[name].shape), mean, square)
+        own = lambda key: state[key].to(self.store.device, copy=True)
+        indices, mean, square = map(own, CANDIDATE_STATE)
+        facts = {key: own(key) for key in state if key.startswith("candidate_") and key not in CANDIDATE_STATE}
+        self.candidates[name] = Candidates(Entries(indices, self.store[name].shape), mean, square, facts)
 
     def record_product(self, name: str, left: Tensor, right: Tensor) -> None:
         """Record the wanted entries of left^T right, the [R, C'] gradient of one weight in one backward pass.
@@ -177,9 +188,9 @@ class GradientRecorder:
         if self._watching and name not in self.received and bool(gradient.any()):
             self.received.add(name)
         if self.phase is not Phase.OFF and name not in self.candidates:
-            chosen = self.select(gradient.reshape(-1), self.counts[name])
+            chosen, facts = self.propose(name, gradient, self.counts[name])
             zeros = torch.zeros(chosen.shape, dtype=torch.float32, device=chosen.device)
-            self.candidates[name] = Candidates(Entries(chosen, self.store[name].shape), zeros, zeros.clone())
+            self.candidates[name] = Candidates(Entries(chosen, self.store[name].shape), zeros, zeros.clone(), facts)
         pick(gradient, self._wanted(name))
 
     def _wanted(self, name: str) -> list[tuple[Entries, Tensor]]:

@@ -33,7 +33,7 @@ class ReallocationSchedule:
     replacement_schedule: str = "linear"  # or "cosine"
     only_first: bool = False  # `static`: gradient-selected once at t = G, then fixed
     estimates: bool = True  # False for SFT-MA, which needs no candidates
-    chosen: bool = False  # the first entries are a finished adapter's and not random: `static` keeps them for good
+    chosen: bool = False  # the first entries are not to be replaced altogether: `static` keeps them for good
 
     def reallocates_at(self, step: int) -> bool:
         """Return True if drop and grow happen at the end of step `step` (counted from 1)."""

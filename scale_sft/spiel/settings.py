@@ -15,6 +15,7 @@ from . import drop_grow as in_torch
 from .drop_grow import Exchange
 from .moments import Moments, float32_moments
 from .recorder import Products, Select
+from .selection.proposals import Proposals
 from .topk import top_k_magnitude
 
 
@@ -23,9 +24,9 @@ class MethodSettings:
     """The method's settings, independent of hardware. Lengths and dates are in the schedule."""
 
     method: str = "ag"
-    """`ag` (SFT-AG), `ma` (SFT-MA) or `static` (chosen once by gradient)."""
+    """`ag` (SFT-AG), `ma` (SFT-MA), `static` (chosen once) or `random` (chosen once from a seed)."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of AdamW's moments (`ag`, `static`)."""
+    """Decay rates of AdamW's moments (all but `ma`)."""
     eps: float = 1e-8
     """Added to AdamW's denominator, or under SM3's root (`ma`)."""
     weight_decay: float = 0.0
@@ -56,6 +57,8 @@ class Backends:
 
     select: Select = top_k_magnitude
     """Choose candidates from one weight's gradient, summed over all ranks."""
+    proposals: Proposals | None = None
+    """Choose and rank candidates by another rule than |gradient|; None: `select` does."""
     products: Products | None = None
     """Compute entries of a weight's gradient; None: pick them from the full product."""
     exchanges: Exchanges = in_torch

@@ -51,6 +51,16 @@ _STATE_KEYS = {
 _FORMER_KEYS = {"gradient_paths"}
 """What earlier versions saved and this one has no use for: a choice among kernels that are gone."""
 
+_BEFORE = {
+    "score": "gradient",
+    "draw": "top",
+    "temperature": 1.0,
+    "selection_batches": 0,
+    "budget": "weight",
+    "budget_floor": 0.1,
+}
+"""What runs did before these options existed. Not their defaults, which may change."""
+
 
 class Checkpoints:
     """The checkpoints of one run; every method is called by all ranks."""
@@ -199,9 +209,9 @@ class Checkpoints:
         return saved.bytes, None
 
     def _comparable(self, identity: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Treat `cpu` and `auto` as one value of option kernels where there is no GPU: they are the same there."""
+        """Add options that an older version did not have, and take `cpu` and `auto` as one where there is no GPU."""
         alike = self.session.cluster.device.type == "cpu" and identity.get("kernels") == "auto"
-        return {**identity, "kernels": "cpu"} if alike else identity
+        return {**_BEFORE, **identity, **({"kernels": "cpu"} if alike else {})}
 
     def _identity(self) -> dict[str, Any]:
         """Collect what a run must have in common with a checkpoint to resume from it, as plain JSON."""

@@ -27,6 +27,7 @@ from scale_sft.distributed.world import World
 from scale_sft.errors import UserError
 from scale_sft.model.loading import load_model_config, load_tokenizer, max_length, resolve_dtype
 from scale_sft.model.quantization import Quantization, refuse_corrupting_storage, resolve_quantization
+from scale_sft.model.sparse_settings import rule_of
 from scale_sft.model.targets import budget_of, find_targets
 from scale_sft.planning.footprint import empty_model
 from scale_sft.planning.placement import Placement, choose_placement
@@ -87,6 +88,7 @@ def read_inputs(config: Config) -> Inputs:
             `load_examples`, `refuse_misfit`; or the batch does not divide over the ranks.
     """
     refuse_unknown_tracker(config.run.tracker)
+    rule_of(config.sparse, config.run.seed)
     model_config = load_model_config(config.model)
     quantization = resolve_quantization(config.model, model_config)
     data, run = config.data, config.run

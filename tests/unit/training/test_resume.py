@@ -69,9 +69,18 @@ def flip(file, place=-1):
 
 
 LEAN = {"moments": "int8", "gradient_dtype": "bfloat16", "delta_dtype": "bfloat16"}
+SAMPLED = {"selection_batches": 2, "score": "balanced", "draw": "sample", "temperature": 0.5}
+OPTIONS = {
+    "plain": {},
+    "lean": LEAN,
+    "mixed": {"moments": "mixed"},
+    "sampled growth": SAMPLED,
+    "static, with a quota": SAMPLED | {"method": "static", "row_quota": 2.0},
+    "random": {"method": "random"},
+}
 
 
-@pytest.mark.parametrize("options", [{}, LEAN, {"moments": "mixed"}], ids=["plain", "lean", "mixed"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_resumed_run_leaves_the_same_bits_and_each_step_once(options, train_run, crashing_run, saving, tmp_path):
     saving = saving | options
     whole = train_run(**{**saving, "output_dir": str(tmp_path / "whole")})

@@ -1,0 +1,118 @@
+"""The options of the sparse deltas: which method, how many entries, which of them, and how they move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .fields import a_density, at_least, between, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseConfig:
+    """The sparse deltas: which method, how many, where, and how they move."""
+
+    method: str = option(
+        "ag",
+        "ag: grow by accumulated gradients (SFT-AG); ma: grow by SM3 momentum approximation (SFT-MA, least memory); "
+        "static: choose once, then keep; random: choose once from the seed alone, then keep (no candidates, ever).",
+        choices=("ag", "ma", "static", "random"),
+    )
+    score: str = option(
+        "gradient",
+        "How much an entry promises: gradient (|mean gradient|), snr (mean over rms of batches), balanced (gradient "
+        "over sqrt(rms of row x rms of column): spread), weight (|weight|), gradient_weight (|gradient x weight|), "
+        "random, or one of your own (docs/selection.md).",
+    )
+    draw: str = option(
+        "top",
+        "top: train the entries with the highest scores; sample: draw them in proportion to score^temperature.",
+        choices=("top", "sample"),
+    )
+    temperature: float = option(
+        1.0, "With draw sample: 0 draws uniformly; the higher, the closer to draw top.", check=between(0, 1e6)
+    )
+    selection_batches: int = option(
+        0,
+        "Global batches whose gradients choose the entries before the first update. 0: as in the paper, start from "
+        "random entries and replace all of them after estimation_steps updates. Until then the ranks together hold 4 "
+        "bytes per entry of the target weights (snr: 12).",
+        check=at_least(0),
+    )
+    budget: str = option(
+        "weight",
+        "How entries are divided over the weights: weight (each as density, tunable_weights or rank_equivalent says), "
+        "rank (the same total, in proportion to rows + columns, as LoRA would), global (the same total, one ranking of "
+        "all entries; needs selection_batches).",
+        choices=("weight", "rank", "global"),
+    )
+    budget_floor: float = option(
+        0.1, "With budget global: each weight keeps this fraction of its own share.", check=between(0, 1)
+    )
+    row_quota: float | None = option(
+        None,
+        "No row gets more than this many times the mean of all rows (first choice by selection_batches). Default: no "
+        "quota.",
+        check=at_least(1),
+    )
+    column_quota: float | None = option(None, "The same for columns.", check=at_least(1))
+    density: float | None = option(
+        None,
+        "Fraction of each target weight that is trained. Exactly one budget must be given (none is needed with "
+        "start_from).",
+        check=a_density,
+        on_resume="by_effect",
+    )
+    tunable_weights: int | None = option(
+        None,
+        "Total number of trained entries, spread evenly over the target weights.",
+        check=at_least(1),
+        on_resume="by_effect",
+    )
+    rank_equivalent: int | None = option(
+        None,
+        "As many trained entries as LoRA of this rank would have: r * (rows + columns).",
+        check=at_least(1),
+        on_resume="by_effect",
+    )
+    start_from: str | None = option(
+        None,
+        "Folder of a finished adapter to train further in a new run: its indices and deltas are the initial state, its "
+        "entries per weight the budget. Base and targets must be its own; optimizer state starts fresh. ag and ma move "
+        "its indices from the first reallocation on, static keeps them.",
+        on_resume="by_effect",
+        path=True,
+    )
+    target_modules: tuple[str, ...] | str | None = option(
+        None,
+        "Layers to train: names ('q_proj,v_proj'; a module path or its end) or one regular expression for the whole "
+        "path. Default: all linear layers inside the transformer blocks.",
+        on_resume="by_effect",
+    )
+    update_interval_steps: int = option(20, "S: optimizer steps between reallocations.", check=at_least(1))
+    estimation_steps: int = option(
+        5, "G: steps over which candidates are estimated before a reallocation.", check=at_least(1)
+    )
+    initial_replacement_fraction: float = option(
+        0.2, "a: fraction of the active entries replaced at first; it falls to 0 over the run.", check=between(0, 1)
+    )
+    replacement_schedule: str = option("linear", "How the fraction falls to 0.", choices=("linear", "cosine"))
+    candidate_ratio: float = option(
+        1.0, "Candidates for growth per active entry (SFT-AG).", check=between(0, 100, open_low=True)
+    )
+    drop_criterion: str = option(
+        "magnitude",
+        "Drop the smallest |delta| (magnitude) or the smallest change since the last reallocation (change).",
+        choices=("magnitude", "change"),
+    )
+    delta_dtype: str = option(
+        "float32",
+        "Dtype of the deltas; bfloat16 saves 2 bytes per entry and loses updates that are small compared with their "
+        "delta. The update itself is computed in float32.",
+        choices=("float32", "bfloat16"),
+    )
+    proposal_batch_size: int | None = option(
+        None,
+        "Sequences of the global batch whose gradient proposes candidates (SFT-AG, static); default: the first "
+        "micro-step of all ranks. If set, candidates do not depend on how batches are cut into micro-batches.",
+        check=at_least(1),
+    )

@@ -1,0 +1,90 @@
+"""The choice of a model's entries before the first update.
+
+Shapes: O rows, I columns of a weight; T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from scale_sft.errors import UserError
+from scale_sft.spiel.selection.parts import ReadWeight
+from scale_sft.spiel.selection.survey import Survey
+
+from .stepped import Sparse
+from .transient import TransientDeltas
+
+
+def weight_reader(sparse: Sparse) -> ReadWeight:
+    """Make a function that reads whole weights of a sparse model as they are now, dequantised where they are packed."""
+
+    @contextmanager
+    def read(name: str) -> Iterator[Tensor]:
+        if isinstance(sparse.carrier, TransientDeltas):
+            yield sparse.carrier.effective_weight(name)
+            return
+        weight = next(target.weight for target in sparse.targets if target.name == name)
+        with sparse.group.materialize(weight) as whole:
+            yield whole
+
+    return read
+
+
+class FirstChoice:
+    """The choice of a model's entries before the first update, from the gradients of several batches.
+
+    While it is open, backward passes add to a survey and train nothing.
+
+    Args:
+        sparse: the model, before its first step; its deltas are 0.
+    """
+
+    def __init__(self, sparse: Sparse):
+        self.sparse, self.batches = sparse, sparse.settings.sparse.selection_batches
+        self.survey = Survey(sparse.shapes, sparse.settings.rule, sparse.group, weight_reader(sparse))
+        self.received = False
+        """Whether the batch in progress has had a backward pass."""
+        if not self.survey.needs_batches:
+            self.batches = 0
+
+    @property
+    def complete(self) -> bool:
+        """True once all batches have been seen."""
+        return self.survey.batches >= self.batches
+
+    def record(self, name: str, left: Tensor, right: Tensor) -> None:
+        """Receive the factors of one weight's gradient in a backward pass."""
+        if not self.received and not self.survey.batches:
+            self.sparse.join()
+            self.survey.parts = self.sparse.group
+        self.received = True
+        self.survey.record(name, left, right)
+
+    def end_batch(self) -> None:
+        """Close a global batch.
+
+        Raises:
+            UserError: it had no backward pass.
+        """
+        if not self.received:
+            raise UserError("step: got no gradient since the last step. Fix: call loss.backward() before step()")
+        self.survey.end_batch()
+        self.received = False
+
+    def apply(self) -> None:
+        """Choose the entries and make them the model's, with deltas of 0.
+
+        Raises:
+            UserError: a gradient or a score is not finite, a quota does not hold the budget, or processes differ.
+        """
+        sparse, store = self.sparse, self.sparse.tuning.store
+        try:
+            chosen = self.survey.choose({delta.name: delta.active for delta in store})
+        except ValueError as error:
+            raise UserError(f"selection: {error}") from None
+        sparse.begin_with((name, indices, torch.zeros_like(store[name].deltas)) for name, indices in chosen.items())
+        sparse.group.check_identical(sparse.tuning.digests, "the entries that were chosen")

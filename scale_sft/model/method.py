@@ -1,0 +1,77 @@
+"""The method of a sparse model, built from its settings: store, schedule, back ends, and the rule of growth.
+
+Shapes: O rows, I columns of a weight; K active entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scale_sft.errors import UserError
+from scale_sft.kernels.backends import exchanges_of, products_of
+from scale_sft.kernels.moments import moments_of, resolve_moments
+from scale_sft.spiel.algorithm import SparseFineTuning
+from scale_sft.spiel.deltas import DeltaStore
+from scale_sft.spiel.selection.parts import ReadWeight
+from scale_sft.spiel.selection.proposals import Proposals
+from scale_sft.spiel.settings import Backends
+
+from .group import Group
+from .sparse_settings import SparseSettings
+from .targets import budget_of
+
+
+def make_method(
+    settings: SparseSettings,
+    shapes: Mapping[str, tuple[int, int]],
+    group: Callable[[], Group],
+    read_weight: ReadWeight,
+) -> SparseFineTuning:
+    """Build the method over a fresh store.
+
+    Args:
+        settings: what to do.
+        shapes: (O, I) of each target weight by name.
+        group: returns the processes that train together, which may grow in number.
+        read_weight: see `ReadWeight`.
+    """
+    sparse, schedule, device = settings.sparse, settings.reallocations, group().device
+    store = DeltaStore(
+        shapes,
+        settings.start or budget_of(sparse, dict(shapes)),
+        seed=settings.seed,
+        device=device,
+        cohorts=len(schedule.reallocations()),
+        keep_reference=sparse.drop_criterion == "change",
+        dtype=getattr(torch, sparse.delta_dtype),
+    )
+    rule, plain = settings.rule, settings.rule.is_plain
+    backends = Backends(
+        select=lambda gradient, count: group().select_candidates(gradient, count),
+        proposals=None if plain else ModelProposals(rule, group, read_weight, schedule.estimation_steps),
+        products=products_of(device, settings.kernels),
+        exchanges=exchanges_of(device, settings.kernels),
+        moments=moments_of(resolve_moments(settings.optimizer.moments, settings.dtype)),
+        gradient_dtype=getattr(torch, settings.optimizer.gradient_dtype),
+        reuse_buffer=settings.quantization is None,  # next to a dequantised copy, memory is for one gradient only
+    )
+    return SparseFineTuning(store, settings.method, schedule, backends)
+
+
+class ModelProposals(Proposals):
+    """Proposals whose errors are the user's to read."""
+
+    def rank(self, *arguments: Any) -> Tensor:
+        """Compute the keys of candidates.
+
+        Raises:
+            UserError: a score is NaN or negative.
+        """
+        try:
+            return super().rank(*arguments)
+        except ValueError as error:
+            raise UserError(str(error)) from None

@@ -1,0 +1,136 @@
+"""Gradients of several batches before the first update, and the first choice of entries made from them.
+
+Shapes: O rows, I columns, N = O * I entries of a weight; W processes, each with n = ceil(N / W) of them (the last ones
+may have fewer); K entries to choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .evidence import margins_of
+from .parts import Parts, ReadWeight
+from .quotas import choose_within
+from .rule import SelectionRule
+from .shares import global_shares
+
+
+class Survey:
+    """The sums of gradients over batches, from which the first choice of entries is made.
+
+    This process keeps 4 bytes for each of its n entries; 12 where the score reads squares.
+
+    Args:
+        shapes: (O, I) of each weight.
+        rule: what to choose by.
+        parts: the processes that choose together.
+        read_weight: see `ReadWeight`; called only if the score reads weights.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, int]], rule: SelectionRule, parts: Parts, read_weight: ReadWeight
+    ):
+        self.shapes, self.rule, self.parts, self.read_weight = shapes, rule, parts, read_weight
+        self.batches = 0
+        """Complete batches so far."""
+        self._sums: dict[str, Tensor] = {}
+        self._squares: dict[str, Tensor] = {}
+        self._open: dict[str, Tensor] = {}  # of the batch in progress, where squares are needed
+
+    @property
+    def needs_batches(self) -> bool:
+        """Return True if the score reads gradients, so that batches must be recorded before `choose`."""
+        return bool(self.rule.of(batches=2).reads - {"weight"})
+
+    def record(self, name: str, left: Tensor, right: Tensor) -> None:
+        """Add left^T right, the gradient [O, I] of one weight in one backward pass: left [T, O], right [T, I]."""
+        part = self.parts.own_part((left.t() @ right).view(-1))
+        into = self._open if "squares" in self.rule.of(batches=2).reads else self._sums
+        if name in into:
+            into[name] += part
+        else:
+            into[name] = part.float()
+
+    def end_batch(self) -> None:
+        """Close a global batch, after all of its backward passes."""
+        self.batches += 1
+        for name, gradient in self._open.items():
+            for sums, term in ((self._sums, gradient), (self._squares, gradient.square())):
+                sums[name] = sums[name].add_(term) if name in sums else term.clone()
+        self._open = {}
+
+    def forget_batch(self) -> None:
+        """Forget the batch in progress; possible only where squares are kept apart from sums."""
+        self._open = {}
+
+    def choose(self, counts: Mapping[str, int], *, floor_fraction: float | None = None) -> dict[str, Tensor]:
+        """Choose entries of each weight, and free the sums as they are used.
+
+        Args:
+            counts: K of each weight.
+            floor_fraction: rank the entries of all weights together, and give each weight at least this fraction of
+                its count; None: each weight gets its count.
+
+        Returns:
+            [K] int64 flat indices, sorted, by name.
+
+        Raises:
+            ValueError: no gradient has reached a weight, a gradient or a score is not finite, or see `choose_within`.
+        """
+        if floor_fraction is None:
+            return {name: self._choose(name, self._keys(name), counts[name]) for name in self.shapes}
+        keys = {name: self._keys(name) for name in self.shapes}
+        sizes = {name: rows * columns for name, (rows, columns) in self.shapes.items()}
+        floors = {name: max(1, int(floor_fraction * count)) for name, count in counts.items()}
+        shares = global_shares(keys, sizes, floors, sum(counts.values()), self.parts.sum_)
+        return {name: self._choose(name, keys.pop(name), shares[name]) for name in self.shapes}
+
+    def _keys(self, name: str) -> Tensor:
+        """Compute the keys [n] of one weight's part, and free its sums."""
+        score = self.rule.of(batches=self.batches)
+        rows, columns = self.shapes[name]
+        places = self.parts.range_of(rows * columns)
+        mean = squares = margins = weight = None
+        if self.needs_batches:
+            if name not in self._sums:
+                raise ValueError(f"no gradient reached '{name}' in {self.batches} batches. Fix: leave it out")
+            mean, squares = self._sums.pop(name).div_(self.batches), self._squares.pop(name, None)
+        if "margins" in score.reads and mean is not None:
+            margins = margins_of(mean, places.start, (rows, columns), self.parts.sum_)
+        if "weight" in score.reads:
+            with self.read_weight(name) as whole:
+                weight = whole.reshape(-1)[places].float()
+        keys = self.rule.keys(
+            name,
+            columns,
+            0,
+            places,
+            score=score,
+            mean=mean,
+            mean_square=None if squares is None else squares.div_(self.batches),
+            margins=margins,
+            weight=weight,
+        )
+        broken = torch.stack([(~(keys if mean is None else mean).isfinite()).sum(), (~(keys >= 0)).sum()])
+        self.parts.sum_(broken)
+        gradients, scores = broken.tolist()
+        if gradients and mean is not None:
+            raise ValueError(
+                f"{gradients} entries of the gradient of '{name}' are not finite in {self.batches} batches"
+            )
+        if scores:
+            raise ValueError(f"score '{score.name}': got NaN or a negative number for {scores} entries of '{name}'")
+        return keys
+
+    def _choose(self, name: str, keys: Tensor, count: int) -> Tensor:
+        n = self.shapes[name][0] * self.shapes[name][1]
+        quotas = self.rule.quotas(count, self.shapes[name])
+        if quotas is None:
+            return self.parts.choose(keys, n, count)
+        try:
+            return choose_within(self.parts.join(keys, n).view(self.shapes[name]), count, *quotas)
+        except ValueError as error:
+            raise ValueError(f"weight '{name}': {error}") from None
