@@ -10,9 +10,10 @@ from typing import Any
 from peft import PeftConfig
 
 from scale_sft.config.loading import load_sections
-from scale_sft.config.options import SparseConfig
+from scale_sft.config.sparse_options import SparseConfig
 from scale_sft.config.spelling import unknown
 from scale_sft.errors import UserError
+from scale_sft.model.sparse_settings import rule_of
 
 BUDGETS = ("density", "tunable_weights", "rank_equivalent")
 DEFAULT_DENSITY = 0.01
@@ -24,6 +25,11 @@ _ELSEWHERE = {
     "start_from": "PeftModel.from_pretrained(base, folder, is_trainable=True) trains an adapter further",
     "delta_dtype": "deltas are parameters in float32 here",
     "proposal_batch_size": "the first backward pass of a step proposes here",
+    "selection_batches": "`scale-sft train` and scale_sft.attach choose entries before the first update",
+    "row_quota": "it belongs to selection_batches: use `scale-sft train` or scale_sft.attach",
+    "column_quota": "it belongs to selection_batches: use `scale-sft train` or scale_sft.attach",
+    "budget_floor": "it belongs to selection_batches: use `scale-sft train` or scale_sft.attach",
+    "budget": "it belongs to `scale-sft train` and scale_sft.attach",
     "betas": "AdamW belongs to the Trainer; set its options there",
 }
 
@@ -49,6 +55,9 @@ class SpielOptions(PeftConfig):
             "keep the random first entries. The last one needs no number of steps and no callback."
         },
     )
+    score: str = SparseConfig.score
+    draw: str = SparseConfig.draw
+    temperature: float = SparseConfig.temperature
     density: float | None = field(
         default=None, metadata={"help": "Fraction of each target weight that is trained (default: 0.01)."}
     )
@@ -124,10 +133,11 @@ class SpielOptions(PeftConfig):
         shared = {one.name for one in dataclasses.fields(SparseConfig)} & {
             one.name for one in dataclasses.fields(SpielOptions)
         }
-        options = {name: getattr(self, name) for name in shared - {"target_modules", "method"}}
+        options = {name: getattr(self, name) for name in shared - {"target_modules"}}
         if not given:
             options["density"] = DEFAULT_DENSITY
-        sparse = load_sections(None, {**options, "method": "ag" if self.method == "ag" else "static"})["sparse"]
+        sparse = load_sections(None, options)["sparse"]
+        rule_of(sparse, self.seed)
         if sparse.estimation_steps > sparse.update_interval_steps:
             raise UserError(
                 f"estimation_steps: got {sparse.estimation_steps}, expected at most update_interval_steps "
