@@ -146,14 +146,14 @@ def under_library(library: str, late: bool, folder: str) -> None:
     end_process()
 
 
-def under_peft(library: str, folder: str) -> None:
-    """Train a SpIEL adapter of PEFT under a Trainer; leave this rank's entries."""
+def under_peft(folder: str) -> None:
+    """Train a SpIEL adapter of PEFT under TRL; leave this rank's entries."""
     import os
     from pathlib import Path
 
     from datasets import Dataset
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
 
     import scale_sft
     from scale_sft.peft import SpielConfig
@@ -169,17 +169,11 @@ def under_peft(library: str, folder: str) -> None:
         "report_to": [], "disable_tqdm": True, "save_strategy": "no", "dataloader_pin_memory": False,
         "logging_strategy": "no", "gradient_accumulation_steps": 2, "learning_rate": 1e-2,
     }  # fmt: skip
-    if library == "trainer":
-        rows = [{"input_ids": row, "labels": row} for row in ids]
-        trainer = Trainer(get_peft_model(model, config), TrainingArguments(**options), train_dataset=rows)
-    else:
-        from trl import SFTConfig, SFTTrainer
-
-        rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
-        trainer = SFTTrainer(
-            model, SFTConfig(**options, bf16=False), train_dataset=rows, peft_config=config,
-            processing_class=AutoTokenizer.from_pretrained(base),
-        )  # fmt: skip
+    rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+    trainer = SFTTrainer(
+        model, SFTConfig(**options, bf16=False), train_dataset=rows, peft_config=config,
+        processing_class=AutoTokenizer.from_pretrained(base),
+    )  # fmt: skip
     trainer.train()
     tuner = trainer.model.base_model
     found = {
@@ -190,4 +184,30 @@ def under_peft(library: str, folder: str) -> None:
     torch.save(found, Path(folder) / f"{rank}of{size}.pt")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    end_process()
+
+
+def peft_in_shards(folder: str) -> None:
+    """Cut a PEFT model into FSDP2's shards, and leave what its callback says to that."""
+    import types
+    from pathlib import Path
+
+    from peft import get_peft_model
+    from torch.distributed.fsdp import fully_shard
+    from transformers import AutoModelForCausalLM
+
+    import scale_sft
+    from scale_sft.errors import UserError
+    from scale_sft.peft import SpielCallback, SpielConfig
+
+    torch.distributed.init_process_group("gloo")
+    base = Path(scale_sft.__file__).parent / "assets" / "demo" / "base"
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), SpielConfig())
+    fully_shard(model)
+    arguments = types.SimpleNamespace(deepspeed=None, fsdp=None)
+    try:
+        SpielCallback().on_train_begin(arguments, None, None, model=model, optimizer=None)
+    except UserError as error:
+        (Path(folder) / f"{torch.distributed.get_rank()}.txt").write_text(str(error))
+    torch.distributed.destroy_process_group()
     end_process()

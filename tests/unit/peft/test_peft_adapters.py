@@ -231,6 +231,16 @@ def test_a_tied_weight_is_refused() -> None:
         wrapped(model, target_modules=["lm_head"])
 
 
+@pytest.mark.quantized
+def test_a_quantised_base_is_refused_with_the_way_that_works() -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    model = tiny()
+    model.model.layers[0].mlp.up_proj = Linear4bit(32, 64, bias=False)
+    with pytest.raises(UserError, match="'model.layers.0.mlp.up_proj' is quantised.*scale_sft.attach"):
+        wrapped(model)
+
+
 def test_two_adapters_are_not_active_or_merged_together(home) -> None:
     model = PeftModel.from_pretrained(load(home), home / "one")
     model.load_adapter(home / "ours", "other")
