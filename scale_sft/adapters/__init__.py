@@ -8,6 +8,7 @@ live                adapters on a resident model, swapped while it serves
 arithmetic          add, scale, negate, intersect, prune, overlap
 inspection          what an adapter holds (inspection_page shows it)
 base_files          the base as files: find, read, rewrite
+stored_names        what the weights are called in them, and how they are converted
 merge               base + adapter, and back (merge_packed: a quantised base)
 safetensors_writer  safetensors, one tensor at a time
 export, peft        stock PEFT and transformers formats (verify checks them)

@@ -49,10 +49,10 @@ def require_fit(weights: Mapping[str, nn.Parameter], adapter: Adapter) -> dict[s
         if name not in weights:
             raise UserError(f"adapter: the model has no weight '{name}'; is it the adapter's base?")
         weight = weights[name]
-        has = tuple(getattr(weight, "ds_shape", weight.shape))
-        if has != shape or weight.dtype != adapter.dtype:
+        has, dtype = tuple(getattr(weight, "ds_shape", weight.shape)), adapter.dtype_of(name)
+        if has != shape or weight.dtype != dtype:
             raise UserError(
-                f"adapter: weight '{name}' is {has} {weight.dtype} in the model, {shape} {adapter.dtype} in the adapter"
+                f"adapter: weight '{name}' is {has} {weight.dtype} in the model, {shape} {dtype} in the adapter"
             )
         if weight.is_meta:
             raise UserError(f"adapter: weight '{name}' is not in memory (offloaded); load the model without offloading")

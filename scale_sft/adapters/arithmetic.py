@@ -127,6 +127,9 @@ def _info(operation: str, adapters: Sequence[Adapter], **settings: Any) -> dict[
         info["base_hash"] = combine_fingerprints(
             {n: (int(v[:16], 16), int(v[16:], 16)) for n, v in prints.items()}, shapes
         )
+    odd = {name: dtype for adapter in adapters for name, dtype in adapter.info.get("dtypes", {}).items()}
+    if odd:
+        info["dtypes"] = odd
     for key in ("chat_template", INFO_KEY):  # what a merged model needs to talk, where all operands agree on it
         values = [adapter.info.get(key) for adapter in adapters]
         if values[0] is not None and all(value == values[0] for value in values):

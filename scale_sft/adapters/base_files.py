@@ -13,17 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scale_sft.config.options import ModelConfig
 from scale_sft.errors import UserError, first_line
 from scale_sft.files import write_json
-from scale_sft.model.loading import base_location
+from scale_sft.model.empty import empty_model
+from scale_sft.model.loading import base_location, load_model_config
 
 from .format import Adapter
 from .safetensors_writer import TensorReader, TensorWriter
+from .stored_names import Source, check_conversion, converted_back, sources_of
 
 INDEX_FILE = "model.safetensors.index.json"
 _SMALL_FILES = (".json", ".jinja", ".model", ".txt", ".py")
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """(dtype, shape) of the tensors of a file, by their names in it."""
+Sources = dict[str, Source]
+"""What the weights of an adapter are stored as, by weight name."""
 Change = Callable[[str, Tensor], tuple[int, int]]
 """(adapter's weight name, entries [N] to change in place) -> fingerprint of the base's entries."""
 
@@ -65,22 +70,42 @@ class BaseFiles:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def names_of(self, adapter: Adapter) -> dict[str, str]:
-        """Map tensor names of the files to the adapter's weight names; files may lack the model class's prefix.
+    def sources_of(self, shapes: Mapping[str, tuple[int, int]], model: Any = None) -> Sources:
+        """Find the tensors that weights of the model are stored as.
+
+        Args:
+            shapes: of the weights, by name.
+            model: of this base, on the meta device; default: built from config.json, as far as transformers knows it.
 
         Raises:
-            UserError: a weight is missing or of another shape.
+            UserError: a weight is missing, of another shape, or stored in a way that a merge could not write again.
         """
-        found = {}
-        for name, shape in adapter.shapes.items():
-            match = self.find(name)
-            if match is None:
+        known = self._known_sources(model)
+        found: dict[str, Source] = {}
+        for name in shapes:
+            source = known.get(name)
+            if source is None and (stored := self.find(name)) is not None:
+                source = Source([stored], name)
+            if source is None:
                 raise UserError(f"base: the files of '{self.folder}' hold no tensor for '{name}'")
-            if self._file_of[match].shape(match) != shape:
-                got = self._file_of[match].shape(match)
-                raise UserError(f"base: '{match}' of '{self.folder}' is {got}, the adapter says {shape}")
-            found[match] = name
+            found[name] = source
+        for source in {id(one): one for one in found.values()}.values():
+            wanted = {name: shapes[name] for name, one in found.items() if one is source}
+            stored_shapes = {name: self._file_of[name].shape(name) for name in source.stored}
+            if wrong := check_conversion(source, stored_shapes, wanted):
+                raise UserError(
+                    f"base: '{source.stored[0]}' of '{self.folder}' does not fit '{next(iter(wanted))}': {wrong}"
+                )
         return found
+
+    def _known_sources(self, model: Any) -> dict[str, Source]:
+        """Ask transformers how it would load these files; nothing for a model whose code is not its own."""
+        if model is None:
+            try:
+                model = empty_model(load_model_config(ModelConfig(base=str(self.folder))))
+            except UserError:
+                return {}
+        return sources_of(model, self._file_of) if hasattr(model, "base_model_prefix") else {}
 
     def find(self, name: str) -> str | None:
         """Find the name in the files of a weight or buffer, with or without the prefix of the model class."""
@@ -95,37 +120,56 @@ class BaseFiles:
         """Read a copy of one tensor as it is stored."""
         return self._file_of[stored].tensor(stored)
 
-    def entries(self, stored: str, dtype: torch.dtype) -> Tensor:
+    def weight(self, source: Source, name: str, dtype: torch.dtype) -> Tensor:
         """Read one weight, flattened [N], in `dtype`."""
-        return self.tensor(stored).to(dtype).view(-1)
+        tensors = {stored: self.tensor(stored) for stored in source.stored}
+        return source.to_memory(tensors)[name].to(dtype).contiguous().view(-1)
 
-    def bytes_rewritten(self, names: Mapping[str, str], adapter: Adapter) -> int:
+    def bytes_rewritten(self, sources: Sources, adapter: Adapter) -> int:
         """Compute the size of what `rewrite` will write, without headers."""
-        return sum(bytes_of(_new_specs(reader, names, adapter)) for reader in self.readers.values())
+        dtypes = _dtypes(sources, adapter)
+        return sum(bytes_of(_new_specs(reader, dtypes)) for reader in self.readers.values())
 
-    def rewrite(
-        self, target: Path, names: Mapping[str, str], adapter: Adapter, change: Change
-    ) -> dict[str, tuple[int, int]]:
-        """Write all files again into `target`, tensor by tensor; weights not in `names` keep their bytes.
+    def rewrite(self, target: Path, sources: Sources, adapter: Adapter, change: Change) -> dict[str, tuple[int, int]]:
+        """Write all files again into `target`, tensor by tensor; those that are not in `sources` keep their bytes.
 
         Args:
-            names: the adapter's weight name by tensor name, see `names_of`.
-            change: called for each of the adapter's weights, in the adapter's dtype.
+            target: folder.
+            sources: of the adapter's weights, see `sources_of`.
+            adapter: knows the dtypes.
+            change: called for each of the adapter's weights, in the dtype it was trained in.
 
         Returns:
             The fingerprints by weight name.
         """
-        prints = {}
+        dtypes = _dtypes(sources, adapter)
+        prints: dict[str, tuple[int, int]] = {}
+        source_of = {stored: source for source in sources.values() for stored in source.stored}
+        ready: dict[str, Tensor] = {}  # tensors of a conversion that are changed and wait for their turn
         for file, reader in self.readers.items():
-            specs = _new_specs(reader, names, adapter)
+            specs = _new_specs(reader, dtypes)
             with TensorWriter(target / file, specs, reader.metadata, start=reader.start) as writer:
                 for stored, (dtype, shape) in specs.items():
-                    tensor = reader.tensor(stored)
-                    if stored in names:
-                        tensor = tensor.to(dtype)
-                        prints[names[stored]] = change(names[stored], tensor.view(-1))
-                    writer.write(stored, tensor.view(shape))
+                    if stored in source_of and stored not in ready:
+                        names = [name for name, one in sources.items() if one is source_of[stored]]
+                        changed, found = self._changed(source_of[stored], names, dtype, change)
+                        ready |= changed
+                        prints |= found
+                    tensor = ready.pop(stored) if stored in source_of else reader.tensor(stored)
+                    writer.write(stored, tensor.reshape(shape))
         return prints
+
+    def _changed(
+        self, source: Source, names: list[str], dtype: torch.dtype, change: Change
+    ) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
+        """Change the weights of one source; returns its tensors by stored name, and fingerprints by weight name."""
+        tensors = {stored: self.tensor(stored).to(dtype) for stored in source.stored}
+        weights = {name: weight.contiguous() for name, weight in source.to_memory(tensors).items()}
+        if source.conversion is not None:
+            converted_back(source, tensors, weights, self.folder)
+            weights = {name: weight.clone() for name, weight in weights.items()}
+        prints = {name: change(name, weights[name].view(-1)) for name in names}
+        return source.to_files(weights), prints
 
     def copy_small_files(self, target: Path, dtype: str) -> None:
         """Copy configuration and tokenizer; config.json names the dtype that the adapter was trained in."""
@@ -136,14 +180,48 @@ class BaseFiles:
         write_json(target / "config.json", {**config, "dtype": dtype})
 
 
+def require_mergeable(config: ModelConfig, model: Any, shapes: Mapping[str, tuple[int, int]], *, loaded: bool) -> None:
+    """Prove before training that its result can be merged: the files have every target, in a way that can be written.
+
+    Args:
+        config: of the base.
+        model: the base on the meta device.
+        shapes: of the targets, by name.
+        loaded: a base of the hub is on this machine; before, only local folders are checked.
+
+    Raises:
+        UserError: see `BaseFiles.sources_of`.
+    """
+    location = base_location(config.base)
+    folder = Path(location)
+    if not folder.is_dir():
+        if not loaded:
+            return
+        from transformers.utils import cached_file
+
+        for name in (INDEX_FILE, "model.safetensors"):
+            found = cached_file(location, name, revision=config.revision, _raise_exceptions_for_missing_entries=False)
+            if found:
+                break
+        else:
+            raise UserError(f"base: '{location}' has no .safetensors files, which a merge needs")
+        folder = Path(found).parent
+    with BaseFiles(folder) as files:
+        files.sources_of(shapes, model)
+
+
 def bytes_of(specs: Specs) -> int:
     """Add up the sizes of tensors of these dtypes and shapes."""
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
 
 
-def _new_specs(reader: TensorReader, names: Mapping[str, str], adapter: Adapter) -> Specs:
-    dtype_of = lambda stored: adapter.dtype if stored in names else reader.dtype(stored)
-    return {stored: (dtype_of(stored), reader.shape(stored)) for stored in reader.names}
+def _dtypes(sources: Sources, adapter: Adapter) -> dict[str, torch.dtype]:
+    """List the dtypes of the tensors that change, by stored name."""
+    return {stored: adapter.dtype_of(name) for name, source in sources.items() for stored in source.stored}
+
+
+def _new_specs(reader: TensorReader, dtypes: Mapping[str, torch.dtype]) -> Specs:
+    return {stored: (dtypes.get(stored, reader.dtype(stored)), reader.shape(stored)) for stored in reader.names}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError, first_line
 from scale_sft.files import new_folder
+from scale_sft.model.empty import empty_model
 from scale_sft.model.fingerprints import fingerprint
 from scale_sft.model.loading import base_location
 from scale_sft.model.resident import WeightPart, read_entries
@@ -64,23 +64,23 @@ class BaseValues(Mapping):
 
     def __init__(self, files: BaseFiles, adapter: Adapter):
         self._files, self._adapter = files, adapter
-        self._stored = {name: stored for stored, name in files.names_of(adapter).items()}
+        self._sources = files.sources_of(adapter.shapes)
 
     def __getitem__(self, name: str) -> Tensor:
         return read_entries(self._entries(name), self._adapter.indices[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
+        return iter(self._sources)
 
     def __len__(self) -> int:
-        return len(self._stored)
+        return len(self._sources)
 
     def _entries(self, name: str) -> Tensor:
-        return self._files.entries(self._stored[name], self._adapter.dtype)
+        return self._files.weight(self._sources[name], name, self._adapter.dtype_of(name))
 
     def require_same_base(self) -> None:
         """Raise UserError if these are not the weights that the adapter was trained on."""
-        prints = {name: self._fingerprint(name) for name in self._stored}
+        prints = {name: self._fingerprint(name) for name in self._sources}
         require_base(prints, self._adapter, f"export: '{self._files.folder}' is not the base of the adapter")
 
     def _fingerprint(self, name: str) -> tuple[int, int]:
@@ -99,10 +99,9 @@ def refuse_quantised(adapter: Adapter, what: str) -> None:
 
 def require_linear(adapter: Adapter, source: Path, to: str) -> None:
     """Raise UserError if a weight belongs to no `nn.Linear`: peft knows these formats for nothing else."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    model = empty_model(AutoConfig.from_pretrained(source))
     layers = dict(model.named_modules())
     for name in adapter.shapes:
         layer = layers.get(name.removesuffix(".weight"))

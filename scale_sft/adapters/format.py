@@ -131,6 +131,10 @@ class Adapter:
         """The dtype of the base that the deltas were trained on."""
         return getattr(torch, self.info["dtype"])
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype of one weight of the base: some models keep a few in another one than the rest."""
+        return getattr(torch, self.info.get("dtypes", {}).get(name, self.info["dtype"]))
+
     @property
     def is_quantized(self) -> bool:
         """True if the deltas were trained on a base in 4 or 8 bits."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -11,10 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from scale_sft.files import write_text
+from scale_sft.model.coverage import Coverage
 from scale_sft.reporting.html import details, heading, page_of, pairs, picture, table, titled
 from scale_sft.reporting.plots import Plot
+from scale_sft.reporting.spread import SPREAD_CAPTION, draw_spread
 from scale_sft.reporting.style import BLUE, WIDTH_INCHES, heat_map
 from scale_sft.reporting.weight_names import kind_of, layer_of
+from scale_sft.spiel.selection.spread import FRACTIONS
 
 from .inspection import Inspection, WeightFacts
 
@@ -45,6 +49,7 @@ def write_page(found: Inspection, path: Path) -> None:
     plots = [
         Plot("magnitudes", "Magnitudes of the deltas", "", lambda _: magnitudes(found)),
         Plot("density", "Density and size of the deltas by layer", "", lambda _: densities(found)),
+        Plot("spread", "Where the entries are", SPREAD_CAPTION, lambda _: _spread(found)),
     ]
     parts += [picture(plot) for plot in plots]
     for title, rows in (("Layers", found.by_layer), ("Kinds of module", found.by_kind)):
@@ -64,15 +69,24 @@ def facts(found: Inspection) -> dict[str, str]:
         "base": f"{info['base']}" + (f", revision {info['revision']}" if info.get("revision") else ""),
         "hash of the base's target weights": info["base_hash"][:16],
         "dtype of the base": info["dtype"],
+        **_reach(info),
         "method": info.get("method"),
         "made from": info.get("made_from"),
         "scale_sft": info.get("scale_sft_version"),
         "entries": f"{total.active:,} of {total.numel:,} in {total.weights} weights ({total.density:.3%})",
         "norm of all deltas": f"{total.norm:.4g}",
         "|delta| at quantiles": quantiles,
+        "deltas visible in bfloat16": f"{visible:.1%}"
+        if (visible := info.get("visible_in_bfloat16")) is not None
+        else None,
         "deltas that are 0": f"{total.zeros:,}" if total.zeros else None,
     }
     return {name: str(value) for name, value in rows.items() if value is not None}
+
+
+def _reach(info: dict[str, Any]) -> dict[str, str]:
+    """Say what share of the base's blocks the adapter's training reached, where it was recorded."""
+    return {"reach": Coverage.of_document(info["block_weights"]).line()} if "block_weights" in info else {}
 
 
 def magnitudes(found: Inspection) -> Figure:
@@ -105,6 +119,11 @@ def densities(found: Inspection) -> Figure:
     heat_map(below, grids["size"], labels, names, "root mean square of the deltas", "")
     below.set_xlabel("layer")
     return figure
+
+
+def _spread(found: Inspection) -> Figure:
+    weights = {name: (one.active, one.spread_rows, one.spread_columns) for name, one in found.by_weight.items()}
+    return draw_spread(FRACTIONS, weights)
 
 
 def _cells(one: WeightFacts) -> list[str]:

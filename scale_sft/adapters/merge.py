@@ -68,9 +68,9 @@ def merge(
 def _merge_files(adapter: Adapter, work: Path, base: str | None) -> None:
     """Write the merged weights, the base values that they replace, and the base's small files into `work`."""
     with BaseFiles(locate_base(adapter, base)) as files:
-        names = files.names_of(adapter)
-        kept_specs: Specs = {name: (adapter.dtype, (adapter.active(name),)) for name in adapter.shapes}
-        require_free_bytes(work, files.bytes_rewritten(names, adapter) + bytes_of(kept_specs), "merge")
+        sources = files.sources_of(adapter.shapes)
+        kept_specs: Specs = {name: (adapter.dtype_of(name), (adapter.active(name),)) for name in adapter.shapes}
+        require_free_bytes(work, files.bytes_rewritten(sources, adapter) + bytes_of(kept_specs), "merge")
         with TensorWriter(work / UNMERGE_FILE, kept_specs, {"base_hash": adapter.info["base_hash"]}) as kept:
 
             def put_in(name: str, entries: Tensor) -> tuple[int, int]:
@@ -81,7 +81,7 @@ def _merge_files(adapter: Adapter, work: Path, base: str | None) -> None:
                 write_entries(entries, indices, effective_values(values, adapter.deltas[name]))
                 return found
 
-            prints = files.rewrite(work, names, adapter, put_in)
+            prints = files.rewrite(work, sources, adapter, put_in)
         require_base(prints, adapter, f"merge: '{files.folder}' is not the base that the adapter was trained on")
         files.copy_small_files(work, adapter.info["dtype"])
 
@@ -103,10 +103,10 @@ def unmerge(adapter: str | Path | Adapter, merged: str | Path, output: str | Pat
         TensorReader(merged / UNMERGE_FILE) as kept,
         new_folder(target, "unmerge") as work,
     ):
-        names = files.names_of(source)
+        sources = files.sources_of(source.shapes)
         if kept.metadata.get("base_hash") != source.info["base_hash"] or set(kept.names) != set(source.shapes):
             raise UserError(f"unmerge: {merged} was not merged with this adapter")
-        require_free_bytes(work, files.bytes_rewritten(names, source), "unmerge")
+        require_free_bytes(work, files.bytes_rewritten(sources, source), "unmerge")
 
         def take_out(name: str, entries: Tensor) -> tuple[int, int]:
             indices, values = source.indices[name], kept.tensor(name)
@@ -116,7 +116,7 @@ def unmerge(adapter: str | Path | Adapter, merged: str | Path, output: str | Pat
             write_entries(entries, indices, values)
             return fingerprint(WeightPart(lambda: entries, 0, entries.numel()))
 
-        prints = files.rewrite(work, names, source, take_out)
+        prints = files.rewrite(work, sources, source, take_out)
         require_base(prints, source, f"unmerge: {merged} has changed since it was merged")
         files.copy_small_files(work, source.info["dtype"])
     return target

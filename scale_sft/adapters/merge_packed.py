@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from scale_sft.config.options import ModelConfig
 from scale_sft.errors import UserError
 from scale_sft.files import require_free_bytes, write_atomically, write_json
+from scale_sft.model.empty import empty_model
 from scale_sft.model.fingerprints import combine_fingerprints, fingerprint
 from scale_sft.model.loading import base_location, load_base, load_model_config
 from scale_sft.model.packed_weights import PackedWeight, PlainWeight, packed_weights
@@ -133,13 +134,11 @@ def _check_base(weights: Mapping[str, Any], adapter: Adapter, device: torch.devi
 
 def unquantized_shapes(config: ModelConfig) -> nn.Module:
     """Build the model without quantisation on the meta device: names and shapes of what is written."""
-    from transformers import AutoModelForCausalLM
-
     model_config = load_model_config(config)
     if hasattr(model_config, "quantization_config"):
         del model_config.quantization_config
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model_config)
+    model: nn.Module = empty_model(model_config)
+    return model
 
 
 def is_transposed(reference: nn.Module, name: str) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from scale_sft.model.coverage import coverage_of
 from scale_sft.model.sparse_model import SparseModel
 
 from .format import Adapter
@@ -30,7 +31,15 @@ def trained_adapter(
         "base_hash": sparse.base_hash,
         "base_fingerprints": {name: f"{a:016x}{b:016x}" for name, (a, b) in sparse.prints.items()},
         "method": settings.sparse.method,
+        "block_weights": coverage_of(sparse.model, settings.sparse).document(),
     }
+    odd = {
+        target.name: str(target.weight.dtype).removeprefix("torch.")
+        for target in sparse.targets
+        if settings.quantization is None and target.weight.dtype is not settings.dtype
+    }
+    if odd:
+        info["dtypes"] = odd
     if settings.quantization:
         info |= settings.quantization.description(quantized_on or sparse.group.device)
     return Adapter(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError
+from scale_sft.model.empty import model_class, text_config
 from scale_sft.model.loading import silence_progress_bars
 
 from .apply import apply_adapter
@@ -38,7 +39,7 @@ def verify(
     Raises:
         UserError: peft is missing or too old; the base or adapter is wrong.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     silence_progress_bars()
     require_verifiable(adapter, to)
@@ -47,7 +48,8 @@ def verify(
         source = locate_base(content, base)
 
         def load(folder: str | Path) -> nn.Module:
-            return _aligned(AutoModelForCausalLM.from_pretrained(folder, dtype=content.dtype).eval().to(device))
+            kind = model_class(AutoConfig.from_pretrained(folder))
+            return _aligned(kind.from_pretrained(folder, dtype=content.dtype).eval().to(device))
 
         model = load(source)
         probes = probe_inputs(model.config, device)
@@ -102,6 +104,6 @@ def probe_inputs(config: Any, device: str) -> list[Tensor]:
     """Draw random token ids, the same every time: [3, L] and [1, 1] int64."""
     generator = torch.Generator().manual_seed(0)
     config = config.get_text_config()
-    length = min(32, getattr(config, "max_position_embeddings", None) or 32)
+    length = min(32, getattr(text_config(config), "max_position_embeddings", None) or 32)
     shapes = [(3, length), (1, 1)]
-    return [torch.randint(config.vocab_size, shape, generator=generator).to(device) for shape in shapes]
+    return [torch.randint(text_config(config).vocab_size, shape, generator=generator).to(device) for shape in shapes]

@@ -56,9 +56,11 @@ def plan(
         else smallest_change(planner, config, gpus=gpus, gpu_memory_gb=gpu_memory)
     )
     if as_json:
-        click.echo(json.dumps(_document(found, change), indent=2))
+        document = {**_document(found, change), "block_weights": planner.facts(config).coverage.document()}
+        click.echo(json.dumps(document, indent=2))
     else:
         _print(found, change, gpus, gpu_memory)
+        click.echo(planner.facts(config).coverage.line())
     if check and not found.fits:
         sys.exit(1)
 

@@ -8,6 +8,7 @@ Shapes: R rows of a micro-batch, L their padded length in tokens, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 
@@ -19,13 +20,13 @@ from scale_sft.errors import UserError
 from scale_sft.model.loss import IGNORED
 
 from .examples import Examples
-from .micro_batches import longest_first, micro_batches
+from .micro_batches import Sized, longest_first, micro_batches
 
 Row = list[int]
 """Examples that share a row, in their order."""
 
 
-def pack(examples: Examples, members: Sequence[int], row_tokens: int) -> list[Row]:
+def pack(examples: Sized, members: Sequence[int], row_tokens: int) -> list[Row]:
     """Pack rows of at most `row_tokens` tokens, by best fit of the longest first; the same on every rank.
 
     Rows are in the order of their first member in the batch, so that the first rows are not selected by length.
@@ -47,7 +48,7 @@ def pack(examples: Examples, members: Sequence[int], row_tokens: int) -> list[Ro
 
 
 def packed_micro_batches(
-    examples: Examples,
+    examples: Sized,
     batch: Sequence[int],
     *,
     row_tokens: int,
@@ -98,6 +99,23 @@ def collate_packed(
     on_device = {"input_ids": input_ids, "position_ids": positions}
     batch = {key: torch.from_numpy(value).to(device, non_blocking=True) for key, value in on_device.items()}
     return {**batch, "labels": torch.from_numpy(labels)}
+
+
+def refuse_unpackable(model: nn.Module) -> None:
+    """Refuse a base that cannot tell packed examples apart, as far as its class shows; it needs no weights.
+
+    Raises:
+        UserError: its forward pass takes no position_ids, or carries a state from token to token.
+    """
+    takes = inspect.signature(model.forward).parameters.values()
+    follows = any(p.name == "position_ids" or p.kind is p.VAR_KEYWORD for p in takes)
+    if follows and not getattr(model, "_is_stateful", False):
+        return
+    why = "carries a state from each token to the next" if follows else "takes no position_ids"
+    raise UserError(
+        f"packing: got true, expected false, as {type(model).__name__} {why}, so packed examples would see each other. "
+        "Fix: leave it out"
+    )
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from scale_sft.data.micro_batches import micro_batches
 from scale_sft.data.turn_ends import ids_of, special_tokens, taught_end
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.errors import UserError
+from scale_sft.model.empty import text_config
 
 from .held_out import evaluating, split
 
@@ -123,7 +124,7 @@ def greedy_answers(
 def _refuse_long_prompts(model: nn.Module, examples: Examples, members: Sequence[int], max_new_tokens: int) -> None:
     """Raise UserError, on every rank alike, if a prompt and its answer need more positions than the model has."""
     length = max(len(split(examples, n)[0]) for n in members)
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(text_config(model.config), "max_position_embeddings", None)
     if positions and length + max_new_tokens > positions:
         raise UserError(
             f"max_new_tokens: got {max_new_tokens}, expected at most {positions - length}: the longest prompt has "

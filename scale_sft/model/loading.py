@@ -1,7 +1,6 @@
-"""The frozen base: find it, load it, choose its target weights, and route their layers through taps.
+"""The frozen base: find it, and load its configuration, its tokenizer and its weights.
 
-Any Hugging Face causal language model whose layers are `nn.Linear`, GPT-2's `Conv1D` (transposed weight), or either of
-them quantised by bitsandbytes.
+Any model of Hugging Face that generates text: causal language models, and the text part of vision-language models.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from scale_sft.config.options import DEMO, ModelConfig
 from scale_sft.errors import UserError, first_line
 from scale_sft.files import ASSETS
 
+from .dropout import switch_off_randomness
+from .empty import model_class, text_config
 from .packed_weights import cast_the_rest
 from .quantization import Quantization, compute_in
 
@@ -26,13 +27,10 @@ def base_location(base: str) -> str:
 
 
 def load_model_config(config: ModelConfig) -> Any:
-    """Load the transformers configuration of the base, without its weights, and switch dropout off.
-
-    Differs from transformers in training mode: a frozen base under sparse deltas is trained without dropout (the paper
-    uses none for SFT), so that a step depends on its batch alone.
+    """Load the transformers configuration of the base, without its weights, and switch dropout and jitter off.
 
     Raises:
-        UserError: the model does not exist, or is not a causal language model.
+        UserError: the model does not exist, or generates no text.
     """
     from transformers import AutoConfig
 
@@ -48,9 +46,8 @@ def load_model_config(config: ModelConfig) -> Any:
         raise UserError(
             f"base: '{config.base}' is neither a model folder here nor a model that the hub gave: {reason}"
         ) from None
-    for key, value in found.to_dict().items():
-        if "drop" in key and isinstance(value, float):
-            setattr(found, key, 0.0)
+    model_class(found)
+    switch_off_randomness(found)
     found.use_cache = False
     return found
 
@@ -102,19 +99,17 @@ def load_base(
         quantization: the base's quantised format, if any.
 
     Raises:
-        UserError: the weights do not load as a causal language model.
+        UserError: the weights do not load as a model that generates text.
     """
-    from transformers import AutoModelForCausalLM
-
     silence_progress_bars()
     dtype = resolve_dtype(config, model_config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = model_class(model_config).from_pretrained(
             base_location(config.base),
             config=model_config,
             revision=config.revision,
             dtype=dtype,
-            attn_implementation=config.attention,
+            attn_implementation=None if config.attention == "auto" else config.attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
             **(quantization.loading(device or torch.device("cpu"), dtype) if quantization else {}),
@@ -141,7 +136,16 @@ def silence_progress_bars() -> None:
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Recompute each block in the backward pass (non-reentrant: the reentrant way loses gradients silently)."""
+    """Recompute each block in the backward pass (non-reentrant: the reentrant way loses gradients silently).
+
+    Raises:
+        UserError: the model cannot.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", True):
+        raise UserError(
+            f"gradient_checkpointing: got true, expected false, as {type(model).__name__} cannot recompute its blocks. "
+            "Fix: leave it out, and lower micro_batch_size to save memory"
+        )
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})  # the second name is for earlier versions
 
@@ -151,7 +155,7 @@ DEFAULT_MAX_LENGTH = 2048
 
 def max_length(wanted: int | None, model_config: Any) -> int:
     """Resolve the longest example in tokens: as requested, or 2,048 (section 4.3) if the base has as many positions."""
-    positions = getattr(model_config, "max_position_embeddings", None)
+    positions = getattr(text_config(model_config), "max_position_embeddings", None)
     if wanted and positions and wanted > positions:
         raise UserError(f"max_length: got {wanted}, but the base has positions for {positions} tokens only")
     return wanted or min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)

@@ -72,7 +72,7 @@ class SparseModel:
         join: Join | None = None,
     ):
         self.settings, self.group, self._save, self._find_ranks = settings, group, save, join
-        self.targets = find_targets(model, settings.sparse.target_modules)
+        self.targets = find_targets(model, settings.sparse.target_modules, settings.sparse.exclude_modules)
         self.shapes = {target.name: target.shape for target in self.targets}
         self.tuning = make_method(settings, self.shapes, lambda: self.group, weight_reader(self))
         self.choosing: FirstChoice | None = None
@@ -223,13 +223,12 @@ class SparseModel:
         """
         carrier, store = self.carrier, self.tuning.store
         carrier.settle()
-        for delta in store:
-            carrier.release(delta)
+        carrier.release(*store)
         self.tuning.load_state(step, states, counters)
-        for delta in store:
-            if base:
+        if base:
+            for delta in store:
                 carrier.overwrite(delta, base[delta.name])
-            carrier.adopt(delta)
+        carrier.adopt(*store)
         carrier.write()
 
     def begin_with(self, entries: Iterable[tuple[str, Tensor, Tensor]]) -> None:

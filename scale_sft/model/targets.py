@@ -1,6 +1,7 @@
 """Find the layers to train and route them through taps.
 
-Supported: `nn.Linear`, GPT-2's `Conv1D` (transposed weight), and either of them quantised by bitsandbytes.
+Supported: `nn.Linear` and subclasses that compute the same, GPT-2's `Conv1D` (transposed weight), and either of them
+quantised by bitsandbytes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from scale_sft.errors import UserError
 from scale_sft.spiel.budgets import as_lora_spends, budget
 from scale_sft.spiel.taps import Materialize, Record, WeightTap, attach
 
+from .linear_kinds import is_conv1d, why_not_linear
 from .packed_weights import is_quantized_layer
+from .reach import NOT_BY_TEXT, candidates, reach_of
+
+EXCLUDED = "named by exclude_modules"
 
 
 @dataclass(frozen=True)
@@ -40,50 +45,78 @@ class Target:
         return self.shape[0] * self.shape[1]
 
 
-def find_targets(model: nn.Module, wanted: tuple[str, ...] | str | None) -> list[Target]:
-    """Find the layers to train, in the model's order.
+Wanted = tuple[str, ...] | str | None
+"""Layers by name (a module path or its end), or by one regular expression that matches whole module paths."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The layers to train, and those that are left out although a default or a name covers them."""
+
+    targets: list[Target]
+    left_out: dict[str, str]  # reason by path
+
+
+def find_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None) -> list[Target]:
+    """Find the layers to train, in the model's order; see `choose_targets`."""
+    return choose_targets(model, wanted, excluded).targets
+
+
+def choose_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None) -> Choice:
+    """Choose the layers to train, in the model's order.
 
     Args:
-        wanted: None for all linear layers inside the transformer blocks; names (a module path or its end); or one
-            regular expression that matches whole module paths.
+        wanted: None for all linear layers inside the transformer blocks that can be trained.
+        excluded: layers to leave out, even if `wanted` names them.
 
     Raises:
-        UserError: a name matches nothing, a layer is of an unsupported kind, or its weight is shared (tied).
+        UserError: a name matches nothing, a layer that was named cannot carry a delta, or a weight is shared (tied).
     """
-    layers = {path: module for path, module in model.named_modules() if _is_matrix_layer(module)}
+    layers = dict(candidates(model))
+    chosen = set(_choose(layers, wanted, "target_modules") if wanted is not None else filter(_in_a_block, layers))
+    out = dict.fromkeys(_choose(layers, excluded, "exclude_modules") if excluded is not None else (), EXCLUDED)
+    faults = {path: why for path in layers if (why := why_not_linear(layers[path]))} | reach_of(model).faults
     if wanted is None:
-        inside = {path: module for path, module in layers.items() if re.search(r"\.\d+\.", path)}
-        # a kind of nn.Linear that cannot carry a delta is reported below, not ignored
-        chosen = {
-            path: module for path, module in inside.items() if _supported(module) or isinstance(module, nn.Linear)
-        }
+        out = {path: why for path, why in faults.items() if path in chosen} | out
     else:
-        chosen = _choose(layers, wanted)
-    if not chosen:
-        raise UserError(f"target_modules: this model has no linear layers in its blocks; layers: {_listing(layers)}")
-    unsupported = [path for path, module in chosen.items() if not _supported(module)]
-    if unsupported:
-        kinds = ", ".join(sorted({type(chosen[path]).__name__ for path in unsupported}))
+        out |= {path: NOT_BY_TEXT for path in chosen if faults.get(path) == NOT_BY_TEXT and path not in out}
+    taken = {path: module for path, module in layers.items() if path in chosen and path not in out}
+    if not taken:
+        raise UserError(_why_nothing(layers, chosen, out))
+    bad = next((path for path in taken if path in faults), None)
+    if bad:
         raise UserError(
-            f"target_modules: '{unsupported[0]}' is a {kinds} layer; only nn.Linear and Conv1D, as they are or in 4 or "
-            "8 bits of bitsandbytes, can carry a delta"
+            f"target_modules: got '{bad}' ({faults[bad]}), expected layers that can carry a delta: nn.Linear and "
+            f"Conv1D, as they are or in 4 or 8 bits of bitsandbytes. Fix: --exclude_modules {bad.rpartition('.')[2]}"
         )
     owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
-    for path, module in chosen.items():
+    for path, module in taken.items():
         if owners[id(module.weight)] > 1:
             raise UserError(
                 f"target_modules: the weight of '{path}' is tied to another layer (usually the embeddings), which "
                 "would change with it. Fix: leave it out"
             )
-    return [
-        Target(
-            name=f"{path}.weight",
-            module=module,
-            shape=_shape(module),
-            transposed=_is_conv1d(module),
-        )
-        for path, module in chosen.items()
+    targets = [
+        Target(name=f"{path}.weight", module=module, shape=_shape(module), transposed=is_conv1d(module))
+        for path, module in taken.items()
     ]
+    return Choice(targets, out)
+
+
+def _in_a_block(path: str) -> bool:
+    return re.search(r"\.\d+\.", path) is not None
+
+
+def _why_nothing(layers: dict[str, nn.Module], chosen: set[str], out: dict[str, str]) -> str:
+    """Say why there is nothing to train."""
+    if not chosen:
+        return f"target_modules: this model has no linear layers in its blocks; layers: {_listing(layers)}"
+    reasons = Counter(out[path] for path in chosen)
+    return (
+        f"target_modules: none of the {len(chosen)} layers that match can be trained: "
+        f"{', '.join(f'{why} ({count}x)' for why, count in reasons.most_common())}. Fix: choose others; this model has "
+        f"{_listing(layers)}"
+    )
 
 
 def budget_of(sparse: SparseConfig, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
@@ -135,22 +168,8 @@ def _shape(module: Any) -> tuple[int, int]:
     return tuple(getattr(module.weight, "ds_shape", module.weight.shape))
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"
-
-
-def _is_matrix_layer(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or isinstance(module, nn.Embedding):
-        return False
-    return len(getattr(weight, "ds_shape", weight.shape)) == 2
-
-
-def _supported(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or _is_conv1d(module) or is_quantized_layer(module)
-
-
-def _choose(layers: dict[str, nn.Module], wanted: tuple[str, ...] | str) -> dict[str, nn.Module]:
+def _choose(layers: dict[str, nn.Module], wanted: tuple[str, ...] | str, option: str) -> list[str]:
+    """List the paths that `wanted` matches, in the model's order."""
     names = (wanted,) if isinstance(wanted, str) else wanted
     chosen: set[str] = set()
     for name in names:
@@ -159,11 +178,11 @@ def _choose(layers: dict[str, nn.Module], wanted: tuple[str, ...] | str) -> dict
             try:
                 matches = {path for path in layers if re.fullmatch(wanted, path)}
             except re.error as error:
-                raise UserError(f"target_modules: '{wanted}' is not a regular expression: {error}") from None
+                raise UserError(f"{option}: '{wanted}' is not a regular expression: {error}") from None
         if not matches:
-            raise UserError(f"target_modules: '{name}' matches no layer; this model has {_listing(layers)}")
+            raise UserError(f"{option}: '{name}' matches no layer; this model has {_listing(layers)}")
         chosen |= matches
-    return {path: module for path, module in layers.items() if path in chosen}
+    return [path for path in layers if path in chosen]
 
 
 def _listing(layers: dict[str, nn.Module]) -> str:

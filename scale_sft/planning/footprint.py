@@ -14,8 +14,10 @@ from torch import nn
 
 from scale_sft.config.options import Config, SparseConfig
 from scale_sft.kernels.moments import bytes_of_moments, resolve_moments
+from scale_sft.model import empty
+from scale_sft.model.coverage import Coverage, coverage
 from scale_sft.model.quantization import Quantization
-from scale_sft.model.targets import budget_of, find_targets
+from scale_sft.model.targets import budget_of, choose_targets
 from scale_sft.spiel.indices import bytes_of_entries
 
 GIB = 1 << 30
@@ -38,11 +40,9 @@ class Footprint:
 
 
 def empty_model(config: Config, model_config: Any) -> nn.Module:
-    """Build the base on the meta device: its layers and shapes, without weights."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
+    """Build the base of a run on the meta device: its layers and shapes, without weights."""
+    model = config.model
+    return empty.empty_model(model_config, attention=model.attention, trust_remote_code=model.trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Facts:
     packed: int  # entries that quantisation packs: linear layers except the output layer
     largest: int  # of one weight of any kind
     shapes: dict[str, tuple[int, int]]  # of the targets
+    coverage: Coverage  # what they reach of the blocks
+    attention: str = "sdpa"  # what `attention: auto` is for this base
 
 
 def facts_of(config: Config, model_config: Any) -> Facts:
@@ -63,12 +65,15 @@ def facts_of(config: Config, model_config: Any) -> Facts:
     """
     model: Any = empty_model(config, model_config)
     output = model.get_output_embeddings()
+    choice = choose_targets(model, config.sparse.target_modules, config.sparse.exclude_modules)
     linear = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D") and m is not output]
     return Facts(
         entries=sum(weight.numel() for weight in model.parameters()),
         packed=sum(module.weight.numel() for module in linear),
         largest=max(weight.numel() for weight in model.parameters()),
-        shapes={target.name: target.shape for target in find_targets(model, config.sparse.target_modules)},
+        shapes={target.name: target.shape for target in choice.targets},
+        coverage=coverage(model, choice),
+        attention=getattr(model.config, "_attn_implementation", None) or "eager",
     )
 
 
@@ -117,7 +122,7 @@ def state_bytes(
     else:
         state = int(bytes_of_moments(resolve_moments(optimizer.moments, dtype)) * active)
     return {
-        "indices": bytes_of_entries(active),
+        "indices": bytes_of_entries(active, sum(rows + 1 for rows, _ in shapes.values())),
         "deltas and their gradients": (delta + _gradient(config) + 1) * active + reference,
         "optimizer state": state,
         "base values put aside": int(active * part * dtype.itemsize),

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from scale_sft.config.options import SparseConfig
 from scale_sft.errors import UserError
 from scale_sft.model.cross_entropy import cross_entropies
+from scale_sft.model.empty import empty_model
 from scale_sft.model.loading import enable_checkpointing
 from scale_sft.model.loss import predictions
 from scale_sft.model.output_layer import assumed_output_layer
@@ -84,7 +86,7 @@ def step_memory(
     *,
     sequences: int,
     tokens: int,
-    target_modules: Any = None,
+    sparse: SparseConfig | None = None,
     active: Mapping[str, int] | None = None,
     proposes: bool = True,
     checkpointing: bool = False,
@@ -105,7 +107,7 @@ def step_memory(
         dtype,
         sequences,
         tokens,
-        target_modules,
+        sparse or SparseConfig(),
         active or {},
         proposes,
         checkpointing,
@@ -115,7 +117,7 @@ def step_memory(
     text = model_config.get_text_config()
     layers = text.num_hidden_layers
     try:
-        if layers <= max(_TRACED_LAYERS) or target_modules is not None:
+        if layers <= max(_TRACED_LAYERS) or _chooses(sparse):
             return trace(model_config)
         few, more = (trace(_with_layers(model_config, count)) for count in _TRACED_LAYERS)
     except (NotImplementedError, RuntimeError) as error:
@@ -124,6 +126,11 @@ def step_memory(
     factor = (layers - _TRACED_LAYERS[0]) / (_TRACED_LAYERS[1] - _TRACED_LAYERS[0])
     grown = {key: int(value + factor * (vars(more)[key] - value)) for key, value in vars(few).items()}
     return StepMemory(**grown)
+
+
+def _chooses(sparse: SparseConfig | None) -> bool:
+    """Return True if options name layers: then blocks may differ in what is trained of them."""
+    return sparse is not None and (sparse.target_modules is not None or sparse.exclude_modules is not None)
 
 
 def _with_layers(model_config: Any, count: int) -> Any:
@@ -140,26 +147,20 @@ def _trace(
     dtype,
     sequences,
     tokens,
-    target_modules,
+    sparse,
     active,
     proposes,
     checkpointing,
     attention,
     trust_remote_code,
 ) -> StepMemory:
-    from transformers import AutoModelForCausalLM
-
     _register_attention()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            model_config,
-            attn_implementation="eager" if attention == "eager" else _ATTENTION,
-            trust_remote_code=trust_remote_code,
-        )
+    fused = "eager" if attention == "eager" else _ATTENTION
+    model = empty_model(model_config, attention=fused, trust_remote_code=trust_remote_code)
     model = model.to(dtype).requires_grad_(False).train()
     if checkpointing:
         enable_checkpointing(model)
-    targets = find_targets(model, target_modules)
+    targets = find_targets(model, sparse.target_modules, sparse.exclude_modules)
     attach_taps(targets, lambda name, left, right: _record(left.t() @ right, active.get(name, 1), proposes))
     ids = torch.zeros(sequences, tokens, dtype=torch.int64, device="meta")
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

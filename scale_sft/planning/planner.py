@@ -22,7 +22,7 @@ from scale_sft.model.fingerprints import CHUNK_ENTRIES
 from scale_sft.model.loading import max_length, resolve_dtype
 from scale_sft.model.quantization import Quantization, resolve_quantization
 from scale_sft.model.targets import budget_of
-from scale_sft.spiel.indices import PIECE_ENTRIES
+from scale_sft.spiel.indices import DEVICE_PIECE_ENTRIES
 
 from .footprint import GIB, Facts, candidate_bytes, facts_of, proposes, state_bytes, stored_base
 from .meta_trace import StepMemory, step_memory
@@ -93,7 +93,7 @@ class Planner:
         return self._plan(config, gpus, False, room)
 
     def facts(self, config: Config) -> Facts:
-        key = config.sparse.target_modules
+        key = (config.sparse.target_modules, config.sparse.exclude_modules, config.model.attention)
         if key not in self._facts:
             self._facts[key] = facts_of(config, self.model_config)
         return self._facts[key]
@@ -145,19 +145,20 @@ class Planner:
     def _step(self, config: Config, counts: Mapping[str, int], gpus: int, dtype: torch.dtype) -> StepMemory:
         model, sequences = config.model, config.run.micro_batch_size or config.run.global_batch_size // gpus
         tokens = max_length(config.data.max_length, self.model_config)
+        attention = self.facts(config).attention if model.attention == "auto" else model.attention
         alone = gpus == 1  # several ranks search together: see `proposal_costs`
-        key = (sequences, tokens, config.sparse, model.gradient_checkpointing, model.attention, dtype, alone)
+        key = (sequences, tokens, config.sparse, model.gradient_checkpointing, attention, dtype, alone)
         if key not in self._steps:
             self._steps[key] = step_memory(
                 self.model_config,
                 dtype,
                 sequences=sequences,
                 tokens=tokens,
-                target_modules=config.sparse.target_modules,
+                sparse=config.sparse,
                 active=counts,
                 proposes=alone and proposes(config.sparse),
                 checkpointing=model.gradient_checkpointing,
-                attention=model.attention,
+                attention=attention,
                 trust_remote_code=model.trust_remote_code,
             )
         return self._steps[key]
@@ -183,8 +184,9 @@ def _gathered(config: Config, facts: Facts, size: int, stored: int) -> int:
 
 
 def _after_step_bytes(active: int, largest_k: int) -> int:
-    """Count temporaries of the update (pieces of at most PIECE_ENTRIES) and of the largest weight's drop and grow."""
-    return max(28 * min(active, PIECE_ENTRIES), 60 * largest_k)
+    """Count temporaries of the update and of drop and grow on a device, in many weights at once, or in the largest."""
+    together = max(32 * min(active, DEVICE_PIECE_ENTRIES), 110 * min(active, DEVICE_PIECE_ENTRIES // 4))
+    return max(together, 110 * largest_k)
 
 
 def proposal_costs(config: Config, facts: Facts, counts: Mapping[str, int], gpus: int) -> list[ProposalCost]:

@@ -13,25 +13,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scale_sft.adapters.base_files import require_mergeable
 from scale_sft.adapters.start import Start
 from scale_sft.config.loading import to_yaml
 from scale_sft.config.options import Config
 from scale_sft.data.batches import BatchOrder, batches_of_rank
-from scale_sft.data.cache import load_examples, with_writable_cache
+from scale_sft.data.cache import cache_folder, load_examples, with_writable_cache
 from scale_sft.data.chat import use_template
 from scale_sft.data.examples import Examples
 from scale_sft.data.fit import refuse_misfit
+from scale_sft.data.packing import refuse_unpackable
+from scale_sft.data.preferences import kind_of
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.distributed.tracking import refuse_unknown_tracker
 from scale_sft.distributed.world import World
 from scale_sft.errors import UserError
-from scale_sft.model.loading import load_model_config, load_tokenizer, max_length, resolve_dtype
+from scale_sft.model.attention import Attention, choose_attention
+from scale_sft.model.compiled_blocks import refuse_uncompilable
+from scale_sft.model.coverage import Coverage, coverage
+from scale_sft.model.determinism import refuse_unrepeatable
+from scale_sft.model.loading import (
+    enable_checkpointing,
+    load_model_config,
+    load_tokenizer,
+    max_length,
+    resolve_dtype,
+)
 from scale_sft.model.quantization import Quantization, refuse_corrupting_storage, resolve_quantization
+from scale_sft.model.reach import refuse_randomness
 from scale_sft.model.sparse_settings import rule_of
-from scale_sft.model.targets import budget_of, find_targets
+from scale_sft.model.targets import budget_of, choose_targets
 from scale_sft.planning.footprint import empty_model
 from scale_sft.planning.placement import Placement, choose_placement
 
+from .reference_adapter import ReferenceAdapter, reference_of
 from .starting import start_of
 
 
@@ -49,8 +64,12 @@ class Inputs:
     order: BatchOrder
     steps: int
     placement: Placement
+    attention: Attention
+    coverage: Coverage  # what the targets reach of the blocks
     row_tokens: int | None  # length of packed rows; None: one sequence per row
     start: Start | None = None  # the adapter that the run starts from
+    reference: ReferenceAdapter | None = None  # the adapter that is part of the reference
+    cache: Path | None = None  # folder of tokenised data and of log-probabilities of the reference
     notes: tuple[str, ...] = ()  # for the user: deviations from the request
 
     def digests(self) -> dict[str, str]:
@@ -59,6 +78,7 @@ class Inputs:
         placement = hashlib.sha256(self.placement.name.encode()).hexdigest()
         digests = {"the configuration": settings, "base_placement": placement, "train_data": self.train.digest()}
         digests |= {"start_from": self.start.digest} if self.start else {}
+        digests |= {"reference_adapter": self.reference.digest} if self.reference else {}
         return digests | ({"eval_data": self.eval.digest()} if self.eval else {})
 
     def micro_batches(
@@ -84,7 +104,7 @@ def read_inputs(config: Config) -> Inputs:
     """Read and check everything except the weights.
 
     Raises:
-        UserError: see `load_model_config`, `find_targets`, `budget_of`, `start_of`, `Start.refuse_misfit`,
+        UserError: see `load_model_config`, `choose_targets`, `budget_of`, `start_of`, `Start.refuse_misfit`,
             `load_examples`, `refuse_misfit`; or the batch does not divide over the ranks.
     """
     refuse_unknown_tracker(config.run.tracker)
@@ -94,10 +114,15 @@ def read_inputs(config: Config) -> Inputs:
     data, run = config.data, config.run
     tokenizer = use_template(load_tokenizer(config.model), data.chat_template)
     world = World.from_environment()
+    refuse_unrepeatable(config, world.device())
     _check_batch(config, world.size)
-    data = replace(data, max_length=max_length(data.max_length, model_config))
+    tokens = max_length(data.max_length, model_config)
+    data = replace(data, max_length=tokens)
     dtype = resolve_dtype(config.model, model_config)
-    shapes = _checked_targets(config, model_config, world.size)
+    base = _checked_base(config, model_config, world.size)
+    shapes = base.shapes
+    if quantization is None:  # a base that is quantised is merged from what was loaded
+        require_mergeable(config.model, base.model, shapes, loaded=False)
     start = start_of(config)
     if start:
         start.refuse_misfit(config.sparse, shapes, dtype, quantization)
@@ -105,14 +130,20 @@ def read_inputs(config: Config) -> Inputs:
         budget_of(config.sparse, shapes)
     counts = start.counts if start else None
     placement = choose_placement(config, model_config, dtype, world, quantization, counts)
+    if config.model.compile == "blocks":
+        refuse_uncompilable(world.device(), sharded=placement.sharded, attention=config.model.attention)
     if quantization and placement.sharded:
         refuse_corrupting_storage(quantization, dtype)
+    reference = reference_of(config, shapes, dtype, quantization)
     data, notes = with_writable_cache(data, Path(run.output_dir) / "cache")
-    train = load_examples(data.train_data, "train", tokenizer, data, data.max_train_examples)
+    kind = kind_of(config.objective.objective)
+    train = load_examples(data.train_data, "train", tokenizer, data, data.max_train_examples, kind=kind)
     held_out = None
     if data.eval_data:
-        held_out = load_examples(data.eval_data, "eval", tokenizer, data, data.max_eval_examples)
+        held_out = load_examples(data.eval_data, "eval", tokenizer, data, data.max_eval_examples, kind=kind)
     refuse_misfit(tokenizer, model_config, train, held_out)
+    attention = choose_attention(config.model.attention, base.model, dtype, tokens, device_type())
+    notes = (*notes, *filter(None, (attention.note, base.note)))
     notes = (*notes, *dict.fromkeys((*train.notes, *(held_out.notes if held_out else ()))))
     total = None if run.steps else math.ceil((run.epochs or 1) * len(train))
     order = BatchOrder(len(train), run.global_batch_size, run.seed, total)
@@ -127,18 +158,51 @@ def read_inputs(config: Config) -> Inputs:
         order=order,
         steps=run.steps or order.steps(),
         placement=placement,
-        row_tokens=data.max_length if data.packing else None,
+        attention=attention,
+        coverage=base.coverage,
+        row_tokens=_row_tokens(config, tokens),
         start=start,
+        reference=reference,
+        cache=cache_folder(data),
         notes=notes,
     )
 
 
-def _checked_targets(config: Config, model_config: Any, ranks: int) -> dict[str, tuple[int, int]]:
-    """Refuse targets that the base cannot have, before any weight is loaded; returns their shapes (O, I)."""
-    targets = find_targets(empty_model(config, model_config), config.sparse.target_modules)
+def _row_tokens(config: Config, max_length: int) -> int | None:
+    """Choose the length of packed rows: a pair of the longest answers fits into one. None: no packing."""
+    if not config.data.packing:
+        return None
+    return 2 * max_length if config.objective.pairs else max_length
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What is known of the base without its weights."""
+
+    model: Any  # on the meta device
+    shapes: dict[str, tuple[int, int]]  # (O, I) of the targets
+    coverage: Coverage
+    note: str | None
+
+
+def _checked_base(config: Config, model_config: Any, ranks: int) -> _Base:
+    """Refuse targets that the base cannot have, and what it cannot do, before any weight is loaded."""
+    model: Any = empty_model(config, model_config)
+    choice = choose_targets(model, config.sparse.target_modules, config.sparse.exclude_modules)
     if ranks > 1:
-        refuse_experts([target.name for target in targets])
-    return {target.name: target.shape for target in targets}
+        refuse_experts([target.name for target in choice.targets])
+    note = refuse_randomness(model, allowed=config.model.allow_randomness)
+    if config.model.gradient_checkpointing:
+        enable_checkpointing(model)
+    if config.data.packing:
+        refuse_unpackable(model)
+    shapes = {target.name: target.shape for target in choice.targets}
+    return _Base(model, shapes, coverage(model, choice), note)
+
+
+def device_type() -> str:
+    """Return where a run computes: cuda if there is a GPU, otherwise cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def refuse_experts(names: Sequence[str]) -> None:

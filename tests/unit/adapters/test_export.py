@@ -45,7 +45,7 @@ def trained(session, tiny_model, tmp_path):
 
     def get(architecture: str = "llama", dtype: str = "float32", method: str = "ag"):
         base = tiny_model(architecture, dtype)
-        run = session(base=str(base), method=method)
+        run = session(base=str(base), method=method, attention="sdpa")
         train_a_little(run)
         run.adapter().save(tmp_path / "adapter")
         return run, tmp_path / "adapter", base

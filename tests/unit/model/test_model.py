@@ -3,14 +3,16 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from scale_sft.config.options import ModelConfig
 from scale_sft.data.micro_batches import collate
 from scale_sft.errors import UserError
+from scale_sft.model.coverage import coverage
 from scale_sft.model.loading import load_base, load_model_config, load_tokenizer, resolve_dtype
 from scale_sft.model.loss import token_loss_sum
-from scale_sft.model.targets import find_targets
+from scale_sft.model.targets import choose_targets, find_targets
 
 IN_BLOCKS = {
     "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
@@ -75,17 +77,47 @@ def test_a_broken_regular_expression_is_named(load) -> None:
         find_targets(load(), "q_(proj")
 
 
-class PackedLinear(nn.Linear):
+class RoundingLinear(nn.Linear):
     """Stands for a layer whose weight is not what it seems."""
 
+    def forward(self, x):
+        return functional.linear(x, self.weight.round())
 
-@pytest.mark.parametrize("wanted", [None, ("up_proj",), r".*\.1\.mlp\..*"])
-def test_a_linear_layer_of_an_unsupported_kind_is_named_and_never_passed_over(load, wanted) -> None:
-    model = load()
-    model.model.layers[1].mlp.up_proj = PackedLinear(32, 48)
-    with pytest.raises(UserError, match="'model.layers.1.mlp.up_proj' is a PackedLinear layer"):
-        find_targets(model, wanted)
+
+class OwnProduct(nn.Linear):
+    """A linear layer in other words, as in Falcon."""
+
+    def forward(self, x):
+        return x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias
+
+
+def test_a_linear_layer_that_computes_something_else_is_left_out_and_named(load) -> None:
+    model, path = load(), "model.layers.1.mlp.up_proj"
+    model.model.layers[1].mlp.up_proj = RoundingLinear(32, 48)
+    choice = choose_targets(model, None)
+    assert choice.left_out == {path: "RoundingLinear, whose forward is not that of nn.Linear"}
+    assert len(choice.targets) == 13 and "up_proj (RoundingLinear" in coverage(model, choice).line()
+    for wanted in (("up_proj",), r".*\.1\.mlp\..*"):
+        with pytest.raises(UserError, match=rf"got '{path}' \(RoundingLinear.*Fix: --exclude_modules up_proj"):
+            find_targets(model, wanted)
     assert len(find_targets(model, ("q_proj",))) == 2
+
+
+def test_a_linear_layer_in_other_words_is_trained_like_any(load) -> None:
+    model = load()
+    model.model.layers[1].mlp.up_proj = OwnProduct(32, 48)
+    assert len(find_targets(model, None)) == 14
+
+
+def test_layers_can_be_excluded_by_name_or_regular_expression(load) -> None:
+    model = load()
+    for excluded, count in ((("up_proj",), 12), (r".*\.1\..*", 7), ("model.layers.0.self_attn.q_proj", 13)):
+        choice = choose_targets(model, None, excluded)
+        assert len(choice.targets) == count and len(choice.left_out) == 14 - count
+    with pytest.raises(UserError, match="exclude_modules: 'query' matches no layer"):
+        find_targets(model, None, ("query",))
+    with pytest.raises(UserError, match=r"none of the 2 layers that match can be trained: named by exclude_modules"):
+        find_targets(model, ("up_proj",), ("up_proj",))
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen2", "opt"])

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from scale_sft.cli.main import main
 from scale_sft.config.loading import load
+from scale_sft.config.options import SparseConfig
 from scale_sft.planning.meta_trace import step_memory
 from scale_sft.planning.planner import GIB, Planner
 from scale_sft.planning.suggestions import smallest_change
@@ -39,7 +40,7 @@ def test_a_deep_model_is_traced_as_its_first_blocks_say() -> None:
 
     options = {"sequences": 2, "tokens": 64}
     found = step_memory(deep, torch.float32, **options)
-    whole = planner_trace._trace(deep, torch.float32, 2, 64, None, {}, True, False, "sdpa", False)
+    whole = planner_trace._trace(deep, torch.float32, 2, 64, SparseConfig(), {}, True, False, "sdpa", False)
     assert vars(found) == pytest.approx(vars(whole), rel=0.01)
 
 

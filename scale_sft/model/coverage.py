@@ -1,0 +1,137 @@
+"""What share of a base's blocks its targets reach, and why the rest is not trained."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from scale_sft.config.options import SparseConfig
+
+from .linear_kinds import why_not_linear
+from .packed_weights import is_quantized_layer
+from .targets import Choice, choose_targets
+
+FUSED_EXPERTS = "experts fused into one parameter, which cannot carry deltas yet"
+NOT_CHOSEN = "not named by target_modules"
+_LISTED = 4
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Weights of the blocks that are no targets, of one kind and for one reason."""
+
+    kind: str  # the last name in their paths, or the part of the model that they are in: gate, experts.down_proj
+    reason: str
+    weights: int
+    entries: int
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The weights inside a model's blocks: matrices and larger; biases, norms and embeddings do not count."""
+
+    entries: int
+    reached: int
+    rest: tuple[Rest, ...]  # the largest first
+
+    @property
+    def share(self) -> float:
+        """The share of the entries that are in targets, in [0, 1]."""
+        return self.reached / self.entries if self.entries else 1.0
+
+    def line(self) -> str:
+        """Say it in one line: "61.3 % are targets; not trained: 38.2 % experts.down_proj (why), ..."."""
+        said = f"{_percent(self.share)} of the weights in the blocks are targets"
+        if not self.rest:
+            return said
+        by_reason: dict[str, list[Rest]] = defaultdict(list)
+        for one in self.rest:
+            by_reason[one.reason].append(one)
+        parts = []
+        for reason, group in by_reason.items():
+            kinds = [one.kind for one in group]
+            more = f" and {len(kinds) - _LISTED} more kinds" if len(kinds) > _LISTED else ""
+            share = _percent(sum(one.entries for one in group) / self.entries)
+            parts.append(f"{share} {', '.join(kinds[:_LISTED])}{more} ({reason})")
+        return f"{said}; not trained: {'; '.join(parts)}"
+
+    def document(self) -> dict[str, Any]:
+        """Describe it as plain JSON."""
+        return {"entries": self.entries, "reached": self.reached, "rest": [dict(vars(one)) for one in self.rest]}
+
+    @classmethod
+    def of_document(cls, document: dict[str, Any]) -> Coverage:
+        """Undo `document`."""
+        return cls(document["entries"], document["reached"], tuple(Rest(**one) for one in document["rest"]))
+
+
+def coverage_of(model: nn.Module, sparse: SparseConfig) -> Coverage:
+    """Compute what the options reach of a model, with its weights or without.
+
+    Raises:
+        UserError: see `choose_targets`.
+    """
+    return coverage(model, choose_targets(model, sparse.target_modules, sparse.exclude_modules))
+
+
+def coverage(model: nn.Module, choice: Choice) -> Coverage:
+    """Compute what a choice of targets reaches of a model."""
+    targets = {id(target.weight): target for target in choice.targets}
+    everything = reached = 0
+    rest: dict[tuple[str, str], list[int]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            continue
+        for leaf, weight in module.named_parameters(recurse=False):
+            entries = _entries(module, leaf, weight)
+            if not entries or not re.search(r"\.\d+\.", f"{path}.{leaf}"):
+                continue
+            everything += entries
+            if id(weight) in targets:
+                reached += entries
+                continue
+            key = _kind(path, leaf), _reason(path, leaf, module, weight, choice)
+            counts = rest.setdefault(key, [0, 0])
+            counts[0] += 1
+            counts[1] += entries
+    listed = [Rest(kind, reason, *counts) for (kind, reason), counts in rest.items()]
+    return Coverage(everything, reached, tuple(sorted(listed, key=lambda one: -one.entries)))
+
+
+def _entries(module: Any, leaf: str, weight: nn.Parameter) -> int:
+    """Count the entries of a matrix or larger weight, whole and dequantised; 0 for vectors, whatever their shape."""
+    if leaf == "weight" and is_quantized_layer(module):
+        return int(module.out_features * module.in_features)
+    shape = getattr(weight, "ds_shape", weight.shape)
+    linear = isinstance(module, nn.Linear) and leaf == "weight"
+    if len(shape) < 2 or (not linear and sum(size > 1 for size in shape) < 2):
+        return 0
+    return int(getattr(weight, "ds_numel", weight.numel()))
+
+
+def _kind(path: str, leaf: str) -> str:
+    """Name a weight by what it has in common with those of other blocks."""
+    own = re.split(r"\.\d+\.", path)[-1].split(".")
+    if leaf == "weight":
+        return own[-1] if not own[-1].isdigit() else ".".join(path.split(".")[-2:])
+    return ".".join((own[-1], leaf))
+
+
+def _reason(path: str, leaf: str, module: nn.Module, weight: nn.Parameter, choice: Choice) -> str:
+    if leaf == "weight" and path in choice.left_out:
+        return choice.left_out[path]
+    shape = getattr(weight, "ds_shape", weight.shape)
+    if len(shape) == 3 and "expert" in path.rpartition(".")[2].lower() + type(module).__name__.lower():
+        return FUSED_EXPERTS
+    if leaf != "weight":
+        return f"a parameter of {type(module).__name__}, not nn.Linear"
+    return why_not_linear(module) or NOT_CHOSEN
+
+
+def _percent(share: float) -> str:
+    digits = 0 if share in (0, 1) else 1 if share >= 0.001 else 3
+    return f"{share:.{digits}%}".replace("%", " %")
