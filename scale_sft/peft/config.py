@@ -25,13 +25,11 @@ _ELSEWHERE = {
     "start_from": "PeftModel.from_pretrained(base, folder, is_trainable=True) trains an adapter further",
     "delta_dtype": "deltas are parameters in float32 here",
     "proposal_batch_size": "the first backward pass of a step proposes here",
-    "selection_batches": "`scale-sft train` and scale_sft.attach choose entries before the first update",
-    "row_quota": "it belongs to selection_batches: use `scale-sft train` or scale_sft.attach",
-    "column_quota": "it belongs to selection_batches: use `scale-sft train` or scale_sft.attach",
-    "budget_floor": "it belongs to selection_batches: use `scale-sft train` or scale_sft.attach",
-    "budget": "it belongs to `scale-sft train` and scale_sft.attach",
     "betas": "AdamW belongs to the Trainer; set its options there",
 }
+
+
+_OURS = "use `scale-sft train` or scale_sft.attach, which have this option"
 
 
 class SpielType(str, Enum):
@@ -117,6 +115,8 @@ class SpielOptions(PeftConfig):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
                 raise UserError(f"{name}: got {value!r}, expected a whole number of at least {least}. Fix: give one")
+        if self.drop_criterion == "age":
+            raise UserError(f"drop_criterion: got 'age', expected magnitude or change under PEFT. Fix: {_OURS}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise UserError("layers_pattern: got no layers_to_transform, expected both. Fix: say which blocks to train")
         self.sparse_options()
@@ -133,7 +133,7 @@ class SpielOptions(PeftConfig):
         shared = {one.name for one in dataclasses.fields(SparseConfig)} & {
             one.name for one in dataclasses.fields(SpielOptions)
         }
-        options = {name: getattr(self, name) for name in shared - {"target_modules"}}
+        options = {name: getattr(self, name) for name in shared - {"target_modules", "exclude_modules"}}
         if not given:
             options["density"] = DEFAULT_DENSITY
         sparse = load_sections(None, options)["sparse"]
@@ -161,8 +161,9 @@ class SpielConfig(SpielOptions):
         others = {name: value for name, value in options.items() if name not in names}
         if others and "format" not in options:  # not read from a folder
             name = next(iter(others))
-            if name in _ELSEWHERE:
-                raise UserError(f"{name}: got {others[name]!r}, expected none under PEFT. Fix: {_ELSEWHERE[name]}")
+            sparse = {one.name: _OURS for one in dataclasses.fields(SparseConfig)}
+            if fix := (sparse | _ELSEWHERE).get(name):
+                raise UserError(f"{name}: got {others[name]!r}, expected none under PEFT. Fix: {fix}")
             raise UserError(f"SpielConfig: {unknown(f'option {name!r}', name, names)}")
         options = {name: value for name, value in options.items() if name in names}
         if others:
