@@ -85,7 +85,8 @@ class Session:
         self.reallocations: list[int] = []
         """Steps that ended with drop and grow."""
         self._published: Any = None  # our state in the optimizer's group
-        self._probes = torch.linspace(0, self.store.active - 1, min(PROBES, self.store.active), device=device).long()
+        probes = min(PROBES, self.store.active)
+        self._probes = torch.arange(probes, device=device) * self.store.active // probes
         self._seen: Tensor | None = None  # bits of the probed deltas as they were written
         self._open()
 
