@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from scale_sft.errors import UserError, first_line
 
 BACKEND: Any = "inductor"
-"""Of torch.compile; a function takes the place of its name, to look at graphs."""
+"""The backend of torch.compile, by name; tests put a function here, to count graphs."""
 
 _GRAPHS = 32
-"""Of one class of blocks, at most: a multiple of what its kinds of inputs need, as one more would stop the run."""
+"""The most graphs that a class of blocks may have; one more ends the run, so this is far more than it needs."""
 
 Forward = Callable[..., Any]
 
@@ -64,7 +64,7 @@ def _route(block: Any, graph: Forward, as_they_are: Callable[[], bool]) -> None:
     def forward(block: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or as_they_are():
             return stock(hidden, *args, **kwargs)
-        if not hidden.requires_grad:  # the first block's: it would need a graph of its own
+        if not hidden.requires_grad:  # in the first block, which would need a graph of its own
             hidden = hidden.detach().requires_grad_()
         _let_sizes_vary(hidden, args, kwargs)
         try:

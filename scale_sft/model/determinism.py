@@ -18,7 +18,7 @@ from scale_sft.errors import UserError
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
-"""With any other, cuBLAS may sum in another order each time. It reads the setting when a process first uses the GPU."""
+"""With any other value cuBLAS may sum in a new order each time. It reads the value when a process first uses a GPU."""
 
 
 @contextmanager

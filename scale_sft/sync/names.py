@@ -13,7 +13,7 @@ from scale_sft.errors import UserError
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Take the wrappers of DeepSpeed and DistributedDataParallel off a model."""
-    while isinstance(inner := getattr(model, "module", None), nn.Module) and not hasattr(model, "save_pretrained"):
+    while isinstance(inner := model._modules.get("module"), nn.Module):
         model = inner
     return model
 

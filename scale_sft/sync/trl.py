@@ -1,10 +1,13 @@
 """TRL: `AsyncGRPOTrainer(weight_transfer=...)` that ships patches instead of every weight.
 
-    transfer = SparseWeightTransfer(model, VllmServer("http://127.0.0.1:8000"))
-    trainer = AsyncGRPOTrainer(model=model, ..., weight_transfer=transfer)
+    transfer = SparseWeightTransfer(VllmServer("http://127.0.0.1:8000"))
+    trainer = AsyncGRPOTrainer("BASE", ..., peft_config=SpielConfig(density=0.01), weight_transfer=transfer)
+    transfer.model = trainer.model
+    trainer.train()
 
-`SparseWeightTransfer` has the methods of `trl.experimental.async_grpo.async_grpo_trainer.WeightTransferProtocol`.
-Written against TRL 1.16.0; nothing of it is imported.
+The trainer loads the model itself, so the transfer gets it afterwards. `SparseWeightTransfer` has the methods of
+`trl.experimental.async_grpo.async_grpo_trainer.WeightTransferProtocol`. Written against TRL 1.16.0; nothing of it is
+imported.
 """
 
 from __future__ import annotations
@@ -41,13 +44,16 @@ class SparseWeightTransfer:
     """A weight transfer of TRL's that sends what has changed since its last one.
 
     Args:
-        model: the trained model, a PEFT model with a SpielConfig or what `scale_sft.attach` returned. TRL calls the
-            transfer in its main process only, so each process holds the base whole (one process, or DDP).
         connection: to the server, which holds the base when training starts.
+
+    Attributes:
+        model: the trained model, a PEFT model with a SpielConfig or what `scale_sft.attach` returned; set it before
+            training. TRL calls the transfer in its main process only, so each process holds the base whole.
     """
 
-    def __init__(self, model: Any, connection: Connection):
-        self._model, self._connection = model, connection
+    def __init__(self, connection: Connection):
+        self.model: Any = None
+        self._connection = connection
         self._sent: Snapshot | None = None
         self._failed = False
 
@@ -67,16 +73,18 @@ class SparseWeightTransfer:
                 through theirs.
 
         Raises:
-            SyncError: an earlier call failed half-way: nobody knows what the server holds.
+            SyncError: an earlier call failed half-way, so nobody knows what the server holds; or `model` is not set.
         """
         for _ in iterator:
             pass
+        if self.model is None:
+            raise SyncError("send_weights: got no model. Fix: transfer.model = trainer.model, before trainer.train()")
         if self._failed:
             raise SyncError(
                 "send_weights: got a call after one that failed, so the server's weights are unknown. Fix: restart the "
                 "server with the base, and training from its checkpoint"
             )
-        patches = full(self._model) if self._sent is None else changed(self._model, since=self._sent)
+        patches = full(self.model) if self._sent is None else changed(self.model, since=self._sent)
         self._failed = True
         self._connection.send(patches)
         self._failed, self._sent = False, patches.snapshot

@@ -107,7 +107,8 @@ class VllmServer:
         """
         if self._engine is None:
             raise SyncError("send: got no connection to the server, expected one. Fix: call connect() first")
-        self._engine.send_weights(weight_patches(patches))
+        device = self._engine.model_update_group.device
+        self._engine.send_weights(weight_patches(patches.to(device)))
 
     def pause(self) -> None:
         """Freeze requests in flight, so that no token is computed with half-written weights."""

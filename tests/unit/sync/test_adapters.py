@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import inspect
+import queue
 import sys
 import types
 from dataclasses import make_dataclass
@@ -216,7 +217,10 @@ class Direct:
 
 def test_trls_trainer_drives_our_transfer(trainer, base) -> None:
     connection = Direct(base)
-    transfer = trl.SparseWeightTransfer(trainer.sparse, connection)
+    transfer = trl.SparseWeightTransfer(connection)
+    with pytest.raises(SyncError, match="transfer.model = trainer.model"):
+        transfer.send_weights(iter(()))
+    transfer.model = trainer.sparse
     seen = []
     transfer.init_weight_transfer()
     for _ in range(3):  # as `_sync_weight_merged` does it
@@ -234,3 +238,40 @@ def test_trls_trainer_drives_our_transfer(trainer, base) -> None:
         transfer.send_weights(iter(()))
     transfer.destroy()
     assert connection.calls == ["connect", *["pause", 0, "resume", "pause", 1, "resume", "pause", 2, "resume"], "close"]
+
+
+def test_trls_own_async_trainer_syncs_through_our_transfer(tiny_model, base, tmp_path, monkeypatch) -> None:
+    """Its training needs a GPU and a server; what it does for a sync runs here."""
+    module = pytest.importorskip("trl.experimental.async_grpo.async_grpo_trainer")
+    from datasets import Dataset
+
+    from scale_sft import peft
+
+    class Worker:
+        rollout_buffer, metrics_queue = queue.Queue(), queue.Queue()
+        update_model_version = start = stop = check_health = lambda self, *_: None
+
+    monkeypatch.setattr(module, "get_peak_flops_per_device", lambda *_: 1.0)
+    monkeypatch.setattr(module, "VLLMClient", lambda *_: None)
+    transfer = trl.SparseWeightTransfer(Direct(base))
+    trainer = module.AsyncGRPOTrainer(
+        str(tiny_model("llama", "bfloat16")),
+        reward_funcs=lambda **_: [0.0],
+        args=module.AsyncGRPOConfig(output_dir=str(tmp_path), max_steps=4, report_to=[], dtype="bfloat16", bf16=False),
+        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": "hi"}]}]),
+        peft_config=peft.SpielConfig(density=0.05, total_steps=4),
+        rollout_worker=Worker(),
+        weight_transfer=transfer,
+    )
+    transfer.model = trainer.model
+    for _ in range(2):
+        with torch.no_grad():
+            for name, values in trainer.model.named_parameters():
+                if ".spiel_values." in name:
+                    values.add_(0.5)
+        peft.write(trainer.model)
+        trainer._sync_weight()
+        whole = trainer.model.get_base_model().state_dict()
+        for name, weight in base.named_parameters():
+            assert torch.equal(weight, whole.get(name, whole.get(name.replace(".weight", ".base_layer.weight"))))
+    assert sync.version(base) == trainer.model_version == 2
