@@ -61,8 +61,8 @@ def everybody(tiny_model, tmp_path_factory):
 
 def test_every_contestant_has_a_row_of_finite_times_and_ratios(everybody):
     rows = read_rows(everybody, "step")
-    assert [row["settings"]["contestant"] for row in rows[:10]] == list(CONTESTANTS)
-    assert len(rows) == 19  # LoRA without a cast is LoRA in float32
+    assert [row["settings"]["contestant"] for row in rows[:12]] == list(CONTESTANTS)
+    assert len(rows) == 23  # LoRA without a cast is LoRA in float32
     for row in rows:
         result = row["result"]
         ratios = [result["relative"][peer]["median"] for peer in ("peft-lora", "full")]
@@ -73,14 +73,16 @@ def test_every_contestant_has_a_row_of_finite_times_and_ratios(everybody):
 
 def test_ours_lora_and_shira_train_equally_many_parameters(everybody):
     trainable = {row["settings"]["contestant"]: row["result"]["trainable"] for row in read_rows(everybody, "step")}
-    equal = {name: trainable[name] for name in ("ours-ag", "ours-ma", "ours-static", "peft-lora", "peft-shira")}
+    equal = {
+        name: trainable[name] for name in ("ours-ag", "ours-ma", "ours-static", "peft-lora", "peft-shira", "spiel-peft")
+    }
     assert len(set(equal.values())) == 1, equal
     assert trainable["frozen"] == 0 < trainable["peft-ia3"] < equal["ours-ag"] < trainable["full"]
     assert trainable["full-adamw"] == trainable["full"]
 
 
 def test_ratios_are_medians_of_pairs_within_a_round(everybody):
-    rows = {row["settings"]["contestant"]: row["result"] for row in read_rows(everybody, "step")[:10]}
+    rows = {row["settings"]["contestant"]: row["result"] for row in read_rows(everybody, "step")[:12]}
     own, peer = rows["ours-ag"]["seconds"], rows["peft-lora"]["seconds"]
     pairs = [a / b for a, b in zip(own, peer, strict=True)]
     assert rows["ours-ag"]["relative"]["peft-lora"]["median"] == pytest.approx(sum(pairs) / 2)
