@@ -36,7 +36,9 @@ _SMALL: dict[str, Any] = {
     "mamba_head_dim": 16, "ssm_state_size": 16, "mamba_chunk_size": 16, "chunk_size": 16, "time_step_rank": 4,
     "mamba_dt_rank": 4, "state_size": 16,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-    "rotary_dim": 8, "sliding_window": 32, "image_size": 28, "patch_size": 14, "initializer_range": 0.1, "init_std": 0.1,
+    "full_attention_interval": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
+    "rotary_dim": 8, "sliding_window": 32, "image_size": 28, "patch_size": 14,
+    "initializer_range": 0.1, "init_std": 0.1,
 }  # fmt: skip
 
 
@@ -87,7 +89,10 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     }},
     "qwen2_5_vl": {"text_config": _SECTIONS, "vision_config": {"fullatt_block_indexes": [1]}},
     "qwen2_vl": {"text_config": _SECTIONS},
-    "qwen3_5": {"vision_config": {"deepstack_visual_indexes": []}},
+    "qwen3_5": {
+        "text_config": {"layer_types": ["linear_attention", "full_attention"]},
+        "vision_config": {"deepstack_visual_indexes": []},
+    },
     "qwen3_vl": {"vision_config": {"deepstack_visual_indexes": [0]}},
     "smolvlm": {"text_config": {"model_type": "llama"}},
 }  # fmt: skip
@@ -99,15 +104,14 @@ WRAPPERS = (
 )  # fmt: skip
 """Vision-language models that are checked."""
 
-_NOT_CHECKED = frozenset(
-    """
-    bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small camembert cpmant data2vec-text
-    electra emu3 ernie fuyu git got_ocr2 marian mbart megatron-bert moshi moss_transcribe_diarize musicgen
-    musicgen_melody mvp pegasus plbart prophetnet reformer rembert roberta roberta-prelayernorm roc_bert roformer trocr
-    whisper xlm xlm-roberta xlm-roberta-xl xlnet xmod
-    blt gemma3n gemma4_assistant gemma4_unified gemma4_unified_assistant phi4_multimodal
-    """.split()
-)
+_NOT_CHECKED = (
+    "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot", "blenderbot-small", "blt",
+    "camembert", "cpmant", "data2vec-text", "electra", "emu3", "ernie", "fuyu", "gemma3n", "gemma4_assistant",
+    "gemma4_unified", "gemma4_unified_assistant", "git", "got_ocr2", "marian", "mbart", "megatron-bert", "moshi",
+    "moss_transcribe_diarize", "musicgen", "musicgen_melody", "mvp", "pegasus", "phi4_multimodal", "plbart",
+    "prophetnet", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "trocr", "whisper",
+    "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod",
+)  # fmt: skip
 """Encoders, decoders that belong to an encoder, and helpers of other models; or they do not get small."""
 
 
