@@ -27,6 +27,7 @@ from scale_sft.model.quantization import Quantization, resolve_quantization
 from scale_sft.model.sparse_model import Save, SparseModel
 from scale_sft.model.sparse_settings import SparseSettings
 from scale_sft.model.targets import find_targets
+from scale_sft.model.visibility import visible_fraction
 
 BUDGETS = ("density", "tunable_weights", "rank_equivalent")
 KERNELS = ("off", "cpu", "auto")
@@ -220,6 +221,7 @@ def _writer(base: str) -> Save:
 
     def save(sparse: SparseModel, folder: Path) -> None:
         adapter = trained_adapter(sparse, base, None)
+        adapter.info["visible_in_bfloat16"] = round(visible_fraction(sparse), 4)
 
         def write() -> None:
             try:

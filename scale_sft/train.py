@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from scale_sft.training.result import RunResult
 
 
+IMPROVED = {"loss": "fallen", "accuracy": "risen"}
+
+
 def train(session, metrics, checkpoints) -> None:
     """Run T optimizer steps, each on one global batch, with drop and grow where the schedule says so.
 
@@ -45,12 +48,13 @@ def train(session, metrics, checkpoints) -> None:
     """
     from scale_sft.training.best import best_step, hopeless
 
-    optimizer, cluster = session.optimizer, session.cluster
+    optimizer, cluster, best_by = session.optimizer, session.cluster, session.inputs.config.objective.best_by
     select_entries(session, metrics)
     evaluate_if_due(session, metrics, checkpoints.run)
     for step in range(session.step + 1, session.inputs.steps + 1):
-        if hopeless(session.evaluations, session.step, session.inputs.config.run.early_stopping_steps):
-            metrics.note(f"stopped: the held-out loss has not fallen since step {best_step(session.evaluations)}")
+        if hopeless(session.evaluations, session.step, session.inputs.config.run.early_stopping_steps, best_by):
+            since = best_step(session.evaluations, best_by)
+            metrics.note(f"stopped: the held-out {best_by} has not {IMPROVED[best_by]} since step {since}")
             return
         began = time.perf_counter()
 
@@ -81,32 +85,29 @@ def train(session, metrics, checkpoints) -> None:
                 seconds=time.perf_counter() - began,
                 padding_fraction=tokens["padding"] / (tokens["padding"] + tokens["all"]),
                 **measurements(cluster),
+                **{name: value for name, value in tokens.items() if name not in ("target", "all", "padding")},
             )
         evaluate_if_due(session, metrics, checkpoints.run)
         checkpoints.save_if_due(metrics)
         cluster.raise_if_stopping()
 
 
-def forward_backward(session, batch: list[int]) -> tuple[float, dict[str, int]]:
-    """Compute the gradients of one global batch's loss: the sum of its token losses over its number of target tokens.
+def forward_backward(session, batch: list[int]) -> tuple[float, dict[str, float]]:
+    """Compute the gradients of one global batch's loss: a mean over its target tokens, or over its pairs of answers.
 
     Each micro-batch contributes its share of that mean, so the split into ranks and micro-batches does not matter.
-    Returns the mean loss, and counts of tokens: target, all, and padding that was computed with them.
+    Returns the mean loss, and counts of tokens: target, all, and padding that was computed with them; of preferences
+    also what `objective.rewards` reports.
     """
-    from scale_sft.model.loss import token_loss_sum
-
-    inputs, cluster = session.inputs, session.cluster
     proposing = session.tuning.recorder.proposing
-    target_tokens, all_tokens = inputs.train.target_tokens(batch), inputs.train.all_tokens(batch)
+    share = session.objective.share(batch, proposing=proposing)
     total: float | Tensor = 0.0
-    positions = 0
     for micro_batch in session.micro_batches(batch, proposing=proposing):
-        loss = token_loss_sum(session.model, micro_batch, target_tokens)
+        loss = share.loss_sum(session.model, micro_batch)
         loss.backward()
         total += loss.detach()
-        positions += micro_batch["input_ids"].numel()
-    mean, positions = cluster.sum_and_agree(float(total), positions)
-    return mean, {"target": target_tokens, "all": all_tokens, "padding": positions - all_tokens}
+    mean, *sums = session.cluster.sum_and_agree(float(total), *share.sums)
+    return mean, share.counts(sums)
 
 
 def select_entries(session, metrics) -> None:
@@ -203,9 +204,11 @@ def evaluate_if_due(session, metrics, run) -> None:
         target_tokens=result.target_tokens,
         seconds=time.perf_counter() - began,
         exact_match=result.exact_match,
+        **(result.rewards or {}),
     )
     metrics.samples(step, [vars(answer) for answer in session.samples])
-    if best_step(session.evaluations) == step and run.keeps_best(session.inputs.config):
+    best_by = session.inputs.config.objective.best_by
+    if best_step(session.evaluations, best_by) == step and run.keeps_best(session.inputs.config):
         session.cluster.on_main(lambda: save_best(session.adapter(), result.loss, step, run.best))
 
 
@@ -236,7 +239,15 @@ def run(recipe: str | Path | Config | None = None, /, **options: Any) -> RunResu
 
 
 def run_training(config: Config) -> RunResult:
-    """Run a configuration from start to end: inputs, ranks, model, loop, files."""
+    """Run a configuration from start to end; torch's global settings are what they were afterwards."""
+    from scale_sft.model.determinism import deterministic
+
+    with deterministic(config.run.deterministic):  # before anything touches a GPU
+        return run_configuration(config)
+
+
+def run_configuration(config: Config) -> RunResult:
+    """Run a configuration: inputs, ranks, model, loop, files."""
     from scale_sft.distributed.cluster import Cluster
     from scale_sft.distributed.world import World, refuse_lonely_launchers
     from scale_sft.training.inputs import read_inputs
@@ -283,6 +294,8 @@ def run_on(cluster, inputs, run) -> RunResult:
             metrics.note(note)
         with cluster.in_steps():
             try:
+                for note in session.prepare(metrics):
+                    metrics.note(note)
                 train(session, metrics, checkpoints)
             except Interrupted as stop:
                 failure = checkpoints.save(metrics)

@@ -4,6 +4,7 @@ Everything is given by fixtures, most of them functions:
 
     tiny_model("llama")            folder of a random model: llama, gpt2, opt or qwen2 (float32, or "bfloat16")
     pairs_file, messages_file      two dozen examples: prompt/completion, and conversations
+    preferences_file, marked_file  two dozen pairs of answers, and answers marked as good or bad
     train_run(steps=3, ...)        a run in this process with tiny defaults; returns its folder, raises UserError
     session(method="ma", ...)      the same run just before its first step: model, deltas, schedules
     train_cli("--steps", "3")      the training command in this process; result with exit_code, stdout, stderr
@@ -193,6 +194,23 @@ def messages_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ask = lambda n: [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": str(n + 1)}]
     rows = [{"messages": ask(n) + (ask(n + 1) if n % 2 else [])} for n in range(24)]
     return _write_lines(tmp_path_factory.mktemp("messages") / "messages.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def preferences_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pairs: a sum, and one that is wrong by some; the sides have different lengths."""
+    rows = [
+        {"prompt": f"{n} + {n * n} = ", "chosen": str(n + n * n), "rejected": f"about {n * n - 1}"[: 4 + n % 7]}
+        for n in range(24)
+    ]
+    return _write_lines(tmp_path_factory.mktemp("preferences") / "preferences.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def marked_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 sums as prompt and completion, marked as right or wrong: two are wrong for each that is right."""
+    rows = [{"prompt": f"{n} + 1 = ", "completion": str(n + 1 + n % 3), "label": n % 3 == 0} for n in range(24)]
+    return _write_lines(tmp_path_factory.mktemp("marked") / "marked.jsonl", rows)
 
 
 @pytest.fixture

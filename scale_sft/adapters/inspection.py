@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scale_sft.reporting.weight_names import kind_of, layer_of
+from scale_sft.spiel.selection.spread import FRACTIONS, profiles
 
 from .format import Adapter
 
@@ -34,6 +35,8 @@ class WeightFacts:
     zeros: int
     top_rows: float  # fraction of the entries that is in the fullest 1 % of the rows (at least one row)
     top_columns: float
+    spread_rows: tuple[float, ...]  # share of the entries in the fullest rows, for each of `FRACTIONS` of them
+    spread_columns: tuple[float, ...]
 
     @property
     def density(self) -> float:
@@ -69,6 +72,7 @@ class Inspection:
             "total": self.total.as_row(),
             "quantiles_of_magnitude": self.quantiles,
             "most_moved": self.moved,
+            "spread_fractions": FRACTIONS,
             **{name: {key: facts.as_row() for key, facts in table.items()} for name, table in tables.items()},
         }
 
@@ -110,6 +114,7 @@ def inspect(folder: str | Path, *, top: int = 10) -> Inspection:
 
 def _facts(indices: Tensor, deltas: Tensor, shape: tuple[int, int]) -> WeightFacts:
     rows, columns = shape
+    spread_rows, spread_columns = profiles(indices, shape)
     return WeightFacts(
         weights=1,
         active=indices.numel(),
@@ -119,6 +124,8 @@ def _facts(indices: Tensor, deltas: Tensor, shape: tuple[int, int]) -> WeightFac
         zeros=int((deltas == 0).sum()),
         top_rows=_concentration(indices // columns, rows),
         top_columns=_concentration(indices % columns, columns),
+        spread_rows=tuple(spread_rows),
+        spread_columns=tuple(spread_columns),
     )
 
 
@@ -141,6 +148,9 @@ def _together(facts: Iterable[WeightFacts]) -> WeightFacts:
     found = list(facts)
     active = sum(one.active for one in found)
     mean = lambda key: sum(getattr(one, key) * one.active for one in found) / max(1, active)
+    each = lambda key: tuple(
+        sum(getattr(one, key)[place] * one.active for one in found) / max(1, active) for place in range(len(FRACTIONS))
+    )
     return WeightFacts(
         weights=len(found),
         active=active,
@@ -150,6 +160,8 @@ def _together(facts: Iterable[WeightFacts]) -> WeightFacts:
         zeros=sum(one.zeros for one in found),
         top_rows=mean("top_rows"),
         top_columns=mean("top_columns"),
+        spread_rows=each("spread_rows"),
+        spread_columns=each("spread_columns"),
     )
 
 

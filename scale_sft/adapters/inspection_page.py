@@ -15,8 +15,10 @@ from scale_sft.files import write_text
 from scale_sft.model.coverage import Coverage
 from scale_sft.reporting.html import details, heading, page_of, pairs, picture, table, titled
 from scale_sft.reporting.plots import Plot
+from scale_sft.reporting.spread import SPREAD_CAPTION, draw_spread
 from scale_sft.reporting.style import BLUE, WIDTH_INCHES, heat_map
 from scale_sft.reporting.weight_names import kind_of, layer_of
+from scale_sft.spiel.selection.spread import FRACTIONS
 
 from .inspection import Inspection, WeightFacts
 
@@ -47,6 +49,7 @@ def write_page(found: Inspection, path: Path) -> None:
     plots = [
         Plot("magnitudes", "Magnitudes of the deltas", "", lambda _: magnitudes(found)),
         Plot("density", "Density and size of the deltas by layer", "", lambda _: densities(found)),
+        Plot("spread", "Where the entries are", SPREAD_CAPTION, lambda _: _spread(found)),
     ]
     parts += [picture(plot) for plot in plots]
     for title, rows in (("Layers", found.by_layer), ("Kinds of module", found.by_kind)):
@@ -73,6 +76,9 @@ def facts(found: Inspection) -> dict[str, str]:
         "entries": f"{total.active:,} of {total.numel:,} in {total.weights} weights ({total.density:.3%})",
         "norm of all deltas": f"{total.norm:.4g}",
         "|delta| at quantiles": quantiles,
+        "deltas visible in bfloat16": f"{visible:.1%}"
+        if (visible := info.get("visible_in_bfloat16")) is not None
+        else None,
         "deltas that are 0": f"{total.zeros:,}" if total.zeros else None,
     }
     return {name: str(value) for name, value in rows.items() if value is not None}
@@ -113,6 +119,11 @@ def densities(found: Inspection) -> Figure:
     heat_map(below, grids["size"], labels, names, "root mean square of the deltas", "")
     below.set_xlabel("layer")
     return figure
+
+
+def _spread(found: Inspection) -> Figure:
+    weights = {name: (one.active, one.spread_rows, one.spread_columns) for name, one in found.by_weight.items()}
+    return draw_spread(FRACTIONS, weights)
 
 
 def _cells(one: WeightFacts) -> list[str]:

@@ -76,6 +76,15 @@ class Start:
         Raises:
             UserError: targets, shapes, budget, dtype or quantisation are not the adapter's.
         """
+        self.refuse_other_weights(shapes, dtype, quantization)
+        self._refuse_budget(sparse, shapes)
+
+    def refuse_other_weights(self, shapes: Shapes, dtype: torch.dtype, quantization: Quantization | None) -> None:
+        """Check all of `refuse_misfit` but the budget.
+
+        Raises:
+            UserError: targets, shapes, dtype or quantisation are not the adapter's.
+        """
         base = f"; its base is '{self.info['base']}'" if self.info else ""
         self._refuse_targets(shapes, base)
         odd = next((name for name in shapes if shapes[name] != self.shapes[name]), None)
@@ -84,7 +93,6 @@ class Start:
                 f"start_from: got '{odd}' of shape {self.shapes[odd]} in {self.folder}, expected {shapes[odd]} as in "
                 f"the base of the run{base}. Fix: give the adapter's base"
             )
-        self._refuse_budget(sparse, shapes)
         if self.info:
             self._refuse_numbers(self.info, dtype, quantization)
 

@@ -52,7 +52,7 @@ def markdown_of(folder: Path, target: Path) -> str:
 def _section(table: Table) -> str:
     """Render a table under its title, with its commands and, if measured, the pieces of its steps."""
     blocks = [f"### {table.title}\n"] if table.title else []
-    blocks += [_made_by(table), _table(table.columns, table.rows)]
+    blocks += [_made_by(table), _table(table.columns, table.rows, words=table.words)]
     timed = [row for row in table.sources if "breakdown" in row["result"]]
     if timed:
         blocks += ["Pieces of a step:\n", _table(*breakdown_table(timed))]
@@ -68,10 +68,13 @@ def _made_by(table: Table) -> str:
     return f"{commands}\n\n{machine}commit {found['commit']}; {days}\n"
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Render a table with its first column left-aligned, and all others, which are numbers, right-aligned."""
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: bool = False) -> str:
+    """Render a table with its first column left-aligned, and all others, unless they are words, right-aligned."""
     line = lambda cells: f"| {' | '.join(map(_escaped, cells))} |"
-    return "\n".join([line(columns), f"|---{'|---:' * (len(columns) - 1)}|", *map(line, rows)]) + "\n"
+    return (
+        "\n".join([line(columns), f"|---{('|---' if words else '|---:') * (len(columns) - 1)}|", *map(line, rows)])
+        + "\n"
+    )
 
 
 def _versions(benchmarks: Iterable[Sequence[Row]]) -> Iterator[str]:

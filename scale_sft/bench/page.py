@@ -24,6 +24,8 @@ BENCHMARKS = {
     "reallocate": "reallocate",
     "scale": "scale.page",
     "quality": "quality.page",
+    "sync": "sync",
+    "gpu": "gpu.page",
 }
 """Modules of this package by benchmark; `part(rows) -> Part` takes the rows of all runs in a folder, oldest first."""
 
@@ -36,6 +38,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     sources: Sequence[Row]  # the rows of results behind it
     title: str = ""
+    words: bool = False  # its cells are text, aligned left
 
 
 @dataclass(frozen=True)

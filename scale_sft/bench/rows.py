@@ -33,15 +33,19 @@ class Results:
         self.run = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}"
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def add(self, settings: Mapping[str, Any], **result: Any) -> dict[str, Any]:
-        """Append one row: the `settings` requested and the `result` measured. Returns the row."""
+    def add(self, settings: Mapping[str, Any], on: Mapping[str, Any] | None = None, **result: Any) -> dict[str, Any]:
+        """Append one row: the `settings` requested and the `result` measured. Returns the row.
+
+        Args:
+            on: the machine, if another process has described it.
+        """
         row = {
             "benchmark": self.benchmark,
             "run": self.run,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "command": command(),
             "commit": commit(),
-            "machine": machine(),
+            "machine": dict(on or machine()),
             "versions": versions(),
             "settings": dict(settings),
             "result": result,

@@ -19,6 +19,7 @@ from scale_sft.config.loading import load
 from scale_sft.data.examples import Examples
 from scale_sft.data.micro_batches import collate
 from scale_sft.errors import UserError
+from scale_sft.model.compiled_blocks import compile_blocks, decoder_blocks
 from scale_sft.model.loading import base_location, enable_checkpointing, load_base, load_model_config, resolve_dtype
 from scale_sft.model.quantization import resolve_quantization
 from scale_sft.model.targets import budget_of, find_targets
@@ -53,6 +54,7 @@ class Case:
     density: float | None = None
     kernels: str = "auto"  # of our methods, as in a run: off, cpu or auto
     seed: int = 0
+    compile: str = "off"  # of all contestants: off, or blocks
 
     def settings(self) -> dict[str, Any]:
         """Return the settings for a row of results."""
@@ -116,7 +118,13 @@ class Base:
         return entries * self.dtype.itemsize
 
     def load(self) -> nn.Module:
-        """Load the model, frozen and in training mode, onto the device."""
+        """Load the model, frozen and in training mode, onto the device; its blocks compile with the first step."""
+        model = self._load()
+        if self.case.compile == "blocks":
+            compile_blocks(decoder_blocks(model, self.shapes))
+        return model
+
+    def _load(self) -> nn.Module:
         config = self.config.model
         if self.random and self.quantization:
             if self._written is None:  # bitsandbytes quantises only weights loaded from files

@@ -2,9 +2,10 @@
 
 train         train, in this process or in several
 launch_files  launch-files ls, cp
+chat          chat
 adapters      merge, export, inspect
 arithmetic    add, scale, negate, intersect, difference, prune, overlap
-bench         benchmarks: bench_step, bench_cost, bench_quality; bench_options holds what they share
+bench         benchmarks: bench_step, bench_cost, bench_quality, bench_gpu; bench_options: what they share
 checkpoints   checkpoint ls, verify
 data          preprocess, data show, eval
 plan          plan

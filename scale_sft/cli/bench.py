@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from . import bench_cost as cli_bench_cost
+from . import bench_gpu as cli_bench_gpu
 from . import bench_quality as cli_bench_quality
 from . import bench_step as cli_bench_step
 from .commands import Commands
@@ -43,7 +44,8 @@ def page(folder: Path, markdown: Path | None) -> None:
         click.echo(f"tables: {write_markdown(folder, markdown)}")
 
 
-for _command in (*cli_bench_step.COMMANDS, *cli_bench_cost.COMMANDS, *cli_bench_quality.COMMANDS):
-    bench.add_command(_command)
+for _module in (cli_bench_step, cli_bench_cost, cli_bench_quality, cli_bench_gpu):
+    for _command in _module.COMMANDS:
+        bench.add_command(_command)
 
 COMMANDS = (bench,)

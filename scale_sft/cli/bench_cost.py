@@ -1,4 +1,4 @@
-"""The commands that measure costs: `scale-sft bench memory | reallocate | scale`."""
+"""The commands that measure costs: `scale-sft bench memory | reallocate | scale | sync`."""
 
 from __future__ import annotations
 
@@ -158,4 +158,33 @@ def scale(ranks: tuple, weak: bool, base_placement: str, sharded: bool | None, o
     report(output, "scale", module.run(worlds, counts), count=count, columns=module.COLUMNS, cells=module.cells)
 
 
-COMMANDS = (memory, reallocate, scale)
+@click.command()
+@several("--base", "bases", click.STRING, "demo", "Model folder or hub id, or demo, the small model that ships")
+@several("--density", "densities", click.FloatRange(0, 1, min_open=True), "0.01", "Density of the trained deltas")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=2),
+    default=8,
+    show_default=True,
+    help="Steps, each with a sync and a whole copy.",
+)
+@OUTPUT
+def sync(bases: tuple, densities: tuple, steps: int, output: Path) -> None:
+    r"""Measure bytes and time of a sparse weight sync, compared with shipping every weight.
+
+    \b
+    scale-sft bench sync
+    scale-sft bench sync --base models/smollm2-135m --density 0.001,0.01
+    """
+    from scale_sft.bench import sync as module
+    from scale_sft.bench.show import report
+
+    cases = [
+        module.Case(base=base, density=density, steps=steps)
+        for base in flattened(bases)
+        for density in flattened(densities)
+    ]
+    report(output, "sync", module.run(cases), count=len(cases), columns=module.COLUMNS, cells=module.cells)
+
+
+COMMANDS = (memory, reallocate, scale, sync)

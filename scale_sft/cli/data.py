@@ -24,7 +24,7 @@ from .commands import Commands
 
 @click.command(cls=SuggestingCommand)
 @click.option("--refresh", is_flag=True, help="Tokenise again, even if a cached result exists.")
-@with_options_of("model", "data")
+@with_options_of("model", "data", "objective")
 def preprocess(recipe: str | None, refresh: bool, **options: str | None) -> None:
     r"""Tokenise the data of a recipe ahead of time.
 
@@ -33,14 +33,15 @@ def preprocess(recipe: str | None, refresh: bool, **options: str | None) -> None
     \b
     scale-sft preprocess --config recipe.yaml
     """
+    from scale_sft.data.preview import left_out, unit_of
+
     for split, examples, seconds in _load(load_sections(recipe, options), refresh=refresh):
         for note in examples.notes:
             click.echo(f"note: {note}", err=True)
         total = examples.all_tokens(range(len(examples)))
         click.echo(
-            f"{split}_data: {examples.source}: {len(examples):,} examples, {total:,} tokens, "
-            f"{examples.target_tokens(range(len(examples))):,} of them targets; {examples.truncated:,} examples cut to "
-            f"max_length, {examples.dropped:,} dropped (no target token left); {seconds:.1f} s"
+            f"{split}_data: {examples.source}: {len(examples):,} {unit_of(examples)}, {total:,} tokens, "
+            f"{examples.target_tokens(range(len(examples))):,} of them targets; {left_out(examples)}; {seconds:.1f} s"
         )
 
 
@@ -52,7 +53,7 @@ def data() -> None:
 @data.command("show", cls=SuggestingCommand)
 @click.option("--count", default=3, show_default=True, help="Number of examples to show.")
 @click.option("--first", default=0, show_default=True, help="Index of the first example, counted from 0.")
-@with_options_of("model", "data")
+@with_options_of("model", "data", "objective")
 def show(recipe: str | None, count: int, first: int, **options: str | None) -> None:
     r"""Show a few examples as the model sees them, with the target tokens marked.
 
@@ -80,9 +81,10 @@ def _load(sections: dict[str, Any], *, refresh: bool = False) -> Iterator[tuple[
     """Yield (split, examples, seconds it took) of the training and the held-out data; tokenise what is not cached."""
     from scale_sft.data.cache import load_examples
     from scale_sft.data.chat import use_template
+    from scale_sft.data.preferences import kind_of
     from scale_sft.model.loading import load_model_config, load_tokenizer, max_length
 
-    config = sections["data"]
+    config, kind = sections["data"], kind_of(sections["objective"].objective)
     tokenizer = use_template(load_tokenizer(sections["model"]), config.chat_template)
     config = replace(config, max_length=max_length(config.max_length, load_model_config(sections["model"])))
     wanted = [
@@ -93,7 +95,7 @@ def _load(sections: dict[str, Any], *, refresh: bool = False) -> Iterator[tuple[
         if source:
             began = time.perf_counter()
             examples = load_examples(
-                source, split, tokenizer, config, limit, progress=sys.stderr.isatty(), refresh=refresh
+                source, split, tokenizer, config, limit, kind=kind, progress=sys.stderr.isatty(), refresh=refresh
             )
             yield split, examples, time.perf_counter() - began
 

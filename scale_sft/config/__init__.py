@@ -2,7 +2,8 @@
 
 fields         how an option is declared, and its checks
 options        the dataclasses: default, help, check
-sparse_options of these, the section of the sparse deltas
+objective_options  of these, the section of the objective: sft, or preferences
+sparse_options     of these, the section of the sparse deltas
 loading        recipe + command line -> Config
 rules          rules over several options
 click_options  command-line options made from the dataclasses

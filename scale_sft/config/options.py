@@ -14,10 +14,13 @@ from typing import Any
 from scale_sft.errors import UserError
 
 from .fields import a_pattern, above, at_least, between, option, two_betas
+from .objective_options import ObjectiveConfig
 from .sparse_options import SparseConfig as SparseConfig
 
 DEMO = "demo"
 """As `base`, `train_data`, `eval_data`: the small pretrained model and the task that ship with the package."""
+DEMO_PREFERENCES = "demo_preferences"
+"""As `train_data`, `eval_data`: the shipped pairs of answers, also for sft; other objectives read them as `demo`."""
 
 
 class ConfigError(UserError):
@@ -76,6 +79,11 @@ class ModelConfig:
         "Train a base whose forward pass is random in training mode and cannot be made otherwise (sampling routers): "
         "its runs do not repeat, nor do they resume bit for bit.",
         on_resume="free",
+    )
+    compile: str = option(
+        "off",
+        "blocks: torch.compile each decoder block in training; not with a base in shards. The first step takes longer.",
+        choices=("off", "blocks"),
     )
     trust_remote_code: bool = option(
         False, "Run model code that comes with the base. Only for sources that you trust.", on_resume="free"
@@ -278,6 +286,11 @@ class RunConfig:
         "cpu: the same on a CPU, plain torch on a GPU. off: plain torch.",
         choices=("off", "cpu", "auto"),
     )
+    deterministic: bool = option(
+        False,
+        "Make a run on a GPU repeat and resume bit for bit, by deterministic algorithms, which take longer. On a CPU "
+        "runs do so anyway.",
+    )
     save_merged: bool = option(
         False, "At the end, also write the merged model, a plain transformers folder.", on_resume="free"
     )
@@ -296,6 +309,7 @@ class Config:
     sparse: SparseConfig = field(default_factory=SparseConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 

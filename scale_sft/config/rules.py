@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .objective_options import ObjectiveConfig
 from .options import Config
 from .sparse_options import SparseConfig
 
@@ -43,6 +44,49 @@ def broken_rules(config: Config) -> list[str]:
             mistakes.append(f"{name}: needs eval_data")
     if run.early_stopping_steps and not (run.eval_every_steps and config.data.eval_data):
         mistakes.append("early_stopping_steps: needs eval_data and eval_every_steps")
+    return mistakes + _broken_rules_of_objective(config)
+
+
+_ONLY_WITH = {
+    "label_smoothing": ("dpo",),
+    "length_normalised": ("dpo",),
+    "sft_weight": ("dpo", "ipo", "orpo"),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+    "reference_adapter": ("dpo", "ipo", "kto"),
+}
+"""Objectives that read an option; with any other it must be left at its default."""
+
+
+def _broken_rules_of_objective(config: Config) -> list[str]:
+    mistakes, given, defaults = [], config.objective, ObjectiveConfig()
+    for name, objectives in _ONLY_WITH.items():
+        value = getattr(given, name)
+        if value != getattr(defaults, name) and given.objective not in objectives:
+            mistakes.append(
+                f"{name}: got {value} with objective {given.objective}, expected objective {' or '.join(objectives)}. "
+                f"Fix: leave {name} out, or choose such an objective"
+            )
+    if given.reference_kind == "none" and given.objective in ("dpo", "ipo", "kto"):
+        mistakes.append(
+            f"reference: got none with objective {given.objective}, expected precomputed or swapped. "
+            "Fix: leave reference out"
+        )
+    if given.reference not in ("auto", "none") and given.objective in ("sft", "orpo"):
+        mistakes.append(
+            f"reference: got {given.reference} with objective {given.objective}, which has no reference. "
+            "Fix: leave reference out"
+        )
+    if given.objective != "sft" and config.data.loss_on == "all":
+        mistakes.append(
+            f"loss_on: got all with objective {given.objective}, expected completion or assistant: both sides share "
+            "their prompt. Fix: leave loss_on out"
+        )
+    if given.best_by == "accuracy" and not given.pairs:
+        mistakes.append(
+            f"best_by: got accuracy with objective {given.objective}, expected loss: only pairs have an accuracy. "
+            "Fix: leave best_by out"
+        )
     return mistakes
 
 
@@ -52,6 +96,18 @@ def broken_selection(sparse: SparseConfig) -> list[str]:
     default = SparseConfig()
     given = [name for name in ("score", "draw", "selection_batches") if getattr(sparse, name) != getattr(default, name)]
     given += ["budget"] * (sparse.budget == "global")
+    growth = ("exchange_if_better", "seed_moments", "growth_warmup_steps")
+    moved = next((name for name in growth if getattr(sparse, name) != getattr(default, name)), None)
+    if moved and sparse.method in ("ma", "random"):
+        mistakes.append(
+            f"{moved}: got {getattr(sparse, moved)} with method {sparse.method}, expected ag or static: "
+            "only they keep moments of entries that grow by gradient"
+        )
+    if sparse.exchange_if_better and sparse.score in ("weight", "gradient_weight"):
+        mistakes.append(
+            f"exchange_if_better: got it with score {sparse.score}, expected a score of gradients alone: the "
+            "weights under active entries are not compared"
+        )
     if sparse.method == "random" and given:
         mistakes.append(
             f"{given[0]}: got {getattr(sparse, given[0])} with method random, which chooses from the seed alone. Fix: "

@@ -104,8 +104,24 @@ class SparseConfig:
     )
     drop_criterion: str = option(
         "magnitude",
-        "Drop the smallest |delta| (magnitude) or the smallest change since the last reallocation (change).",
-        choices=("magnitude", "change"),
+        "Drop the smallest |delta| (magnitude), the smallest change since the last reallocation (change) or the "
+        "smallest |delta| per step since the entry was grown (age).",
+        choices=("magnitude", "change", "age"),
+    )
+    exchange_if_better: bool = option(
+        False, "Replace an entry only by a candidate whose gradient (or key) is larger than its own (ag, static)."
+    )
+    seed_moments: bool = option(
+        True, "Start AdamW's moments of grown entries from the estimates that chose them, as in the paper; or from 0."
+    )
+    growth_warmup_steps: int = option(
+        0, "Let the rate of grown entries rise over this many updates (ag, static).", check=at_least(0)
+    )
+    rate_scaling: str = option(
+        "none",
+        "counts: scale each entry's updates by (entries in its row x entries in its column)^-1/4, with mean 1 in each "
+        "weight, so that crowded rows and columns move less. Takes 8 bytes per entry for the time of an update.",
+        choices=("none", "counts"),
     )
     delta_dtype: str = option(
         "float32",

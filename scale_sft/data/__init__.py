@@ -7,6 +7,9 @@ opening        the rows that a run uses: slices, weights, limits
 formats        rows of each format as tokens, and which of them count
 turns, chat    conversations as data write them, and as chat templates do
 tokens         texts as tokens that know their characters; the tokenizer's own special tokens
+preference_formats  rows of pairs and of marked answers as tokens; what is left out, and why
+preferences    such examples, of two sequences each
+preference_batches  micro-batches of them; both sides of a pair behind one prompt
 fit            whether tokenizer and model fit
 notes          what a user should know, said once
 cache          tokenise once, share between ranks and runs

@@ -26,6 +26,8 @@ from .examples import Examples
 from .formats import ENCODED, Encoder
 from .notes import Notes
 from .opening import Part, open_sources
+from .preference_formats import MARKED, PAIRED, PreferenceEncoder
+from .preferences import KINDS, Preferences
 from .sources import Source, parse_sources
 
 CACHE_FORMAT = 2
@@ -41,6 +43,7 @@ def load_examples(
     config: DataConfig,
     limit: int | None,
     *,
+    kind: str = "sft",
     progress: bool = False,
     refresh: bool = False,
 ) -> Examples:
@@ -49,12 +52,13 @@ def load_examples(
     Args:
         split: 'train' or 'eval': which of the shipped examples 'demo' means, and the default split of hub data.
         limit: use only so many rows.
+        kind: of examples, a key of `KINDS`.
         refresh: tokenise again even if the cache has them.
 
     Raises:
         UserError: data that is missing, broken (with file and line) or leaves no token to learn from.
     """
-    sources = parse_sources(source, split)
+    sources = parse_sources(source, split, kind)
     name = source if isinstance(source, str) else ", ".join(source)
     key = cache_key(sources, split, tokenizer, config, limit)
     root = cache_folder(config)
@@ -63,7 +67,7 @@ def load_examples(
         _make(root, key, work, refresh)
     except OSError as error:
         raise UserError(f"cache_dir: {root} cannot be used: {error}; choose another folder with cache_dir") from None
-    return _open(root / key, name, config)
+    return _open(root / key, name, config, kind)
 
 
 def with_writable_cache(data: DataConfig, instead: Path) -> tuple[DataConfig, tuple[str, ...]]:
@@ -122,6 +126,8 @@ def cache_key(sources: Sequence[Source], split: str, tokenizer: Any, config: Dat
         "loss_on": config.loss_on,
         "tokenizer": tokenizer_identity(tokenizer),
     }
+    if any(source.kind != "sft" for source in sources):  # keys of sft stay as they were before there were others
+        content["kind"] = sources[0].kind
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -182,14 +188,23 @@ def _build(
         shutil.rmtree(work, ignore_errors=True)
 
 
+_ENCODERS: dict[str, tuple[type[Any], tuple[str, ...]]] = {
+    "sft": (Encoder, ENCODED),
+    "pairs": (PreferenceEncoder, PAIRED),
+    "marked": (PreferenceEncoder, MARKED),
+}
+"""Encoder and its columns, by the kind of examples."""
+
+
 def _encode(part: Part, number: int, work: Path, tokenizer: Any, config: DataConfig, notes: Notes) -> Any:
     """Encode one part by `datasets.map` into Arrow files of the folder `work`."""
     import datasets
 
     assert config.max_length is not None
-    encoder = Encoder(part, tokenizer, max_length=config.max_length, loss_on=config.loss_on, notes=notes)
-    ints = datasets.List(datasets.Value("int32"))
-    features = dict(zip(ENCODED, (ints, ints, datasets.Value("int32"), datasets.Value("int32")), strict=True))
+    make, columns = _ENCODERS[part.source.kind]
+    encoder = make(part, tokenizer, max_length=config.max_length, loss_on=config.loss_on, notes=notes)
+    one, many = datasets.Value("int32"), datasets.List(datasets.Value("int32"))
+    features = {name: many if name in ("input_ids", "spans") else one for name in columns}
     rows = len(part.rows)
     wanted = config.preprocess_workers or max(1, min(os.cpu_count() or 1, rows // ROWS_PER_WORKER))
     return part.rows.map(
@@ -228,16 +243,22 @@ class _progress_bars:
         (datasets.enable_progress_bars if show else datasets.disable_progress_bars)()
 
 
-def _open(folder: Path, name: str, config: DataConfig) -> Examples:
+def _open(folder: Path, name: str, config: DataConfig, kind: str) -> Examples:
     """Open the examples of a cache folder, mapped into memory."""
     import datasets
 
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         files = [datasets.Dataset.from_file(str(folder / file)) for file in manifest["files"]]
-        examples = Examples(datasets.concatenate_datasets(files), name, notes=tuple(manifest["notes"]))
+        examples = KINDS[kind](datasets.concatenate_datasets(files), name, notes=tuple(manifest["notes"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cache_dir: {folder} is damaged ({error!r:.100}); remove that folder") from None
+    if isinstance(examples, Preferences) and not len(examples):
+        reasons = "; ".join(f"{count:,} because {reason}" for reason, count in examples.drops.items())
+        raise UserError(
+            f"data: {name}: no example to learn from is left, all are dropped: {reasons}. Fix: check the data, or "
+            f"raise max_length ({config.max_length})"
+        )
     if not len(examples):
         raise UserError(
             f"data: {name}: no token to learn from is left: the prompt of each of its {examples.dropped:,} examples "

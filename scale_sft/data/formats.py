@@ -58,10 +58,17 @@ class Encoder:
         Raises:
             UserError: a row is broken; the message has its file and line.
         """
-        records = [json.loads(text) for text in rows["row"]]
+        return self.cut(self.examples([json.loads(text) for text in rows["row"]], places))
+
+    def examples(self, records: Sequence[Record], places: Sequence[int]) -> list[Example]:
+        """Encode records, each found at one of `places`, before they are cut.
+
+        Raises:
+            UserError: a row is broken, or has images.
+        """
         for record, place in zip(records, places, strict=True):
             self._refuse_images(record, place)
-        return self._cut(getattr(self, f"_{self.format}")(records, places))
+        return getattr(self, f"_{self.format}")(list(records), list(places))
 
     def where(self, place: int) -> str:
         return f"data: {self.part.where(place)}"
@@ -236,7 +243,7 @@ class Encoder:
             examples.append((text.ids, _between(found, len(text.ids)) if everything else found))
         return examples
 
-    def _cut(self, examples: list[Example]) -> dict[str, list]:
+    def cut(self, examples: list[Example]) -> dict[str, list]:
         """Cut to max_length; an example that keeps no target token is left empty."""
         encoded: dict[str, list] = {name: [] for name in ENCODED}
         limit = self.max_length

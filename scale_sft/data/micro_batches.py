@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -58,7 +59,14 @@ def collate(examples: Examples, members: Sequence[int | None], pad_id: int, devi
     return {**{key: value.to(device, non_blocking=True) for key, value in on_device.items()}, "labels": labels}
 
 
-def longest_first(examples: Examples, members: Sequence[int]) -> list[int]:
+class Sized(Protocol):
+    """Examples of known lengths in tokens, [N] int64."""
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+
+def longest_first(examples: Sized, members: Sequence[int]) -> list[int]:
     """Sort examples, longest first: neighbours then have similar lengths, which saves padding."""
     return sorted(members, key=lambda n: (-examples.lengths[n], n))
 

@@ -20,13 +20,13 @@ from scale_sft.errors import UserError
 from scale_sft.model.loss import IGNORED
 
 from .examples import Examples
-from .micro_batches import longest_first, micro_batches
+from .micro_batches import Sized, longest_first, micro_batches
 
 Row = list[int]
 """Examples that share a row, in their order."""
 
 
-def pack(examples: Examples, members: Sequence[int], row_tokens: int) -> list[Row]:
+def pack(examples: Sized, members: Sequence[int], row_tokens: int) -> list[Row]:
     """Pack rows of at most `row_tokens` tokens, by best fit of the longest first; the same on every rank.
 
     Rows are in the order of their first member in the batch, so that the first rows are not selected by length.
@@ -48,7 +48,7 @@ def pack(examples: Examples, members: Sequence[int], row_tokens: int) -> list[Ro
 
 
 def packed_micro_batches(
-    examples: Examples,
+    examples: Sized,
     batch: Sequence[int],
     *,
     row_tokens: int,

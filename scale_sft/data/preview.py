@@ -12,6 +12,7 @@ from rich.text import Text
 from scale_sft.model.loss import IGNORED
 
 from .examples import Examples
+from .preferences import Marked, Pairs, Preferences
 
 COUNTS = "bold green"
 BAR_WIDTH = 40
@@ -34,21 +35,50 @@ def show_examples(
     for note in examples.notes:
         console.print(Text(shown(f"note: {note}")), soft_wrap=True)
     for n in range(first, min(first + count, total)):
-        console.print(f"[dim]example {n}: {examples.lengths[n]} tokens, {examples.target_tokens([n])} count[/dim]")
-        text = Text()
-        for piece, counts in pieces(examples, tokenizer, n):
-            piece = shown(piece)
-            piece = f"{quotes[0]}{piece}{quotes[1]}" if counts and not console.is_terminal else piece
-            text.append(piece, style=COUNTS if counts else None)
-        console.print(text, soft_wrap=True)
+        for heading, side in sides(examples, n):
+            console.print(f"[dim]{heading}[/dim]", highlight=False)
+            text = Text()
+            for piece, counts in pieces(side, tokenizer):
+                piece = shown(piece)
+                piece = f"{quotes[0]}{piece}{quotes[1]}" if counts and not console.is_terminal else piece
+                text.append(piece, style=COUNTS if counts else None)
+            console.print(text, soft_wrap=True)
     console.rule("lengths in tokens")
     console.print(histogram(examples.lengths, bar), highlight=False)
     tokens = examples.all_tokens(range(total))
-    console.print(
-        f"{total:,} examples, {tokens:,} tokens, {targets:,} count ({targets / tokens:.0%}); {examples.truncated:,} "
-        f"cut to max_length, {examples.dropped:,} dropped (no token that counts was left)",
-        soft_wrap=True,
-        highlight=False,
+    count_of = f"{total:,} {unit_of(examples)}, {tokens:,} tokens, {targets:,} count ({targets / tokens:.0%})"
+    console.print(f"{count_of}; {left_out(examples)}", soft_wrap=True, highlight=False)
+
+
+def unit_of(examples: Examples) -> str:
+    """Name what is counted: pairs or examples."""
+    return "pairs" if isinstance(examples, Pairs) else "examples"
+
+
+def left_out(examples: Examples) -> str:
+    """Count what was cut to max_length, and what was dropped, by reason."""
+    if not isinstance(examples, Preferences):
+        cut = f"{examples.truncated:,} examples cut to max_length"
+        return f"{cut}, {examples.dropped:,} dropped (no token that counts was left)"
+    reasons = ", ".join(f"{count:,} because {reason}" for reason, count in examples.drops.items())
+    answers = "sides" if isinstance(examples, Pairs) else "answers"
+    counts = f"{examples.truncated:,} {answers} cut to max_length, {examples.dropped:,} dropped"
+    return counts + (f" ({reasons})" if reasons else "")
+
+
+def sides(examples: Examples, n: int) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
+    """Yield a heading, ids and labels of an example, or of each of its two sides."""
+    if isinstance(examples, Pairs):
+        shared = examples.shared_tokens(n)
+        for side, name in enumerate(("chosen", "rejected")):
+            number = 2 * n + side
+            length, count = examples.sequence_lengths[number], examples.target_counts[number]
+            yield f"pair {n}, {name}: {length} tokens, {count} count, {shared} shared", examples.sequence(number)
+        return
+    mark = f", {'good' if examples.good[n] else 'bad'}" if isinstance(examples, Marked) else ""
+    yield (
+        f"example {n}{mark}: {examples.lengths[n]} tokens, {examples.target_tokens([n])} count",
+        examples.tokens(n),
     )
 
 
@@ -61,9 +91,9 @@ def _signs(encoding: str) -> tuple[str, tuple[str, str]]:
     return "█", ("«", "»")
 
 
-def pieces(examples: Examples, tokenizer: Any, n: int) -> Iterator[tuple[str, bool]]:
-    """Yield one example as stretches of text, and whether their tokens count."""
-    ids, labels = examples.tokens(n)
+def pieces(tokens: tuple[np.ndarray, np.ndarray], tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    """Yield ids and labels as stretches of text, and whether their tokens count."""
+    ids, labels = tokens
     edges = np.flatnonzero(np.diff((labels != IGNORED).astype(np.int8))) + 1
     for piece in np.split(np.arange(len(ids)), edges):
         yield tokenizer.decode(ids[piece]), bool(labels[piece[0]] != IGNORED)

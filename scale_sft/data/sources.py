@@ -15,11 +15,11 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from scale_sft.config.options import DEMO
+from scale_sft.config.options import DEMO, DEMO_PREFERENCES
 from scale_sft.config.spelling import unknown
 from scale_sft.errors import UserError
 from scale_sft.files import ASSETS
@@ -34,7 +34,26 @@ FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text": (("text",), ()),
 }
 """The columns that each format must have, and those that it may have."""
-COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output", "text", *_OF_PROMPTS)
+_PAIR = (("chosen", "rejected"), ("prompt", "system", "tools", "chat_template_kwargs"))
+FORMATS_OF: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    "sft": FORMATS,
+    "pairs": {"preference": _PAIR},
+    "marked": {
+        "marked": (("prompt", "completion", "label"), ("system", "tools", "chat_template_kwargs")),
+        "preference": _PAIR,
+    },
+}
+"""Formats by the kind of example that the objective learns from: answers, pairs of answers, or answers with a mark."""
+ALIASES = {
+    "prompt": ("question", "instruction", "query"),
+    "chosen": ("chosen_response", "preferred"),
+    "rejected": ("rejected_response", "dispreferred", "non_preferred"),
+    "completion": ("response", "output", "answer"),
+    "label": ("labels", "desirable"),
+}
+"""Usual names of columns in preference data, used where our own is missing."""
+COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output", "text", "chosen", "rejected", "label",
+           *_OF_PROMPTS)  # fmt: skip
 OF_OTHER_TOOLS = (
     *_OF_PROMPTS,
     "functions",
@@ -62,6 +81,7 @@ class Source:
     format: str | None = None
     keep: tuple[str, str] | None = None  # (column, value)
     columns: dict[str, str] = field(default_factory=dict)  # our name -> the name in the data
+    kind: str = "sft"  # of examples: a key of FORMATS_OF
 
     @property
     def path(self) -> Path | None:
@@ -91,17 +111,44 @@ def recognise(columns: Iterable[str], source: Source, origin: str) -> str:
         UserError: the columns fit no format, or not the one that was asked for.
     """
     columns = list(columns)
+    formats, source = FORMATS_OF[source.kind], with_aliases(source, columns)
     have = {name for name in COLUMNS if source.column(name) in columns}
-    for name, (needed, _) in FORMATS.items():
+    for name, (needed, _) in formats.items():
         if source.format in (None, name) and have.issuperset(needed):
             return name
-    expected = "messages; prompt and completion; instruction, input and output; or text"
+    got = ", ".join(columns) or "none"
+    if source.kind == "sft" and have.issuperset(("chosen", "rejected")):
+        raise UserError(
+            f"data: {origin}: got pairs of answers ({got}), expected examples for objective sft. Fix: --objective dpo, "
+            "or name the answers like this: FILE?completion=chosen"
+        )
+    expected = _EXPECTED[source.kind]
     if source.format:
-        expected = " and ".join(FORMATS[source.format][0])
+        expected = " and ".join(formats[source.format][0])
+    example = "FILE?prompt=question&completion=answer" if source.kind == "sft" else "FILE?prompt=question&chosen=good"
     raise UserError(
-        f"data: {origin}: expected the fields {expected}; got {', '.join(columns) or 'none'}. Name other columns "
-        "like this: FILE?prompt=question&completion=answer"
+        f"data: {origin}: expected the fields {expected}; got {got}. Name other columns like this: {example}"
     )
+
+
+_EXPECTED = {
+    "sft": "messages; prompt and completion; instruction, input and output; or text",
+    "pairs": "chosen and rejected, with or without prompt (pairs of answers, which objectives dpo, ipo and orpo need)",
+    "marked": "prompt, completion and label, or chosen and rejected (answers marked as good or bad, for objective kto)",
+}
+
+
+def with_aliases(source: Source, columns: Iterable[str]) -> Source:
+    """Map the usual names of columns in preference data to ours, where ours are missing and not named otherwise."""
+    if source.kind == "sft":
+        return source
+    columns = set(columns)
+    found = {
+        name: next(alias for alias in aliases if alias in columns)
+        for name, aliases in ALIASES.items()
+        if name not in source.columns and name not in columns and columns.intersection(aliases)
+    }
+    return replace(source, columns={**found, **source.columns})
 
 
 def needed_columns(columns: Iterable[str], source: Source, origin: str) -> list[str]:
@@ -114,8 +161,9 @@ def needed_columns(columns: Iterable[str], source: Source, origin: str) -> list[
     if source.keep and source.keep[0] not in columns:
         column = source.keep[0]
         raise UserError(f"data: {origin}: {unknown(f'column {column!r}', column, columns)}")
-    needed, more = FORMATS[recognise(columns, source, origin)]
-    used = {source.column(name) for name in (*needed, *more)} | ({source.keep[0]} if source.keep else set())
+    needed, more = FORMATS_OF[source.kind][recognise(columns, source, origin)]
+    named = with_aliases(source, columns)
+    used = {named.column(name) for name in (*needed, *more)} | ({source.keep[0]} if source.keep else set())
     return [column for column in columns if column in used]
 
 
@@ -125,13 +173,16 @@ def is_kept(record: Mapping[str, Any], keep: tuple[str, str]) -> bool:
     return str(value) == wanted or (isinstance(value, bool | None) and json.dumps(value) == wanted)
 
 
-def parse_sources(written: str | Sequence[str], split: str) -> list[Source]:
+def parse_sources(written: str | Sequence[str], split: str, kind: str = "sft") -> list[Source]:
     """Read an option value; `split` ('train' or 'eval') says which of the shipped data 'demo' means.
+
+    Args:
+        kind: of examples that the objective learns from: a key of FORMATS_OF.
 
     Raises:
         UserError: an unknown key, a value that does not fit it, or a file that does not exist.
     """
-    sources = [_parse(text.strip(), split) for text in ([written] if isinstance(written, str) else written)]
+    sources = [_parse(text.strip(), split, kind) for text in ([written] if isinstance(written, str) else written)]
     for source in sources:
         if source.path is not None:
             find_files(source.path)
@@ -148,10 +199,13 @@ def files_of(source: Source) -> Finding:
     return find_files(source.path)
 
 
-def _parse(text: str, split: str) -> Source:
+def _parse(text: str, split: str, kind: str) -> Source:
     name, _, query = text.partition("?")
-    name = str(ASSETS / "demo" / f"{split}.jsonl") if name == DEMO else name
-    values: dict[str, Any] = {"columns": {}}
+    if name in (DEMO, DEMO_PREFERENCES):
+        pairs = name == DEMO_PREFERENCES or kind != "sft"
+        name = str(ASSETS / "demo" / (f"preferences_{split}.jsonl" if pairs else f"{split}.jsonl"))
+    values: dict[str, Any] = {"columns": {}, "kind": kind}
+    formats = tuple(FORMATS_OF[kind])
     for item in filter(None, query.split("&")):
         key, given, value = item.partition("=")
         if key not in _KEYS:
@@ -160,8 +214,8 @@ def _parse(text: str, split: str) -> Source:
             raise UserError(f"data: source '{text}': expected {key}=VALUE, got '{item}'")
         if key == "weight":
             values[key] = _weight(value, text)
-        elif key == "format" and value not in FORMATS:
-            raise UserError(f"data: source '{text}': {unknown(f'format {value!r}', value, tuple(FORMATS))}")
+        elif key == "format" and value not in formats:
+            raise UserError(f"data: source '{text}': {unknown(f'format {value!r}', value, formats)}")
         elif key == "keep":
             column, colon, wanted = value.partition(":")
             if not colon:

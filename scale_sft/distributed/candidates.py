@@ -239,7 +239,8 @@ def _histogram(keys: Tensor, prefix: Tensor, bits: int, left: int) -> Tensor:
     counts = torch.zeros(size, dtype=torch.int32, device=keys.device)
     for chunk in pieces(keys.numel(), _CHUNK_ENTRIES):
         digits = (keys[chunk] >> left).sub_(first)
-        if digits.is_cuda:  # bincount would make the host wait; one bin more, because the last includes its upper end
+        if digits.is_cuda and not torch.are_deterministic_algorithms_enabled():  # which histc refuses
+            # bincount would make the host wait; one bin more, because the last includes its upper end
             counts += torch.histc(digits, bins=size + 1, min=0, max=size + 1)[:-1].int()
         else:
             counts += torch.bincount(digits.clamp_(-1, size).add_(1), minlength=size + 2)[1:-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,13 +21,21 @@ from scale_sft.model.loss import IGNORED, token_losses
 class Evaluation:
     """Held-out loss, and exact match where it was asked for."""
 
-    loss: float  # mean over target tokens, natural logarithm
+    loss: float  # mean over target tokens, natural logarithm; of preferences the mean of the objective's loss
     target_tokens: int
     exact_match: float | None = None  # fraction in [0, 1]; None: not asked for
+    rewards: Mapping[str, float] | None = None  # what `objective.rewards` reports; None: the objective is sft
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields as a checkpoint keeps them; `rewards` only where there are any."""
+        fields = {"loss": self.loss, "target_tokens": self.target_tokens, "exact_match": self.exact_match}
+        return fields if self.rewards is None else {**fields, "rewards": dict(self.rewards)}
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+        """The exponential of the cross entropy per target token, of preferences that of the chosen answers."""
+        loss = self.loss if self.rewards is None else self.rewards.get("chosen_nll", math.nan)
+        return math.exp(min(loss, 700.0))
 
 
 @torch.no_grad()

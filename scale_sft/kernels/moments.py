@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -25,10 +27,12 @@ class BlockwiseMoment:
         second: True for the second moment, which has no negative values.
     """
 
+    crosses_weights = False
+
     def __init__(self, deltas: DeltaStore, *, second: bool):
         from bitsandbytes.functional import create_dynamic_map
 
-        self._second = second
+        self._second, self._starts, self._names = second, deltas.places.starts, deltas.names
         self._map = create_dynamic_map(signed=not second).to(deltas.device)
         self._bounds = (self._map[1:] + self._map[:-1]) / 2
         if second:
@@ -40,20 +44,28 @@ class BlockwiseMoment:
             self._codes[delta.name] = torch.full((delta.active,), zero, dtype=torch.uint8, device=deltas.device)
             self._scales[delta.name] = torch.zeros(blocks, device=deltas.device)
 
-    def load(self, name: str, part: slice) -> Tensor:
+    def load(self, part: slice) -> Tensor:
+        name, part = self._within(part)
         codes = self._codes[name][part]
         values = self._map.index_select(0, codes.int())
         blocks = _in_blocks(values).mul_(self._scales[name][_blocks(part)].unsqueeze(1))
         values = blocks.view(-1)[: codes.numel()]
         return values.square_() if self._second else values
 
-    def store(self, name: str, part: slice, values: Tensor) -> None:
+    def store(self, part: slice, values: Tensor) -> None:
+        name, part = self._within(part)
         blocks = _in_blocks(values.sqrt() if self._second else values)
         scales = blocks.abs().amax(1)
         ratios = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
         codes = torch.bucketize(ratios.view(-1)[: values.numel()], self._bounds, out_int32=True)
         self._codes[name][part] = codes.to(torch.uint8)
         self._scales[name][_blocks(part)] = scales
+
+    def _within(self, part: slice) -> tuple[str, slice]:
+        """Find the weight of a part of all entries, and where in it the part is."""
+        number = bisect_right(self._starts, part.start) - 1
+        start = self._starts[number]
+        return self._names[number], slice(part.start - start, part.stop - start)
 
     def state(self, name: str) -> dict[str, Tensor]:
         return {"_codes": self._codes[name], "_scales": self._scales[name]}

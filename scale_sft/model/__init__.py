@@ -12,6 +12,7 @@ packed_weights  its packed weights, dequantised on demand
 resident        deltas written into the weights
 transient       deltas added to a dequantised weight for one product
 fingerprints    hashes of the base
+compiled_blocks decoder blocks under torch.compile
 fused_step      update and write in one pass
 group           the processes that train one model together
 sparse_settings all settings of sparse training
@@ -20,7 +21,9 @@ first_choice    the choice of entries before the first update
 sparse_model    a model whose target weights carry deltas; shared by trainer, benchmarks and API
 sparse_optimizer  the owner of an optimizer step
 stepped         the interface between the two
+visibility      which deltas survive in a merged model
 exposure        the deltas among a model's parameters
+determinism     deterministic algorithms, while a run lasts
 dropout         dropout and jitter, off while deltas are trained
 loss            cross entropy of the target tokens
 output_layer    the output layer and the loss, formed together in chunks

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from .resident import _BITS, WeightPart
+from .resident import WeightPart, bits_of
 
 CHUNK_ENTRIES = 1 << 22
+_TOGETHER = 1 << 16
+"""Entries of several small weights that share operations: few enough for a cache."""
 _MASK64 = (1 << 64) - 1
 
 
@@ -21,15 +23,62 @@ def fingerprint(part: WeightPart) -> tuple[int, int]:
     """
     entries = part.entries()
     sums = torch.zeros(2, dtype=torch.int64, device=entries.device)
-    bits_type = _BITS[entries.element_size()]
     for first in range(0, entries.numel(), CHUNK_ENTRIES):
-        bits = entries[first : first + CHUNK_ENTRIES].view(bits_type).long()
-        place = torch.arange(part.start + first, part.start + first + bits.numel(), device=bits.device)
-        mixed = _mix(bits ^ _mix(place))
-        sums[0] += mixed.sum()
-        sums[1] += _mix(mixed ^ place).sum()
+        bits = bits_of(entries[first : first + CHUNK_ENTRIES]).long()
+        sums += _sums(torch.arange(part.start + first, part.start + first + bits.numel(), device=bits.device), bits)
     first, second = sums.tolist()  # one transfer per weight
     return first & _MASK64, second & _MASK64
+
+
+def entry_sums(indices: Tensor, values: Tensor) -> Tensor:
+    """Compute what the entries at flat `indices` [K] add to a weight's fingerprint: [2] int64, modulo 2^64."""
+    sums = torch.zeros(2, dtype=torch.int64, device=values.device)
+    for first in range(0, values.numel(), CHUNK_ENTRIES):
+        part = slice(first, first + CHUNK_ENTRIES)
+        sums += _sums(indices[part].long(), bits_of(values[part]).long())
+    return sums
+
+
+def change_sums(changes: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[list[int]]:
+    """Compute what writes add to the fingerprints of several weights: two integers each, modulo 2^64.
+
+    Args:
+        changes: of each weight, (flat indices [K], new values [K], old values [K]), all on one device.
+
+    Returns:
+        By weight; `add_sums` adds them. One transfer from the device, and few operations however many weights.
+    """
+    found: list[Tensor] = []
+    first = entries = 0
+    for last, (indices, _, _) in enumerate(changes, start=1):
+        entries += indices.numel()
+        if last == len(changes) or entries > _TOGETHER:
+            found.append(_change_sums(changes[first:last]))
+            first, entries = last, 0
+    return torch.cat(found).tolist() if found else []
+
+
+def _change_sums(group: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Compute the sums of W weights together: [W, 2] int64."""
+    place, new, old = (torch.cat([bits_of(one).long() for one in parts]) for parts in zip(*group, strict=True))
+    counts = torch.tensor([indices.numel() for indices, _, _ in group], device=place.device)
+    owner = torch.repeat_interleave(torch.arange(len(group), device=place.device), counts)
+    key = _mix(place)
+    new, old = _mix(new ^ key), _mix(old ^ key)
+    added = torch.stack((new - old, _mix(new ^ place) - _mix(old ^ place)), 1)
+    return torch.zeros(len(group), 2, dtype=torch.int64, device=place.device).index_add_(0, owner, added)
+
+
+def add_sums(print_: tuple[int, int], sums: Iterable[int]) -> tuple[int, int]:
+    """Add sums of `entry_sums` or `change_sums` to a fingerprint."""
+    first, second = (known + more & _MASK64 for known, more in zip(print_, sums, strict=True))
+    return first, second
+
+
+def _sums(place: Tensor, bits: Tensor) -> Tensor:
+    """Sum over entries at `place` [n] int64 with `bits` [n] int64: [2] int64."""
+    mixed = _mix(bits ^ _mix(place))
+    return torch.stack((mixed.sum(), _mix(mixed ^ place).sum()))
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from scale_sft.kernels.cpu import compile as native
 from scale_sft.kernels.operands import Written
 from scale_sft.spiel.algorithm import SparseFineTuning
 from scale_sft.spiel.moments import DenseMoment
-from scale_sft.spiel.optimizers import AdamW
+from scale_sft.spiel.optimizers import SM3, AdamW
 
 from .resident import ResidentDeltas
 from .transient import TransientDeltas
@@ -22,6 +22,8 @@ from .transient import TransientDeltas
 
 def why_not(tuning: SparseFineTuning, carrier: ResidentDeltas | TransientDeltas) -> str | None:
     """Explain why their step cannot be fused, or return None if it can."""
+    if tuning.settings.scale_rates:
+        return "updates are scaled by the entries in row and column"
     if tuning.store.device.type == "cpu" and (reason := native.why_not()):
         return reason
     parts = carrier.parts.values() if isinstance(carrier, ResidentDeltas) else ()
@@ -51,6 +53,10 @@ def update_and_write(tuning: SparseFineTuning, carrier: ResidentDeltas | Transie
     optimizer, store = tuning.optimizer, tuning.store
     decay = 1 - learning_rate * optimizer.weight_decay
     table = optimizer.count_gradient(learning_rate) if isinstance(optimizer, AdamW) else None
+    old_columns: dict[str, dict[str, Tensor]] = {}
+    if isinstance(optimizer, SM3) and store.device.type != "cpu":  # one copy of all instead of one in each call
+        copies = optimizer.columns.clone().split([delta.shape[1] for delta in store])
+        old_columns = {name: {"old_col": copy} for name, copy in zip(store.names, copies, strict=True)}
     for delta, gradients in zip(store, _of_each(tuning), strict=True):
         state, deltas, entries = optimizer.state_of(delta.name), delta.deltas, delta.entries
         written = Written(*resident.held(delta.name)) if resident else None
@@ -65,6 +71,7 @@ def update_and_write(tuning: SparseFineTuning, carrier: ResidentDeltas | Transie
                 eps=optimizer.eps,
                 entries=entries,
                 written=written,
+                **old_columns.get(delta.name, {}),
             )
             continue
         adamw_write(

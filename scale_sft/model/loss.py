@@ -24,7 +24,20 @@ def token_losses(model: nn.Module, batch: dict[str, Tensor], over: float = 1) ->
         over: what the caller will divide them by; see `OutputLayer.losses`.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    places, targets = (found.to(batch["input_ids"].device, non_blocking=True) for found in predictions(batch["labels"]))
+    return losses_at(model, inputs, *predictions(batch["labels"]), over)
+
+
+def losses_at(model: nn.Module, inputs: dict[str, Tensor], places: Tensor, targets: Tensor, over: float = 1) -> Tensor:
+    """Compute the cross entropies of some predictions of a [B, L] batch: [T] fp32 with gradient.
+
+    Args:
+        model: a causal language model.
+        inputs: of the model, input_ids [B, L] among them.
+        places: [T] int64, which of the B * L tokens predict, without repetition. targets: [T] int64, what.
+        over: as in `token_losses`.
+    """
+    device = inputs["input_ids"].device
+    places, targets = (found.to(device, non_blocking=True) for found in (places, targets))
     layer = output_layer(model)
     if isinstance(layer, OutputLayer) and layer.frozen:
         return layer.losses(model, inputs, places, targets, over)

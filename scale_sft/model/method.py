@@ -50,6 +50,10 @@ def make_method(
         dtype=getattr(torch, sparse.delta_dtype),
     )
     rule, plain = settings.rule, settings.rule.is_plain
+    if sparse.exchange_if_better and "weight" in rule.of(batches=schedule.estimation_steps).reads:
+        raise UserError(
+            f"exchange_if_better: got it with score {sparse.score}, which reads weights, expected one that does not"
+        )
     backends = Backends(
         select=lambda gradient, count: group().select_candidates(gradient, count),
         proposals=None if plain else ModelProposals(rule, group, read_weight, schedule.estimation_steps),

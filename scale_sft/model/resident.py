@@ -7,7 +7,7 @@ sorted, so a part's entries are one slice of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from scale_sft.errors import UserError
 from scale_sft.spiel.deltas import DeltaStore, SparseDelta
-from scale_sft.spiel.indices import pieces
+from scale_sft.spiel.indices import Part, on_device, pieces
 
 ROUNDING_RULE = "effective = (base.float() + delta).to(base.dtype)"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per entry
@@ -25,6 +25,11 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by b
 def effective_values(base: Tensor, deltas: Tensor) -> Tensor:
     """Apply the rounding rule to base [K] in its dtype and deltas [K] fp32: [K] in base's dtype."""
     return (base.float() + deltas).to(base.dtype)
+
+
+def bits_of(values: Tensor) -> Tensor:
+    """View values as integers of the same width, so that comparisons see signs of zeros and NaNs."""
+    return values.view(_BITS[values.element_size()])
 
 
 def read_entries(entries: Tensor, indices: Tensor) -> Tensor:
@@ -36,10 +41,13 @@ def write_entries(entries: Tensor, indices: Tensor, values: Tensor) -> None:
     """Set entries[indices] = values in place: entries [N], indices [K] distinct, values [K] of the same dtype.
 
     Values are written as bits, as a CPU scatter of bfloat16 would convert the whole weight to fp32 and back; and in
-    pieces, as a scatter needs int64 indices, which are widened one piece at a time.
+    pieces if indices are int32, as a scatter needs int64 ones.
     """
     bits = _BITS[entries.element_size()]
     entries, values = entries.view(bits), values.view(bits)
+    if indices.dtype is torch.int64:
+        entries.scatter_(0, indices, values)
+        return
     for part in pieces(indices.numel()):
         entries.scatter_(0, indices[part].long(), values[part])
 
@@ -87,31 +95,88 @@ class ResidentDeltas:
         self.store, self.parts, self.settle, self.written = store, parts, settle, written
         self._where: dict[str, slice] = {}  # the entries of each delta in this process's part
         self._base: dict[str, Tensor] = {}
+        self._names = store.names
         self.settle()
         for delta in store:
             _refuse_packed(delta, self.parts[delta.name])
-            self.adopt(delta)
+        kinds = {(entries.dtype, entries.device) for entries in (part.entries() for part in parts.values())}
+        self._alike = len(kinds) == 1 and kinds.pop()[1] == store.device
+        self.adopt(*store)
 
-    def adopt(self, delta: SparseDelta) -> None:
-        """Save the base values of one weight's entries; the weight holds them until the next `write`."""
-        part, indices = self.parts[delta.name], delta.indices
-        self._where[delta.name] = part.slice_of(indices)
-        entries, local = part.entries(), self._local(delta, indices)
-        self._base[delta.name] = read_entries(entries, local)
+    def adopt(self, *deltas: SparseDelta) -> None:
+        """Save the base values of some weights' entries; the weights hold them until the next `write`."""
+        for part in self._groups(deltas):
+            names = [self._names[number] for number in part.numbers]
+            self._find(part, names)
+            index = self._places(part)
+            for name, (_, where) in zip(names, self._held(part), strict=True):
+                entries = self.parts[name].entries()
+                self._base[name] = read_entries(entries, index[where].to(entries.device))
 
-    def _local(self, delta: SparseDelta, indices: Tensor) -> Tensor:
-        """Compute the places of the entries in this process's part, counted from its start."""
-        part = self.parts[delta.name]
-        local = indices[self._where[delta.name]]
-        return (local - part.start if part.start else local).to(part.entries().device)
+    def _find(self, part: Part, names: list[str]) -> None:
+        """Find which entries of some whole weights this process holds; waits for the device only if weights are cut."""
+        held, counts = [self.parts[name] for name in names], [self.store[name].active for name in names]
+        if all(part.start == 0 and part.stop == self.store[name].numel for name, part in zip(names, held, strict=True)):
+            self._where |= {name: slice(0, count) for name, count in zip(names, counts, strict=True)}
+            return
+        places = self.store.places
+        offsets, starts = places.rows.offsets(part.weights), places.starts[part.weights]
+        bounds = [offset + bound for offset, one in zip(offsets, held, strict=False) for bound in (one.start, one.stop)]
+        joined = places.joined(part)
+        found = torch.searchsorted(joined, on_device(bounds, joined.dtype, places.device)).tolist()
+        for name, start, low, high in zip(names, starts, found[::2], found[1::2], strict=True):
+            before = start - part.entries.start
+            self._where[name] = slice(low - before, high - before)
+
+    def _groups(self, deltas: Sequence[SparseDelta]) -> Iterator[Part]:
+        """Yield whole weights, many at once where they are alike."""
+        numbers = [self.store.number_of(delta.name) for delta in deltas]
+        yield from self.store.places.groups(numbers, None if self._alike else 1)
+
+    def _parts(self) -> Iterator[Part]:
+        """Yield parts of all entries, of many weights at once where they are alike."""
+        for part in self.store.places.parts():
+            if self._alike or len(part.numbers) == 1:
+                yield part
+            else:
+                yield from self.store.places.groups(part.numbers, 1)
+
+    def _held(self, part: Part) -> list[tuple[slice, slice]]:
+        """Of each weight of a part: which of its base values are needed, and the entries they belong to in the part."""
+        found = []
+        for number in part.numbers:
+            where, first = self._where[self._names[number]], self.store.places.starts[number]
+            low = max(first + where.start, part.entries.start)
+            high = max(low, min(first + where.stop, part.entries.stop))
+            saved, start = first + where.start, part.entries.start
+            found.append((slice(low - saved, high - saved), slice(low - start, high - start)))
+        return found
+
+    def _places(self, part: Part) -> Tensor:
+        """Compute the places of a part's entries in what this process holds of their weights: [n] integers."""
+        starts = [self.parts[self._names[number]].start for number in part.numbers]
+        return self.store.places.flat(part, [-start for start in starts])
+
+    def _put(self, part: Part, deltas: Tensor | None) -> None:
+        """Write a part's base values into the weights: plus `deltas` [n], or alone."""
+        names, held = [self._names[number] for number in part.numbers], self._held(part)
+        values = _joined([self._base[name][saved] for name, (saved, _) in zip(names, held, strict=True)])
+        if deltas is not None:
+            if values.numel() < part.count:
+                deltas = _joined([deltas[where] for _, where in held])
+            values = effective_values(values, deltas.to(values.device))
+        index, start = self._places(part).to(values.device), 0
+        for name, (_, where) in zip(names, held, strict=True):
+            stop = start + where.stop - where.start
+            if stop > start:
+                write_entries(self.parts[name].entries(), index[where], values[start:stop])
+            start = stop
 
     def write(self) -> None:
         """Write the effective value of every active entry into its weight."""
         self.settle()
-        for delta in self.store:
-            base = self._base[delta.name]
-            values = effective_values(base, delta.deltas[self._where[delta.name]].to(base.device))
-            write_entries(self.parts[delta.name].entries(), self._local(delta, delta.indices), values)
+        for part in self._parts():
+            self._put(part, self.store.flat[part.entries])
         self.written()
 
     def held(self, name: str) -> tuple[Tensor, Tensor, int, int]:
@@ -124,9 +189,10 @@ class ResidentDeltas:
         part = self.parts[name]
         return part.entries(), self._base[name], part.start, self._where[name].start
 
-    def release(self, delta: SparseDelta) -> None:
-        """Write the base values back to one weight's entries, before these change."""
-        write_entries(self.parts[delta.name].entries(), self._local(delta, delta.indices), self._base[delta.name])
+    def release(self, *deltas: SparseDelta) -> None:
+        """Write the base values back to some weights' entries, before these change."""
+        for part in self._groups(deltas):
+            self._put(part, None)
 
     def base_values(self, name: str) -> Tensor:
         """Return the base values of one weight's active entries that this process holds: [E] in the base's dtype."""
@@ -148,7 +214,8 @@ class ResidentDeltas:
                 return delta.name
             values = effective_values(base, delta.deltas[self._where[delta.name]].to(base.device))
             bits = _BITS[base.element_size()]
-            found = read_entries(entries, self._local(delta, delta.indices))
+            part = self.parts[delta.name]
+            found = read_entries(entries, (delta.indices[self._where[delta.name]] - part.start).to(entries.device))
             if not torch.equal(found.view(bits), values.view(bits)):
                 return delta.name
         return None
@@ -165,14 +232,17 @@ class ResidentDeltas:
     def restore(self) -> None:
         """Give every weight its original bytes back."""
         self.settle()
-        for delta in self.store:
-            self.release(delta)
+        self.release(*self.store)
         self.written()
 
     @property
     def bytes(self) -> int:
         """Bytes of the base values."""
         return sum(base.nbytes for base in self._base.values())
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def _refuse_packed(delta: SparseDelta, part: WeightPart) -> None:

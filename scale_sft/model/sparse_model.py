@@ -223,13 +223,12 @@ class SparseModel:
         """
         carrier, store = self.carrier, self.tuning.store
         carrier.settle()
-        for delta in store:
-            carrier.release(delta)
+        carrier.release(*store)
         self.tuning.load_state(step, states, counters)
-        for delta in store:
-            if base:
+        if base:
+            for delta in store:
                 carrier.overwrite(delta, base[delta.name])
-            carrier.adopt(delta)
+        carrier.adopt(*store)
         carrier.write()
 
     def begin_with(self, entries: Iterable[tuple[str, Tensor, Tensor]]) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from scale_sft.config.options import OptimizerConfig, SparseConfig
 from scale_sft.errors import UserError
+from scale_sft.spiel.optimizers import Growth
 from scale_sft.spiel.schedules import LearningRateSchedule, ReallocationSchedule
 from scale_sft.spiel.selection.rule import SelectionRule
 from scale_sft.spiel.settings import MethodSettings
@@ -73,6 +74,9 @@ class SparseSettings:
             weight_decay=self.optimizer.weight_decay,
             candidate_ratio=self.sparse.candidate_ratio,
             drop_criterion=self.sparse.drop_criterion,
+            exchange_if_better=self.sparse.exchange_if_better,
+            growth=Growth(self.sparse.seed_moments, self.sparse.growth_warmup_steps),
+            scale_rates=self.sparse.rate_scaling == "counts",
             max_grad_norm=self.optimizer.max_grad_norm,
         )
 

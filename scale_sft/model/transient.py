@@ -6,7 +6,7 @@ Dequantising makes a dense copy anyway; the delta is added to that copy in place
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -60,10 +60,10 @@ class TransientDeltas:
     def write(self) -> None:
         """Do nothing: the next effective weight reads the new values."""
 
-    def release(self, delta: SparseDelta) -> None:
+    def release(self, *deltas: SparseDelta) -> None:
         """Do nothing: weights hold only the base."""
 
-    def adopt(self, delta: SparseDelta) -> None:
+    def adopt(self, *deltas: SparseDelta) -> None:
         """Do nothing: the next effective weight reads the new indices."""
 
     def overwrite(self, delta: SparseDelta, base: Tensor) -> None:
@@ -76,9 +76,9 @@ class TransientDeltas:
         """Return None: weights hold only the base."""
 
     @contextmanager
-    def without(self) -> Iterator[None]:
-        """Leave the deltas out of effective weights for the length of the block."""
-        deltas, self._deltas = self._deltas, {}
+    def without(self, instead: Iterable[SparseDelta] = ()) -> Iterator[None]:
+        """Leave the deltas out of effective weights inside the block; `instead`, if given, takes their place."""
+        deltas, self._deltas = self._deltas, {delta.name: delta for delta in instead}
         try:
             yield
         finally:

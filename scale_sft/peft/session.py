@@ -19,7 +19,7 @@ from scale_sft.spiel.algorithm import candidates_of
 from scale_sft.spiel.deltas import DeltaStore
 from scale_sft.spiel.digests import digest_states
 from scale_sft.spiel.drop_grow import apply_exchange, drop_scores
-from scale_sft.spiel.recorder import GradientRecorder
+from scale_sft.spiel.recorder import GradientRecorder, largest
 from scale_sft.spiel.schedules import Phase, ReallocationSchedule
 
 from .config import SpielOptions
@@ -67,7 +67,7 @@ class Session:
             self.store,
             candidates_of(self.store, self.sparse.candidate_ratio),
             estimation_steps=self.sparse.estimation_steps,
-            select=lambda gradient, count: self.group.select_candidates(gradient, count),
+            propose=largest(lambda gradient, count: self.group.select_candidates(gradient, count)),
             products=products_of(device, config.kernels),
         )
         self.schedule = self._schedule()

@@ -122,7 +122,7 @@ def state_bytes(
     else:
         state = int(bytes_of_moments(resolve_moments(optimizer.moments, dtype)) * active)
     return {
-        "indices": bytes_of_entries(active),
+        "indices": bytes_of_entries(active, sum(rows + 1 for rows, _ in shapes.values())),
         "deltas and their gradients": (delta + _gradient(config) + 1) * active + reference,
         "optimizer state": state,
         "base values put aside": int(active * part * dtype.itemsize),

@@ -22,7 +22,7 @@ from scale_sft.model.fingerprints import CHUNK_ENTRIES
 from scale_sft.model.loading import max_length, resolve_dtype
 from scale_sft.model.quantization import Quantization, resolve_quantization
 from scale_sft.model.targets import budget_of
-from scale_sft.spiel.indices import PIECE_ENTRIES
+from scale_sft.spiel.indices import DEVICE_PIECE_ENTRIES
 
 from .footprint import GIB, Facts, candidate_bytes, facts_of, proposes, state_bytes, stored_base
 from .meta_trace import StepMemory, step_memory
@@ -184,8 +184,9 @@ def _gathered(config: Config, facts: Facts, size: int, stored: int) -> int:
 
 
 def _after_step_bytes(active: int, largest_k: int) -> int:
-    """Count temporaries of the update (pieces of at most PIECE_ENTRIES) and of the largest weight's drop and grow."""
-    return max(28 * min(active, PIECE_ENTRIES), 60 * largest_k)
+    """Count temporaries of the update and of drop and grow on a device, in many weights at once, or in the largest."""
+    together = max(32 * min(active, DEVICE_PIECE_ENTRIES), 110 * min(active, DEVICE_PIECE_ENTRIES // 4))
+    return max(together, 110 * largest_k)
 
 
 def proposal_costs(config: Config, facts: Facts, counts: Mapping[str, int], gpus: int) -> list[ProposalCost]:

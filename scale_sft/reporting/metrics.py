@@ -7,10 +7,12 @@ This module does not know ranks: the main process makes `Metrics`, every other p
     start         a process began, or resumed, after `step`: total_steps
     description   what will be trained: title, rows, table
     step          loss, grad_norm (means), grad_norm_max, learning_rate, tokens, target_tokens, seconds (sums), steps,
-                  tokens_per_second; all over the `steps` optimizer steps since the previous such line
+                  tokens_per_second; all over the `steps` optimizer steps since the previous such line; of preferences
+                  also reward_chosen, reward_rejected, reward_margin, reward_accuracy, kl_per_token, chosen_nll,
+                  length_chosen, length_rejected, tokens_per_example (means)
     reallocation  number, active, replaced, grown, dropped, turnover, cohort_counts, cohort_steps, seconds
     checkpoint    bytes, active, bytes_per_entry, seconds
-    eval          loss, perplexity, exact_match, target_tokens, seconds
+    eval          loss, perplexity, exact_match, target_tokens, seconds; of preferences the same as a step
     samples       answers: a list of prompt, generated, reference
     end           the summary of the run, e.g. per_weight
 """
@@ -32,6 +34,8 @@ from .metrics_file import METRICS_FILE, discard_after, jsonable, read_metrics
 
 __all__ = ["Metrics", "NullMetrics", "read_metrics"]
 
+_AVERAGED = ("comm_", "reward_", "kl", "chosen_", "length_", "tokens_per_example")
+"""Beginnings of names whose values a line holds as means."""
 _TRACKED_AS = {"step": "train", "reallocation": "reallocation", "eval": "eval", "end": "end"}
 
 
@@ -107,7 +111,7 @@ class Metrics(AbstractContextManager):
         """Record that optimizer step `step` (1-based) is done; call this for every step.
 
         A line is written after every `log_every_steps` steps, after the first and after the last. It holds each extra
-        value as the maximum since the previous line (`memory_*`), the mean (`comm_*`), or the last value (others).
+        value as the maximum since the previous line (`memory_*`), the mean (_AVERAGED), or the last value (others).
         """
         if step <= self._last_step:
             raise ValueError(f"metrics: got step {step} after step {self._last_step}, expected a larger one")
@@ -174,6 +178,8 @@ class Metrics(AbstractContextManager):
         )  # fmt: skip
         self._held_out.append(loss)
         match = "" if exact_match is None else f"  exact match {exact_match:.1%}"
+        if "reward_accuracy" in extra:
+            match += f"  accuracy {extra['reward_accuracy']:.1%}  margin {extra['reward_margin']:.3f}"
         self._display.line(
             f"step {step}  held-out loss {loss:.4f}  perplexity {perplexity:,.2f}{match}  in {duration(seconds)}",
             style="green",
@@ -321,7 +327,7 @@ class _Window:
         for key, values in self.extra.items():
             if key.startswith("memory"):
                 extra[key] = max(values)
-            elif key.startswith("comm_"):
+            elif key.startswith(_AVERAGED):
                 extra[key] = sum(values) / len(values)
             else:
                 extra[key] = values[-1]

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .records import Run
+from .spread import SPREAD_CAPTION, spread
 from .style import (
     BLUE,
     CYCLE,
@@ -297,6 +298,7 @@ PLOTS = [
          "Share of the active entries that each reallocation replaced. At the first one all are up for replacement.",
          turnover),
     Plot("per_layer", "Deltas by layer", "One cell per weight, at the end of the run.", per_layer),
+    Plot("spread", "Where the entries are", SPREAD_CAPTION, spread),
     Plot("learning_rate", "Learning rate", "", learning_rate),
     Plot("grad_norm", "Gradient norm", "", grad_norm),
     Plot("throughput", "Throughput", "Tokens of the global batch per second, and the length of a step.", throughput),

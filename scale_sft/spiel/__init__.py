@@ -8,12 +8,16 @@
     budgets     how many entries each weight gets
     seeding     seeded generators; random initial indices
     taps        a linear layer whose backward offers its weight gradient (Eq. 5, 7)
+    traced      the taps of compiled layers, as operators
     recorder    what backward passes record; candidates (Eq. 8)
     optimizers  AdamW with one bias correction per cohort; SM3
     moments     how AdamW's moments are kept
     schedules   when and how many (Eq. 9); learning rates
     drop_grow   drop and grow: tensors in, tensors out
+    joined_drop_grow, joined_product  the same in many weights at once
     topk        deterministic top-k; top-k of an outer product never formed
+    joined_drop_grow  drop and grow in many weights at once, for devices
+    joined_product    top-k of the outer products of many weights
 
 Nothing here knows files, ranks, configurations or models.
 """

@@ -6,7 +6,7 @@ ranks if there are several, then `update` and, where the schedule says so, `real
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,11 +15,14 @@ from torch import Tensor
 
 from .deltas import DeltaStore, SparseDelta
 from .digests import digest_states
-from .drop_grow import Exchange, apply_exchange, drop_scores
-from .indices import wrong_with_indices
+from .drop_grow import Exchange, apply_exchange, drop_scores, keep_unless_better
+from .indices import Part, piece_entries, wrong_with_indices
+from .joined_drop_grow import exchange_by_accumulators, exchange_by_gradient
 from .optimizers import SM3, AdamW, Optimizer
 from .recorder import CANDIDATE_STATE, Candidates, GradientRecorder, largest
 from .schedules import Phase, ReallocationSchedule
+from .selection.proposals import Proposals
+from .selection.spread import update_rates
 from .settings import Backends, MethodSettings
 
 
@@ -29,11 +32,11 @@ class Carrier(Protocol):
     def write(self) -> None:
         """Show the new values of all deltas to the forward pass."""
 
-    def release(self, delta: SparseDelta) -> None:
-        """Remove one weight's deltas before its indices change."""
+    def release(self, *deltas: SparseDelta) -> None:
+        """Remove some weights' deltas before their indices change."""
 
-    def adopt(self, delta: SparseDelta) -> None:
-        """Take over one weight's new indices; a `write` follows."""
+    def adopt(self, *deltas: SparseDelta) -> None:
+        """Take over some weights' new indices; a `write` follows."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,9 @@ class SparseFineTuning:
         backends = backends or Backends()
         self.store, self.settings, self.schedule, self.exchanges = store, settings, schedule, backends.exchanges
         self.proposals = backends.proposals
+        self.together = store.device.type != "cpu" if backends.together is None else backends.together
+        self.together = self.together and not settings.exchange_if_better
+        self._rates: Tensor | None = None  # [sum of K] fp32, where updates are scaled
         self.cohort_steps = [0]  # by cohort: the step that grew it
         decay = {"eps": settings.eps, "weight_decay": settings.weight_decay}
         self.optimizer: Optimizer
@@ -79,6 +85,7 @@ class SparseFineTuning:
                 **decay,
                 estimation_steps=schedule.estimation_steps,
                 moments=backends.moments,
+                growth=settings.growth,
             )
         self.recorder = GradientRecorder(
             store,
@@ -115,54 +122,105 @@ class SparseFineTuning:
     def update(self, learning_rate: float) -> None:
         """Do one optimizer step on all deltas, and add one term to the candidates' estimates."""
         self.recorder.end_step()
+        if not self.settings.scale_rates:
+            self.optimizer.step(self.recorder.gradients, learning_rate)
+            return
+        if self._rates is None:
+            self._rates = torch.cat([update_rates(delta.entries) for delta in self.store])
+        before = self.store.flat.float()
+        before = before.clone() if before.data_ptr() == self.store.flat.data_ptr() else before
         self.optimizer.step(self.recorder.gradients, learning_rate)
+        self.store.flat.copy_(torch.lerp(before, self.store.flat.float(), self._rates))
 
     def reallocate(self, step: int, carrier: Carrier) -> Turnover:
         """Drop and grow in every weight, at the end of step `step` (lines 9 to 16 of Algorithm 1)."""
         number = len(self.cohort_steps)
         self.cohort_steps.append(step)
         self.optimizer.begin_cohort()
-        replaced = dropped = 0
-        for delta in self.store:
-            if self.method != "ma" and delta.name not in self.recorder.candidates:
-                continue  # no gradient has reached this weight in the phase: nothing is known that could grow
-            exchange = self._exchange(delta, self.schedule.replaced(step, delta.active))
-            self.optimizer.follow(delta, exchange, self.recorder.candidates.get(delta.name))
-            carrier.release(delta)
-            apply_exchange(delta, exchange, number)
-            carrier.adopt(delta)
-            replaced += exchange.replaced
-            dropped += int((~exchange.kept).sum())
+        names, replaced, dropped = self.store.names, [], []
+        for part in self._reallocated():
+            deltas = [self.store[names[weight]] for weight in part.numbers]
+            joined = self.store.together(part) if self.together else deltas[0]
+            wanted = [self.schedule.replaced(step, delta.active) for delta in deltas]
+            scores = drop_scores(joined, self.settings.drop_criterion, self._ages(step))
+            exchange = self._exchange(part, scores, wanted)
+            self.optimizer.follow(part, exchange, self._estimates(part))
+            carrier.release(*deltas)
+            apply_exchange(joined, exchange, number)
+            carrier.adopt(*deltas)
+            replaced.append(exchange.replaced)
+            dropped.append(exchange.kept.numel() - exchange.kept.sum())
         self.recorder.close_estimation()
-        return Turnover(number, step, self.store.active, replaced, dropped)
+        self._rates = None
+        return Turnover(number, step, self.store.active, int(sum(replaced)), int(sum(dropped)))
+
+    def _ages(self, step: int) -> Tensor | None:
+        """Count the steps since each cohort was grown, [cohorts] fp32, at least 1; None: nothing is dropped by age."""
+        if self.settings.drop_criterion != "age":
+            return None
+        ages = [max(1.0, float(step - born)) for born in self.cohort_steps]
+        return torch.tensor(ages, device=self.store.device)
 
     @property
     def can_reallocate(self) -> bool:
         """Return False if every step of the estimation phase was discarded, so that nothing can grow."""
         return self.method == "ma" or bool(self.recorder.candidates)
 
-    def _exchange(self, delta: SparseDelta, k: int) -> Exchange:
-        scores = drop_scores(delta, self.settings.drop_criterion)
+    def _reallocated(self) -> Iterator[Part]:
+        """Yield the weights to reallocate: all that know what could grow, many at once or one by one."""
+        numbers = [
+            number
+            for number, name in enumerate(self.store.names)
+            if self.method == "ma" or name in self.recorder.candidates  # else no gradient has reached it in the phase
+        ]
+        at_once = piece_entries(self.store.device) // (2 if self.method == "ma" else 4)  # see `joined_drop_grow`
+        yield from self.store.places.groups(numbers, at_once if self.together else 1)
+
+    def _estimates(self, part: Part) -> tuple[Tensor, Tensor] | None:
         if self.method == "ma":
-            state = self.optimizer.state_of(delta.name)
+            return None
+        mean, mean_square = self.recorder.estimates_of(part)
+        return mean, mean_square
+
+    def _exchange(self, part: Part, scores: Tensor, wanted: list[int]) -> Exchange:
+        optimizer, recorder, places = self.optimizer, self.recorder, self.store.places
+        if self.together:
+            if isinstance(optimizer, SM3):
+                return exchange_by_accumulators(places, part, scores, optimizer.rows, optimizer.columns, wanted)
+            return exchange_by_gradient(places, recorder.places, part, scores, self._ranking(part), wanted)
+        delta, (k,) = self.store[self.store.names[part.weights.start]], wanted
+        if self.method == "ma":
+            state = optimizer.state_of(delta.name)
             return self.exchanges.exchange_by_accumulators(delta.indices, scores, state["row"], state["col"], k)
-        candidates = self.recorder.candidates[delta.name]
-        ranking = self._ranking(delta, candidates)
-        return self.exchanges.exchange_by_gradient(delta.indices, scores, candidates.indices, ranking, k)
+        candidates, ranking, indices = recorder.candidates[delta.name], self._ranking(part), delta.indices
+        exchange = self.exchanges.exchange_by_gradient(indices, scores, candidates.indices, ranking, k)
+        if not self.settings.exchange_if_better or not isinstance(optimizer, AdamW):
+            return exchange
+        leaving = ~exchange.kept
+        mean, square = (estimate[leaving] for estimate in optimizer.estimates(part))
+        own = Candidates(candidates.entries, mean, square, candidates.facts)
+        promised = mean if self.proposals is None else self._rank(delta, own, self.proposals, indices[leaving])
+        return keep_unless_better(exchange, indices, promised.abs(), ranking[exchange.grown_candidates].abs())
 
     def _propose(self, name: str, gradient: Tensor, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Choose candidates for the next reallocation by the rule of `proposals`."""
         assert self.proposals is not None
         return self.proposals.propose(name, gradient, count, len(self.cohort_steps))
 
-    def _ranking(self, delta: SparseDelta, candidates: Candidates) -> Tensor:
-        """Return values [C] fp32 of which the largest magnitudes grow first, in the reallocation under way."""
+    def _ranking(self, part: Part) -> Tensor:
+        """Return values [c] fp32 of which the largest magnitudes grow first, in the reallocation under way."""
         if self.proposals is None:
-            return candidates.mean
-        return self.proposals.rank(
+            return self.recorder.estimates_of(part)[0]
+        deltas = [self.store[self.store.names[number]] for number in part.numbers]
+        return torch.cat([self._rank(delta, self.recorder.candidates[delta.name], self.proposals) for delta in deltas])
+
+    def _rank(
+        self, delta: SparseDelta, candidates: Candidates, proposals: Proposals, indices: Tensor | None = None
+    ) -> Tensor:
+        return proposals.rank(
             delta.name,
             delta.shape[1],
-            candidates.indices,
+            candidates.indices if indices is None else indices,
             candidates.mean,
             candidates.mean_square,
             candidates.facts,
@@ -235,6 +293,7 @@ class SparseFineTuning:
         self, step: int, states: Iterable[tuple[str, Mapping[str, Tensor]]], counters: Mapping[str, list[int]]
     ) -> None:
         """Resume after `step` from `state_of` and `counters`; the carrier must release before, and adopt after."""
+        self._rates = None
         self.cohort_steps = list(counters["cohort_steps"])
         self.optimizer.load_counters(counters)
         if self._estimating_after(step):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .indices import Entries
+from .indices import Entries, FlatEntries, JoinedEntries, Part, Rows
 from .seeding import random_indices
 
 INITIAL_COHORT = 0
@@ -21,9 +21,9 @@ INITIAL_COHORT = 0
 class SparseDelta:
     """The active entries of one weight.
 
-    `deltas` and `cohort` run parallel to the entries, which are sorted and unique; `deltas` is a view of the store's
-    flat buffer. An entry's cohort is the number of the reallocation that grew it (0: chosen at random at the start);
-    ages and bias corrections are kept once per cohort and not once per entry.
+    `deltas`, `cohort` and `reference` run parallel to the entries, which are sorted and unique; all are views of the
+    store's flat buffers. An entry's cohort is the number of the reallocation that grew it (0: chosen at random at the
+    start); ages and bias corrections are kept once per cohort and not once per entry.
     """
 
     name: str
@@ -31,9 +31,7 @@ class SparseDelta:
     entries: Entries
     deltas: Tensor  # [K] fp32 or bf16
     cohort: Tensor  # [K] uint8 or int16
-    reference: Tensor | None = (
-        None  # [K] as deltas: deltas at the last reallocation, kept only for drop_criterion `change`
-    )
+    reference: Tensor | None = None  # [K] as deltas: those at the last reallocation, for drop_criterion `change` only
 
     @property
     def numel(self) -> int:
@@ -50,7 +48,7 @@ class SparseDelta:
 
     @indices.setter
     def indices(self, indices: Tensor) -> None:
-        self.entries = Entries(indices, self.shape)
+        self.entries.replace(indices)
 
     @property
     def tensors(self) -> dict[str, list[Tensor]]:
@@ -65,15 +63,25 @@ class SparseDelta:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy a result of `state`, of this delta's dtypes and shapes, into this delta."""
-        self.indices = state["indices"].to(self.deltas.device, copy=True)  # the setter may keep the tensor itself
+        self.indices = state["indices"].to(self.deltas.device)
         self.deltas.copy_(state["deltas"])
-        self.cohort = state["cohort"].to(self.cohort.device, copy=True)
+        self.cohort.copy_(state["cohort"])
         if self.reference is not None:
             self.reference.copy_(state["reference"])
 
 
+@dataclass(frozen=True)
+class TogetherDelta:
+    """The active entries of several weights, as drop and grow see them: as a `SparseDelta`, with joined indices."""
+
+    entries: JoinedEntries
+    deltas: Tensor  # [n]
+    cohort: Tensor  # [n]
+    reference: Tensor | None
+
+
 class DeltaStore:
-    """All sparse deltas of a model, in a fixed order of names, over one flat buffer of deltas.
+    """All sparse deltas of a model, in a fixed order of names, over flat buffers.
 
     Args:
         shapes: (O, I) of each target weight by name.
@@ -97,24 +105,26 @@ class DeltaStore:
         keep_reference: bool = False,
         dtype: torch.dtype = torch.float32,
     ):
-        counts = {name: k.numel() if isinstance(k, Tensor) else k for name, k in active.items()}
-        self.flat = torch.zeros(sum(counts.values()), dtype=dtype, device=device)
+        wanted = [active[name] for name in shapes]
+        counts = [given.numel() if isinstance(given, Tensor) else given for given in wanted]
+        self.places = FlatEntries(Rows(list(shapes.values()), torch.device(device)), counts)
+        self.flat = torch.zeros(sum(counts), dtype=dtype, device=device)
         cohort_dtype = torch.uint8 if cohorts <= 255 else torch.int16
+        self.cohort = torch.full(self.flat.shape, INITIAL_COHORT, dtype=cohort_dtype, device=device)
+        self.reference = torch.zeros_like(self.flat) if keep_reference else None
         self._deltas: dict[str, SparseDelta] = {}
-        start = 0
+        self._numbers = {name: number for number, name in enumerate(shapes)}
         for name, shape in shapes.items():
-            given = active[name]
+            given, entries = active[name], self.entries_of(name)
             chosen = given if isinstance(given, Tensor) else random_indices(shape, given, seed, name)
-            view = self.flat[start : start + counts[name]]
             self._deltas[name] = SparseDelta(
                 name=name,
                 shape=shape,
-                entries=Entries(chosen.to(device), shape),
-                deltas=view,
-                cohort=torch.full(view.shape, INITIAL_COHORT, dtype=cohort_dtype, device=device),
-                reference=torch.zeros_like(view) if keep_reference else None,
+                entries=self.places.of_weight(self._numbers[name], chosen.to(device)),
+                deltas=self.flat[entries],
+                cohort=self.cohort[entries],
+                reference=self.reference[entries] if self.reference is not None else None,
             )
-            start += counts[name]
 
     def __getitem__(self, name: str) -> SparseDelta:
         return self._deltas[name]
@@ -124,6 +134,24 @@ class DeltaStore:
 
     def __len__(self) -> int:
         return len(self._deltas)
+
+    def number_of(self, name: str) -> int:
+        """Return a weight's place in the order of names."""
+        return self._numbers[name]
+
+    def entries_of(self, name: str) -> slice:
+        """Return where one weight's entries are in the flat buffers."""
+        number = self._numbers[name]
+        return slice(self.places.starts[number], self.places.starts[number + 1])
+
+    def together(self, part: Part) -> TogetherDelta:
+        """Return the deltas of some whole weights as one: views, not copies."""
+        return TogetherDelta(
+            entries=JoinedEntries(self.places, part),
+            deltas=self.flat[part.entries],
+            cohort=self.cohort[part.entries],
+            reference=self.reference[part.entries] if self.reference is not None else None,
+        )
 
     @property
     def names(self) -> list[str]:

@@ -12,41 +12,70 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .deltas import SparseDelta
+from .deltas import SparseDelta, TogetherDelta
 from .topk import bottom_k_sorted, top_k_of_product, top_k_sorted
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """The active entries of a weight that stay, and the indices that join them.
+    """The active entries of a weight, or of several together, that stay, and the indices that join them.
 
     `merge` carries any tensor parallel to the indices across the exchange.
     """
 
     kept: Tensor  # [K] bool
-    grown: Tensor  # [g] flat indices, sorted, none of them active before
-    order: Tensor  # [K - dropped + g]: cat(indices, grown)[order] are the new indices, sorted
-    grown_candidates: Tensor | None = None  # [g] positions of `grown` among the candidates (AG)
+    grown: Tensor  # [g] flat indices, sorted, none of them active before; of several weights, more may be listed
+    order: Tensor  # [K]: cat(indices, grown)[order] are the new indices, sorted
+    grown_candidates: Tensor | None = None  # [g] positions of `grown` among the candidates (AG); None: `grown` is all
+    count: Tensor | None = None  # the newly active entries, int64, where that is not g
 
     @property
-    def replaced(self) -> int:
+    def replaced(self) -> Tensor | int:
         """Count the newly active entries."""
-        return self.grown.numel()
+        return self.grown.numel() if self.count is None else self.count
 
     def merge(self, old: Tensor, new: Tensor) -> Tensor:
         """Merge old values [K] with those of grown entries, new [g]; returns them in the new order."""
         return torch.cat((old, new.to(old.dtype))).index_select(0, self.order)
 
 
-def drop_scores(delta: SparseDelta, criterion: str) -> Tensor:
+def drop_scores(delta: SparseDelta | TogetherDelta, criterion: str, ages: Tensor | None = None) -> Tensor:
     """Score the entries, [K]; the smallest are dropped first.
 
     `magnitude`: |delta|, the paper's text and the authors' code. `change`: |delta - delta at the last reallocation|,
-    the paper's Algorithm 1 (line 10).
+    the paper's Algorithm 1 (line 10). `age`: |delta| / steps since the entry was grown, so that young entries are not
+    dropped for being young; not in the paper.
+
+    Args:
+        delta: the entries.
+        criterion: as above.
+        ages: [cohorts] fp32, steps since each cohort was grown, at least 1; only for `age`.
     """
     if criterion == "change" and delta.reference is not None:
         return (delta.deltas.float() - delta.reference.float()).abs()
+    if criterion == "age" and ages is not None:
+        return delta.deltas.float().abs() / ages.index_select(0, delta.cohort.int())
     return delta.deltas.abs()
+
+
+def keep_unless_better(exchange: Exchange, indices: Tensor, leaving: Tensor, coming: Tensor) -> Exchange:
+    """Undo the part of an exchange whose newcomers promise no more than what they replace; not in the paper.
+
+    Of the entries up for replacement and the newcomers together, the most promising stay; ties go to the entries.
+
+    Args:
+        exchange: of one weight, by gradient.
+        indices: [K] its entries before the exchange, sorted.
+        leaving: [g] promises of the entries to be dropped, in their order.
+        coming: [g] promises of the newcomers, in theirs.
+    """
+    if exchange.grown_candidates is None:
+        raise ValueError("an exchange by gradient knows its candidates; got one that does not")
+    best = top_k_sorted(torch.cat((leaving, coming)), leaving.numel())
+    stays, joins = best[best < leaving.numel()], best[best >= leaving.numel()] - leaving.numel()
+    kept = exchange.kept.clone()
+    kept[(~kept).nonzero().squeeze(1)[stays]] = True
+    return _exchange(indices, kept, exchange.grown[joins], exchange.grown_candidates[joins])
 
 
 def exchange_by_gradient(indices: Tensor, scores: Tensor, candidates: Tensor, mean: Tensor, k: int) -> Exchange:
@@ -115,15 +144,15 @@ def _exchange(indices: Tensor, kept: Tensor, grown: Tensor, grown_candidates: Te
     return Exchange(kept=kept, grown=grown, order=order, grown_candidates=grown_candidates)
 
 
-def apply_exchange(delta: SparseDelta, exchange: Exchange, cohort: int) -> None:
-    """Carry one weight over an exchange, in place: grown deltas start at 0 and belong to `cohort`.
+def apply_exchange(delta: SparseDelta | TogetherDelta, exchange: Exchange, cohort: int) -> None:
+    """Carry one weight, or several together, over an exchange, in place: grown deltas start at 0, in `cohort`.
 
     The number of active entries does not change; the optimizer's state follows in its own `follow`.
     """
     grown = exchange.grown
     zeros = torch.zeros(grown.shape, dtype=delta.deltas.dtype, device=grown.device)
-    delta.indices = exchange.merge(delta.indices, grown)
+    delta.entries.replace(exchange.merge(delta.entries.flat(), grown))
     delta.deltas.copy_(exchange.merge(delta.deltas, zeros))
-    delta.cohort = exchange.merge(delta.cohort, torch.full_like(zeros, cohort, dtype=delta.cohort.dtype))
+    delta.cohort.copy_(exchange.merge(delta.cohort, torch.full_like(zeros, cohort, dtype=delta.cohort.dtype)))
     if delta.reference is not None:
         delta.reference.copy_(delta.deltas)

@@ -19,11 +19,17 @@ from .deltas import DeltaStore
 class Moment(Protocol):
     """One moment of each delta of a store."""
 
-    def load(self, name: str, part: slice) -> Tensor:
-        """Return the moments of a part of one weight's entries, [n] fp32, to update in place and pass to `store`."""
+    crosses_weights: bool
+    """Whether a part of the entries may belong to several weights."""
 
-    def store(self, name: str, part: slice, values: Tensor) -> None:
-        """Store [n] fp32 for a part of one weight's entries, which begins at a multiple of 256."""
+    def load(self, part: slice) -> Tensor:
+        """Return the moments of a part of all entries, [n] fp32, to update in place and pass to `store`."""
+
+    def store(self, part: slice, values: Tensor) -> None:
+        """Store [n] fp32 for a part of all entries.
+
+        Where parts may not cross weights, this one begins at a multiple of 256 entries of its weight.
+        """
 
     def state(self, name: str) -> dict[str, Tensor]:
         """Return the stored tensors of one weight, by a suffix of their name: views, not copies."""
@@ -32,15 +38,17 @@ class Moment(Protocol):
 class DenseMoment:
     """A moment as one flat tensor of a floating-point dtype."""
 
+    crosses_weights = True
+
     def __init__(self, deltas: DeltaStore, dtype: torch.dtype):
-        flat = torch.zeros(deltas.active, dtype=dtype, device=deltas.device)
-        self._of = dict(zip(deltas.names, flat.split([delta.active for delta in deltas]), strict=True))
+        self._flat = torch.zeros(deltas.active, dtype=dtype, device=deltas.device)
+        self._of = dict(zip(deltas.names, self._flat.split([delta.active for delta in deltas]), strict=True))
 
-    def load(self, name: str, part: slice) -> Tensor:
-        return self._of[name][part].float()  # the stored memory itself if it is fp32
+    def load(self, part: slice) -> Tensor:
+        return self._flat[part].float()  # the stored memory itself if it is fp32
 
-    def store(self, name: str, part: slice, values: Tensor) -> None:
-        kept = self._of[name][part]
+    def store(self, part: slice, values: Tensor) -> None:
+        kept = self._flat[part]
         if kept.data_ptr() != values.data_ptr():
             kept.copy_(values)
 

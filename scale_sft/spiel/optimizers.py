@@ -6,18 +6,19 @@ arguments. The classes hold the state and follow drop and grow.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .deltas import DeltaStore, SparseDelta
+from .deltas import DeltaStore
 from .drop_grow import Exchange
-from .indices import Entries, pieces
+from .indices import Part, on_device, piece_entries, pieces
 from .moments import Moments, float32_moments
-from .recorder import Candidates
 
 
 def adamw_update(
@@ -46,7 +47,8 @@ def adamw_update(
         table: the step's `correction_table`, computed once for all calls; None: computed here if needed.
     """
     beta1, beta2 = betas
-    deltas.mul_(1 - learning_rate * weight_decay)
+    if learning_rate * weight_decay:
+        deltas.mul_(1 - learning_rate * weight_decay)
     exp_avg.lerp_(gradients, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
     if len(gradients_seen) == 1:
@@ -74,18 +76,33 @@ def corrections(
 
 
 def correction_table(
-    gradients_seen: Sequence[int], learning_rate: float, betas: tuple[float, float], device: torch.device
+    gradients_seen: Sequence[int],
+    learning_rate: float,
+    betas: tuple[float, float],
+    device: torch.device,
+    warmth: Sequence[float] = (),
 ) -> Tensor:
-    """Put `corrections` into a tensor [2, cohorts] fp32 on the device, without waiting for it."""
-    pinned = device.type == "cuda"  # a copy from pageable memory may wait for queued work
-    table = torch.tensor(corrections(gradients_seen, learning_rate, betas), dtype=torch.float32, pin_memory=pinned)
-    return table.to(device, non_blocking=True)
+    """Put `corrections` into a tensor [2, cohorts] fp32 on the device, without waiting for it.
+
+    `warmth` by cohort, if given, scales the step sizes.
+    """
+    step_sizes, denominators = corrections(gradients_seen, learning_rate, betas)
+    if warmth:
+        step_sizes = [size * share for size, share in zip(step_sizes, warmth, strict=True)]
+    return on_device((step_sizes, denominators), torch.float32, device)
+
+
+class Coordinates(Protocol):
+    """Entries that know their rows and columns, of one weight or of all of them one after the other."""
+
+    def coordinates(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield (slice of entries, int64 rows, int64 columns) in pieces."""
 
 
 def sm3_update(
     deltas: Tensor,
     gradients: Tensor,
-    entries: Entries,
+    entries: Coordinates,
     row: Tensor,
     col: Tensor,
     *,
@@ -93,13 +110,15 @@ def sm3_update(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Do one SM3-II step (Anil et al. 2019) restricted to the [K] active entries of an [O, I] weight, in place.
+    """Do one SM3-II step (Anil et al. 2019) restricted to the [K] active entries, in place.
 
     nu = min(row[i], col[j]) + g^2; row[i] = max over the row's active nu, col likewise;
     delta -= learning_rate * g / sqrt(nu + eps), decoupled decay first.
 
     Args:
-        deltas: [K] fp32. gradients: [K] fp32 or bf16. entries: their places. row: [O] fp32. col: [I] fp32.
+        deltas: [K] fp32 or bf16 (rounded once, at the end). gradients: [K] fp32 or bf16.
+        entries: their places, in one [O, I] weight or in all.
+        row: [O] fp32. col: [I] fp32: accumulators, of one weight or of all.
     """
     new_row, new_col = row.clone(), col.clone()
     for part, i, j in entries.coordinates():
@@ -107,9 +126,10 @@ def sm3_update(
         nu = torch.minimum(row.index_select(0, i), col.index_select(0, j)).addcmul_(gradient, gradient)
         new_row.scatter_reduce_(0, i, nu, "amax")
         new_col.scatter_reduce_(0, j, nu, "amax")
-        deltas[part].mul_(1 - learning_rate * weight_decay).addcdiv_(
-            gradient, nu.add_(eps).sqrt_(), value=-learning_rate
-        )
+        with in_fp32(deltas[part]) as moved:
+            if learning_rate * weight_decay:
+                moved.mul_(1 - learning_rate * weight_decay)
+            moved.addcdiv_(gradient, nu.add_(eps).sqrt_(), value=-learning_rate)
     row.copy_(new_row)
     col.copy_(new_col)
 
@@ -125,6 +145,16 @@ def in_fp32(deltas: Tensor) -> Iterator[Tensor]:
     deltas.copy_(work)
 
 
+@dataclass(frozen=True)
+class Growth:
+    """How newly grown entries begin in AdamW."""
+
+    seed_moments: bool = True
+    """Start their moments from the estimates of the phase that chose them (section 3.2), or from zero."""
+    warmup_steps: int = 0
+    """Let their rate rise linearly over this many updates."""
+
+
 class Optimizer(Protocol):
     """An optimizer of deltas, as the main loop and checkpoints use it."""
 
@@ -133,7 +163,7 @@ class Optimizer(Protocol):
 
     def step(self, gradients: Tensor, learning_rate: float) -> None: ...
 
-    def follow(self, delta: SparseDelta, exchange: Exchange, candidates: Candidates | None) -> None: ...
+    def follow(self, part: Part, exchange: Exchange, estimates: tuple[Tensor, Tensor] | None) -> None: ...
 
     def begin_cohort(self) -> None: ...
 
@@ -151,6 +181,7 @@ class AdamW:
         store: the deltas.
         estimation_steps: G, the gradients already counted in the moments of a newly grown delta.
         moments: creates the storage of the two moments.
+        growth: how newly grown entries begin.
     """
 
     def __init__(
@@ -162,7 +193,9 @@ class AdamW:
         weight_decay: float = 0.0,
         estimation_steps: int = 5,
         moments: Moments = float32_moments,
+        growth: Growth | None = None,
     ):
+        self.growth = growth or Growth()
         self.store, self.betas, self.eps, self.weight_decay = store, betas, eps, weight_decay
         self.estimation_steps = estimation_steps
         self.exp_avg, self.exp_avg_sq = moments(store)
@@ -170,27 +203,35 @@ class AdamW:
 
     def step(self, gradients: Tensor, learning_rate: float) -> None:
         """Update all deltas with `gradients` [sum of K] fp32 or bf16, the gradient of the global batch."""
-        table = self.count_gradient(learning_rate)
-        sizes = [delta.active for delta in self.store]
-        for delta, gradient in zip(self.store, gradients.split(sizes), strict=True):
-            for part in pieces(delta.active):  # keeps temporaries small enough for the CPU's cache
-                exp_avg, exp_avg_sq = self.exp_avg.load(delta.name, part), self.exp_avg_sq.load(delta.name, part)
-                with in_fp32(delta.deltas[part]) as deltas:
-                    adamw_update(
-                        deltas,
-                        gradient[part].float(),
-                        exp_avg,
-                        exp_avg_sq,
-                        delta.cohort[part],
-                        self.gradients_seen,
-                        learning_rate=learning_rate,
-                        betas=self.betas,
-                        eps=self.eps,
-                        weight_decay=self.weight_decay,
-                        table=table,
-                    )
-                self.exp_avg.store(delta.name, part, exp_avg)
-                self.exp_avg_sq.store(delta.name, part, exp_avg_sq)
+        table, store = self.count_gradient(learning_rate), self.store
+        for part in self._parts():
+            exp_avg, exp_avg_sq = self.exp_avg.load(part), self.exp_avg_sq.load(part)
+            with in_fp32(store.flat[part]) as deltas:
+                adamw_update(
+                    deltas,
+                    gradients[part].float(),
+                    exp_avg,
+                    exp_avg_sq,
+                    store.cohort[part],
+                    self.gradients_seen,
+                    learning_rate=learning_rate,
+                    betas=self.betas,
+                    eps=self.eps,
+                    weight_decay=self.weight_decay,
+                    table=table,
+                )
+            self.exp_avg.store(part, exp_avg)
+            self.exp_avg_sq.store(part, exp_avg_sq)
+
+    def _parts(self) -> Iterator[slice]:
+        """Yield parts of all entries that can be updated at once."""
+        size, starts = piece_entries(self.store.device), self.store.places.starts
+        if self.exp_avg.crosses_weights and self.exp_avg_sq.crosses_weights:
+            yield from pieces(self.store.active, size)
+            return
+        for start, stop in itertools.pairwise(starts):
+            for piece in pieces(stop - start, size):
+                yield slice(start + piece.start, start + piece.stop)
 
     def count_gradient(self, learning_rate: float) -> Tensor:
         """Count one more gradient for every cohort; returns the `correction_table` [2, cohorts] fp32.
@@ -198,21 +239,57 @@ class AdamW:
         `step` does this itself; code that updates the deltas in another way calls it once per step.
         """
         self.gradients_seen = [n + 1 for n in self.gradients_seen]
-        return correction_table(self.gradients_seen, learning_rate, self.betas, self.store.device)
+        return correction_table(self.gradients_seen, learning_rate, self.betas, self.store.device, self._warmth())
+
+    @property
+    def _seen_at_birth(self) -> int:
+        """How many gradients the moments of a newly grown delta have seen."""
+        return self.estimation_steps if self.growth.seed_moments else 0
+
+    def _warmth(self) -> list[float]:
+        """Compute by cohort the fraction of the learning rate that holds for it; the first is never warmed up."""
+        if not self.growth.warmup_steps:
+            return []
+        updates = [n - self._seen_at_birth for n in self.gradients_seen[1:]]
+        return [1.0, *(min(1.0, n / self.growth.warmup_steps) for n in updates)]
+
+    def estimates(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Return the moments of whole weights' entries with their bias corrected: [n] fp32 each; 0 before any update.
+
+        They estimate the gradients' mean and mean square, as those of candidates do.
+        """
+        starts, found = self.store.places.starts, []
+        place = self.store.cohort[part.entries].int()
+        for moment, beta in zip((self.exp_avg, self.exp_avg_sq), self.betas, strict=True):
+            values = torch.cat([moment.load(slice(starts[n], starts[n + 1])) for n in part.numbers])
+            weights = torch.tensor([1 - beta**n if n else 1.0 for n in self.gradients_seen], device=values.device)
+            found.append(values / weights.index_select(0, place))
+        return found[0], found[1]
 
     def begin_cohort(self) -> None:
-        """Open the cohort that the next drop and grow fills; its moments start with G gradients counted."""
-        self.gradients_seen.append(self.estimation_steps)
+        """Open the cohort that the next drop and grow fills; seeded moments start with G gradients counted."""
+        self.gradients_seen.append(self._seen_at_birth)
 
-    def follow(self, delta: SparseDelta, exchange: Exchange, candidates: Candidates | None) -> None:
-        """Move the moments with the entries, and seed grown ones from their estimates (section 3.2)."""
-        if candidates is None:
-            raise ValueError(f"weight '{delta.name}': an exchange by gradient needs its candidates")
-        picked, everything = exchange.grown_candidates, slice(0, delta.active)
-        estimates = (candidates.mean, candidates.mean_square)
+    def follow(self, part: Part, exchange: Exchange, estimates: tuple[Tensor, Tensor] | None) -> None:
+        """Move the moments with the entries, and seed grown ones from their estimates (section 3.2), or with zero.
+
+        Args:
+            part: whole weights.
+            exchange: of their entries.
+            estimates: mean and mean square of their candidates' gradients, [c] each (Eq. 8).
+        """
+        if estimates is None:
+            raise ValueError("an exchange by gradient needs the estimates of its candidates")
+        picked, starts = exchange.grown_candidates, self.store.places.starts
+        weights = [slice(starts[number], starts[number + 1]) for number in part.numbers]
         for moment, beta, estimate in zip((self.exp_avg, self.exp_avg_sq), self.betas, estimates, strict=True):
-            seed = estimate[picked] * (1 - beta**self.estimation_steps)
-            moment.store(delta.name, everything, exchange.merge(moment.load(delta.name, everything), seed))
+            seed = (estimate if picked is None else estimate[picked]) * (1 - beta**self._seen_at_birth)
+            if moment.crosses_weights:
+                moment.store(part.entries, exchange.merge(moment.load(part.entries), seed))
+                continue
+            moved = exchange.merge(torch.cat([moment.load(entries) for entries in weights]), seed)
+            for entries, values in zip(weights, moved.split([w.stop - w.start for w in weights]), strict=True):
+                moment.store(entries, values)
 
     def state_of(self, name: str) -> dict[str, Tensor]:
         """Return the state tensors of one weight, by name; views, not copies."""
@@ -228,39 +305,44 @@ class AdamW:
 
 
 class SM3:
-    """SM3 for `ma`: one accumulator per row and per column of each weight; they survive drop and grow."""
+    """SM3 for `ma`: one accumulator per row and per column of each weight; they survive drop and grow.
+
+    `rows` [R] and `columns` hold those of all weights, one after the other (see `indices.Rows`).
+    """
 
     def __init__(self, store: DeltaStore, *, eps: float = 1e-8, weight_decay: float = 0.0):
         self.store, self.eps, self.weight_decay = store, eps, weight_decay
-        device = store.device
-        self.row = {delta.name: torch.zeros(delta.shape[0], device=device) for delta in store}
-        self.col = {delta.name: torch.zeros(delta.shape[1], device=device) for delta in store}
+        rows = store.places.rows
+        self.rows = torch.zeros(rows.starts[-1], device=store.device)
+        self.columns = torch.zeros(rows.first_columns[-1], device=store.device)
+        self._of = {}
+        for number, delta in enumerate(store):
+            row, column = rows.starts[number], rows.first_columns[number]
+            of_rows, of_columns = self.rows[row : row + delta.shape[0]], self.columns[column : column + delta.shape[1]]
+            self._of[delta.name] = {"row": of_rows, "col": of_columns}
 
     def step(self, gradients: Tensor, learning_rate: float) -> None:
         """Update all deltas with `gradients` [sum of K] fp32 or bf16, the gradient of the global batch."""
-        sizes = [delta.active for delta in self.store]
-        for delta, gradient in zip(self.store, gradients.split(sizes), strict=True):
-            with in_fp32(delta.deltas) as deltas:
-                sm3_update(
-                    deltas,
-                    gradient,
-                    delta.entries,
-                    self.row[delta.name],
-                    self.col[delta.name],
-                    learning_rate=learning_rate,
-                    eps=self.eps,
-                    weight_decay=self.weight_decay,
-                )
+        sm3_update(
+            self.store.flat,
+            gradients,
+            self.store.places,
+            self.rows,
+            self.columns,
+            learning_rate=learning_rate,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+        )
 
     def begin_cohort(self) -> None:
         """SM3 has no ages."""
 
-    def follow(self, delta: SparseDelta, exchange: Exchange, candidates: Candidates | None) -> None:
+    def follow(self, part: Part, exchange: Exchange, estimates: tuple[Tensor, Tensor] | None) -> None:
         """Move nothing: the accumulators belong to rows and columns, not to entries."""
 
     def state_of(self, name: str) -> dict[str, Tensor]:
         """Return the state tensors of one weight, by name; views, not copies."""
-        return {"row": self.row[name], "col": self.col[name]}
+        return dict(self._of[name])
 
     def counters(self) -> dict[str, list[int]]:
         """SM3 counts nothing."""

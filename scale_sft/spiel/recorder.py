@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .deltas import DeltaStore
-from .indices import Entries
+from .indices import Entries, FlatEntries, Part, piece_entries, pieces
 from .schedules import Phase
 from .topk import top_k_magnitude
 
@@ -111,9 +111,12 @@ class GradientRecorder:
         sizes = [delta.active for delta in self.store]
         if candidates:
             sizes += [self.counts[name] for name in self.store.names]
-        pieces = self.flat.split(sizes)
-        self._active = dict(zip(self.store.names, pieces, strict=False))
-        self._candidate = dict(zip(self.store.names, pieces[len(self.store) :], strict=False))
+        of_each = self.flat.split(sizes)
+        self._active = dict(zip(self.store.names, of_each, strict=False))
+        self._candidate = dict(zip(self.store.names, of_each[len(self.store) :], strict=False))
+        self.estimates = torch.zeros(2, candidates, device=self.store.device)  # mean, mean square
+        counts = [self.counts[name] for name in self.store.names] if candidates else [0] * len(self.store)
+        self.places = FlatEntries(self.store.places.rows, counts)
 
     @property
     def gradients(self) -> Tensor:
@@ -152,10 +155,19 @@ class GradientRecorder:
 
     def load_candidates(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Load a result of `Candidates.state` for one weight, in an open estimation phase."""
-        own = lambda key: state[key].to(self.store.device, copy=True)
+        own = lambda key: state[key].to(self.store.device)
         indices, mean, square = map(own, CANDIDATE_STATE)
-        facts = {key: own(key) for key in state if key.startswith("candidate_") and key not in CANDIDATE_STATE}
-        self.candidates[name] = Candidates(Entries(indices, self.store[name].shape), mean, square, facts)
+        facts = {key: own(key).clone() for key in state if key.startswith("candidate_") and key not in CANDIDATE_STATE}
+        candidates = self._choose(name, indices, facts)
+        candidates.mean.copy_(mean)
+        candidates.mean_square.copy_(square)
+
+    def _choose(self, name: str, indices: Tensor, facts: dict[str, Tensor]) -> Candidates:
+        """Make entries [C] the candidates of one weight, in an open estimation phase."""
+        number = self.store.number_of(name)
+        mean, mean_square = self.estimates[:, self.places.starts[number] : self.places.starts[number + 1]]
+        self.candidates[name] = Candidates(self.places.of_weight(number, indices), mean, mean_square, facts)
+        return self.candidates[name]
 
     def record_product(self, name: str, left: Tensor, right: Tensor) -> None:
         """Record the wanted entries of left^T right, the [R, C'] gradient of one weight in one backward pass.
@@ -188,9 +200,7 @@ class GradientRecorder:
         if self._watching and name not in self.received and bool(gradient.any()):
             self.received.add(name)
         if self.phase is not Phase.OFF and name not in self.candidates:
-            chosen, facts = self.propose(name, gradient, self.counts[name])
-            zeros = torch.zeros(chosen.shape, dtype=torch.float32, device=chosen.device)
-            self.candidates[name] = Candidates(Entries(chosen, self.store[name].shape), zeros, zeros.clone(), facts)
+            self._choose(name, *self.propose(name, gradient, self.counts[name]))
         pick(gradient, self._wanted(name))
 
     def _wanted(self, name: str) -> list[tuple[Entries, Tensor]]:
@@ -200,15 +210,21 @@ class GradientRecorder:
             wanted.append((self.candidates[name].entries, self._candidate[name]))
         return wanted
 
+    def estimates_of(self, part: Part) -> Tensor:
+        """Return mean and mean square of the gradients of some whole weights' candidates: [2, c]."""
+        return self.estimates[:, self.places.part_of(part.weights).entries]
+
     def end_step(self) -> None:
         """Add one term to the running estimates (Eq. 8), after the buffer was summed over ranks."""
         self._watching, self._buffer = False, None
         if self.phase is Phase.OFF:
             return
-        for name, candidates in self.candidates.items():
-            gradient = self._candidate[name].float()
-            candidates.mean.add_(gradient, alpha=1 / self.estimation_steps)
-            candidates.mean_square.addcmul_(gradient, gradient, value=1 / self.estimation_steps)
+        mean, mean_square = self.estimates
+        gradients = self.flat[self.store.active :]  # 0 where a weight has no candidates yet
+        for part in pieces(gradients.numel(), piece_entries(self.store.device)):
+            gradient = gradients[part].float()
+            mean[part].add_(gradient, alpha=1 / self.estimation_steps)
+            mean_square[part].addcmul_(gradient, gradient, value=1 / self.estimation_steps)
 
     def close_estimation(self) -> None:
         """Free the candidates after the reallocation that used them."""

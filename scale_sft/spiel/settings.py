@@ -5,7 +5,7 @@ Shapes: O rows, I columns of a weight; K active entries, C candidates, k up for 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from . import drop_grow as in_torch
 from .drop_grow import Exchange
 from .moments import Moments, float32_moments
+from .optimizers import Growth
 from .recorder import Products, Select
 from .selection.proposals import Proposals
 from .topk import top_k_magnitude
@@ -34,7 +35,14 @@ class MethodSettings:
     candidate_ratio: float = 1.0
     """C / K: candidates for growth per active entry."""
     drop_criterion: str = "magnitude"
-    """`magnitude`, or `change` since the last reallocation, for which the store must keep a reference."""
+    """`magnitude`; `age`, magnitude per step since it was grown; or `change` since the last reallocation, for which the
+    store must keep a reference."""
+    exchange_if_better: bool = False
+    """Replace an entry only by a candidate with a larger gradient, or key, than its own (`ag`, `static`)."""
+    growth: Growth = field(default_factory=Growth)
+    """How newly grown entries begin (`ag`, `static`)."""
+    scale_rates: bool = False
+    """Scale each entry's updates by (entries in its row x entries in its column)^-1/4, with mean 1 in each weight."""
     max_grad_norm: float | None = None
     """Clip the norm of all active gradients to this, and scale candidates by the same factor; None: never."""
 
@@ -63,6 +71,8 @@ class Backends:
     """Compute entries of a weight's gradient; None: pick them from the full product."""
     exchanges: Exchanges = in_torch
     """Drop and grow the entries of one weight."""
+    together: bool | None = None
+    """Drop and grow many weights at once, with the same results, and not by `exchanges`; None: on all but CPUs."""
     moments: Moments = float32_moments
     """Create the storage of AdamW's moments."""
     gradient_dtype: torch.dtype = torch.float32

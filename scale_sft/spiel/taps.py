@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .traced import enlist, traced_output
+
 Record = Callable[[str, Tensor, Tensor], None]
 """(name, left [T, R], right [T, C]): the gradient of the weight [R, C] is left^T right."""
 
@@ -51,11 +53,20 @@ class WeightTap:
         self.materialize, self.effective_weight = materialize, effective_weight
         self.stock_forward = module.forward
         self.anchor = torch.zeros((), requires_grad=True)
+        self.number = enlist(self)
+        self.rows: int = module.nf if transposed else module.out_features
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give a copy a number of its own."""
+        self.__dict__.update(state)
+        self.number = enlist(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute [..., O] from x [..., I]; without gradients, the same values from the same effective weight."""
         if not torch.is_grad_enabled() or (self.record is None and not x.requires_grad):
             return self.output(x)
+        if torch.compiler.is_compiling():
+            return traced_output(x, self.anchor, self.number, self.rows)
         return _TappedLinear.apply(x, self.anchor, self)
 
     def output(self, x: Tensor) -> Tensor:
@@ -83,6 +94,11 @@ class WeightTap:
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         return (x, dy) if self.transposed else (dy, x)
 
+    def offer(self, x: Tensor, dy: Tensor) -> None:
+        """Hand the factors of dW to the recorder, if the weight is trained. Shapes: see `factors`."""
+        if self.record is not None:
+            self.record(self.name, *self.factors(x, dy))
+
 
 class _TappedLinear(torch.autograd.Function):
     """The layer's forward under autograd. Only the input is kept: never the weight, nor anything of its size.
@@ -106,7 +122,7 @@ class _TappedLinear(torch.autograd.Function):
         tap = ctx.tap
         dx = tap.input_gradient(dy).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         if tap.record is not None:
-            tap.record(tap.name, *tap.factors(saved[0], dy))
+            tap.offer(saved[0], dy)
         return dx, None, None
 
 

@@ -2,6 +2,8 @@
 
 inputs              read and check everything but the weights
 starting            the adapter to start from, or what a checkpoint knows of it
+reference_adapter   the adapter that is part of the reference of preference tuning
+objectives          the objective of a run, from its options, data and model
 assemble            from inputs to a session
 session             a run that is ready for its first step
 checkpoints         save and resume, bit for bit

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from scale_sft.adapters.base_files import require_mergeable
-from scale_sft.data.packing import refuse_leaks
 from scale_sft.distributed.cluster import Cluster
-from scale_sft.model.empty import empty_model, text_config
+from scale_sft.model.compiled_blocks import compile_blocks, decoder_blocks
+from scale_sft.model.empty import empty_model
 from scale_sft.model.loading import base_location, load_base
 from scale_sft.model.memory import PeakMemory
 from scale_sft.model.quantization import staging_device
@@ -17,7 +17,8 @@ from scale_sft.model.sparse_model import SparseModel
 from scale_sft.model.sparse_settings import SparseSettings
 from scale_sft.model.targets import find_targets
 
-from .inputs import Inputs, flat_rows
+from .inputs import Inputs
+from .objectives import objective_of
 from .session import Session
 
 
@@ -52,12 +53,14 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
     cluster.check_identical(lambda: {"base": sparse.base_hash}, "the base model")
     if inputs.start:
         inputs.start.put_into(sparse)
-    if inputs.row_tokens:
-        refuse_leaks(sparse.model, text_config(inputs.model_config).vocab_size, cluster.device, flat=flat_rows(config))
+    objective = objective_of(inputs, cluster, sparse)
+    if config.model.compile == "blocks":
+        _compile(sparse)
     return Session(
         inputs=inputs,
         cluster=cluster,
         sparse=sparse,
+        objective=objective,
         optimizer=sparse.optimizer(),
         load_peak_bytes=loading.added,
         loaded_on=device,
@@ -72,3 +75,13 @@ def _check_hub_base(inputs: Inputs) -> None:
     model = empty_model(inputs.model_config, trust_remote_code=config.model.trust_remote_code)
     targets = find_targets(model, config.sparse.target_modules, config.sparse.exclude_modules)
     require_mergeable(config.model, model, {target.name: target.shape for target in targets}, loaded=True)
+
+
+def _compile(sparse: SparseModel) -> None:
+    """Compile the blocks. With several ranks they run as they are while entries or candidates are chosen.
+
+    Ranks meet in such backward passes, once per weight, and a graph may choose an order of its own.
+    """
+    recorder = sparse.tuning.recorder
+    meeting = lambda: sparse.group.size > 1 and (recorder.proposing or sparse.choosing is not None)
+    compile_blocks(decoder_blocks(sparse.model, recorder.store.names), as_they_are=meeting)

@@ -32,6 +32,7 @@ from .checkpoint_files import (
     verify,
     write_checkpoint,
 )
+from .reference_adapter import REFERENCE_DIGEST
 from .run_folder import NEW_LENGTH, RunFolder
 from .starting import START_DIGEST, TARGETS
 
@@ -58,6 +59,12 @@ _BEFORE = {
     "selection_batches": 0,
     "budget": "weight",
     "budget_floor": 0.1,
+    "compile": "off",
+    "deterministic": False,
+    "exchange_if_better": False,
+    "seed_moments": True,
+    "growth_warmup_steps": 0,
+    "rate_scaling": "none",
 }
 """What runs did before these options existed. Not their defaults, which may change."""
 
@@ -195,7 +202,7 @@ class Checkpoints:
             "identity": self._identity(),
             "options": dataclasses.asdict(config),
             "counters": tuning.counters(),
-            "evaluations": [{"step": step, **dataclasses.asdict(e)} for step, e in session.evaluations.items()],
+            "evaluations": [{"step": step, **e.record()} for step, e in session.evaluations.items()],
             "skipped_steps": session.skipped_steps,
             "ranks": session.cluster.size,
             "proposal_sequences": _proposal_sequences(session),
@@ -217,8 +224,11 @@ class Checkpoints:
         """Collect what a run must have in common with a checkpoint to resume from it, as plain JSON."""
         session = self.session
         inputs, store = session.inputs, session.tuning.store
-        sections = dataclasses.asdict(inputs.config).values()
-        identity = {name: value for section in sections for name, value in section.items() if name not in MAY_CHANGE}
+        sections = dataclasses.asdict(inputs.config)
+        if not inputs.config.objective.is_preference:  # checkpoints from before there were preferences stay usable
+            del sections["objective"]
+        named = (item for section in sections.values() for item in section.items())
+        identity = {name: value for name, value in named if name not in MAY_CHANGE}
         identity |= {
             "attention": inputs.attention.name,
             "hash of the target weights": session.base_hash,
@@ -226,6 +236,7 @@ class Checkpoints:
             "eval_data (digest of its tokens)": inputs.eval.digest() if inputs.eval else None,
             "total steps": inputs.steps,
             START_DIGEST: inputs.start.digest if inputs.start else None,
+            **({REFERENCE_DIGEST: inputs.reference.digest} if inputs.reference else {}),
             TARGETS: {delta.name: [*delta.shape, delta.active] for delta in store},
         }
         return json.loads(json.dumps(identity))
@@ -292,8 +303,9 @@ def _checked_state(checkpoint: Checkpoint) -> dict[str, Any]:
             state["step"] == checkpoint.step
             and isinstance(state["identity"], dict)
             and all(isinstance(counts, list) and all(map(whole, counts)) for counts in state["counters"].values())
-            and all(set(entry) == fields and whole(entry["step"]) for entry in state["evaluations"])
+            and all(set(entry) | {"rewards"} == fields and whole(entry["step"]) for entry in state["evaluations"])
             and all(isinstance(entry["loss"], float) for entry in state["evaluations"])
+            and all(isinstance(entry.get("rewards", {}), dict) for entry in state["evaluations"])
             and all(map(whole, state["skipped_steps"]))
             and whole(state["ranks"])
         )

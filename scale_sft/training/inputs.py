@@ -18,17 +18,20 @@ from scale_sft.adapters.start import Start
 from scale_sft.config.loading import to_yaml
 from scale_sft.config.options import Config
 from scale_sft.data.batches import BatchOrder, batches_of_rank
-from scale_sft.data.cache import load_examples, with_writable_cache
+from scale_sft.data.cache import cache_folder, load_examples, with_writable_cache
 from scale_sft.data.chat import use_template
 from scale_sft.data.examples import Examples
 from scale_sft.data.fit import refuse_misfit
 from scale_sft.data.packing import refuse_unpackable
+from scale_sft.data.preferences import kind_of
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.distributed.tracking import refuse_unknown_tracker
 from scale_sft.distributed.world import World
 from scale_sft.errors import UserError
 from scale_sft.model.attention import Attention, choose_attention
+from scale_sft.model.compiled_blocks import refuse_uncompilable
 from scale_sft.model.coverage import Coverage, coverage
+from scale_sft.model.determinism import refuse_unrepeatable
 from scale_sft.model.loading import (
     enable_checkpointing,
     load_model_config,
@@ -43,6 +46,7 @@ from scale_sft.model.targets import budget_of, choose_targets
 from scale_sft.planning.footprint import empty_model
 from scale_sft.planning.placement import Placement, choose_placement
 
+from .reference_adapter import ReferenceAdapter, reference_of
 from .starting import start_of
 
 
@@ -64,6 +68,8 @@ class Inputs:
     coverage: Coverage  # what the targets reach of the blocks
     row_tokens: int | None  # length of packed rows; None: one sequence per row
     start: Start | None = None  # the adapter that the run starts from
+    reference: ReferenceAdapter | None = None  # the adapter that is part of the reference
+    cache: Path | None = None  # folder of tokenised data and of log-probabilities of the reference
     notes: tuple[str, ...] = ()  # for the user: deviations from the request
 
     def digests(self) -> dict[str, str]:
@@ -72,6 +78,7 @@ class Inputs:
         placement = hashlib.sha256(self.placement.name.encode()).hexdigest()
         digests = {"the configuration": settings, "base_placement": placement, "train_data": self.train.digest()}
         digests |= {"start_from": self.start.digest} if self.start else {}
+        digests |= {"reference_adapter": self.reference.digest} if self.reference else {}
         return digests | ({"eval_data": self.eval.digest()} if self.eval else {})
 
     def micro_batches(
@@ -107,6 +114,7 @@ def read_inputs(config: Config) -> Inputs:
     data, run = config.data, config.run
     tokenizer = use_template(load_tokenizer(config.model), data.chat_template)
     world = World.from_environment()
+    refuse_unrepeatable(config, world.device())
     _check_batch(config, world.size)
     tokens = max_length(data.max_length, model_config)
     data = replace(data, max_length=tokens)
@@ -122,13 +130,17 @@ def read_inputs(config: Config) -> Inputs:
         budget_of(config.sparse, shapes)
     counts = start.counts if start else None
     placement = choose_placement(config, model_config, dtype, world, quantization, counts)
+    if config.model.compile == "blocks":
+        refuse_uncompilable(world.device(), sharded=placement.sharded, attention=config.model.attention)
     if quantization and placement.sharded:
         refuse_corrupting_storage(quantization, dtype)
+    reference = reference_of(config, shapes, dtype, quantization)
     data, notes = with_writable_cache(data, Path(run.output_dir) / "cache")
-    train = load_examples(data.train_data, "train", tokenizer, data, data.max_train_examples)
+    kind = kind_of(config.objective.objective)
+    train = load_examples(data.train_data, "train", tokenizer, data, data.max_train_examples, kind=kind)
     held_out = None
     if data.eval_data:
-        held_out = load_examples(data.eval_data, "eval", tokenizer, data, data.max_eval_examples)
+        held_out = load_examples(data.eval_data, "eval", tokenizer, data, data.max_eval_examples, kind=kind)
     refuse_misfit(tokenizer, model_config, train, held_out)
     attention = choose_attention(config.model.attention, base.model, dtype, tokens, device_type())
     notes = (*notes, *filter(None, (attention.note, base.note)))
@@ -148,10 +160,19 @@ def read_inputs(config: Config) -> Inputs:
         placement=placement,
         attention=attention,
         coverage=base.coverage,
-        row_tokens=data.max_length if data.packing else None,
+        row_tokens=_row_tokens(config, tokens),
         start=start,
+        reference=reference,
+        cache=cache_folder(data),
         notes=notes,
     )
+
+
+def _row_tokens(config: Config, max_length: int) -> int | None:
+    """Choose the length of packed rows: a pair of the longest answers fits into one. None: no packing."""
+    if not config.data.packing:
+        return None
+    return 2 * max_length if config.objective.pairs else max_length
 
 
 @dataclass(frozen=True)

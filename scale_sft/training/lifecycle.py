@@ -10,8 +10,12 @@ import torch
 from scale_sft.adapters.merge import merge
 from scale_sft.adapters.model_card import write_card
 from scale_sft.data.examples import Examples
+from scale_sft.data.preferences import Preferences
+from scale_sft.evaluation.held_out import Evaluation
+from scale_sft.model.visibility import visible_fraction
 from scale_sft.reporting.metrics import Metrics, NullMetrics
 from scale_sft.reporting.run_report import write_report
+from scale_sft.spiel.selection.spread import FRACTIONS, profiles
 
 from .best import best_step
 from .inputs import Inputs
@@ -46,6 +50,7 @@ def describe(session: Session, metrics: Metrics | NullMetrics) -> None:
         metrics.note(line)
     state_bytes = sum(session.tuning.state_bytes().values()) + session.resident.bytes
     held_out = f", {len(inputs.eval):,} held out" if inputs.eval else ""
+    unit, units = ("pairs", "pairs") if config.objective.pairs else ("examples", "sequences")
     rows = {
         "base": f"{config.model.base} ({str(inputs.dtype).removeprefix('torch.')}{_kept(inputs)})",
         **(
@@ -60,8 +65,9 @@ def describe(session: Session, metrics: Metrics | NullMetrics) -> None:
         "block weights": inputs.coverage.line(),
         "attention": inputs.attention.name,
         "delta state": f"{state_bytes / 2**20:.1f} MiB ({state_bytes / store.active:.1f} bytes per active entry)",
-        "data": f"{len(inputs.train):,} examples from {inputs.train.source}{held_out}{_cut(inputs.train)}",
-        "steps": f"{inputs.steps} of {config.run.global_batch_size} sequences, reallocation at "
+        **_objective(session),
+        "data": f"{len(inputs.train):,} {unit} from {inputs.train.source}{held_out}{_cut(inputs.train)}",
+        "steps": f"{inputs.steps} of {config.run.global_batch_size} {units}, reallocation at "
         f"{len(session.tuning.schedule.reallocations())} of them",
     }
     metrics.describe("sparse fine-tuning", rows, _kinds(session))
@@ -74,8 +80,36 @@ def _kept(inputs: Inputs) -> str:
     return f"; linear layers in {inputs.quantization}, nothing raised to float32"
 
 
+def _objective(session: Session) -> dict[str, str]:
+    """Describe a preference objective and its reference."""
+    given, inputs = session.inputs.config.objective, session.inputs
+    if not given.is_preference:
+        return {}
+    of_what = f"base + {inputs.reference.folder}" if inputs.reference else "the base"
+    kinds = {"none": "no reference", "swapped": f"reference: {of_what}, swapped in each step"}
+    kinds["precomputed"] = f"reference: {of_what}, measured once"
+    smoothed = f", label_smoothing {given.label_smoothing:g}" if given.label_smoothing else ""
+    sft = f", sft_weight {given.weight_of_sft:g}" if given.weight_of_sft else ""
+    return {"objective": f"{given.objective}, beta {given.beta:g}{smoothed}{sft}; {kinds[given.reference_kind]}"}
+
+
+def _rewards(before: Evaluation, after: Evaluation) -> dict[str, str]:
+    """Compare held-out accuracy and margin before and after."""
+    if before.rewards is None or after.rewards is None:
+        return {}
+    shown = {"reward_accuracy": ("held-out accuracy", "{:.1%}"), "reward_margin": ("held-out margin", "{:.3f}")}
+    return {
+        label: f"{form.format(before.rewards[name])} before, {form.format(after.rewards[name])} after"
+        for name, (label, form) in shown.items()
+        if name in before.rewards
+    }
+
+
 def _cut(examples: Examples) -> str:
-    """Count the training examples that max_length cut or dropped."""
+    """Count the training examples that max_length cut, and those that were dropped."""
+    if isinstance(examples, Preferences):
+        reasons = "".join(f"; {count:,} dropped: {reason}" for reason, count in examples.drops.items())
+        return (f"; {examples.truncated:,} answers cut to max_length" if examples.truncated else "") + reasons
     if not examples.truncated + examples.dropped:
         return ""
     return f"; {examples.truncated:,} cut to max_length, {examples.dropped:,} dropped (no target token left)"
@@ -107,6 +141,9 @@ def finish(session: Session, metrics: Metrics | NullMetrics, run: RunFolder) -> 
     cluster, config = session.cluster, session.inputs.config
     cluster.check_identical(session.tuning.digests, "the deltas at the end")
     session.check_packed_base()
+    session.visible_fraction = visible_fraction(session.sparse)
+    if warning := _vanishing(session):
+        metrics.note(warning)
     cluster.on_main(lambda: run.save_adapter(session.adapter()))
     metrics.summary(**_totals(session))
     written: dict[str, Path] = {"adapter": run.adapter}
@@ -127,12 +164,31 @@ def finish(session: Session, metrics: Metrics | NullMetrics, run: RunFolder) -> 
         rows["held-out loss"] = f"{before.loss:.4f} before{of_what}, {after.loss:.4f} after"
         if after.exact_match is not None:
             rows["exact match"] = f"{before.exact_match:.1%} before{of_what}, {after.exact_match:.1%} after"
-        best = best_step(session.evaluations)
+        rows |= _rewards(before, after)
+        best_by = config.objective.best_by
+        best = best_step(session.evaluations, best_by)
         if best != session.step:
             kept = f": {run.best}" if run.best.exists() else ""
-            rows["best held-out loss"] = f"{session.evaluations[best].loss:.4f} after step {best}{kept}"
+            found = session.evaluations[best]
+            value = found.loss if best_by == "loss" else (found.rewards or {})["reward_accuracy"]
+            rows[f"best held-out {best_by}"] = f"{value:.4f} after step {best}{kept}"
     rows |= {name: str(path) for name, path in written.items()}
     metrics.describe("done", rows)
+
+
+_MOST_VISIBLE = 0.9
+
+
+def _vanishing(session: Session) -> str | None:
+    """Warn of deltas that vanish in the merged model, if it rounds to bfloat16."""
+    visible = session.visible_fraction
+    rounds = session.inputs.dtype is torch.bfloat16 or session.inputs.quantization is not None
+    if visible is None or visible >= _MOST_VISIBLE or not rounds:
+        return None
+    return (
+        f"warning: {1 - visible:.0%} of the deltas are smaller than half a bfloat16 step of their weight and vanish in "
+        "the merged model. Fix: raise learning_rate or train longer"
+    )
 
 
 def _totals(session: Session) -> dict[str, Any]:
@@ -145,12 +201,15 @@ def _totals(session: Session) -> dict[str, Any]:
             "cohort_counts": torch.bincount(delta.cohort.int(), minlength=cohorts).tolist(),
             "l2_delta": float(torch.linalg.vector_norm(delta.deltas)),
             "max_abs_delta": float(delta.deltas.abs().max()),
+            **dict(zip(("spread_rows", "spread_columns"), profiles(delta.indices, delta.shape), strict=True)),
         }
         for delta in store
     }
     return {
         "load_peak_bytes": session.load_peak_bytes,
         "active": store.active,
+        "visible_in_bfloat16": f"{session.visible_fraction:.1%} of the deltas",
+        "spread_fractions": list(FRACTIONS),
         "cohort_steps": session.tuning.cohort_steps,
         "cohort_counts": store.cohort_counts(cohorts),
         "per_weight": per_weight,

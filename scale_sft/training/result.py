@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_sft.evaluation.held_out import Evaluation
+from scale_sft.objective.rewards import rewards_of
 from scale_sft.reporting.metrics_file import METRICS_FILE, read_metrics
 
 from .run_folder import RunFolder
@@ -42,7 +43,9 @@ class RunResult:
         records = list(read_metrics(run.path / METRICS_FILE))
         steps = next(record["step"] for record in reversed(records) if record["event"] == "end")
         held_out = {
-            record["step"]: Evaluation(record["loss"], record["target_tokens"], record.get("exact_match"))
+            record["step"]: Evaluation(
+                record["loss"], record["target_tokens"], record.get("exact_match"), rewards_of(record)
+            )
             for record in records
             if record["event"] == "eval"
         }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from scale_sft.adapters.format import Adapter
 from scale_sft.adapters.trained import trained_adapter
@@ -21,6 +22,8 @@ from scale_sft.model.sparse_model import SparseModel
 from scale_sft.model.sparse_optimizer import SparseOptimizer
 from scale_sft.model.targets import Target
 from scale_sft.model.transient import TransientDeltas
+from scale_sft.objective.preference import PreferenceObjective
+from scale_sft.objective.tokens import TokenObjective
 from scale_sft.spiel.algorithm import SparseFineTuning
 
 from .inputs import Inputs
@@ -33,11 +36,13 @@ class Session:
     inputs: Inputs
     cluster: Cluster
     sparse: SparseModel
+    objective: TokenObjective | PreferenceObjective
     optimizer: SparseOptimizer
     load_peak_bytes: int  # of this rank, above what it had before
     loaded_on: torch.device | None = None  # where a quantised base was quantised
     evaluations: dict[int, Evaluation] = field(default_factory=dict)  # by step
     skipped_steps: list[int] = field(default_factory=list)  # without an update: loss or gradient was not finite
+    visible_fraction: float | None = None  # of the deltas, in a merged model in bfloat16; measured at the end
     samples: list[Answer] = field(default_factory=list)  # of the last evaluation
 
     @property
@@ -80,7 +85,11 @@ class Session:
         if inputs.eval is None:
             raise ValueError("evaluate: got a run without held-out data")
         size, pad = config.run.eval_batch_size, inputs.tokenizer.pad_token_id
-        result = held_out_loss(self.model, inputs.eval, self.cluster, size, pad)
+        if isinstance(self.objective, PreferenceObjective):
+            loss, rewards = self.objective.evaluate(self.model)
+            result = Evaluation(loss, inputs.eval.target_tokens(range(len(inputs.eval))), rewards=rewards)
+        else:
+            result = held_out_loss(self.model, inputs.eval, self.cluster, size, pad)
         matching = config.data.exact_match_examples if answers else 0
         wanted = max(matching, config.data.generation_samples)
         if not wanted:
@@ -97,11 +106,18 @@ class Session:
         )
         matched = exact_match(given[:matching], config.data.answer_pattern) if matching else None
         self.samples = given[: config.data.generation_samples]
-        return Evaluation(result.loss, result.target_tokens, matched)
+        return replace(result, exact_match=matched)
 
-    def micro_batches(self, batch: Sequence[int], *, proposing: bool) -> Iterator[dict[str, Tensor]]:
+    def micro_batches(self, batch: Sequence[int], *, proposing: bool) -> Iterator[Any]:
         """Cut this rank's micro-batches from a global batch; `proposing` if the first of them proposes candidates."""
-        return self.inputs.micro_batches(batch, self.cluster, proposing=proposing)
+        return self.objective.micro_batches(batch, proposing=proposing)
+
+    def prepare(self, metrics: Any) -> list[str]:
+        """Measure what the objective needs before the first step, such as the reference; returns notes for the user."""
+        if not isinstance(self.objective, PreferenceObjective):
+            return []
+        with metrics.phase("measuring the reference"):
+            return self.objective.prepare()
 
     def describe_kernels(self) -> list[str]:
         """Describe the kernels in use before the first step, as notes for the user."""
@@ -152,6 +168,8 @@ class Session:
         adapter = trained_adapter(self.sparse, config.model.base, config.model.revision, self.loaded_on)
         if config.data.chat_template:  # the base lacks it, and the merged model needs it
             adapter.info["chat_template"] = self.inputs.tokenizer.chat_template
+        if self.visible_fraction is not None:
+            adapter.info["visible_in_bfloat16"] = round(self.visible_fraction, 4)
         end = taught_end(self.inputs.train, self.inputs.tokenizer)
         if end is not None:
             adapter.info[INFO_KEY] = end

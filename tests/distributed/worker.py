@@ -31,6 +31,14 @@ def run_all(plan: list[dict[str, Any]], report: bool) -> None:
     end_process()
 
 
+def run_all_with_their_own_operations(plan: list[dict[str, Any]], report: bool) -> None:
+    """`run_all`, where compiled blocks run the operations of the model, and so compute the same bits."""
+    from scale_sft.model import compiled_blocks
+
+    compiled_blocks.BACKEND = "eager"
+    run_all(plan, report)
+
+
 def run_command(arguments: list[str]) -> None:
     """Run `scale-sft` with these arguments."""
     from scale_sft.cli.main import main

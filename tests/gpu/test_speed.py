@@ -27,7 +27,7 @@ CASES = [  # rows, columns, counts of entries that are wanted at once
     (1000, 777, [1000 * 777 // 30]),
 ]
 FLUSH_BYTES = 256 << 20  # more than any second-level cache
-LARGEST_SHARE = 1.02  # of the plain path's time
+LARGEST_SHARE = 1.05  # of the plain path's time
 
 
 def spread_entries(rows: int, width: int, count: int) -> Entries:

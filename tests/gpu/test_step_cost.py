@@ -78,7 +78,7 @@ def test_a_base_in_four_bits_costs_a_tenth_of_a_step_at_most(base, gradient_chec
     ratios = []
     for number in range(ROUNDS):  # two steps of one round are compared, each first in every other round
         order = sorted(ready, reverse=number % 2 == 1)
-        seconds = {name: step._timed(ready[name], batches, number, device).wall for name in order}
+        seconds = {name: step.timed_step(ready[name], batches, number, device).wall for name in order}
         ratios.append(seconds["nf4"] / seconds["none"])
     print(statistics.median(ratios), ratios)
     assert INTERPRETED or statistics.median(ratios) <= LARGEST_TAX_OF_FOUR_BITS

@@ -74,8 +74,8 @@ def test_only_kernels_know_triton(file: str) -> None:
     assert not [name for name in imports(FILES[file]) if within(name, "triton")]
 
 
-MAY_IMPORT_TRAIN = ("__init__.py", "train.py", "cli/train.py", "bench/quality/worker.py")
-"""`scale_sft.train` and `scale-sft train` start a run. The benchmark trains as a user would, many times in one process: a
+MAY_IMPORT_TRAIN = ("__init__.py", "train.py", "cli/train.py", "bench/quality/worker.py", "bench/gpu/training.py")
+"""`scale_sft.train` and `scale-sft train` start a run. Benchmarks train as a user would, some many times in one process: a
 comparison must go through the real loop."""
 
 

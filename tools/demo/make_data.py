@@ -1,6 +1,7 @@
-"""Write the demo's fine-tuning data: `python -m tools.demo.make_data --output DIR` -> train.jsonl, eval.jsonl.
+"""Write the demo's data: `python -m tools.demo.make_data --output DIR` -> train.jsonl, eval.jsonl and two of pairs.
 
-Each line is a row `{"prompt", "completion"}`. No prompt is in both files. The same seed gives the same bytes.
+Each line is a row `{"prompt", "completion"}`; of preferences_train.jsonl and preferences_eval.jsonl it is a row
+`{"prompt", "chosen", "rejected"}`. No phrase is in both train and eval. The same seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from tools.demo.tasks import demo_rows
 
 TRAIN_ROWS = 2500
 EVAL_ROWS = 256
+TRAIN_PAIRS = 600
+EVAL_PAIRS = 128
 
 
 def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
@@ -21,16 +24,28 @@ def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
 
 
+def pair_of(row: dict[str, str]) -> dict[str, str]:
+    """Make two right answers to an open question; the shorter one is preferred."""
+    phrase = row["prompt"].partition(": ")[2].strip()
+    return {
+        "prompt": f"Write as one word: {phrase}\n",
+        "chosen": row["completion"],
+        "rejected": phrase.replace(" ", "_"),
+    }
+
+
 @click.command(help=__doc__, context_settings={"show_default": True})
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write the two files to.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write the files to.")
 @click.option("--seed", type=int, default=0, help="Seed of the phrases.")
 def main(output: Path, seed: int) -> None:
-    """Write train.jsonl and eval.jsonl of the demo."""
+    """Write the demo's four files."""
     rows = demo_rows(str(seed), TRAIN_ROWS + EVAL_ROWS)
     output.mkdir(parents=True, exist_ok=True)
     write_jsonl(output / "train.jsonl", rows[:TRAIN_ROWS])
     write_jsonl(output / "eval.jsonl", rows[TRAIN_ROWS:])
-    click.echo(f"wrote {TRAIN_ROWS} and {EVAL_ROWS} rows to {output}")
+    write_jsonl(output / "preferences_train.jsonl", [pair_of(row) for row in rows[:TRAIN_PAIRS]])
+    write_jsonl(output / "preferences_eval.jsonl", [pair_of(row) for row in rows[TRAIN_ROWS:][:EVAL_PAIRS]])
+    click.echo(f"wrote {TRAIN_ROWS} and {EVAL_ROWS} rows, {TRAIN_PAIRS} and {EVAL_PAIRS} pairs to {output}")
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ tiny random model of its own configuration, two layers of width 64, and goes thr
 Name types to check some of them again.
 
 - **trains**: two steps with drop and grow. *with allow_randomness*: its forward pass samples in training mode.
-- **reached**: the share of the weights inside the blocks (matrices) that are targets by default; the remark says why the
-  rest is not. The vision towers of tiny wrappers are out of proportion.
+- **reached**: the share of the weights inside the blocks (matrices) that are targets by default; the remark says why
+  the rest is not. The vision towers of tiny wrappers are out of proportion.
 - **gradient**: the largest difference of any entry's gradient from that of autograd on a stock model, over the
   largest entry of its weight's gradient.
 - **merge**: logits of the merged folder are those of the base with the adapter in place, bit for bit; unmerging

@@ -35,7 +35,7 @@ _SMALL: dict[str, Any] = {
     "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_d_ssm": 128, "mamba_num_heads": 8,
     "mamba_head_dim": 16, "ssm_state_size": 16, "mamba_chunk_size": 16, "chunk_size": 16, "time_step_rank": 4,
     "mamba_dt_rank": 4, "state_size": 16,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_head_dim": 16, "linear_num_heads": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "full_attention_interval": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
     "rotary_dim": 8, "sliding_window": 32, "image_size": 28, "patch_size": 14,
     "initializer_range": 0.1, "init_std": 0.1,

@@ -1,4 +1,4 @@
-"""Do one run of `bench quality`: train, then evaluate. Apart from entry points, only this module imports `train`."""
+"""Do one run of `bench quality`: train, then evaluate. It imports `train`, as only entry points and `bench.gpu` do."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -63,6 +63,13 @@ PIECES = (
 """Pieces of a plain step, in the order of the table."""
 
 
+class Watch(Protocol):
+    """What watches the pieces of a step."""
+
+    def piece(self, name: str) -> AbstractContextManager[None]:
+        """Watch the block as `name`."""
+
+
 class Stopwatch:
     """Exclusive seconds by piece: while a piece runs inside another, only the inner one's clock runs."""
 
@@ -104,8 +111,8 @@ def synchronize(device: torch.device) -> None:
 
 
 @contextmanager
-def instrumented(watch: Stopwatch) -> Iterator[None]:
-    """Time every piece inside the block, whoever calls it; trainers must be made inside it too."""
+def instrumented(watch: Watch) -> Iterator[None]:
+    """Watch every piece inside the block, whoever calls it; trainers must be made inside it too."""
     before = [(owner, name, vars(owner)[name]) for owner, name, _ in _PIECES]
     for owner, name, piece in _PIECES:
         setattr(owner, name, _timed(vars(owner)[name], watch, piece))
@@ -116,7 +123,7 @@ def instrumented(watch: Stopwatch) -> Iterator[None]:
             setattr(owner, name, function)
 
 
-def _timed(function: Callable, watch: Stopwatch, piece: str) -> Callable:
+def _timed(function: Callable, watch: Watch, piece: str) -> Callable:
     # Inside dW the gather's mode would cost time without effect.
     around = {GATHER: lambda: _Products(watch), DW: torch._C.DisableTorchFunction}.get(piece, nullcontext)
 
@@ -131,7 +138,7 @@ def _timed(function: Callable, watch: Stopwatch, piece: str) -> Callable:
 class _Products(TorchFunctionMode):
     """A mode that counts torch's matrix products, which are full ones, as dW and not as the gather around them."""
 
-    def __init__(self, watch: Stopwatch):
+    def __init__(self, watch: Watch):
         super().__init__()
         self.watch = watch
 

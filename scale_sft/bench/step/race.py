@@ -132,7 +132,7 @@ class Race:
     def run(self, console: Console) -> None:
         """Run all rounds, then the breakdown of our own steps."""
         progress = Progress(console=console, transient=True, disable=not console.is_interactive)
-        with progress, _undisturbed():
+        with progress, undisturbed():
             task = progress.add_task("warming up", total=self.effort.rounds)
             self.prepare()
             for number in range(self.effort.rounds):
@@ -170,7 +170,7 @@ class Race:
         found = {}
         for name in order:
             contestant = self._ready.get(name) or self._prepare(name)
-            found[name] = _timed(contestant, self.batches, number, self.base.device)
+            found[name] = timed_step(contestant, self.batches, number, self.base.device)
             del contestant
             if not self.together:
                 gc.collect()
@@ -204,7 +204,8 @@ def quartiles(values: Sequence[float]) -> list[float]:
     return [first, third]
 
 
-def _timed(contestant: Contestant, batches: Batches, number: int, device: torch.device) -> Times:
+def timed_step(contestant: Contestant, batches: Batches, number: int, device: torch.device) -> Times:
+    """Time one whole step on micro-batch `number`, until the device has finished."""
     synchronize(device)
     wall, cpu = time.perf_counter(), time.process_time()
     contestant.step(batches, number)
@@ -213,7 +214,7 @@ def _timed(contestant: Contestant, batches: Batches, number: int, device: torch.
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Turn off garbage collection in timed steps, and libraries' deprecation warnings about each other."""
     enabled = gc.isenabled()
     gc.collect()

@@ -220,6 +220,7 @@ def sm3_write(
     eps: float,
     entries: Entries,
     written: Written | None = None,
+    old_col: Tensor | None = None,
 ) -> None:
     """Do one SM3-II step on the [K] entries of a weight in place, and write their effective values into the weight.
 
@@ -232,6 +233,7 @@ def sm3_write(
         decay: 1 - learning_rate * weight_decay.
         entries: their places in the weight.
         written: see `adamw_write`.
+        old_col: a copy of `col`, where the caller has one; None: made here.
     """
     check_written(written, entries)
     row_starts, columns = entries.csr()
@@ -240,7 +242,7 @@ def sm3_write(
         deltas,
         gradients,
         row,
-        col.clone(),
+        col.clone() if old_col is None else old_col,
         col,
         row_starts,
         columns,

@@ -8,6 +8,7 @@
     survey     gradients of several batches before the first update, and the choice made from them
     proposals  candidates for growth by any rule, in the paper's loop
     quotas     caps for each row and column
+    spread     how evenly entries are spread over rows and columns
     shares     one ranking across weights, with floors
 
 A choice always ends the same way: the entries with the K largest keys, ties to the smaller index. That composes with

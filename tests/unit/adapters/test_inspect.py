@@ -56,7 +56,7 @@ def test_it_is_shown_as_table_json_and_page(adapter, tmp_path) -> None:
     assert document["total"]["active"] == sum(row["active"] for row in document["by_weight"].values())
     command(adapter, "--html", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert page.count("<svg") == 2 and "q_proj" in page
+    assert page.count("<svg") == 3 and "q_proj" in page
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#|data:)|<script|<link""", page), "the page needs other files"
 
 

@@ -261,14 +261,14 @@ def test_a_density_gives_lora_the_nearest_rank(case):
 
 def test_an_interrupt_leaves_the_rows_of_finished_rounds(run, case, monkeypatch, tmp_path):
     calls = iter(range(10))
-    timed = step._timed
+    timed = step.timed_step
 
     def interrupted(*arguments):
         if next(calls) == 5:
             raise KeyboardInterrupt
         return timed(*arguments)
 
-    monkeypatch.setattr(step, "_timed", interrupted)
+    monkeypatch.setattr(step, "timed_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run([case()], ["full", "frozen"], rounds=9)
     rows = read_rows(tmp_path, "step")
@@ -359,7 +359,7 @@ def test_too_little_memory_says_what_to_lower(run, case, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
 
-    monkeypatch.setattr(step, "_timed", full)
+    monkeypatch.setattr(step, "timed_step", full)
     with pytest.raises(UserError, match="2 x 8 tokens.*Tried to allocate 2.00 GiB. Take --one-by-one"):
         run([case()], ["full"])
 

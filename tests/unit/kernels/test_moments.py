@@ -76,8 +76,8 @@ def test_a_second_moment_that_is_not_zero_does_not_become_zero():
     moment = BlockwiseMoment(DeltaStore(SHAPES, ACTIVE), second=True)
     values = torch.zeros(700)
     values[0], values[1] = 1.0, 1e-25
-    moment.store("a", slice(0, 700), values)
-    found = moment.load("a", slice(0, 700))
+    moment.store(slice(0, 700), values)
+    found = moment.load(slice(0, 700))
     assert found[1] > 0 and not found[2:].any()
 
 
@@ -85,14 +85,14 @@ def test_blocks_of_8_bits_keep_values_within_their_step_and_zero_exactly():
     store = DeltaStore(SHAPES, ACTIVE)
     for second in (False, True):
         moment = BlockwiseMoment(store, second=second)
-        assert all(not moment.load(name, slice(0, ACTIVE[name])).any() for name in SHAPES)
+        assert all(not moment.load(store.entries_of(name)).any() for name in SHAPES)
         values = torch.rand(ACTIVE["a"]) ** 4 if second else torch.randn(ACTIVE["a"])
         values[5] = 0.0
-        moment.store("a", slice(0, 700), values)
-        found = moment.load("a", slice(0, 700))
+        moment.store(slice(0, 700), values)
+        found = moment.load(slice(0, 700))
         assert found[5] == 0 and float((found - values).abs().max()) < 0.02 * float(values.abs().max())
-        assert torch.equal(moment.load("a", slice(256, 512)), found[256:512])
-        assert not moment.load("c", slice(0, 257)).any()
+        assert torch.equal(moment.load(slice(256, 512)), found[256:512])
+        assert not moment.load(store.entries_of("c")).any()
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -110,14 +110,14 @@ def test_pieces_change_nothing(way, monkeypatch):
 def test_moments_follow_their_entries_over_drop_and_grow(way):
     own = trained(way)
     delta = own.store["a"]
-    old_indices, old = delta.indices.clone(), own.exp_avg.load("a", slice(0, 700)).clone()
+    old_indices, old = delta.indices.clone(), own.exp_avg.load(slice(0, 700)).clone()
     inactive = torch.tensor(sorted(set(range(2000)) - set(old_indices.tolist())))[:60]
     mean = torch.linspace(1, 2, 60)
     candidates = Candidates(Entries(inactive, (40, 50)), mean, mean**2)
     exchange = exchange_by_gradient(old_indices, delta.deltas.abs(), inactive, mean, 50)
     own.begin_cohort()
-    own.follow(delta, exchange, candidates)
-    new_indices, new = exchange.merge(old_indices, exchange.grown), own.exp_avg.load("a", slice(0, 700))
+    own.follow(own.store.places.part_of(slice(0, 1)), exchange, (candidates.mean, candidates.mean_square))
+    new_indices, new = exchange.merge(old_indices, exchange.grown), own.exp_avg.load(slice(0, 700))
     stayed_new, stayed_old = torch.isin(new_indices, old_indices), torch.isin(old_indices, new_indices)
     step = float(new.abs().max()) * (0.02 if way == "int8" else 0)
     assert float((new[stayed_new] - old[stayed_old]).abs().max()) <= step

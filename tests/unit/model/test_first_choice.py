@@ -93,6 +93,15 @@ GROWTH = {
     "snr": {"score": "snr"},
     "random": {"score": "random"},
     "gradient, sampled": {"draw": "sample", "temperature": 0.5},
+    "all that grown entries can do": {
+        "score": "balanced",
+        "draw": "sample",
+        "seed_moments": False,
+        "growth_warmup_steps": 2,
+        "drop_criterion": "age",
+        "exchange_if_better": True,
+        "rate_scaling": "counts",
+    },
 }
 
 
@@ -154,6 +163,11 @@ def test_a_resumed_optimizer_does_not_choose_again(load) -> None:
         ({"row_quota": 2}, "row_quota: got a quota without selection_batches"),
         ({"row_quota": 0.5, "selection_batches": 1}, "row_quota: got 0.5, must be at least 1"),
         ({"row_quota": 1.5, "column_quota": 2, "selection_batches": 1}, "may not hold the budget, expected at least 2"),
+        (
+            {"method": "ma", "growth_warmup_steps": 3},
+            "growth_warmup_steps: got 3 with method ma, expected ag or static",
+        ),
+        ({"exchange_if_better": True, "score": "weight"}, "exchange_if_better: got it with score weight"),
         ({"budget": "global"}, "budget: got global without selection_batches"),
     ],
 )

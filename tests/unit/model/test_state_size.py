@@ -26,7 +26,7 @@ def wide_base(tmp_path_factory, tokenizer):
     [
         ("ag", {}, 20),
         ("static", {}, 20),
-        ("ma", {}, 14),
+        ("ma", {}, 14.2),
         ("ag", {"moments": "int8"}, 16),
         ("ag", {"moments": "int8", "gradient_dtype": "bfloat16"}, 14),
         ("ag", {"moments": "int8", "gradient_dtype": "bfloat16", "delta_dtype": "bfloat16"}, 12),

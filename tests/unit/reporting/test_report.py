@@ -42,8 +42,11 @@ def record_run(folder: Path, *, reallocations: int = 4, end: bool = True, extra:
         if end:
             names = [f"model.layers.{layer}.{kind}.weight" for layer in range(3) for kind in _KINDS]
             weight = {"active": 100, "numel": 5000, "cohort_counts": counts, "max_abs_delta": 0.1}
+            weight |= {"spread_rows": [0.1, 0.6], "spread_columns": [0.2, 0.7]}
             metrics.summary(
-                per_weight={name: {**weight, "l2_delta": 3.0 + i} for i, name in enumerate(names)}, adapter_bytes=2**20
+                per_weight={name: {**weight, "l2_delta": 3.0 + i} for i, name in enumerate(names)},
+                adapter_bytes=2**20,
+                spread_fractions=[0.1, 0.5],
             )
 
 
@@ -62,8 +65,8 @@ def pictures(folder: Path) -> set[str]:
 def test_a_finished_run_has_every_picture(finished: Path) -> None:
     assert finished.name == "report.html"
     assert pictures(finished.parent) == {
-        "loss", "exact_match", "ages", "survival", "turnover", "per_layer", "learning_rate", "grad_norm", "throughput",
-        "memory", "communication",
+        "loss", "exact_match", "ages", "survival", "turnover", "per_layer", "spread", "learning_rate", "grad_norm",
+        "throughput", "memory", "communication",
     }  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in finished.parent.glob("*.png"))
     assert "Left out" not in finished.read_text()

@@ -94,8 +94,8 @@ def after_a_phase_opened(settings: MethodSettings, cohorts: int, backends: Backe
     if settings.method != "ma":
         tuning.recorder.open_estimation()
         for name in shapes:
-            state = {"candidate_indices": torch.arange(4, dtype=store[name].indices.dtype)}
-            state |= {"candidate_mean": torch.rand(4), "candidate_mean_square": torch.rand(4)}
+            state = {"candidate_indices": torch.arange(5, dtype=store[name].indices.dtype)}
+            state |= {"candidate_mean": torch.rand(5), "candidate_mean_square": torch.rand(5)}
             tuning.recorder.load_candidates(name, state)
     return tuning
 

@@ -1,4 +1,4 @@
-"""Packed entries are the flat indices they were made from, in fewer bytes."""
+"""Stored entries are the flat indices they were made from, in fewer bytes."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scale_sft.spiel import indices as module
 from scale_sft.spiel.deltas import SparseDelta
-from scale_sft.spiel.indices import Entries, bytes_of_entries, pieces
+from scale_sft.spiel.indices import Entries, FlatEntries, Rows, bytes_of_entries, pieces
 from scale_sft.spiel.seeding import random_indices
 
 SHAPES = [(1, 1), (1, 40), (40, 1), (7, 5), (64, 128), (128, 64), (3, 65536), (3, 65537), (2, 70000), (300, 400)]
@@ -35,31 +35,48 @@ def test_entries_give_back_the_indices_they_were_made_from(shape, density, piece
     assert torch.equal(entries.flat().long(), indices) and entries.flat().dtype is torch.int32  # from rows now
 
 
-@pytest.mark.parametrize("first", [0, 65_535, 65_536, 200_000])
-@pytest.mark.parametrize("gap", [1, 65_535, 65_536, 65_537, 131_072, 10_000_000])
-def test_gaps_of_any_width_are_kept(first, gap, piece):
-    shape = (70_000, 40_000)  # more entries than int32 counts
-    indices = torch.arange(60) * gap + first
-    indices[40:] += 3 * gap
-    assert torch.equal(Entries(indices, shape).flat(), indices)
-    last = shape[0] * shape[1] - 1
-    assert torch.equal(Entries(torch.tensor([first, last]), shape).flat(), torch.tensor([first, last]))
+@pytest.mark.parametrize("width", [40_000, 65_537])
+def test_entries_of_weights_that_int32_cannot_count_are_kept(width, piece):
+    shape = (70_000, width)
+    last = shape[0] * width - 1
+    indices = torch.tensor([0, 1, 65_536, 3 * width, 2**31 - 1, 2**31, last - 1, last])
+    entries = Entries(indices, shape)
+    assert torch.equal(entries.flat(), indices) and entries.dtype is torch.int64
+    entries.replace(torch.arange(8))
+    assert torch.equal(entries.flat(), torch.arange(8))
 
 
 def test_rows_without_entries_at_either_end_and_between_are_kept():
     indices = torch.tensor([21, 22, 23, 28, 29, 41, 42, 43, 44, 45, 46, 47, 48, 49, 51, 52, 53, 54, 55, 56, 57, 58, 59])
-    entries = Entries(indices, (10, 10))
-    entries.csr()
-    assert torch.equal(entries.flat().long(), indices)
+    assert torch.equal(Entries(indices, (10, 10)).flat().long(), indices)
 
 
-def test_an_entry_costs_two_bytes_and_as_rows_its_share_of_a_row_more():
+def test_an_entry_costs_two_bytes_and_a_row_four():
     shape, count = (1024, 1024), 20_000
     entries = Entries(random_indices(shape, count, 0, "w"), shape)
-    kept = lambda: sum(tensor.nbytes for tensor in entries.tensors)
-    assert kept() == bytes_of_entries(count) == 2 * count
-    entries.csr()
-    assert kept() == 2 * count + 4 * 1025
+    assert sum(tensor.nbytes for tensor in entries.tensors) == bytes_of_entries(count, 1025) == 2 * count + 4 * 1025
+
+
+@pytest.mark.parametrize("limit", [1, 5, 30, 10**6])
+def test_entries_of_all_weights_at_once_are_those_of_each(limit, monkeypatch):
+    monkeypatch.setattr(module, "PIECE_ENTRIES", limit)
+    counts = [min(17, shape[0] * shape[1]) for shape in SHAPES]
+    each = [random_indices(shape, count, 0, "w") for shape, count in zip(SHAPES, counts, strict=True)]
+    every = FlatEntries(Rows(SHAPES, torch.device("cpu")), counts)
+    views = [every.of_weight(number, indices) for number, indices in enumerate(each)]
+    assert all(torch.equal(view.flat().long(), indices) for view, indices in zip(views, each, strict=True))
+    parts = list(every.parts())
+    assert max(part.count for part in parts) <= limit and all(part.whole for part in every.groups())
+    assert torch.equal(torch.cat([every.flat(part).long() for part in parts]), torch.cat(each))
+    for part in parts:
+        assert bool((every.joined(part).diff() > 0).all())
+    rows, columns = (torch.cat(found) for found in list(zip(*every.coordinates(), strict=True))[1:])
+    for number, (shape, indices) in enumerate(zip(SHAPES, each, strict=True)):
+        entries = slice(every.starts[number], every.starts[number + 1])
+        assert torch.equal(rows[entries] - every.rows.starts[number], indices // shape[1])
+        assert torch.equal(columns[entries] - every.rows.first_columns[number], indices % shape[1])
+    groups = list(every.groups([0, 1, 3, 4, 9], 17))
+    assert [number for group in groups for number in group.numbers] == [0, 1, 3, 4, 9]
 
 
 def test_no_int64_tensor_as_long_as_the_entries_is_made():

@@ -129,7 +129,7 @@ def test_grown_deltas_start_at_zero_with_seeded_moments_that_have_seen_g_gradien
     candidates = Candidates(places, torch.tensor([1.0, -5.0, 3.0]), torch.tensor([2.0, 30.0, 10.0]))
     exchange = exchange_by_gradient(store["w"].indices, store["w"].deltas.abs(), candidates.indices, candidates.mean, 2)
     own.begin_cohort()
-    own.follow(store["w"], exchange, candidates)
+    own.follow(store.places.part_of(slice(0, 1)), exchange, (candidates.mean, candidates.mean_square))
     apply_exchange(store["w"], exchange, 1)
     assert store["w"].indices.tolist() == [1, 3, 8, 10]  # 3 is dropped and grown: it stays; 19 gives way to 10
     assert store["w"].deltas.tolist() == pytest.approx([0.5, 0.1, -0.4, 0.0])
@@ -140,6 +140,24 @@ def test_grown_deltas_start_at_zero_with_seeded_moments_that_have_seen_g_gradien
     assert float(after["exp_avg"][3]) == pytest.approx((1 - 0.9**3) * 3.0)
     assert float(after["exp_avg_sq"][3]) == pytest.approx((1 - 0.99**3) * 10.0)
     assert own.gradients_seen == [3, 3]
+
+
+@pytest.mark.parametrize("limit", [10, 40, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_weights_at_once_are_updated_as_each_alone_bit_for_bit(limit, dtype, monkeypatch) -> None:
+    monkeypatch.setattr(entries, "PIECE_ENTRIES", limit)
+    settings = {"learning_rate": 0.05, "eps": 1e-8, "weight_decay": 0.1}
+    store = DeltaStore(SHAPES, ACTIVE, dtype=dtype)
+    own = SM3(store, eps=1e-8, weight_decay=0.1)
+    alone = {
+        delta.name: [delta.deltas.clone(), *(t.clone() for t in own.state_of(delta.name).values())] for delta in store
+    }
+    for gradient in gradients(6, 8, store.active):
+        own.step(gradient.to(dtype), 0.05)
+        for delta, part in zip(store, gradient.to(dtype).split(list(ACTIVE.values())), strict=True):
+            deltas, row, col = alone[delta.name]
+            sm3_update(deltas, part, delta.entries, row, col, **settings)
+            assert all(map(torch.equal, (delta.deltas, *own.state_of(delta.name).values()), (deltas, row, col)))
 
 
 def dense_sm3(weight: Tensor, gradient: Tensor, row: Tensor, col: Tensor, lr: float, eps: float, decay: float) -> None:

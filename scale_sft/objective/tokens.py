@@ -1,0 +1,87 @@
+"""Supervised fine-tuning: the cross entropy per target token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from scale_sft.data.examples import Examples
+from scale_sft.model import loss
+
+
+class Share(Protocol):
+    """The loss of one global batch, as a sum over micro-batches: this rank's part of it."""
+
+    def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
+        """Compute what a micro-batch contributes to the mean loss: fp32 scalar with gradient."""
+
+    @property
+    def sums(self) -> list[float]:
+        """What was counted on this rank, to be added up over the ranks."""
+
+    def counts(self, sums: list[float]) -> dict[str, Any]:
+        """Count the tokens of the global batch: target, all, padding; and what else is reported of it."""
+
+
+class Objective(Protocol):
+    """What a run learns from."""
+
+    def prepare(self) -> list[str]:
+        """Measure what the first step needs; returns notes for the user."""
+
+    def micro_batches(self, batch: Sequence[int], *, proposing: bool) -> Iterator[Any]:
+        """Cut this rank's micro-batches from a global batch; `proposing` if the first of them proposes candidates."""
+
+    def share(self, batch: Sequence[int], *, proposing: bool) -> Share:
+        """Begin a global batch."""
+
+
+@dataclass
+class TokenShare:
+    """The mean cross entropy of a global batch's target tokens."""
+
+    target_tokens: int
+    all_tokens: int
+    positions: int = 0
+
+    def loss_sum(self, model: nn.Module, micro_batch: dict[str, Tensor]) -> Tensor:
+        """Sum the cross entropies of a micro-batch, over the global batch's number of target tokens."""
+        self.positions += micro_batch["input_ids"].numel()
+        return loss.token_loss_sum(model, micro_batch, self.target_tokens)
+
+    @property
+    def sums(self) -> list[float]:
+        """Tokens that were computed, padding included."""
+        return [self.positions]
+
+    def counts(self, sums: list[float]) -> dict[str, Any]:
+        """Count the tokens of the global batch."""
+        return {"target": self.target_tokens, "all": self.all_tokens, "padding": int(sums[0]) - self.all_tokens}
+
+
+@dataclass(frozen=True)
+class TokenObjective:
+    """Supervised fine-tuning.
+
+    Args:
+        examples: what is learned.
+        cut: cuts this rank's micro-batches from a global batch.
+    """
+
+    examples: Examples
+    cut: Callable[..., Iterator[dict[str, Tensor]]] = field(repr=False)
+
+    def prepare(self) -> list[str]:
+        """Measure nothing."""
+        return []
+
+    def micro_batches(self, batch: Sequence[int], *, proposing: bool) -> Iterator[dict[str, Tensor]]:
+        """Cut this rank's micro-batches from a global batch."""
+        return self.cut(batch, proposing=proposing)
+
+    def share(self, batch: Sequence[int], *, proposing: bool) -> TokenShare:
+        """Begin a global batch."""
+        return TokenShare(self.examples.target_tokens(batch), self.examples.all_tokens(batch))

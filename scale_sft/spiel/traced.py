@@ -1,0 +1,96 @@
+"""Taps inside torch.compile: one operator per pass, so that a block of tapped layers is one graph.
+
+Tracing cannot follow a tap: its backward pass calls a recorder, and it may make a weight that must not outlive one
+product. A graph holds two operators in its place. They find their tap by a number that the graph takes as an input, so
+that all blocks of one kind share a graph. The backward operator returns what autograd waits for: that keeps it in the
+graph, although it is there to record. Both call the tap's own methods, and so compute the same bits.
+Shapes: see `taps`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import MutableMapping
+from itertools import count
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Tap(Protocol):
+    """The part of a `WeightTap` that the operators use, all of it outside autograd."""
+
+    def output(self, x: Tensor) -> Tensor: ...
+
+    def input_gradient(self, dy: Tensor) -> Tensor: ...
+
+    def offer(self, x: Tensor, dy: Tensor) -> None: ...
+
+
+_numbers = count()
+_taps: MutableMapping[int, Tap] = weakref.WeakValueDictionary()
+
+
+def enlist(tap: Tap) -> Tensor:
+    """Number a tap for the operators, for as long as it exists: returns the number, an int64 scalar on the CPU."""
+    number = next(_numbers)
+    _taps[number] = tap
+    return torch.tensor(number, device="cpu")
+
+
+def traced_output(x: Tensor, anchor: Tensor, number: Tensor, rows: int) -> Tensor:
+    """Compute Y = X W^T + b inside a graph: [..., I] -> [..., O], in autocast's dtype if it is on.
+
+    Args:
+        x: [..., I].
+        anchor: a scalar that requires a gradient. It is in the graph only if `x` needs none, and then its gradient is
+            0, for an operator without any gradient to return would be dropped.
+        number: see `enlist`.
+        rows: O.
+    """
+    cast = torch.is_autocast_enabled(x.device.type)
+    if cast:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return _forward(x, None if x.requires_grad else anchor, number, rows, cast)
+
+
+@torch.library.custom_op("scale_sft::tapped_linear", mutates_args=())
+def _forward(x: Tensor, anchor: Tensor | None, number: Tensor, rows: int, cast: bool) -> Tensor:
+    """Compute Y [..., O] in the dtype of `x`; `cast` if the weight may have another: graphs run outside autocast."""
+    with torch.autocast(x.device.type, x.dtype, enabled=cast):
+        return _taps[int(number)].output(x)
+
+
+@_forward.register_fake
+def _(x: Tensor, anchor: Tensor | None, number: Tensor, rows: int, cast: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+@torch.library.custom_op("scale_sft::tapped_linear_backward", mutates_args=())
+def _backward(dy: Tensor, x: Tensor, anchor: Tensor | None, number: Tensor) -> Tensor:
+    """Record the factors of dW; returns the gradient of `x`, or of the anchor if there is one."""
+    tap = _taps[int(number)]
+    gradient = tap.input_gradient(dy) if anchor is None else torch.zeros_like(anchor)
+    tap.offer(x, dy)
+    return gradient
+
+
+@_backward.register_fake
+def _(dy: Tensor, x: Tensor, anchor: Tensor | None, number: Tensor) -> Tensor:
+    return x.new_empty(x.shape) if anchor is None else torch.zeros_like(anchor)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, anchor, number, _, _ = inputs
+    ctx.has_anchor = anchor is not None
+    ctx.save_for_backward(x, number, *([anchor] if ctx.has_anchor else []))
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, number, *anchor = ctx.saved_tensors
+    gradient = _backward(dy, x, anchor[0] if ctx.has_anchor else None, number)
+    return (None, gradient, None, None, None) if ctx.has_anchor else (gradient, None, None, None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)

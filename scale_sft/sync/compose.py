@@ -1,0 +1,151 @@
+"""The trainer's side: compose patches from what has changed since a version.
+
+A trainer remembers what it sent last: indices, values and base values of the active entries, 8 bytes per entry on a
+bf16 base. Nothing compares whole weights: the trained entries are known. K active entries of a weight.
+"""
+
+from __future__ import annotations
+
+import uuid
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scale_sft.errors import UserError
+from scale_sft.model.fingerprints import add_sums, change_sums, combine_fingerprints
+from scale_sft.model.resident import bits_of
+from scale_sft.spiel.indices import merge_places
+
+from .names import names_on_disk, unwrapped
+from .patches import Patches, Prints, Snapshot, WeightPatch
+from .source import Source, TrainedWeight, source_of
+
+
+@dataclass
+class _Stream:
+    """The versions of one model that this process has composed."""
+
+    names: dict[str, str]  # in the files, by name in the state dict
+    base: Snapshot
+    last: Snapshot = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.last = self.base
+
+
+_streams: weakref.WeakKeyDictionary[Any, _Stream] = weakref.WeakKeyDictionary()
+
+
+def changed(model: Any, since: Snapshot | None = None) -> Patches:
+    """Compose the patches that bring a receiver from an earlier version of a model to the present one.
+
+        patches = sync.changed(sparse)
+        send(patches.to_bytes())
+
+    An entry is sent if its effective value, as the model has it now, differs in its bits from what the receiver has:
+    a delta too small for bf16 costs nothing, a dropped entry returns to its base value. On several ranks, every rank
+    calls this and gets the same patches; send those of one.
+
+    Args:
+        model: what `scale_sft.attach` returned, or a PEFT model with a SpielConfig.
+        since: `patches.snapshot` of the last patches that the receiver has applied; None: of the last patches composed
+            for this model, and the base before the first, which makes a full set.
+
+    Raises:
+        UserError: the model carries no deltas at present, its base is quantised, or `since` is of another model.
+    """
+    source = source_of(model)
+    stream = _stream_of(model, source)
+    before = stream.last if since is None else since
+    if before.stream != stream.base.stream:
+        raise UserError(
+            "since: got a snapshot of another model or process, expected one of this model. Fix: use sync.full(model)"
+        )
+    now: dict[str, TrainedWeight] = {}
+    patches: list[WeightPatch] = []
+    changes: list[tuple[Tensor, Tensor, Tensor]] = []
+    for weight in source.weights():
+        name, shape = stream.names[weight.name], source.shapes[weight.name]
+        now[name] = weight
+        indices, values, previous = _difference(before.weights.get(name), weight)
+        if indices.numel():
+            patches.append(WeightPatch(name, shape, indices, values))
+            changes.append((indices, values, previous))
+    prints = moved(before.prints, [patch.name for patch in patches], changes)
+    shapes = {stream.names[name]: shape for name, shape in source.shapes.items()}
+    after = Snapshot(stream.base.stream, stream.last.version + 1, prints, now, combine_fingerprints(prints, shapes))
+    stream.last = after
+    return Patches(
+        weights=tuple(sorted(patches, key=lambda patch: patch.name)),
+        shapes=shapes,
+        stream=after.stream,
+        version=after.version,
+        since=before.version,
+        before=before.digest,
+        after=after.digest,
+        snapshot=after,
+    )
+
+
+def full(model: Any) -> Patches:
+    """Compose all entries that differ from the base, for a receiver that has only the base, or has lost track.
+
+    Raises:
+        UserError: see `changed`.
+    """
+    return changed(model, since=_stream_of(model, source_of(model)).base)
+
+
+def moved(
+    prints: Prints, names: Sequence[str], changes: Sequence[tuple[Tensor, Tensor, Tensor]]
+) -> dict[str, tuple[int, int]]:
+    """Compute fingerprints after changes of some weights: see `change_sums`."""
+    added = zip(names, change_sums(changes), strict=True)
+    return {**prints, **{name: add_sums(prints[name], sums) for name, sums in added}}
+
+
+def _stream_of(model: Any, source: Source) -> _Stream:
+    if model not in _streams:
+        names = names_on_disk(unwrapped(source.model), source.shapes)
+        prints = {names[name]: value for name, value in source.base_prints().items()}
+        digest = combine_fingerprints(prints, {names[name]: shape for name, shape in source.shapes.items()})
+        stream = uuid.uuid4().hex[:16]  # leaves the generators of random and torch alone
+        _streams[model] = _Stream(names, Snapshot(stream, 0, prints, {}, digest))
+    return _streams[model]
+
+
+def _difference(old: TrainedWeight | None, new: TrainedWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the entries of a weight that a receiver of `old` has otherwise than `new`; None: it has the base.
+
+    Returns:
+        (indices [C] sorted, values [C], the receiver's values [C]).
+    """
+    if old is None or not old.indices.numel():
+        return _where_different(new.indices, new.values, new.base)
+    if old.indices is new.indices or torch.equal(old.indices, new.indices):
+        return _where_different(new.indices, new.values, old.values)
+    place = torch.searchsorted(old.indices, new.indices).clamp_(max=old.indices.numel() - 1)
+    kept = old.indices[place] == new.indices
+    stayed = _where_different(new.indices, new.values, torch.where(kept, old.values[place], new.base))
+    gone = torch.ones_like(old.indices, dtype=torch.bool)
+    gone[place[kept]] = False
+    dropped = _where_different(old.indices[gone], old.base[gone], old.values[gone])
+    places = merge_places(stayed[0], dropped[0])
+    indices, values, previous = (merged(places, *both) for both in zip(stayed, dropped, strict=True))
+    return indices, values, previous
+
+
+def merged(places: tuple[Tensor, Tensor], first: Tensor, second: Tensor) -> Tensor:
+    """Put two tensors [K] and [M] together in the order of `merge_places`: [K + M]."""
+    both = first.new_empty(first.numel() + second.numel())
+    both[places[0]], both[places[1]] = first, second
+    return both
+
+
+def _where_different(indices: Tensor, values: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    found = (bits_of(values) != bits_of(previous)).nonzero().squeeze(1)
+    return indices[found], values[found], previous[found]
