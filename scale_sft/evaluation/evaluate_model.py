@@ -152,7 +152,7 @@ def for_people(result: dict[str, Any]) -> str:
     tasks = result.get("tasks") or {}
     width = max(map(len, tasks), default=0)
     lines += [f"{task:<{width}}  {_task_figures(figures)}" for task, figures in tasks.items()]
-    if "note" in (held_out or {}):
+    if held_out and "note" in held_out:
         lines.append(held_out["note"])
     for sample in (held_out or {}).get("samples", []):
         lines += ["", *(f"{name:<9}  {text}" for name, text in sample.items())]
