@@ -62,7 +62,7 @@ class Checker:
             "4 bits": self._four_bits,
             "answers": self._answers,
         }
-        if self._check("trains", self._make) and self._check("trains", self._trains):
+        if self._check("trains", self.make) and self._check("trains", self.train):
             for name, check in checks.items():
                 if chosen is None or name in chosen:
                     self._check(name, check)
@@ -83,7 +83,7 @@ class Checker:
 
     # --- the checks ---------------------------------------------------------------------------------------------------
 
-    def _make(self) -> str:
+    def make(self) -> str:
         """Write a random model and the tokenizer, and sentences to learn."""
         from scale_sft.model.empty import model_class
 
@@ -109,7 +109,7 @@ class Checker:
         }  # fmt: skip
         return load(None, {**given, **options})
 
-    def _trains(self) -> str:
+    def train(self) -> str:
         """Run the whole trainer for two steps, with drop and grow."""
         from scale_sft.train import run_training
         from scale_sft.training import lifecycle

@@ -4,7 +4,12 @@
 """
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from scale_sft.adapters.apply import apply_adapter
+from scale_sft.adapters.format import Adapter
+from scale_sft.adapters.merge import merge
 from tools.models_check.check import Checker, Findings
 from tools.models_check.page import COLUMNS, page
 from tools.models_check.tiny import byte_tokenizer, types
@@ -42,3 +47,19 @@ def test_the_page_has_a_row_for_each_type_and_names_what_failed() -> None:
     assert text.index("| llama | yes") < text.index("| odd | FAILED: ValueError: a / b")
     assert bad.failures == ["trains"] and not good.failures
     assert len(types()) == len(set(types())) > 90 and {*DOZEN} <= {*types()}
+
+
+def test_a_weight_that_a_model_keeps_in_another_dtype_keeps_it_in_adapter_and_merge(tmp_path) -> None:
+    checker = Checker("hunyuan_v1_moe", tmp_path, byte_tokenizer())
+    checker.make()
+    AutoModelForCausalLM.from_pretrained(checker.base, dtype=torch.bfloat16).save_pretrained(checker.base)
+    checker.train()
+    adapter = Adapter.load(tmp_path / "run" / "adapter")
+    gates = {f"model.layers.{n}.mlp.gate.wg.weight": "float32" for n in (0, 1)}
+    assert adapter.info["dtype"] == "bfloat16" and adapter.info["dtypes"] == gates
+    merged = merge(adapter, tmp_path / "merged")
+    in_place, from_disk = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (checker.base, merged))
+    apply_adapter(in_place, adapter)
+    expected = in_place.state_dict()
+    for name, weight in from_disk.state_dict().items():
+        assert weight.dtype is expected[name].dtype and torch.equal(weight, expected[name]), name
