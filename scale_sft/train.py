@@ -116,6 +116,8 @@ def select_entries(session, metrics) -> None:
     The batches are the first of the training order; nothing is trained. Without the option the first entries are
     random.
     """
+    from scale_sft.model.first_choice import choose_entries
+
     inputs, cluster = session.inputs, session.cluster
     sparse, count = inputs.config.sparse, inputs.config.sparse.selection_batches
     if not count or session.step:
@@ -127,7 +129,7 @@ def select_entries(session, metrics) -> None:
 
     began = time.perf_counter()
     with metrics.phase("choosing entries"):
-        session.sparse.choose_entries(partial(run, number) for number in range(1, count + 1))
+        choose_entries(session.sparse, (partial(run, number) for number in range(1, count + 1)))
     how = "the best" if sparse.draw == "top" else f"sampled at temperature {sparse.temperature:g}"
     seconds = time.perf_counter() - began
     metrics.note(

@@ -79,12 +79,12 @@ def cases(
         for density in sorted(densities)
         for method in methods
     ]
-    largest, room = max(found, key=lambda case: case.needed_bytes), available_bytes(device)
-    if largest.needed_bytes > room:
-        fitting = max((case.weights for case in found if case.needed_bytes <= room), default=0)
+    largest, free = max(found, key=lambda case: case.needed_bytes), available_bytes(device)
+    if largest.needed_bytes > free:
+        fitting = max((case.weights for case in found if case.needed_bytes <= free), default=0)
         raise UserError(
             f"bench reallocate: a weight of {largest.weights:.0e} entries in {largest.dtype}, {largest.density:.2%} of "
-            f"them active, needs {largest.needed_bytes / 2**30:.1f} GiB, {room / 2**30:.1f} GiB are free on {device}; "
+            f"them active, needs {largest.needed_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on {device}; "
             + (f"the largest requested that fits has {fitting:.0e}" if fitting else "none of those requested fits")
             + ". Fix: leave larger ones out of --weights"
         )

@@ -5,10 +5,10 @@ Shapes: O rows, I columns of a weight; T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from scale_sft.errors import UserError
@@ -16,6 +16,7 @@ from scale_sft.spiel.selection.parts import ReadWeight
 from scale_sft.spiel.selection.survey import Survey
 
 from .stepped import Sparse
+from .targets import budget_of
 from .transient import TransientDeltas
 
 
@@ -75,16 +76,65 @@ class FirstChoice:
         self.survey.end_batch()
         self.received = False
 
+    def step(self) -> bool:
+        """Close a global batch, and choose the entries after the last one; returns True if they are chosen.
+
+        Raises:
+            UserError: see `end_batch` and `apply`.
+        """
+        if not self.complete:
+            self.end_batch()
+        if self.complete:
+            self.apply()
+        return self.complete
+
     def apply(self) -> None:
         """Choose the entries and make them the model's, with deltas of 0.
 
         Raises:
             UserError: a gradient or a score is not finite, a quota does not hold the budget, or processes differ.
         """
-        sparse, store = self.sparse, self.sparse.tuning.store
+        sparse, options = self.sparse, self.sparse.settings.sparse
+        counts = budget_of(options, sparse.shapes)
         try:
-            chosen = self.survey.choose({delta.name: delta.active for delta in store})
+            chosen = self.survey.choose(
+                counts, floor_fraction=options.budget_floor if options.budget == "global" else None
+            )
         except ValueError as error:
             raise UserError(f"selection: {error}") from None
-        sparse.begin_with((name, indices, torch.zeros_like(store[name].deltas)) for name, indices in chosen.items())
+        sparse.rebuild(chosen)
         sparse.group.check_identical(sparse.tuning.digests, "the entries that were chosen")
+
+
+def choose_entries(sparse: Sparse, batches: Iterable[Callable[[], None]]) -> None:
+    """Choose the entries before the first step, by option selection_batches; each of `batches` runs one batch.
+
+    Raises:
+        UserError: see `FirstChoice.apply`.
+    """
+    choosing = FirstChoice(sparse)
+    sparse.choosing = choosing
+    try:
+        for run in batches:
+            if not choosing.complete:
+                run()
+            if choosing.step():
+                break
+    finally:
+        sparse.choosing = None
+
+
+def expect_state(sparse: Sparse, state: Mapping[str, Any], *, fresh: bool) -> None:
+    """Choose no entries, because a saved state is to be loaded; if a global ranking chose its, make place for them.
+
+    Args:
+        sparse: the model.
+        state: of a `SparseOptimizer`, not checked yet.
+        fresh: the model has made no step, so that its entries may change.
+    """
+    sparse.choosing = None
+    if sparse.settings.sparse.budget != "global" or not fresh:
+        return
+    counts = {name: one["indices"].numel() for name, one in state.get("weights", {}).items() if "indices" in one}
+    if counts.keys() == sparse.shapes.keys() and sum(counts.values()) == sparse.tuning.store.active:
+        sparse.rebuild(counts)

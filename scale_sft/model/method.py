@@ -30,6 +30,7 @@ def make_method(
     shapes: Mapping[str, tuple[int, int]],
     group: Callable[[], Group],
     read_weight: ReadWeight,
+    active: Mapping[str, Tensor] | Mapping[str, int] | None = None,
 ) -> SparseFineTuning:
     """Build the method over a fresh store.
 
@@ -38,11 +39,12 @@ def make_method(
         shapes: (O, I) of each target weight by name.
         group: returns the processes that train together, which may grow in number.
         read_weight: see `ReadWeight`.
+        active: initial indices of each weight, or K of each at random indices; None: K by the settings.
     """
     sparse, schedule, device = settings.sparse, settings.reallocations, group().device
     store = DeltaStore(
         shapes,
-        settings.start or budget_of(sparse, dict(shapes)),
+        active or settings.start or settings.counts or budget_of(sparse, dict(shapes)),
         seed=settings.seed,
         device=device,
         cohorts=len(schedule.reallocations()),

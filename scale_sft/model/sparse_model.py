@@ -28,6 +28,7 @@ from .packed_weights import PackedWeight, PlainWeight, packed_weights
 from .resident import ResidentDeltas
 from .sparse_optimizer import SparseOptimizer
 from .sparse_settings import SparseSettings
+from .stepped import Choosing
 from .targets import attach_taps, find_targets
 from .transient import TransientDeltas, attach_transient_taps
 
@@ -75,7 +76,7 @@ class SparseModel:
         self.targets = find_targets(model, settings.sparse.target_modules, settings.sparse.exclude_modules)
         self.shapes = {target.name: target.shape for target in self.targets}
         self.tuning = make_method(settings, self.shapes, lambda: self.group, weight_reader(self))
-        self.choosing: FirstChoice | None = None
+        self.choosing: Choosing | None = None
         """While the entries are chosen, before the first update."""
         self._exposure: Exposure | None = None
         self._dropout: DropoutOff | None = None
@@ -188,23 +189,6 @@ class SparseModel:
             self._optimizer.receive()
         self.tuning.recorder.record_product(name, left, right)
 
-    def choose_entries(self, batches: Iterable[Callable[[], None]]) -> None:
-        """Choose the entries before the first step, by option selection_batches; each of `batches` runs one batch.
-
-        Raises:
-            UserError: see `FirstChoice.apply`.
-        """
-        self.choosing = FirstChoice(self)
-        try:
-            for run in batches:
-                if self.choosing.complete:
-                    break
-                run()
-                self.choosing.end_batch()
-            self.choosing.apply()
-        finally:
-            self.choosing = None
-
     def load_state(
         self,
         step: int,
@@ -230,6 +214,18 @@ class SparseModel:
                 carrier.overwrite(delta, base[delta.name])
         carrier.adopt(*store)
         carrier.write()
+
+    def rebuild(self, active: Mapping[str, Tensor] | Mapping[str, int]) -> None:
+        """Start with other entries before the first step: indices by name, or counts at random; the same total."""
+        self.carrier.restore()
+        self.tuning = make_method(self.settings, self.shapes, lambda: self.group, weight_reader(self), active)
+        store = self.tuning.store
+        if isinstance(self.carrier, TransientDeltas):
+            self.carrier.follow(store)
+        else:
+            self.carrier = ResidentDeltas(store, self.parts, self.group.settle, self.group.written)
+        if self.parameter.dtype is store.flat.dtype:  # else it is without memory
+            self.parameter.data = store.flat
 
     def begin_with(self, entries: Iterable[tuple[str, Tensor, Tensor]]) -> None:
         """Make the deltas of an adapter the initial state, before the first step; optimizer state stays fresh.

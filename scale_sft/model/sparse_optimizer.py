@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scale_sft.errors import UserError
-from scale_sft.spiel.algorithm import Turnover
+from scale_sft.spiel.algorithm import SparseFineTuning, Turnover
 from scale_sft.spiel.schedules import LearningRateSchedule, Phase
 
 from .fused_step import update_and_write
@@ -40,7 +40,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, sparse: Sparse, learning_rate: float | LearningRateSchedule):
-        self.sparse, self.tuning = sparse, sparse.tuning
+        self.sparse = sparse
         self.schedule = learning_rate if isinstance(learning_rate, LearningRateSchedule) else None
         self.steps = 0
         """Completed optimizer steps."""
@@ -67,6 +67,11 @@ class SparseOptimizer(torch.optim.Optimizer):
                 "them an optimizer of their own"
             )
         super().add_param_group(param_group)
+
+    @property
+    def tuning(self) -> SparseFineTuning:
+        """The method and its state."""
+        return self.sparse.tuning
 
     @property
     def learning_rate(self) -> float:
@@ -177,7 +182,9 @@ class SparseOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self.sparse.choosing is not None:
-            self._choose()
+            self.sparse.require_attached("step")
+            if self.sparse.choosing.step():
+                self.sparse.choosing = None
             return loss
         self._require_usable()
         self._take_gradient()
@@ -199,16 +206,6 @@ class SparseOptimizer(torch.optim.Optimizer):
         self.end()
         self._tell_the_end()
         return loss
-
-    def _choose(self) -> None:
-        """Close one of the batches that choose the entries; after the last of them the next step is the first."""
-        self.sparse.require_attached("step")
-        choosing = self.sparse.choosing
-        if choosing and not choosing.complete:
-            choosing.end_batch()
-        if choosing and choosing.complete:
-            choosing.apply()
-            self.sparse.choosing = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients recorded since the last step."""
@@ -306,9 +303,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         if self._received:
             raise UserError("state_dict: got gradients that no step has used. Fix: call step() or zero_grad() before")
         if self.sparse.choosing is not None:
-            raise UserError(
-                "state_dict: got a call while the entries are chosen, expected it after selection_batches steps"
-            )
+            raise UserError("state_dict: got a call while entries are chosen, expected selection_batches steps before")
         tuning, carrier = self.tuning, self.sparse.carrier
         weights = {name: {k: t.clone() for k, t in tuning.state_of(name).items()} for name in tuning.store.names}
         base = {}
@@ -346,11 +341,17 @@ class SparseOptimizer(torch.optim.Optimizer):
         """
         self.sparse.require_attached("load_state_dict")
         state = state_dict.get("state", {})
+        self.sparse.choosing = None
+        if self.sparse.settings.sparse.budget == "global" and not self.steps:
+            counts = {
+                name: one["indices"].numel() for name, one in state.get("weights", {}).items() if "indices" in one
+            }
+            if counts.keys() == self.sparse.shapes.keys() and sum(counts.values()) == self.tuning.store.active:
+                self.sparse.rebuild(counts)
         self._require_fit(state)
         resumes = state["steps"] != self.steps  # accelerate loads an optimizer's own state into it
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self.zero_grad()
-        self.sparse.choosing = None
         self.resume(state["steps"], state["weights"].items(), state["counters"], state["base"])
         if resumes and isinstance(self.sparse.carrier, ResidentDeltas):
             with self.sparse.carrier.without():

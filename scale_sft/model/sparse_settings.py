@@ -35,6 +35,9 @@ class SparseSettings:
     start: Mapping[str, int] | None = None
     """Active entries K by weight of the adapter that training starts from; None: K by the budget, at random indices."""
 
+    counts: Mapping[str, int] | None = None
+    """Active entries K by weight that the first choice of a resumed run led to (budget global); None: by the budget."""
+
     @property
     def reallocations(self) -> ReallocationSchedule:
         """Build the schedule of drop and grow from the options."""

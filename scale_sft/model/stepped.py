@@ -19,12 +19,9 @@ from .transient import TransientDeltas
 class Choosing(Protocol):
     """The part of `FirstChoice` that a step uses."""
 
-    @property
-    def complete(self) -> bool: ...
+    def record(self, name: str, left: Tensor, right: Tensor) -> None: ...
 
-    def end_batch(self) -> None: ...
-
-    def apply(self) -> None: ...
+    def step(self) -> bool: ...
 
 
 class Sparse(Protocol):
@@ -40,11 +37,7 @@ class Sparse(Protocol):
     fused: bool
     overwritten: bool
 
-    @property
-    def choosing(self) -> Choosing | None: ...
-
-    @choosing.setter
-    def choosing(self, value: None) -> None: ...
+    choosing: Choosing | None
 
     @property
     def base_hash(self) -> str: ...
@@ -59,7 +52,7 @@ class Sparse(Protocol):
 
     def require_intact(self, what: str) -> None: ...
 
-    def begin_with(self, entries: Iterable[tuple[str, Tensor, Tensor]]) -> None: ...
+    def rebuild(self, active: Mapping[str, Tensor] | Mapping[str, int]) -> None: ...
 
     def load_state(
         self,

@@ -43,6 +43,10 @@ class TransientDeltas:
         materialize: Materialize = nullcontext,
     ):
         self.packed, self.materialize = packed, materialize
+        self.follow(store)
+
+    def follow(self, store: DeltaStore) -> None:
+        """Carry the deltas of another store from now on."""
         self._deltas = {delta.name: delta for delta in store}
 
     def effective_weight(self, name: str) -> Tensor:

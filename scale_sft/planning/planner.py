@@ -144,6 +144,7 @@ class Planner:
 
     def _step(self, config: Config, counts: Mapping[str, int], gpus: int, dtype: torch.dtype) -> StepMemory:
         model, sequences = config.model, config.run.micro_batch_size or config.run.global_batch_size // gpus
+        sequences *= 2 if config.objective.pairs else 1  # both sides; packed rows are twice as long
         tokens = max_length(config.data.max_length, self.model_config)
         attention = self.facts(config).attention if model.attention == "auto" else model.attention
         alone = gpus == 1  # several ranks search together: see `proposal_costs`

@@ -6,6 +6,7 @@ console        progress and tables in the terminal
 records        read a run back from its files
 weight_names   group weights by layer and kind
 plots, style   the pictures
+preference_plots  those of preference tuning
 spread         where the entries are
 html           parts of a page, from templates
 run_report     report.html

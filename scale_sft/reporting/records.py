@@ -118,12 +118,15 @@ def overview(run: Run) -> dict[str, str]:
         "State": _state(run),
         "Base": run.option("model", "base"),
         "Started from": run.option("sparse", "start_from"),
+        "Objective": _objective(run),
         "Method": _method(run.option("sparse", "method")),
         "Budget": _budget(run),
         "Active entries": f"{active:,}{share}" if active else None,
         "Optimizer steps": steps + resumed,
         "Held-out loss": _before_after(run, "loss", "{:.4f}"),
         "Held-out perplexity": _before_after(run, "perplexity", "{:,.2f}"),
+        "Held-out accuracy": _before_after(run, "reward_accuracy", "{:.1%}"),
+        "Held-out margin": _before_after(run, "reward_margin", "{:.3f}"),
         "Exact match": _before_after(run, "exact_match", "{:.1%}"),
         "Wall time": duration(run.wall_seconds) if run.wall_seconds else None,
         "Training": f"{tokens:,.0f} tokens, {tokens / seconds:,.0f} tokens/s in steps" if seconds else None,
@@ -161,6 +164,15 @@ def _state(run: Run) -> str:
         return "finished"
     ago = f"; the last record is {duration(max(0.0, time.time() - run.last_time))} old" if run.last_time else ""
     return f"running, or stopped before its end{ago}"
+
+
+def _objective(run: Run) -> str | None:
+    name = run.option("objective", "objective")
+    if name in (None, "sft"):
+        return None
+    adapter = run.option("objective", "reference_adapter")
+    beta = run.option("objective", "beta")
+    return f"{name}, beta {beta:g}" + (f", reference: base + {adapter}" if adapter else "")
 
 
 def _method(method: str | None) -> str | None:

@@ -11,6 +11,7 @@ from scale_sft.files import write_bytes
 
 from .html import details, heading, listed, page_of, pairs, preformatted, render, section, table, titled
 from .plots import PLOTS
+from .preference_plots import PREFERENCE_PLOTS
 from .records import Run, load_run, overview
 from .weight_names import KindOfWeight, by_kind
 
@@ -28,7 +29,8 @@ def write_report(output_dir: Path) -> Path:
     output_dir = Path(output_dir)
     run = load_run(output_dir)
     sections, missing = [], {}
-    for plot in PLOTS:
+    preferences = any("reward_chosen" in record or "reward_rejected" in record for record in run.steps)
+    for plot in [*PLOTS[:1], *(PREFERENCE_PLOTS if preferences else ()), *PLOTS[1:]]:
         figure = plot.figure(run)
         picture = output_dir / f"{plot.name}.png"
         if isinstance(figure, str):

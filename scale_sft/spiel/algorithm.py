@@ -16,7 +16,7 @@ from torch import Tensor
 from .deltas import DeltaStore, SparseDelta
 from .digests import digest_states
 from .drop_grow import Exchange, apply_exchange, drop_scores, keep_unless_better
-from .indices import Part, piece_entries, wrong_with_indices
+from .indices import Part, on_device, piece_entries, wrong_with_indices
 from .joined_drop_grow import exchange_by_accumulators, exchange_by_gradient
 from .optimizers import SM3, AdamW, Optimizer
 from .recorder import CANDIDATE_STATE, Candidates, GradientRecorder, largest
@@ -159,7 +159,7 @@ class SparseFineTuning:
         if self.settings.drop_criterion != "age":
             return None
         ages = [max(1.0, float(step - born)) for born in self.cohort_steps]
-        return torch.tensor(ages, device=self.store.device)
+        return on_device(ages, torch.float32, self.store.device)
 
     @property
     def can_reallocate(self) -> bool:

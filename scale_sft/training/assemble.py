@@ -20,6 +20,7 @@ from scale_sft.model.targets import find_targets
 from .inputs import Inputs
 from .objectives import objective_of
 from .session import Session
+from .starting import recorded_counts
 
 
 def assemble(inputs: Inputs, cluster: Cluster) -> Session:
@@ -48,6 +49,7 @@ def assemble(inputs: Inputs, cluster: Cluster) -> Session:
         seed=config.run.seed,
         kernels=config.run.kernels,
         start=inputs.start.counts if inputs.start else None,
+        counts=cluster.on_main(lambda: recorded_counts(config)),
     )
     sparse = SparseModel(model, settings, cluster)
     cluster.check_identical(lambda: {"base": sparse.base_hash}, "the base model")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from scale_sft.adapters.start import Start
 from scale_sft.config.options import Config
@@ -33,17 +35,40 @@ def start_of(config: Config) -> Start | None:
     return Start.read(folder, config.sparse.delta_dtype)
 
 
-def _recorded(folder: str, checkpoints: Path) -> Start | None:
-    """Return what the newest readable checkpoint recorded; that it is sound is checked when it is loaded."""
+def recorded_counts(config: Config) -> dict[str, int] | None:
+    """Return the active entries of each weight in the checkpoints of a run whose budget is global.
+
+    Its first choice has decided them. None: the budget is another one, or there is no readable checkpoint.
+    """
+    if config.sparse.budget != "global" or config.run.resume == "never":
+        return None
+    for identity in _identities(RunFolder(config.run.output_dir).checkpoints_of(config.run.resume)):
+        try:
+            return {name: int(active) for name, (_, _, active) in identity[TARGETS].items()}
+        except (KeyError, TypeError, ValueError, AttributeError):
+            continue
+    return None
+
+
+def _identities(checkpoints: Path) -> Iterator[dict[str, Any]]:
+    """Yield what readable checkpoints recorded of their run, newest first; nothing of it is checked."""
     single = checkpoints.name.startswith("step_")
     for path in [checkpoints] if single else [found.path for found in find_checkpoints(checkpoints)]:
         try:
-            identity = read_json(path / STATE)["identity"]
+            yield read_json(path / STATE)["identity"]
+        except (Damaged, OSError, KeyError, TypeError, ValueError, AttributeError):
+            continue
+
+
+def _recorded(folder: str, checkpoints: Path) -> Start | None:
+    """Return what the newest readable checkpoint recorded; that it is sound is checked when it is loaded."""
+    for identity in _identities(checkpoints):
+        try:
             targets = {name: tuple(map(int, sizes)) for name, sizes in identity[TARGETS].items()}
             shapes = {name: (rows, columns) for name, (rows, columns, _) in targets.items()}
             counts = {name: active for name, (_, _, active) in targets.items()}
             digest = identity[START_DIGEST]
-        except (Damaged, OSError, KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError):
             continue
         if isinstance(digest, str):
             return Start(folder, shapes, counts, digest, None)

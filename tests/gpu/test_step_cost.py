@@ -1,4 +1,4 @@
-"""What a whole step of ours costs on a GPU: beside dense forward and backward, beside LoRA, and on a base in 4 bits.
+"""What a whole step of ours costs on a GPU, compared with dense training, with LoRA, and on a base in 4 bits.
 
 In Triton's interpreter (see test_recorded_entries.py) the same comparisons run on a tiny model and assert no time.
 """

@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 
 from scale_sft.cli.main import main as scale_sft_command
+from scale_sft.spiel.selection import scores
+from scale_sft.training import lifecycle
 from tools.figures.sparse_finetuning import main as draw
 
 ROOT = Path(__file__).parents[2]
@@ -194,6 +196,18 @@ def test_the_examples_of_the_python_page_run_one_after_the_other(tmp_path, monke
             exec(compile(code, "docs/python.md", "exec"), names)
     assert names["after"] < names["before"], "the example has learned something"
     assert {"adapter", "merged", "runs"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_examples_of_the_page_on_selection_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scores, "_SCORES", dict(scores._SCORES))
+    monkeypatch.setattr(lifecycle, "write_report", lambda folder: folder / "report.html")
+    names: dict = {}
+    for language, code in blocks(ROOT / "docs" / "selection.md"):
+        if language == "python":
+            quick = code.replace('"runs/steady"', '"runs/steady", exact_match_examples=0, eval_data="none"')
+            exec(compile(quick.replace("steps=4", "steps=2, save_merged=False"), "docs/selection.md", "exec"), names)
+    assert names["optimizer"].steps == 5 and names["result"].adapter.is_dir()
 
 
 def test_the_picture_is_small_and_looks_as_its_script_draws_it(tmp_path):

@@ -32,7 +32,7 @@ class Order:
 
 
 def serve(connection: Connection, section: Section, order: Order) -> None:
-    """Run a section when the campaign says so. What it prints goes to stderr."""
+    """Run a section when the campaign says so. Its output goes to stderr."""
     os.setpgid(0, 0)  # ended together with the processes that it starts
     os.dup2(2, 1)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()

@@ -1,7 +1,7 @@
 """Count kernel launches, waits for the device and its milliseconds, by part of our step.
 
-On a GPU torch's profiler counts them; on a CPU, where there is nothing to launch, operations of torch that are no views
-stand for launches, and operations whose result the CPU must read for waits.
+On a GPU torch's profiler counts them. On a CPU, where nothing is launched, torch's operations count as launches, except
+views, and operations whose result the CPU must read count as waits.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Labels:
 
 
 class _Operations(TorchDispatchMode):
-    """A mode that counts torch's operations on a CPU by the running piece."""
+    """A mode that counts torch's operations on a CPU, by the piece that runs."""
 
     def __init__(self, labels: Labels):
         super().__init__()

@@ -36,7 +36,7 @@ from .page import PEERS, breakdown_table, describe, part, table_of
 __all__ = ["part", "run"]
 
 BREAKDOWN_STEPS = 5  # plain steps of the breakdown, for their median
-_ROOM = 0.7  # fraction of the free memory for contestants that stay
+_SHARE_OF_FREE = 0.7  # fraction of the free memory for contestants that stay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +243,7 @@ def fits_together(base: Base, names: Sequence[str]) -> bool:
     dense = sum(o * i for o, i in base.shapes.values()) * base.dtype.itemsize
     added = {"frozen": 0, "full": dense, "full-adamw": 3 * dense}
     entries = base.lora_rank * sum(o + i for o, i in base.shapes.values())
-    return sum(base.bytes + added.get(name, 32 * entries) for name in names) < _ROOM * free
+    return sum(base.bytes + added.get(name, 32 * entries) for name in names) < _SHARE_OF_FREE * free
 
 
 def _add(race: Race, results: Results, console: Console) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Worlds of several ranks: what is asked of them, and the arithmetic beside them."""
+"""Worlds of several ranks: what is asked of them, and the arithmetic that models them."""
 
 import sys
 import time

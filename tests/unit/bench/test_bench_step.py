@@ -386,7 +386,7 @@ OF_FULL = 1.05
 """At most so much of the time of dense forward and backward, on the random Llama of 6 layers of width 512."""
 
 OF_LORA = {"bfloat16": 0.75, "float32": 1.05}
-"""At most so much of the time of LoRA's step of rank 16, or `ABOVE_FLOOR` where the processor leaves no room for it."""
+"""At most so much of the time of LoRA's step of rank 16, or `ABOVE_FLOOR` where the processor leaves less to gain."""
 
 ABOVE_FLOOR = 1.1
 """At most so much of the time of a step that no adapter undercuts: see `_floor`."""
@@ -441,10 +441,10 @@ def _floor(race):
 
 
 def _assert_at_most(limit, race, peer, floor=None):
-    """Ours against a peer; measured for longer, and with models made anew, before it is believed that they are too slow:
+    """Ours against a peer; measured for longer, and with models made again, before it is believed that they are too slow:
     where in memory a model happens to lie is worth some per cent of its time."""
-    for rounds, anew in ((0, False), (3, False), (3, True), (3, True)):
-        if anew:
+    for rounds, again in ((0, False), (3, False), (3, True), (3, True)):
+        if again:
             race.rounds.clear()
             race.prepare()
         _more_rounds(race, rounds)

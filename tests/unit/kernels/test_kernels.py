@@ -221,6 +221,24 @@ def test_a_start_compiles_one_kernel_to_pick_whatever_the_shapes_and_takes_secon
 # --- in a run -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("kernels", "reason", "fused", "said"),
+    [
+        ("auto", None, True, "entries of weight gradients picked in one pass; deltas updated and written in one pass"),
+        ("auto", None, False, "entries of weight gradients picked in one pass; deltas updated, then written"),
+        ("auto", "no driver", False, "using plain torch, which is slower than Triton: no driver"),
+        ("cpu", None, False, None),
+        ("off", None, False, None),
+    ],
+)
+def test_a_run_on_a_gpu_says_which_kernels_it_uses(kernels, reason, fused, said, session, monkeypatch) -> None:
+    one = session(kernels=kernels)
+    monkeypatch.setattr(one.cluster, "device", GPU)
+    monkeypatch.setattr(one.sparse, "fused", fused)
+    monkeypatch.setattr(usable, "why_not", lambda device: reason)
+    assert one.describe_kernels() == ([f"kernels: {said}"] if said else [])
+
+
 def test_without_a_gpu_a_run_that_asks_for_its_kernels_is_that_with_those_of_a_cpu(train_run, tmp_path) -> None:
     runs = [train_run(kernels=choice, output_dir=str(tmp_path / choice)) for choice in ("cpu", "auto")]
     one, other = ((run / "adapter" / "adapter_model.safetensors").read_bytes() for run in runs)

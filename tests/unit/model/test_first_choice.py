@@ -136,16 +136,17 @@ def test_the_best_by_gradient_drawn_at_the_highest_temperature_are_the_papers(lo
     assert sum(len(found[0][name] & found[1][name]) for name in found[0]) > 0.99 * total
 
 
-def test_a_resumed_optimizer_does_not_choose_again(load) -> None:
-    model = load()
-    sparse = scale_sft.attach(model, method="static", selection_batches=2, **SCHEDULE)
+@pytest.mark.parametrize("budget", ["weight", "global"])
+def test_a_resumed_optimizer_does_not_choose_again(load, budget) -> None:
+    model, choice = load(), {"method": "static", "selection_batches": 2, "budget": budget}
+    sparse = scale_sft.attach(model, **choice, **SCHEDULE)
     optimizer = sparse.optimizer(lr=1e-2)
     train(model, optimizer, 1, 1)
-    with pytest.raises(UserError, match="expected it after selection_batches steps"):
+    with pytest.raises(UserError, match="expected selection_batches steps before"):
         optimizer.state_dict()
     train(model, optimizer, 2, 4)
     other = load()
-    again = scale_sft.attach(other, method="static", selection_batches=2, **SCHEDULE)
+    again = scale_sft.attach(other, **choice, **SCHEDULE)
     resumed = again.optimizer(lr=1e-2)
     resumed.load_state_dict(optimizer.state_dict())
     train(model, optimizer, 5, 6)

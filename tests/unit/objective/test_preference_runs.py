@@ -157,3 +157,25 @@ def test_the_best_step_is_chosen_by_loss_or_by_accuracy():
 def test_options_that_do_not_go_together_are_refused(given, message):
     with pytest.raises(ConfigError, match=message):
         load("demo", given)
+
+
+def test_the_report_shows_rewards_accuracy_and_distance(options, train_run):
+    from scale_sft.reporting.run_report import write_report
+
+    run = train_run(**options(), eval_data=options()["train_data"], max_eval_examples=8, steps=4)
+    page = write_report(run).read_text()
+    assert {"rewards.png", "distance.png"} <= {path.name for path in run.glob("*.png")}
+    assert "Held-out accuracy" in page and "dpo, beta 0.1" in page
+
+
+def test_a_plan_counts_both_sides_of_a_pair(run_options):
+    from scale_sft.model.loading import load_model_config
+    from scale_sft.planning.planner import Planner
+
+    given = {**run_options, "global_batch_size": 4}
+    configs = [
+        load(None, given | more) for more in ({"micro_batch_size": 4}, {"micro_batch_size": 2, "objective": "dpo"})
+    ]
+    planner = Planner(load_model_config(configs[0].model))
+    sft, pairs = (planner.plan(config).peak for config in configs)
+    assert sft == pairs

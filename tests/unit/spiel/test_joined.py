@@ -10,7 +10,7 @@ from scale_sft.spiel.deltas import DeltaStore
 from scale_sft.spiel.joined_drop_grow import exchange_by_accumulators
 from scale_sft.spiel.schedules import Phase, ReallocationSchedule
 from scale_sft.spiel.settings import Backends, MethodSettings
-from scale_sft.spiel.topk import top_k_of_product
+from scale_sft.spiel.topk import top_k_magnitude, top_k_of_product
 
 SHAPES = {"a": (9, 11), "one row": (1, 40), "one column": (30, 1), "full": (4, 5), "b": (64, 48), "c": (20, 33)}
 ACTIVE = {"a": 13, "one row": 7, "one column": 30, "full": 20, "b": 500, "c": 101}
@@ -38,7 +38,19 @@ def numbers(seed: int, count: int, kind: str) -> Tensor:
     return values
 
 
-def trained(together: bool, method: str, kind: str, fraction: float, criterion: str, dtype, silent: str) -> list:
+class BySquares:
+    """Another rule of growth: candidates of the largest gradient, ranked by the rarest."""
+
+    def propose(self, name, gradient, count, round_number):
+        return top_k_magnitude(gradient.view(-1), count), {}
+
+    def rank(self, name, columns, indices, mean, mean_square, facts, round_number):
+        return (len(name) + round_number) / (1 + mean_square + indices % columns)
+
+
+def trained(
+    together: bool, method: str, kind: str, fraction: float, criterion: str, dtype, silent: str, proposals=None
+) -> list:
     """Reallocate three times; returns all that can be seen afterwards."""
     schedule = ReallocationSchedule(
         total_steps=1000, update_interval_steps=1, estimation_steps=1, estimates=method == "ag",
@@ -46,7 +58,7 @@ def trained(together: bool, method: str, kind: str, fraction: float, criterion: 
     )  # fmt: skip
     store = DeltaStore(SHAPES, ACTIVE, keep_reference=criterion == "change", dtype=dtype, cohorts=300)
     settings = MethodSettings(method=method, drop_criterion=criterion, candidate_ratio=0.7)
-    tuning = SparseFineTuning(store, settings, schedule, Backends(together=together))
+    tuning = SparseFineTuning(store, settings, schedule, Backends(together=together, proposals=proposals))
     seen: list = []
     for step in range(1, 4):
         store.flat.copy_(numbers(step, store.active, kind))
@@ -79,6 +91,15 @@ def test_weights_together_reallocate_as_each_alone(method, kind, fraction, crite
         )
         for one, other in zip(alone, together, strict=True):
             assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
+
+
+def test_another_rule_of_growth_ranks_candidates_together_as_alone():
+    alone, together, plain = (
+        trained(*options, "ag", "different", 0.2, "magnitude", torch.float32, "b", proposals)
+        for options, proposals in (([False], BySquares()), ([True], BySquares()), ([True], None))
+    )
+    same = lambda one, other: torch.equal(one, other) if isinstance(one, Tensor) else one == other
+    assert all(map(same, alone, together)) and not all(map(same, together, plain))
 
 
 @pytest.mark.parametrize("kind", ["different", "ties", "extreme"])

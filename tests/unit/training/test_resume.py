@@ -76,6 +76,7 @@ OPTIONS = {
     "mixed": {"moments": "mixed"},
     "sampled growth": SAMPLED,
     "static, with a quota": SAMPLED | {"method": "static", "row_quota": 2.0},
+    "global ranking": {"method": "static", "selection_batches": 1, "budget": "global"},
     "random": {"method": "random"},
 }
 

@@ -33,6 +33,16 @@ def test_lora_like_shares_give_each_weight_its_rows_and_columns(train_run):
     assert max(counts.values()) / min(counts.values()) < 1.05
 
 
+def test_a_global_ranking_keeps_the_total_and_each_floor(train_run, tmp_path):
+    options = {"method": "static", "selection_batches": 2, "density": 0.05}
+    even = Adapter.load(train_run(**options, output_dir=str(tmp_path / "even")) / "adapter")
+    run = train_run(**options, budget="global", budget_floor=0.5, output_dir=str(tmp_path / "ranked"))
+    ranked = Adapter.load(run / "adapter")
+    counts = [{name: indices.numel() for name, indices in adapter.indices.items()} for adapter in (even, ranked)]
+    assert sum(counts[0].values()) == sum(counts[1].values()) and counts[0] != counts[1]
+    assert all(counts[1][name] >= 0.5 * count - 1 for name, count in counts[0].items())
+
+
 def test_an_unknown_score_is_refused_before_the_base_is_loaded(train_run, monkeypatch):
     from scale_sft.training import inputs
 
