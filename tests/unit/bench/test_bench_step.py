@@ -185,7 +185,7 @@ def test_our_step_is_that_of_the_trainer_bit_for_bit(session, case, tiny_model, 
     base = Base(case(dtype=dtype, rank=None, density=0.05), CPU)
     trainer = Sparse(base, method)
     defaults = {"update_interval_steps": 20, "estimation_steps": 5, "steps": RUN_STEPS}
-    real = session(method=method, dtype=dtype, **defaults)
+    real = session(method=method, dtype=dtype, attention=base.case.attention, **defaults)
     for number in (1, 5, 6):  # proposes; reallocates; updates only
         batch = real.inputs.order.batch(number)
         real.optimizer.begin(number)
@@ -348,7 +348,7 @@ def test_rows_from_before_attention_could_be_chosen_are_shown(everybody):
 def test_an_attention_that_cannot_be_had_is_said_so(case):
     if find_spec("flash_attn") is not None:
         pytest.skip("flash-attn is installed")
-    with pytest.raises(UserError, match="attention: flash_attention_2 is not available here"):
+    with pytest.raises(UserError, match="attention: got flash_attention_2, expected one that is available here"):
         Base(Case(attention="flash_attention_2"), CPU).load()
 
 
