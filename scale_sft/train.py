@@ -288,7 +288,7 @@ def run_on(cluster, inputs, run) -> RunResult:
     cluster.on_main(run.lock)
     session = assemble(inputs, cluster)
     checkpoints = Checkpoints(session, run)
-    notes = checkpoints.resume() + session.describe_kernels() + session.prove_loss()
+    notes = checkpoints.resume() + session.describe_kernels() + session.prove_loss() + session.prove_answers()
     cluster.on_main(lambda: run.claim(inputs.config))
     with outcome.open_metrics(session, run) as metrics:
         outcome.describe(session, metrics)

@@ -52,7 +52,7 @@ def export(
             values = BaseValues(files, source)
             values.require_same_base()
             if to == "shira":
-                written = write_shira(source, work, named)
+                written = write_shira(source, work, named, values)
             else:
                 written = write_supertuning(source, work, named, values)
         write_card(adapter, work, form=to, name=Path(output).expanduser().resolve().name, licence=licence)
@@ -74,6 +74,10 @@ class BaseValues(Mapping):
 
     def __len__(self) -> int:
         return len(self._sources)
+
+    def whole(self, name: str) -> Tensor:
+        """Return the whole base weight, flattened: a new tensor [O * I]."""
+        return self._entries(name)
 
     def _entries(self, name: str) -> Tensor:
         return self._files.weight(self._sources[name], name, self._adapter.dtype_of(name))

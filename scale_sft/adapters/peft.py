@@ -10,17 +10,17 @@ they are. Super-Tuning rounds the delta to the base's dtype first; see `exact_ad
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from scale_sft.errors import UserError
 from scale_sft.files import write_json
-from scale_sft.model.resident import effective_values
+from scale_sft.model.resident import effective_values, read_entries, write_entries
 
 from .format import Adapter
 from .safetensors_writer import TensorWriter
@@ -36,36 +36,64 @@ class Exported:
     active: int
     padding: int  # unused positions with value 0, so that every weight has as many as the format wants
     doubled: int = 0  # entries that need two additions (Super-Tuning on a bf16 base)
+    whole: int = 0  # weights that are written whole, as they are too small for the format (SHiRA)
 
 
-def write_shira(adapter: Adapter, output: Path, base: str) -> Exported:
+class WholeValues(Protocol):
+    """Whole base weights, by name."""
+
+    def whole(self, name: str) -> Tensor:
+        """Return a new tensor [O * I] in the base's dtype."""
+
+
+def write_shira(adapter: Adapter, output: Path, base: str, base_values: WholeValues) -> Exported:
     """Write a SHiRA adapter: for each weight fp32 `shira_weight` [n], int32 `shira_indices` [2, n], n = r * (O + I).
 
+    SHiRA cannot hold weights with fewer than O + I entries, even with r = 1 (a gate [1, I]). Their layers are
+    written whole, with the deltas added, as peft's `modules_to_save`: small, and exact.
+
+    Args:
+        adapter: to write.
+        output: folder.
+        base: name of the base.
+        base_values: read for the weights that are written whole.
+
     Raises:
-        UserError: no rank r fits all weights (r * (O + I) must reach K and not exceed O * I).
+        UserError: no rank r fits the weights (r * (O + I) must reach K and not exceed O * I).
     """
     counts = {name: adapter.active(name) for name in adapter.shapes}
-    rank = max([1, *(math.ceil(counts[name] / (o + i)) for name, (o, i) in adapter.shapes.items())])
-    sizes = {name: rank * (o + i) for name, (o, i) in adapter.shapes.items()}
-    for name, (o, i) in adapter.shapes.items():
+    small = {name for name, (o, i) in adapter.shapes.items() if o + i > o * i}
+    shapes = {name: shape for name, shape in adapter.shapes.items() if name not in small}
+    rank = max([1, *(math.ceil(counts[name] / (o + i)) for name, (o, i) in shapes.items())])
+    sizes = {name: rank * (o + i) for name, (o, i) in shapes.items()}
+    for name, (o, i) in shapes.items():
         if sizes[name] > o * i:
             raise UserError(
                 f"export: SHiRA has one rank for all weights; the densest needs rank {rank}, which is more than "
                 f"'{name}' of shape {(o, i)} has entries. Use --to supertuning or --to merged, or prune the adapter"
             )
+    if not sizes:
+        raise UserError("export: SHiRA can hold none of these weights, all are too small. Use --to merged")
     specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, size in sizes.items():
         specs[_key(name, "shira_weight")] = (torch.float32, (size,))
         specs[_key(name, "shira_indices")] = (torch.int32, (2, size))
+    for name in sorted(small):
+        specs[_key(name, "weight")] = (adapter.dtype_of(name), adapter.shapes[name])
     with TensorWriter(output / PEFT_WEIGHTS_FILE, specs, {"format": "pt"}) as file:
-        for name, (_, columns) in adapter.shapes.items():
-            indices, values = _padded(adapter.indices[name], adapter.deltas[name], sizes[name])
+        for name, size in sizes.items():
+            columns = adapter.shapes[name][1]
+            indices, values = _padded(adapter.indices[name], adapter.deltas[name], size)
             file.write(_key(name, "shira_weight"), values)
             file.write(_key(name, "shira_indices"), torch.stack((indices // columns, indices % columns)).int())
+        for name in sorted(small):
+            weight, indices = base_values.whole(name), adapter.indices[name]
+            write_entries(weight, indices, effective_values(read_entries(weight, indices), adapter.deltas[name]))
+            file.write(_key(name, "weight"), weight.view(adapter.shapes[name]))
     settings = {"r": rank, "mask_type": "scale_sft", "random_seed": None, "fan_in_fan_out": False, "init_weights": True}
-    _write_config(output, "SHIRA", adapter, base, settings)
+    _write_config(output, "SHIRA", adapter, base, settings, small)
     active = sum(counts.values())
-    return Exported(active, sum(sizes.values()) - active)
+    return Exported(active, sum(sizes.values()) - sum(counts[name] for name in sizes), whole=len(small))
 
 
 def write_supertuning(adapter: Adapter, output: Path, base: str, base_values: Mapping[str, Tensor]) -> Exported:
@@ -104,7 +132,7 @@ def write_supertuning(adapter: Adapter, output: Path, base: str, base_values: Ma
             file.write(_key(name, "supertuning_indices"), indices.int())
     _write_config(output, "SUPERTUNING", adapter, base, {"sparsity": sparsity, "save_precomputed_indices": True})
     active = adapter.active()
-    return Exported(active, sum(sizes.values()) - active - doubled, doubled)
+    return Exported(active, sum(sizes.values()) - active - doubled, doubled=doubled)
 
 
 def exact_addends(base: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,15 +193,17 @@ def _key(name: str, leaf: str) -> str:
     return f"base_model.model.{name.removesuffix('.weight')}.{leaf}"
 
 
-def _write_config(output: Path, kind: str, adapter: Adapter, base: str, settings: dict[str, Any]) -> None:
+def _write_config(
+    output: Path, kind: str, adapter: Adapter, base: str, settings: dict[str, Any], whole: Collection[str] = ()
+) -> None:
     config = {
         "peft_type": kind,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "revision": adapter.info.get("revision"),
         "inference_mode": True,
-        "target_modules": [name.removesuffix(".weight") for name in adapter.shapes],
-        "modules_to_save": None,
+        "target_modules": [name.removesuffix(".weight") for name in adapter.shapes if name not in whole],
+        "modules_to_save": sorted(name.removesuffix(".weight") for name in whole) or None,
         **settings,
     }
     write_json(output / PEFT_CONFIG_FILE, config)

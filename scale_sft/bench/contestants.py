@@ -20,7 +20,7 @@ from scale_sft.model.group import OneProcess
 from scale_sft.model.loss import token_loss_sum
 from scale_sft.model.sparse_model import SparseModel
 from scale_sft.model.sparse_settings import SparseSettings
-from scale_sft.model.targets import find_targets
+from scale_sft.model.targets import budget_of, find_targets
 
 from .workload import RUN_STEPS, Base, Batches, Case
 
@@ -121,6 +121,10 @@ class Dense:
     def warm_up(self, batches: Batches) -> None:
         """Do nothing: its steps are all alike."""
 
+    def kept(self) -> dict[str, Any]:
+        """Return what it keeps besides the model and the optimizer's state, by purpose."""
+        return {}
+
     def step(self, batches: Batches, number: int) -> float:
         """Do forward, backward, and the update if there is one, and drop the gradients."""
         loss = backward(forward(self.model, batches.take(number), batches.target_tokens))
@@ -157,6 +161,50 @@ def _peft(base: Base, kind: str, *, cast: bool = True, **settings: Any) -> Dense
     return Dense(model.train(), updates=True)
 
 
+def _supertuning(base: Base) -> Dense:
+    """Make Super-Tuning's adapter; its one sparsity for all weights gives it our total of trained entries."""
+    entries = sum(rows * columns for rows, columns in base.shapes.values())
+    active = sum(budget_of(base.config.sparse, base.shapes).values())
+    return _peft(base, "SupertuningConfig", sparsity=1 - active / entries, target_modules=True)
+
+
+class SpielPeft(Dense):
+    """Our method under PEFT, with torch's fused AdamW: the steps between two phases of drop and grow."""
+
+    def __init__(self, base: Base):
+        import peft
+
+        from scale_sft.peft import SpielConfig
+
+        sparse = base.config.sparse
+        config = SpielConfig(
+            density=sparse.density,
+            rank_equivalent=sparse.rank_equivalent,
+            total_steps=RUN_STEPS,
+            update_interval_steps=RUN_STEPS,
+            estimation_steps=1,
+            kernels=base.config.run.kernels,
+            task_type="CAUSAL_LM",
+        )
+        super().__init__(peft.get_peft_model(base.load(), config).train(), updates=True)
+
+    def warm_up(self, batches: Batches) -> None:
+        """Do the first reallocation, which only this step estimates."""
+        self.step(batches, 1)
+
+    def kept(self) -> dict[str, Any]:
+        """Return the session and what its layers keep, by purpose."""
+        tuner: Any = self.model.base_model
+        (session,) = tuner.sessions.values()
+        layers = list(tuner.spiel_layers())
+        return {
+            "indices": [layer.spiel_indices["default"] for layer in layers],
+            "store": session.store,
+            "recorder": session.recorder,
+            "resident": [layer.base_values() for layer in layers],
+        }
+
+
 def _lora(base: Base, *, cast: bool = True) -> Dense:
     rank = base.lora_rank
     return _peft(base, "LoraConfig", cast=cast, r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=True)
@@ -172,6 +220,8 @@ CONTESTANTS: dict[str, Callable[[Base], Contestant]] = {
     "peft-shira": lambda base: _peft(
         base, "ShiraConfig", r=base.lora_rank, random_seed=base.case.seed, target_modules=True
     ),
+    "peft-supertuning": _supertuning,
+    "spiel-peft": SpielPeft,
     "full": lambda base: _full(base, updates=False),
     "full-adamw": lambda base: _full(base, updates=True),
     "frozen": _frozen,
@@ -184,13 +234,15 @@ def impossible(name: str, case: Case) -> str | None:
     Raises:
         UserError: a library that it needs is not installed.
     """
-    if name.startswith("peft-") and find_spec("peft") is None:
+    if (name.startswith("peft-") or name == "spiel-peft") and find_spec("peft") is None:
         raise UserError(
             f"contestants: {name} needs peft >= 0.21, which is not installed: pip install 'scale_sft[bench]', or name "
             "others with --contestants"
         )
     if name.startswith("full") and case.quantization != "none":
         return f"a base in {case.quantization} has no dense weights to train"
+    if name in ("spiel-peft", "peft-supertuning") and case.quantization != "none":
+        return f"it does not train on a base in {case.quantization}"
     if name == "peft-lora-bf16" and case.dtype != "bfloat16":
         return f"in {case.dtype} it is peft-lora"
     return None

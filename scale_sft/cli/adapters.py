@@ -137,10 +137,15 @@ COMMANDS = (merge, export, inspect)
 
 def _remarks(written) -> str:
     padding = f", {written.padding:,} unused positions of value 0 as padding" if written.padding else ""
+    whole = (
+        f"; {written.whole:,} weights too small for SHiRA's rank are written whole (modules_to_save)"
+        if written.whole
+        else ""
+    )
     doubled = (
         f"; {written.doubled:,} entries are added in two steps because a bf16 addend is too short for them (exact on "
         "CPUs; on GPUs, which may add in either order, such an entry can be off by its last bits: --to shira has none)"
         if written.doubled
         else ""
     )
-    return padding + doubled
+    return padding + whole + doubled

@@ -18,8 +18,8 @@ from .bench_options import OUTPUT, cases_from, with_cases
     "names",
     type=Several(click.STRING),
     multiple=True,
-    help="Choose from ours-ag, ours-ma, ours-static, peft-lora, peft-lora-bf16, peft-ia3, peft-shira, full, "
-    "full-adamw, frozen; separate several with commas.  [default: all]",
+    help="Choose from ours-ag, ours-ma, ours-static, peft-lora, peft-lora-bf16, peft-ia3, peft-shira, "
+    "peft-supertuning, spiel-peft, full, full-adamw, frozen; separate several with commas.  [default: all]",
 )
 @click.option(
     "--kernels",

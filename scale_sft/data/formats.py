@@ -29,6 +29,8 @@ from .turns import Chat, calls, check_turns, earlier_turns, with_columns
 ENCODED = ("input_ids", "spans", "length", "targets")
 """Columns of an encoded example: ids; the spans that count, as start, stop, start, stop ...; its length before it was
 cut; how many tokens count after that (0: dropped)."""
+IMAGES = ("images", "image", "videos", "video", "audio", "audios")
+"""Columns whose contents would be part of a prompt elsewhere: a row that has some is refused."""
 Example = tuple[list[int], list[Span]]
 """Token ids, and which of them count."""
 Record = Mapping[str, Any]
@@ -59,7 +61,13 @@ class Encoder:
         return self.cut(self.examples([json.loads(text) for text in rows["row"]], places))
 
     def examples(self, records: Sequence[Record], places: Sequence[int]) -> list[Example]:
-        """Encode records, each found at one of `places`, before they are cut."""
+        """Encode records, each found at one of `places`, before they are cut.
+
+        Raises:
+            UserError: a row is broken, or has images.
+        """
+        for record, place in zip(records, places, strict=True):
+            self._refuse_images(record, place)
         return getattr(self, f"_{self.format}")(list(records), list(places))
 
     def where(self, place: int) -> str:
@@ -72,6 +80,14 @@ class Encoder:
         if columns:
             named = ", ".join(f"'{name}'" for name in columns)
             self.notes.add(f"data: {self.part.origin}: not used with format {self.format}: {named}")
+
+    def _refuse_images(self, record: Record, place: int) -> None:
+        name = next((name for name in IMAGES if record.get(name)), None)
+        if name is not None:
+            raise UserError(
+                f"{self.where(place)}: got '{name}', expected text alone, as training reads no images, videos or "
+                "sounds. Fix: leave such rows or columns out"
+            )
 
     def _get(self, record: Record, name: str) -> Any:
         return record.get(self.part.source.column(name))

@@ -142,7 +142,7 @@ class PreferenceEncoder:
         return prompt, chosen, rejected
 
     def _reason(self, example: Example, cut: Mapping[str, list]) -> int:
-        """Say why a side is no use; 0: it is."""
+        """Return the reason why a side cannot be learned from, by its number in DROPPED; 0: it can."""
         if not any(stop > max(start, 1) for start, stop in example[1]):
             return _NOTHING
         return 0 if cut["targets"][0] else _CUT

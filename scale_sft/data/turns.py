@@ -79,9 +79,24 @@ def _check_turn(turn: Any, number: int, where: Place) -> Turn:
     if "tool_calls" in turn and not turn["tool_calls"]:
         del turn["tool_calls"]
     if not isinstance(turn.get("content"), str) and ("content" in turn or not calls(turn)):
+        _refuse_images(turn, number, where)
         kind = type(turn.get("content")).__name__
         raise UserError(f"{where()}: the content of turn {number} ({turn['role']}) is {kind}, expected text")
     return turn
+
+
+def _refuse_images(turn: Turn, number: int, where: Place) -> None:
+    """Refuse a content that is a list of parts with something else than text among them."""
+    content = turn.get("content")
+    kinds = (
+        [str(part.get("type")) for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+    )
+    other = next((kind for kind in kinds if kind != "text"), None)
+    if other is not None:
+        raise UserError(
+            f"{where()}: the content of turn {number} ({turn['role']}) has a part of type '{other}', expected text "
+            "alone, as training reads no images, videos or sounds. Fix: leave such rows out"
+        )
 
 
 def calls(turn: Mapping[str, Any]) -> bool:

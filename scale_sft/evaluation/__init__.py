@@ -2,6 +2,7 @@
 
 held_out        loss and perplexity
 answers         greedy answers and exact match
+padding         a proof that padding does not change answers
 evaluate_model  `scale-sft eval`
 conversation    `scale-sft chat`
 harness         benchmarks of lm-evaluation-harness

@@ -18,6 +18,7 @@ from scale_sft.errors import UserError
 from scale_sft.model.empty import text_config
 
 from .held_out import evaluating, split
+from .padding import ONE_BY_ONE, ignores_left_padding
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -94,6 +95,15 @@ def greedy_answers(
     token is compared like any other. Only the token ids of the base's generation configuration matter here; its
     penalties, beams and forced tokens do not.
 
+    Args:
+        model: to answer.
+        tokenizer: of the model.
+        examples: held-out ones.
+        cluster: the ranks that share the prompts.
+        count: of examples.
+        batch_size: of one rank; 1 where `why_one_by_one` says so.
+        max_new_tokens: of an answer.
+
     Raises:
         UserError: a prompt with its answer would be longer than the model's positions.
     """
@@ -119,6 +129,18 @@ def greedy_answers(
     for answers in cluster.gather_objects(own):
         everyone |= answers
     return [everyone[n] for n in chosen]
+
+
+def why_one_by_one(model: nn.Module, tokenizer: Any, cluster: Cluster) -> str | None:
+    """Say that prompts are answered one at a time, and why; None: they are answered in batches.
+
+    Raises:
+        UserError: the model cannot generate.
+    """
+    settings = _greedy(model, tokenizer, _Ends((), frozenset(), None), 1)
+    with evaluating(model, settings):
+        synced = cluster.sharded and cluster.size > 1
+        return None if ignores_left_padding(model, settings, cluster.device, synced=synced) else ONE_BY_ONE
 
 
 def _refuse_long_prompts(model: nn.Module, examples: Examples, members: Sequence[int], max_new_tokens: int) -> None:

@@ -23,7 +23,7 @@ from scale_sft.files import write_json
 from scale_sft.model.loading import load_base, load_model_config, load_tokenizer, max_length, resolve_dtype
 from scale_sft.model.resident import effective_values, read_entries, write_entries
 
-from .answers import exact_match, greedy_answers
+from .answers import exact_match, greedy_answers, why_one_by_one
 from .held_out import held_out_loss
 
 
@@ -119,13 +119,16 @@ def _held_out(
     wanted = max(data.exact_match_examples, data.generation_samples)
     if not wanted:
         return result
+    alone = why_one_by_one(model, tokenizer, cluster)
+    if alone:
+        result["note"] = alone
     answers = greedy_answers(
         model,
         tokenizer,
         examples,
         cluster,
         count=wanted,
-        batch_size=batch_size,
+        batch_size=1 if alone else batch_size,
         max_new_tokens=data.max_new_tokens,
     )
     if data.exact_match_examples:
@@ -149,6 +152,8 @@ def for_people(result: dict[str, Any]) -> str:
     tasks = result.get("tasks") or {}
     width = max(map(len, tasks), default=0)
     lines += [f"{task:<{width}}  {_task_figures(figures)}" for task, figures in tasks.items()]
+    if held_out and "note" in held_out:
+        lines.append(held_out["note"])
     for sample in (held_out or {}).get("samples", []):
         lines += ["", *(f"{name:<9}  {text}" for name, text in sample.items())]
     return "\n".join(lines)

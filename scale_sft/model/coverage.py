@@ -13,7 +13,7 @@ from scale_sft.config.options import SparseConfig
 
 from .linear_kinds import why_not_linear
 from .packed_weights import is_quantized_layer
-from .targets import Choice, choose_targets
+from .targets import Choice, choose_targets, in_a_block
 
 FUSED_EXPERTS = "experts fused into one parameter, which cannot carry deltas yet"
 NOT_CHOSEN = "not named by target_modules"
@@ -88,7 +88,7 @@ def coverage(model: nn.Module, choice: Choice) -> Coverage:
             continue
         for leaf, weight in module.named_parameters(recurse=False):
             entries = _entries(module, leaf, weight)
-            if not entries or not re.search(r"\.\d+\.", f"{path}.{leaf}"):
+            if not entries or not in_a_block(path):
                 continue
             everything += entries
             if id(weight) in targets:

@@ -59,6 +59,11 @@ def empty_model(model_config: Any, *, attention: str | None = None, trust_remote
         with torch.device("meta"):
             return kind.from_config(config, attn_implementation=chosen, trust_remote_code=trust_remote_code)
     except ImportError as error:
+        if chosen is not None:
+            raise UserError(
+                f"attention: got {chosen}, expected one that is available here: {first_line(error)} "
+                "Fix: --attention auto"
+            ) from None
         raise UserError(f"base: this model needs a package that is missing: {first_line(error)}") from None
     except ValueError as error:
         if chosen is None:

@@ -16,9 +16,10 @@ from scale_sft.errors import UserError, first_line
 from scale_sft.files import ASSETS
 
 from .dropout import switch_off_randomness
-from .empty import model_class, text_config
+from .empty import empty_model, model_class, text_config
 from .packed_weights import cast_the_rest
 from .quantization import Quantization, compute_in
+from .reach import PAST_ITS_FORWARD, reach_of
 
 
 def base_location(base: str) -> str:
@@ -102,7 +103,10 @@ def load_base(
         UserError: the weights do not load as a model that generates text.
     """
     silence_progress_bars()
-    dtype = resolve_dtype(config, model_config)
+    dtype, arguments = resolve_dtype(config, model_config), {}
+    if quantization:
+        kept = None if quantization.on_disk else kept_whole(model_config)
+        arguments = quantization.loading(device or torch.device("cpu"), dtype, kept)
     try:
         model = model_class(model_config).from_pretrained(
             base_location(config.base),
@@ -112,7 +116,7 @@ def load_base(
             attn_implementation=None if config.attention == "auto" else config.attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
-            **(quantization.loading(device or torch.device("cpu"), dtype) if quantization else {}),
+            **arguments,
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base: '{config.base}' does not load: {first_line(error)}") from None
@@ -126,6 +130,20 @@ def load_base(
         compute_in(model, dtype)
         return model
     return model if device is None else model.to(device)
+
+
+def kept_whole(model_config: Any) -> list[str] | None:
+    """List layers that stay whole when a base is quantised; None: those that transformers keeps anyway.
+
+    Weights that are used past their module's forward stay whole: nothing would dequantise them there.
+    """
+    model = empty_model(model_config)
+    past = [path for path, why in reach_of(model).faults.items() if why == PAST_ITS_FORWARD]
+    if not past:
+        return None
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    return [*get_keys_to_not_convert(model), *past]
 
 
 def silence_progress_bars() -> None:

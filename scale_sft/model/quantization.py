@@ -58,11 +58,13 @@ class Quantization:
         """The part of `bytes_per_entry` that every rank keeps, even of a sharded base."""
         return 0.0 if self.kind == "int8" else self.bytes_per_entry - 0.5
 
-    def loading(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    def loading(self, device: torch.device, dtype: torch.dtype, kept: list[str] | None = None) -> dict[str, Any]:
         """Return arguments for `from_pretrained`; weights are quantised on `device`, one after the other.
 
         Args:
+            device: where.
             dtype: of the computation, also in layers that bitsandbytes itself runs.
+            kept: paths of layers that stay whole; None: the output layer, and what the model names.
         """
         where = {"device_map": {"": str(device)}}
         if self.on_disk:
@@ -70,13 +72,14 @@ class Quantization:
         from transformers import BitsAndBytesConfig
 
         if self.kind == "int8":
-            return {**where, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+            return {**where, "quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)}
         settings = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_quant_type=self.kind,
             bnb_4bit_use_double_quant=self.double,
             bnb_4bit_quant_storage=self.storage,
+            llm_int8_skip_modules=kept,
         )
         return {**where, "quantization_config": settings}
 

@@ -73,7 +73,7 @@ def choose_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None) ->
         UserError: a name matches nothing, a layer that was named cannot carry a delta, or a weight is shared (tied).
     """
     layers = dict(candidates(model))
-    chosen = set(_choose(layers, wanted, "target_modules") if wanted is not None else filter(_in_a_block, layers))
+    chosen = set(_choose(layers, wanted, "target_modules") if wanted is not None else filter(in_a_block, layers))
     out = dict.fromkeys(_choose(layers, excluded, "exclude_modules") if excluded is not None else (), EXCLUDED)
     faults = {path: why for path in layers if (why := why_not_linear(layers[path]))} | reach_of(model).faults
     if wanted is None:
@@ -103,7 +103,8 @@ def choose_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None) ->
     return Choice(targets, out)
 
 
-def _in_a_block(path: str) -> bool:
+def in_a_block(path: str) -> bool:
+    """Return True for a path through a numbered list of modules, as blocks are."""
     return re.search(r"\.\d+\.", path) is not None
 
 

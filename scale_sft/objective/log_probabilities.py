@@ -16,8 +16,8 @@ from scale_sft.distributed.cluster import Cluster
 from scale_sft.model.loss import losses_at
 
 GROUP_TOKENS = 8192
-"""Padded tokens of one forward pass over the data. It is no option: the last bits of a log-probability depend on what
-is computed with it, and must not change with the number of ranks or the batch size of a resumed run."""
+"""Padded tokens of one forward pass over the data. This is not an option: the last bits of a log-probability depend on
+what is computed with it, and must not change with the number of ranks or the batch size of a resumed run."""
 
 
 def log_probabilities(model: nn.Module, batch: SequenceBatch) -> Tensor:

@@ -10,9 +10,10 @@ from typing import Any
 from peft import PeftConfig
 
 from scale_sft.config.loading import load_sections
-from scale_sft.config.options import SparseConfig
+from scale_sft.config.sparse_options import SparseConfig
 from scale_sft.config.spelling import unknown
 from scale_sft.errors import UserError
+from scale_sft.model.sparse_settings import rule_of
 
 BUDGETS = ("density", "tunable_weights", "rank_equivalent")
 DEFAULT_DENSITY = 0.01
@@ -26,6 +27,9 @@ _ELSEWHERE = {
     "proposal_batch_size": "the first backward pass of a step proposes here",
     "betas": "AdamW belongs to the Trainer; set its options there",
 }
+
+
+_OURS = "use `scale-sft train` or scale_sft.attach, which have this option"
 
 
 class SpielType(str, Enum):
@@ -49,6 +53,9 @@ class SpielOptions(PeftConfig):
             "keep the random first entries. The last one needs no number of steps and no callback."
         },
     )
+    score: str = SparseConfig.score
+    draw: str = SparseConfig.draw
+    temperature: float = SparseConfig.temperature
     density: float | None = field(
         default=None, metadata={"help": "Fraction of each target weight that is trained (default: 0.01)."}
     )
@@ -108,6 +115,8 @@ class SpielOptions(PeftConfig):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
                 raise UserError(f"{name}: got {value!r}, expected a whole number of at least {least}. Fix: give one")
+        if self.drop_criterion == "age":
+            raise UserError(f"drop_criterion: got 'age', expected magnitude or change under PEFT. Fix: {_OURS}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise UserError("layers_pattern: got no layers_to_transform, expected both. Fix: say which blocks to train")
         self.sparse_options()
@@ -124,10 +133,11 @@ class SpielOptions(PeftConfig):
         shared = {one.name for one in dataclasses.fields(SparseConfig)} & {
             one.name for one in dataclasses.fields(SpielOptions)
         }
-        options = {name: getattr(self, name) for name in shared - {"target_modules", "method"}}
+        options = {name: getattr(self, name) for name in shared - {"target_modules", "exclude_modules"}}
         if not given:
             options["density"] = DEFAULT_DENSITY
-        sparse = load_sections(None, {**options, "method": "ag" if self.method == "ag" else "static"})["sparse"]
+        sparse = load_sections(None, options)["sparse"]
+        rule_of(sparse, self.seed)
         if sparse.estimation_steps > sparse.update_interval_steps:
             raise UserError(
                 f"estimation_steps: got {sparse.estimation_steps}, expected at most update_interval_steps "
@@ -151,8 +161,9 @@ class SpielConfig(SpielOptions):
         others = {name: value for name, value in options.items() if name not in names}
         if others and "format" not in options:  # not read from a folder
             name = next(iter(others))
-            if name in _ELSEWHERE:
-                raise UserError(f"{name}: got {others[name]!r}, expected none under PEFT. Fix: {_ELSEWHERE[name]}")
+            sparse = {one.name: _OURS for one in dataclasses.fields(SparseConfig)}
+            if fix := (sparse | _ELSEWHERE).get(name):
+                raise UserError(f"{name}: got {others[name]!r}, expected none under PEFT. Fix: {fix}")
             raise UserError(f"SpielConfig: {unknown(f'option {name!r}', name, names)}")
         options = {name: value for name, value in options.items() if name in names}
         if others:

@@ -8,7 +8,8 @@ Shapes: K active entries of a weight, g of them newly grown.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import torch
@@ -17,34 +18,34 @@ from torch import Tensor, nn
 from scale_sft.errors import UserError
 from scale_sft.spiel.drop_grow import Exchange
 
-Seed = Callable[[Mapping[str, Any], float, Tensor, Tensor], Tensor]
-"""(param group, steps, mean [g], mean square [g]) -> the state of grown entries [g]."""
+Seed = Callable[[Any, float, Tensor, Tensor], Tensor]
+"""(the option, steps, mean [g], mean square [g]) -> the state of grown entries [g]."""
 
 
-def _first(group: Mapping[str, Any], steps: float, mean: Tensor, square: Tensor) -> Tensor:
-    return mean * (1 - group["betas"][0] ** steps)
+def _first(betas: tuple[float, float], steps: float, mean: Tensor, square: Tensor) -> Tensor:
+    return mean * (1 - betas[0] ** steps)
 
 
-def _second(group: Mapping[str, Any], steps: float, mean: Tensor, square: Tensor) -> Tensor:
-    return square * (1 - group["betas"][1] ** steps)
+def _second(betas: tuple[float, float], steps: float, mean: Tensor, square: Tensor) -> Tensor:
+    return square * (1 - betas[1] ** steps)
 
 
-def _mean(group: Mapping[str, Any], steps: float, mean: Tensor, square: Tensor) -> Tensor:
+def _smoothed(alpha: float, steps: float, mean: Tensor, square: Tensor) -> Tensor:
+    return square * (1 - alpha**steps)
+
+
+def _mean(momentum: float, steps: float, mean: Tensor, square: Tensor) -> Tensor:
     return mean
 
 
-def _alpha(group: Mapping[str, Any], steps: float, mean: Tensor, square: Tensor) -> Tensor:
-    return square * (1 - group["alpha"] ** steps)
-
-
-SEEDS: dict[str, Seed] = {
-    "exp_avg": _first,  # Adam, AdamW, NAdam, RAdam, Adamax, Lion
-    "exp_avg_sq": _second,
-    "max_exp_avg_sq": _second,
-    "momentum_buffer": _mean,  # SGD
-    "square_avg": _alpha,  # RMSprop
+SEEDS: dict[str, tuple[str, Seed]] = {
+    "exp_avg": ("betas", _first),  # Adam, AdamW, NAdam, RAdam, Lion
+    "exp_avg_sq": ("betas", _second),
+    "max_exp_avg_sq": ("betas", _second),
+    "square_avg": ("alpha", _smoothed),  # RMSprop
+    "momentum_buffer": ("momentum", _mean),  # SGD, RMSprop
 }
-"""State tensors [K] that can be carried, and what grown entries start with."""
+"""State tensors [K] that can be carried: the option of the optimizer they depend on, and how grown entries start."""
 
 
 def refuse_foreign(optimizer: torch.optim.Optimizer, values: nn.Parameter, mode: str) -> None:
@@ -56,13 +57,8 @@ def refuse_foreign(optimizer: torch.optim.Optimizer, values: nn.Parameter, mode:
     for key, tensor in state.items():
         if not isinstance(tensor, Tensor) or tensor.numel() <= 1:
             continue
-        wanted = {"exp_avg": "betas", "exp_avg_sq": "betas", "square_avg": "alpha"}.get(key)
-        if (
-            key in SEEDS
-            and tensor.shape == values.shape
-            and tensor.is_floating_point()
-            and (wanted or key) in (group if wanted else SEEDS)
-        ):
+        fits = tensor.shape == values.shape and tensor.is_floating_point()
+        if fits and key in SEEDS and SEEDS[key][0] in group:
             continue
         raise UserError(
             f"optimizer_state: {kind} keeps '{key}' ({str(tensor.dtype).removeprefix('torch.')} "
@@ -96,7 +92,8 @@ def follow(
         del optimizer.state[values]
         return
     group, picked = group_of(optimizer, values), exchange.grown_candidates
-    steps = float(state.get("step", 0) or 0)
+    steps = float(state.get("step", inf))  # without a count there is no bias correction
     for key, tensor in state.items():
         if isinstance(tensor, Tensor) and key in SEEDS and tensor.shape == values.shape:
-            tensor.copy_(exchange.merge(tensor, SEEDS[key](group, steps, mean[picked], square[picked])))
+            option, seed = SEEDS[key]
+            tensor.copy_(exchange.merge(tensor, seed(group[option], steps, mean[picked], square[picked])))

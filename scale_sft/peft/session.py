@@ -5,7 +5,8 @@ Shapes: K active entries of a weight, C candidates; T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from scale_sft.distributed.existing import existing_ranks
 from scale_sft.errors import UserError
 from scale_sft.kernels.backends import exchanges_of, products_of
 from scale_sft.model.group import Group, OneProcess
+from scale_sft.model.method import ModelProposals
+from scale_sft.model.sparse_settings import rule_of
 from scale_sft.spiel.algorithm import candidates_of
-from scale_sft.spiel.deltas import DeltaStore
+from scale_sft.spiel.deltas import DeltaStore, SparseDelta
 from scale_sft.spiel.digests import digest_states
 from scale_sft.spiel.drop_grow import apply_exchange, drop_scores
-from scale_sft.spiel.recorder import GradientRecorder, largest
+from scale_sft.spiel.recorder import Candidates, GradientRecorder
 from scale_sft.spiel.schedules import Phase, ReallocationSchedule
 
 from .config import SpielOptions
@@ -63,20 +66,27 @@ class Session:
         self.store = DeltaStore(shapes, indices, device=device, keep_reference=self.sparse.drop_criterion == "change")
         self._adopt_values()
         self.exchanges = exchanges_of(device, config.kernels)
+        rule = rule_of(self.sparse, config.seed)
+        self.proposals = (
+            None
+            if rule.is_plain
+            else ModelProposals(rule, lambda: self.group, self._read_weight, self.sparse.estimation_steps)
+        )
         self.recorder = GradientRecorder(
             self.store,
             candidates_of(self.store, self.sparse.candidate_ratio),
             estimation_steps=self.sparse.estimation_steps,
-            propose=largest(lambda gradient, count: self.group.select_candidates(gradient, count)),
+            propose=self._propose,
             products=products_of(device, config.kernels),
         )
         self.schedule = self._schedule()
         self.steps = 0
         """Completed optimizer steps."""
         self.reallocations: list[int] = []
-        """Steps of this process that ended with drop and grow."""
+        """Steps that ended with drop and grow."""
         self._published: Any = None  # our state in the optimizer's group
-        self._probes = torch.linspace(0, self.store.active - 1, min(PROBES, self.store.active), device=device).long()
+        probes = min(PROBES, self.store.active)
+        self._probes = torch.arange(probes, device=device) * self.store.active // probes
         self._seen: Tensor | None = None  # bits of the probed deltas as they were written
         self._open()
 
@@ -224,9 +234,8 @@ class Session:
             delta, candidates = self.store[name], self.recorder.candidates[name]
             k = self.schedule.replaced(self.steps, delta.active)
             scores = drop_scores(delta, self.sparse.drop_criterion)
-            exchange = self.exchanges.exchange_by_gradient(
-                delta.indices, scores, candidates.indices, candidates.mean, k
-            )
+            ranking = self._ranking(delta, candidates)
+            exchange = self.exchanges.exchange_by_gradient(delta.indices, scores, candidates.indices, ranking, k)
             values = layer.spiel_values[self.adapter]
             follow(optimizer, values, exchange, candidates.mean, candidates.mean_square, self.config.optimizer_state)
             resident = layer.resident
@@ -237,6 +246,24 @@ class Session:
         self.recorder.close_estimation()
         self.reallocations.append(self.steps)
         self.group.check_identical(self._digests, f"the deltas after step {self.steps}")
+
+    @contextmanager
+    def _read_weight(self, name: str) -> Iterator[Tensor]:
+        yield self.layers[name].weight.detach()
+
+    def _propose(self, name: str, gradient: Tensor, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Choose candidates for the next reallocation: the largest gradients, or by the rule of the options."""
+        if self.proposals is None:
+            return self.group.select_candidates(gradient.reshape(-1), count), {}
+        return self.proposals.propose(name, gradient, count, len(self.reallocations) + 1)
+
+    def _ranking(self, delta: SparseDelta, candidates: Candidates) -> Tensor:
+        """Return values [C] fp32 of which the largest magnitudes grow first."""
+        one, number = candidates, len(self.reallocations) + 1
+        if self.proposals is None:
+            return one.mean
+        width = delta.shape[1]
+        return self.proposals.rank(delta.name, width, one.indices, one.mean, one.mean_square, one.facts, number)
 
     def _digests(self) -> dict[str, str]:
         return digest_states((delta.name, {"indices": delta.indices, "deltas": delta.deltas}) for delta in self.store)
@@ -294,11 +321,18 @@ class Session:
         """Return what the next step needs besides the adapter and the optimizer's own state; tensors are not copied."""
         candidates = {name: one.state() for name, one in self.recorder.candidates.items()}
         reference = {d.name: d.reference for d in self.store if d.reference is not None}
-        return {"steps": self.steps, "chosen": self.chosen, "candidates": candidates, "reference": reference}
+        return {
+            "steps": self.steps,
+            "chosen": self.chosen,
+            "reallocations": list(self.reallocations),
+            "candidates": candidates,
+            "reference": reference,
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Resume from a `state`, of an adapter of the same entries."""
         self.steps, self.chosen = int(state["steps"]), bool(state["chosen"])
+        self.reallocations = list(state["reallocations"])
         self.schedule = self._schedule()
         for name, reference in state["reference"].items():
             kept = self.store[name].reference

@@ -13,7 +13,7 @@ from scale_sft.adapters.format import Adapter
 from scale_sft.adapters.trained import trained_adapter
 from scale_sft.data.turn_ends import INFO_KEY, taught_end
 from scale_sft.distributed.cluster import Cluster
-from scale_sft.evaluation.answers import Answer, exact_match, greedy_answers
+from scale_sft.evaluation.answers import Answer, exact_match, greedy_answers, why_one_by_one
 from scale_sft.evaluation.held_out import Evaluation, held_out_loss
 from scale_sft.kernels.backends import triton_asked_for, why_plain
 from scale_sft.model.loss import why_all_logits
@@ -94,13 +94,14 @@ class Session:
         wanted = max(matching, config.data.generation_samples)
         if not wanted:
             return result
+        alone = why_one_by_one(self.model, inputs.tokenizer, self.cluster)
         given = greedy_answers(
             self.model,
             inputs.tokenizer,
             inputs.eval,
             self.cluster,
             count=wanted,
-            batch_size=size,
+            batch_size=1 if alone else size,
             max_new_tokens=config.data.max_new_tokens,
         )
         matched = exact_match(given[:matching], config.data.answer_pattern) if matching else None
@@ -135,6 +136,18 @@ class Session:
         """Prove the loss that needs no whole logits on this model before the first step; says why it cannot be used."""
         reason = why_all_logits(self.model)
         return [f"loss: all logits of a micro-batch are in memory at once: {reason}"] if reason else []
+
+    def prove_answers(self) -> list[str]:
+        """Find out before the first step how prompts can be answered, if any will be; returns notes for the user.
+
+        Raises:
+            UserError: the base cannot generate.
+        """
+        inputs, data = self.inputs, self.inputs.config.data
+        if inputs.eval is None or not max(data.exact_match_examples, data.generation_samples):
+            return []
+        reason = why_one_by_one(self.model, inputs.tokenizer, self.cluster)
+        return [reason] if reason else []
 
     def check_packed_base(self) -> None:
         """Prove that a quantised base still has the bytes that it was loaded with.

@@ -152,3 +152,70 @@ def under_library(library: str, late: bool, folder: str) -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     end_process()
+
+
+def under_peft(folder: str) -> None:
+    """Train a SpIEL adapter of PEFT under TRL; leave this rank's entries."""
+    import os
+    from pathlib import Path
+
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    import scale_sft
+    from scale_sft.peft import SpielConfig
+
+    base = Path(scale_sft.__file__).parent / "assets" / "demo" / "base"
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = SpielConfig(density=0.02, update_interval_steps=3, estimation_steps=3)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, model.config.vocab_size, (64, 24), generator=generator)
+    options = {
+        "output_dir": folder, "max_steps": 8, "per_device_train_batch_size": 4 // size, "use_cpu": True, "seed": 1,
+        "report_to": [], "disable_tqdm": True, "save_strategy": "no", "dataloader_pin_memory": False,
+        "logging_strategy": "no", "gradient_accumulation_steps": 2, "learning_rate": 1e-2,
+    }  # fmt: skip
+    rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+    trainer = SFTTrainer(
+        model, SFTConfig(**options, bf16=False), train_dataset=rows, peft_config=config,
+        processing_class=AutoTokenizer.from_pretrained(base),
+    )  # fmt: skip
+    trainer.train()
+    tuner = trainer.model.base_model
+    found = {
+        "indices": {layer.weight_name: layer.spiel_indices["default"] for layer in tuner.spiel_layers()},
+        "deltas": {layer.weight_name: layer.spiel_values["default"].detach().clone() for layer in tuner.spiel_layers()},
+        "reallocations": tuner.sessions["default"].reallocations,
+    }
+    torch.save(found, Path(folder) / f"{rank}of{size}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    end_process()
+
+
+def peft_in_shards(folder: str) -> None:
+    """Cut a PEFT model into FSDP2's shards, and leave what its callback says to that."""
+    import types
+    from pathlib import Path
+
+    from peft import get_peft_model
+    from torch.distributed.fsdp import fully_shard
+    from transformers import AutoModelForCausalLM
+
+    import scale_sft
+    from scale_sft.errors import UserError
+    from scale_sft.peft import SpielCallback, SpielConfig
+
+    torch.distributed.init_process_group("gloo")
+    base = Path(scale_sft.__file__).parent / "assets" / "demo" / "base"
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), SpielConfig())
+    fully_shard(model)
+    arguments = types.SimpleNamespace(deepspeed=None, fsdp=None)
+    try:
+        SpielCallback().on_train_begin(arguments, None, None, model=model, optimizer=None)
+    except UserError as error:
+        (Path(folder) / f"{torch.distributed.get_rank()}.txt").write_text(str(error))
+    torch.distributed.destroy_process_group()
+    end_process()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 VOCABULARY = 259  # all bytes and three special tokens: the tokenizer of the check
@@ -35,30 +35,131 @@ _SMALL: dict[str, Any] = {
     "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_d_ssm": 128, "mamba_num_heads": 8,
     "mamba_head_dim": 16, "ssm_state_size": 16, "mamba_chunk_size": 16, "chunk_size": 16, "time_step_rank": 4,
     "mamba_dt_rank": 4, "state_size": 16,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-    "sliding_window": 32, "image_size": 28, "patch_size": 14, "initializer_range": 0.1, "init_std": 0.1,
+    "linear_head_dim": 16, "linear_num_heads": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "full_attention_interval": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
+    "rotary_dim": 8, "sliding_window": 32, "image_size": 28, "patch_size": 14,
+    "initializer_range": 0.1, "init_std": 0.1,
 }  # fmt: skip
 
 
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_SECTIONS = {"rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2]}}  # halves of head_dim for time, height and width
+_VISION = {"out_hidden_size": 64, "embed_dim": 64, "projection_dim": 64, "spatial_merge_size": 2}
+
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+    },
+    "gemma3n_text": {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "laurel_rank": 8,
+        "vocab_size_per_layer_input": VOCABULARY, "activation_sparsity_pattern": [0.0] * 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": [96] * 4,
+    },
+    "gemma4_text": {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "longcat_flash": {"num_layers": 2, "head_dim": 8, "zero_expert_num": 2, "moe_topk": 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "xglm": {"pad_token_id": 1},
+    "zamba2": {
+        "num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "num_mem_blocks": 1,
+        "hybrid_layer_ids": [1], "mamba_ngroups": 1, "mamba_headdim": 16, "n_mamba_heads": 8, "adapter_rank": 8,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+    # wrappers
+    "gemma3": {"mm_tokens_per_image": 4, "vision_config": {"model_type": "siglip_vision_model"}},
+    "internvl": {
+        "text_config": {"model_type": "qwen2"}, "vision_config": {"image_size": [28, 28], "patch_size": [14, 14]},
+    },
+    "gemma4": {"text_config": {
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 16,
+    }},
+    "llama4": {"vision_config": {
+        "projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64, "intermediate_size": 256,
+    }},
+    "llava": {"text_config": {"model_type": "llama"}, "vision_config": {"model_type": "clip_vision_model"}},
+    "llava_next": {"text_config": {"model_type": "llama"}, "vision_config": {"model_type": "clip_vision_model"}},
+    "mistral3": {"text_config": {"model_type": "mistral"}, "vision_config": {"model_type": "pixtral"}},
+    "mllama": {"text_config": {
+        "num_hidden_layers": 3, "cross_attention_layers": [1], "rope_parameters": _ROPE, "pad_token_id": 258,
+    }, "vision_config": {
+        "num_global_layers": 1, "intermediate_layers_indices": [0], "vision_output_dim": 128, "max_num_tiles": 1,
+        "supported_aspect_ratios": [[1, 1]],
+    }},
+    "qwen2_5_vl": {"text_config": _SECTIONS, "vision_config": {"fullatt_block_indexes": [1]}},
+    "qwen2_vl": {"text_config": _SECTIONS},
+    "qwen3_5": {
+        "text_config": {"layer_types": ["linear_attention", "full_attention"]},
+        "vision_config": {"deepstack_visual_indexes": []},
+    },
+    "qwen3_vl": {"vision_config": {"deepstack_visual_indexes": [0]}},
+    "smolvlm": {"text_config": {"model_type": "llama"}},
+}  # fmt: skip
+"""What the rule below cannot know."""
+
+WRAPPERS = (
+    "gemma3", "gemma4", "internvl", "llama4", "llava", "llava_next", "mistral3", "mllama", "qwen2_5_vl", "qwen2_vl",
+    "qwen3_5", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
+)  # fmt: skip
+"""Vision-language models that are checked."""
+
+_NOT_CHECKED = (
+    "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot", "blenderbot-small", "blt",
+    "camembert", "cpmant", "data2vec-text", "electra", "emu3", "ernie", "fuyu", "gemma3n", "gemma4_assistant",
+    "gemma4_unified", "gemma4_unified_assistant", "git", "got_ocr2", "marian", "mbart", "megatron-bert", "moshi",
+    "moss_transcribe_diarize", "musicgen", "musicgen_melody", "mvp", "pegasus", "phi4_multimodal", "plbart",
+    "prophetnet", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "trocr", "whisper",
+    "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod",
+)  # fmt: skip
+"""Encoders, decoders that belong to an encoder, and helpers of other models; or they do not get small."""
+
+
+def types() -> list[str]:
+    """List the model types to check: every decoder of text, and the wrappers."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    text = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in _NOT_CHECKED and name not in WRAPPERS]
+    return [*text, *WRAPPERS]
+
+
 def tiny_config(model_type: str) -> Any:
-    """Make a small configuration of a model type, by its class's own fields."""
+    """Make a small configuration of a model type: every size that its class has, by name, and the special ones."""
     from transformers import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[model_type]
-    return kind(**_arguments(kind))
+    return kind(**_arguments(kind, _SPECIAL.get(model_type, {})))
 
 
-def _arguments(kind: Any) -> dict[str, Any]:
+def _arguments(kind: Any, special: Mapping[str, Any]) -> dict[str, Any]:
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
     fields = set(inspect.signature(kind.__init__).parameters)
-    if dataclasses.is_dataclass(kind):
-        fields |= {f.name for f in dataclasses.fields(kind)}
-    given = {}
-    for name, value in _SMALL.items():
-        if name in fields:
-            given[name] = value
-    for name, sub in getattr(kind, "sub_configs", {}).items():
-        if name in fields and inspect.isclass(sub) and hasattr(sub, "model_type"):
-            given[name] = _arguments(sub)
+    own = special.get("vision_config") is None and "vision" in kind.__name__.lower()
+    given = {name: value for name, value in {**_SMALL, **(_VISION if own else {})}.items() if name in fields}
     if "kv_lora_rank" in given and "num_key_value_heads" in given:
         given["num_key_value_heads"] = given["num_attention_heads"]
-    return given
+    for name, sub in getattr(kind, "sub_configs", {}).items():
+        wanted = special.get(name, {})
+        if "model_type" in wanted:
+            sub = CONFIG_MAPPING[wanted["model_type"]]
+        if name in fields and inspect.isclass(sub) and issubclass(sub, PretrainedConfig):
+            given[name] = {**_arguments(sub, wanted), **wanted}
+    return {
+        **given,
+        **{name: value for name, value in special.items() if name not in given or name not in kind.sub_configs},
+    }
+
+
+def byte_tokenizer() -> Any:
+    """Make a tokenizer of bytes and three special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: n for n, token in enumerate([*alphabet, "<s>", "</s>", "<pad>"])}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")

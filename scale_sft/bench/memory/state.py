@@ -14,11 +14,13 @@ _NAMES = {
     "deltas": "deltas",
     "indices": "indices",
     "entries": "indices",
+    "_row_starts": "indices",
+    "_columns": "indices",
+    "first_entries": "indices",
+    "columns_before": "indices",
     "cohort": "ages",
     "reference": "reference",
     "candidates": "candidates",
-    "row": "accumulators",
-    "col": "accumulators",
     "_base": "base values",
     "packed": "scales of the base",
 }
@@ -64,6 +66,8 @@ def tensors_of_model(model: nn.Module) -> Iterator[Tensor]:
 def _part_of(path: tuple[str, ...]) -> str:
     if path[:2] == ("recorder", "flat"):
         return "gradients"  # of active entries and, in the estimation phase, of candidates
+    if path in (("optimizer", "rows"), ("optimizer", "columns")):
+        return "accumulators"
     known = [_NAMES[word] for word in path[1:] if word in _NAMES]
     return known[0] if known else _ROOT_NAMES.get(path[0], path[-1])
 

@@ -78,9 +78,10 @@ def _ours(name: str, ours: Sparse, batches: Batches, device: torch.device) -> tu
 def _dense(name: str, dense: Dense, batches: Batches, device: torch.device) -> tuple[dict, None]:
     adapters = [weight for weight in dense.model.parameters() if weight.requires_grad]
     of_base = name.startswith("full")
-    own = set() if of_base else set(map(id, adapters))
+    more = dense.kept()
+    own = set() if of_base else set(map(id, [*adapters, *more.get("indices", ())]))
     base = [tensor for tensor in tensors_of_model(dense.model) if id(tensor) not in own]
-    roots = {"adapter": [] if of_base else adapters, "optimizer": dense.optimizer and dense.optimizer.state}
+    roots = {"adapter": [] if of_base else adapters, "optimizer": dense.optimizer and dense.optimizer.state, **more}
     parts = bytes_by_part(roots, base)
     kept = sum(parts.values())
     parts["gradients"] = sum(weight.nbytes for weight in adapters)  # only inside the step

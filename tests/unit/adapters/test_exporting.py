@@ -10,6 +10,7 @@ from adapter_factory import make_adapter
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from scale_sft.adapters.export import export
 from scale_sft.adapters.peft import exact_addends
@@ -182,3 +183,19 @@ def test_an_export_is_uploaded_whole(tiny_model, tmp_path, monkeypatch) -> None:
     files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert calls == [("create", "me/x", True), ("upload", "me/x", files)]
     assert "uploaded: https://hub/me/x" in output
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gate_too_small_for_shira_is_written_whole(tmp_path, dtype: str) -> None:
+    pytest.importorskip("peft", "0.17")
+    config = Qwen2MoeConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_experts=4,
+        num_key_value_heads=2, moe_intermediate_size=16, shared_expert_intermediate_size=32, num_experts_per_tok=2,
+    )  # fmt: skip
+    Qwen2MoeForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", dtype=dtype)
+    written = export(adapter, "shira", tmp_path / "out")
+    assert written.whole == 2
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert settings["modules_to_save"] == [f"model.layers.{n}.mlp.shared_expert_gate" for n in (0, 1)]
+    assert verify(adapter, "shira", tmp_path / "out").identical

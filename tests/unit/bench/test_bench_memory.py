@@ -59,7 +59,10 @@ def test_the_state_of_ours_is_what_its_tensors_take(case: Case, method: str) -> 
     batches = Batches(case, base.model_config.vocab_size, CPU)
     ours.step(batches, 0)
     parts, store = memory_worker._kept(ours), ours.tuning.store
-    assert parts["indices"] == sum(tensor.nbytes for delta in store for tensor in delta.tensors["indices"])
+    places, rows = store.places, vars(store.places.rows)
+    kept = [places._row_starts, places._columns, ours.tuning.recorder.places._row_starts]
+    kept += [rows[name] for name in ("first_entries", "columns_before") if name in rows]
+    assert parts["indices"] == sum(tensor.nbytes for tensor in kept)
     assert parts["deltas"] == store.flat.nbytes
     assert parts["gradients"] == ours.tuning.recorder.flat.untyped_storage().nbytes()
     assert parts["base values"] == ours.resident.bytes

@@ -16,14 +16,16 @@ from scale_sft.errors import UserError
 from scale_sft.model.loading import load_tokenizer
 
 
-def test_a_token_beyond_the_embedding_is_refused_before_weights_load(train_run, tiny_model, tokenizer, put, tmp_path):
+def test_a_token_beyond_the_embedding_is_refused_before_weights_load(
+    train_run, tiny_model, tokenizer, put, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("scale_sft.training.assemble.load_base", None)
     made = copy.deepcopy(tokenizer)
     made.add_tokens(["<|new|>"])
     base = tmp_path / "base"
     import shutil
 
     shutil.copytree(tiny_model("llama"), base)
-    (base / "model.safetensors").unlink()
     made.save_pretrained(base)
     rows = put("rows.jsonl", [{"prompt": "a", "completion": "b<|new|>"}] * 8)
     with pytest.raises(UserError, match=r"uses the token '<\|new\|>' \(259\), but the model's embedding has 259 rows"):

@@ -103,6 +103,12 @@ def test_weights_choose_among_generation_marks(put, read, with_tools, counted):
         ({"messages": [ASK, {**ANSWER, "weight": 0}]}, "its assistant turns have weight 0 or train false"),
         ({"messages": [ASK, {"role": "assistant", "tool_calls": []}]}, r"content of turn 2 \(assistant\) is NoneType"),
         ({"instruction": "a", "output": "b", "history": ["c"]}, "field 'history' holds 'c', expected pairs"),
+        ({"messages": CHAT, "images": ["a.png"]}, "got 'images', expected text alone"),
+        ({"prompt": "a", "completion": "b", "image": "a.png"}, "got 'image', expected text alone"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}, ANSWER]},
+            "turn 1 .user. has a part of type 'image', expected text alone",
+        ),
     ],
 )
 def test_what_has_no_clear_meaning_is_refused_with_its_line(row, message, put, read, with_tools):

@@ -122,6 +122,7 @@ def test_a_refused_adapter_leaves_the_present_one(base, adapters) -> None:
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_session(base) -> None:
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs without it
     conversation = open_conversation(str(base), Sampling(max_new_tokens=40))
     whole = conversation.ask("hello", str)
     conversation.reset()
@@ -131,5 +132,6 @@ def test_ctrl_c_ends_the_answer_and_not_the_session(base) -> None:
     hook.remove()
     assert whole.startswith(cut) and len(cut) < len(whole)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, handler)
     conversation.reset()
     assert conversation.ask("hello", str) == whole

@@ -343,7 +343,12 @@ def test_the_merged_bf16_model_is_the_trained_one(open_session, train_run, tiny_
     from scale_sft.adapters.format import Adapter
     from scale_sft.adapters.merge import merge
 
-    options = {"base": str(tiny_model(architecture)), "dtype": "bfloat16", "quantization": kind}
+    options = {
+        "base": str(tiny_model(architecture)),
+        "dtype": "bfloat16",
+        "quantization": kind,
+        "attention": "sdpa",
+    }  # sdpa is what a stock call computes with
     run = train_run(**options)
     merged = merge(run / "adapter", tmp_path / "merged")
     session = open_session(**options, output_dir=str(tmp_path / "again"))

@@ -175,6 +175,10 @@ def test_the_first_entries_are_those_of_attach_and_all_linear_are_the_default() 
     for layer in model.base_model.spiel_layers():
         assert torch.equal(layer.spiel_indices["default"], sparse.tuning.store[layer.weight_name].indices)
     assert len(wrapped(tiny(), target_modules="all-linear").base_model.targeted_module_names) == 14
+    assert (
+        len(wrapped(tiny(), target_modules="all-linear", exclude_modules=["q_proj"]).base_model.targeted_module_names)
+        == 12
+    )
     assert sum(model.get_nb_trainable_parameters()) > sparse.tuning.store.active
 
 
@@ -196,6 +200,9 @@ def test_a_config_survives_its_folder(home) -> None:
         ({"method": "ma"}, "method: got 'ma'.*scale_sft.attach"),
         ({"start_from": "x"}, "start_from.*is_trainable=True"),
         ({"delta_dtype": "bfloat16"}, "delta_dtype.*float32"),
+        ({"selection_batches": 3}, "selection_batches: got 3.*scale_sft.attach"),
+        ({"drop_criterion": "age"}, "drop_criterion: got 'age'"),
+        ({"score": "nonsense"}, "nonsense"),
         ({"optimizer_state": "keep"}, "optimizer_state: got 'keep', expected carry or reset"),
         ({"estimation_steps": 9, "update_interval_steps": 3}, "estimation_steps: got 9, expected at most"),
         ({"total_steps": 0}, "total_steps: got 0"),
@@ -229,6 +236,16 @@ def test_a_tied_weight_is_refused() -> None:
     model.lm_head.weight = model.model.embed_tokens.weight
     with pytest.raises(UserError, match="'lm_head.weight' is tied to another layer"):
         wrapped(model, target_modules=["lm_head"])
+
+
+@pytest.mark.quantized
+def test_a_quantised_base_is_refused_with_the_way_that_works() -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    model = tiny()
+    model.model.layers[0].mlp.up_proj = Linear4bit(32, 64, bias=False)
+    with pytest.raises(UserError, match="'model.layers.0.mlp.up_proj' is quantised.*scale_sft.attach"):
+        wrapped(model)
 
 
 def test_two_adapters_are_not_active_or_merged_together(home) -> None:

@@ -36,12 +36,20 @@ def holds_its_deltas(model, base: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("method", "equal_steps"), [("ag", 6), ("static", 10), ("random", 10)])
-def test_a_training_is_that_of_attach_until_cohorts_differ(method, equal_steps, dtype) -> None:
-    options = {"density": 0.05, "total_steps": 10, "kernels": "off", **SCHEDULE}
+@pytest.mark.parametrize(
+    ("method", "equal_steps", "rule"),
+    [
+        ("ag", 6, {}),
+        ("static", 10, {}),
+        ("random", 10, {}),
+        ("ag", 6, {"score": "balanced", "draw": "sample"}),
+        ("static", 10, {"score": "gradient_weight"}),
+    ],
+)
+def test_a_training_is_that_of_attach_until_cohorts_differ(method, equal_steps, rule, dtype) -> None:
+    options = {"density": 0.05, "total_steps": 10, "kernels": "off", **SCHEDULE, **rule}
     plain, model = tiny(dtype), wrapped(tiny(dtype), method=method, **options)
-    named = {"method": "ag", "update_interval_steps": 100, "estimation_steps": 50} if method == "random" else {}
-    sparse = scale_sft.attach(plain, **({"method": method} | options | named), moments="float32")
+    sparse = scale_sft.attach(plain, method=method, **options, moments="float32")
     optimizer, other = sparse.optimizer(lr=1e-2), torch.optim.AdamW(model.parameters(), **ADAMW)
     for number, batch in enumerate(batches(10), start=1):
         losses = []

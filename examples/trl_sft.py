@@ -1,0 +1,44 @@
+"""Fine-tune with TRL's SFTTrainer and a SpIEL adapter, on the demo model that ships with scale_sft.
+
+pip install "scale_sft[trl]"
+python examples/trl_sft.py [FOLDER [STEPS]]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+import scale_sft
+from scale_sft.peft import SpielConfig
+
+folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/trl_sft")
+steps = int(sys.argv[2]) if len(sys.argv) > 2 else 60
+
+demo = Path(scale_sft.__file__).parent / "assets" / "demo"
+tokenizer = AutoTokenizer.from_pretrained(demo / "base")
+model = AutoModelForCausalLM.from_pretrained(demo / "base", dtype="float32")
+examples = [json.loads(line) for line in (demo / "train.jsonl").read_text().splitlines()]
+
+trainer = SFTTrainer(
+    model,
+    SFTConfig(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=16,
+        learning_rate=1e-2,
+        bf16=False,
+        logging_steps=5,
+        report_to=[],
+    ),
+    train_dataset=Dataset.from_list(examples),  # of prompt and completion; only completions count
+    processing_class=tokenizer,
+    peft_config=SpielConfig(density=0.03),
+)
+trainer.train()
+trainer.save_model(str(folder / "adapter"))
+losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; {scale_sft.Adapter.load(folder / 'adapter')}")
