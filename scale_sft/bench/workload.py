@@ -19,6 +19,7 @@ from scale_sft.config.loading import load
 from scale_sft.data.examples import Examples
 from scale_sft.data.micro_batches import collate
 from scale_sft.errors import UserError
+from scale_sft.model.attention import EAGER_TOKENS
 from scale_sft.model.compiled_blocks import compile_blocks, decoder_blocks
 from scale_sft.model.loading import base_location, enable_checkpointing, load_base, load_model_config, resolve_dtype
 from scale_sft.model.quantization import resolve_quantization
@@ -33,10 +34,6 @@ LLAMA = {
     "max_position_embeddings": 8192, "tie_word_embeddings": False,
 }  # fmt: skip
 LLAMA_NAME = "random Llama, 6 layers of width 512"
-
-LONGEST_EAGER = 256
-"""Tokens of a sequence. On a CPU in bf16 torch's fused attention takes 2.5 times as long as plain matrix products for
-128 tokens, twice as long for 256, and two thirds as long for 512; in fp32 it is never slower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +161,7 @@ class Base:
 
 def faster_attention(case: Case, device: torch.device) -> str:
     """Choose the faster implementation of attention."""
-    short = case.length <= LONGEST_EAGER
+    short = case.length <= EAGER_TOKENS
     return "eager" if device.type == "cpu" and case.dtype == "bfloat16" and short else "sdpa"
 
 

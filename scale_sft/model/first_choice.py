@@ -46,7 +46,8 @@ class FirstChoice:
 
     def __init__(self, sparse: Sparse):
         self.sparse, self.batches = sparse, sparse.settings.sparse.selection_batches
-        self.survey = Survey(sparse.shapes, sparse.settings.rule, sparse.group, weight_reader(sparse))
+        group = sparse.group
+        self.survey = Survey(sparse.shapes, sparse.settings.rule, group, weight_reader(sparse), group.device)
         self.received = False
         """Whether the batch in progress has had a backward pass."""
         if not self.survey.needs_batches:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from scale_sft.errors import UserError
 from scale_sft.spiel.deltas import DeltaStore, SparseDelta
-from scale_sft.spiel.indices import Part, on_device, pieces
+from scale_sft.spiel.indices import Part, on_device, piece_entries, pieces
 
 ROUNDING_RULE = "effective = (base.float() + delta).to(base.dtype)"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per entry
@@ -48,7 +48,7 @@ def write_entries(entries: Tensor, indices: Tensor, values: Tensor) -> None:
     if indices.dtype is torch.int64:
         entries.scatter_(0, indices, values)
         return
-    for part in pieces(indices.numel()):
+    for part in pieces(indices.numel(), piece_entries(indices.device)):
         entries.scatter_(0, indices[part].long(), values[part])
 
 

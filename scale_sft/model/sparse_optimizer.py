@@ -15,6 +15,7 @@ from scale_sft.errors import UserError
 from scale_sft.spiel.algorithm import SparseFineTuning, Turnover
 from scale_sft.spiel.schedules import LearningRateSchedule, Phase
 
+from .first_choice import expect_state
 from .fused_step import update_and_write
 from .resident import ResidentDeltas
 from .stepped import Sparse
@@ -341,13 +342,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         """
         self.sparse.require_attached("load_state_dict")
         state = state_dict.get("state", {})
-        self.sparse.choosing = None
-        if self.sparse.settings.sparse.budget == "global" and not self.steps:
-            counts = {
-                name: one["indices"].numel() for name, one in state.get("weights", {}).items() if "indices" in one
-            }
-            if counts.keys() == self.sparse.shapes.keys() and sum(counts.values()) == self.tuning.store.active:
-                self.sparse.rebuild(counts)
+        expect_state(self.sparse, state, fresh=not self.steps)
         self._require_fit(state)
         resumes = state["steps"] != self.steps  # accelerate loads an optimizer's own state into it
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})

@@ -14,7 +14,6 @@
     moments     how AdamW's moments are kept
     schedules   when and how many (Eq. 9); learning rates
     drop_grow   drop and grow: tensors in, tensors out
-    joined_drop_grow, joined_product  the same in many weights at once
     topk        deterministic top-k; top-k of an outer product never formed
     joined_drop_grow  drop and grow in many weights at once, for devices
     joined_product    top-k of the outer products of many weights

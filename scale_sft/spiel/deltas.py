@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .indices import Entries, FlatEntries, JoinedEntries, Part, Rows
+from .indices import Entries, FlatEntries, JoinedEntries, Part, Rows, piece_entries, pieces
 from .seeding import random_indices
 
 INITIAL_COHORT = 0
@@ -169,6 +169,6 @@ class DeltaStore:
     def cohort_counts(self, cohorts: int) -> list[int]:
         """Count the active entries of each of the cohorts 0 .. cohorts - 1."""
         counts = torch.zeros(cohorts, dtype=torch.int64, device=self.device)
-        for delta in self:
-            counts += torch.bincount(delta.cohort.int(), minlength=cohorts)
+        for part in pieces(self.active, piece_entries(self.device)):
+            counts += torch.bincount(self.cohort[part].int(), minlength=cohorts)
         return counts.tolist()

@@ -63,7 +63,7 @@ class Entries:
         first_of_row = torch.arange(0, rows * width, width, dtype=indices.dtype, device=indices.device)
         self._row_starts[:-1] = torch.searchsorted(indices, first_of_row, out_int32=True)
         self._row_starts[-1:].fill_(self.count)
-        for part in pieces(self.count):
+        for part in pieces(self.count, piece_entries(indices.device)):
             self._columns[part] = (indices[part] % width).to(self._columns.dtype)
 
     def flat(self) -> Tensor:
@@ -79,7 +79,7 @@ class Entries:
     def coordinates(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield (slice of entries, int64 rows, int64 columns) in pieces, so that no int64 copy of all is made."""
         width, flat = self.shape[1], self.flat()
-        for part in pieces(self.count):
+        for part in pieces(self.count, piece_entries(flat.device)):
             rows = torch.div(flat[part], width, rounding_mode="floor")
             columns = torch.sub(flat[part], rows, alpha=width)
             yield part, rows.long(), columns.long()

@@ -84,6 +84,5 @@ def _compile(sparse: SparseModel) -> None:
 
     Ranks meet in such backward passes, once per weight, and a graph may choose an order of its own.
     """
-    recorder = sparse.tuning.recorder
-    meeting = lambda: sparse.group.size > 1 and (recorder.proposing or sparse.choosing is not None)
-    compile_blocks(decoder_blocks(sparse.model, recorder.store.names), as_they_are=meeting)
+    meeting = lambda: sparse.group.size > 1 and (sparse.tuning.recorder.proposing or sparse.choosing is not None)
+    compile_blocks(decoder_blocks(sparse.model, sparse.shapes), as_they_are=meeting)

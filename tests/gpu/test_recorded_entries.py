@@ -39,7 +39,7 @@ def test_picked_entries_are_those_of_the_exact_gradient(tokens, rows, width, cou
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5 * (1 + tokens**0.5))
 
 
-@pytest.mark.parametrize("of_gradients", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_gradients", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_picked_entries_have_the_bits_of_the_plain_path_for_all_that_is_wanted(dtype, of_gradients) -> None:
     if INTERPRETED and of_gradients is torch.bfloat16:

@@ -66,7 +66,8 @@ class Campaign:
             reason = f"it needs {needs:.0f} s, and {max(0, self.left):.0f} s are left"
             yield self._row(section, "", {"skipped": reason})
             return
-        process.connection.send(child.BEGIN)
+        with suppress(OSError):  # it has ended already, which `receive` reports
+            process.connection.send(child.BEGIN)
         yield from self._rows(section, process)
 
     def _rows(self, section: Section, process: _Process) -> Iterator[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,3 @@ class Lab:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         return folder
-
-    def facts(self) -> dict[str, Any]:
-        """Return the sizes, for each row's settings."""
-        return {"device": self.device.type, **asdict(self.sizes)}

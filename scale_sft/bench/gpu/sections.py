@@ -36,7 +36,7 @@ def _own(name: str, seconds: float, work: str, about: str, **others: Any) -> Sec
 
 
 SECTIONS = (
-    _own("device", 15, "checks:device", "names, versions, products per second, bytes per second"),
+    _own("device", 30, "checks:device", "names, versions, products per second, bytes per second"),
     _own("kernels", 60, "checks:kernels", "the tests of the kernels, from a clone"),
     _own("step", 60, "steps:step", "a step of ours, LoRA, dense training and the frozen floor"),
     _own("cycle", 45, "steps:cycle", "a step on average over whole cycles of reallocation: what a user pays"),

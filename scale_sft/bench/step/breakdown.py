@@ -53,8 +53,7 @@ _PIECES: tuple[tuple[Any, str, str], ...] = (
 )
 """Owner, name of a function there, and the piece that its time belongs to.
 
-dW: products of the backward pass, full or of sampled columns. Gather: picking entries out of full products, and all GPU
-kernels, which compute and pick in one.
+dW: products of the backward pass, full or of sampled columns. Gather: picking entries out of full products.
 """
 
 PIECES = (

@@ -18,6 +18,11 @@ from scale_sft.spiel.indices import Entries
 
 BLOCK = 1024  # entries of an AdamW program
 ROW_BLOCK = 128  # entries of a row that an SM3 program takes at once
+_VIEWS = (
+    "deltas", "gradients", "row_accumulator", "old_columns", "column_accumulator", "row_starts", "columns", "weight",
+    "base",
+)  # fmt: skip
+"""Parts of flat buffers: their alignment differs from weight to weight, and must not make a kernel of each."""
 
 
 @triton.jit
@@ -44,7 +49,10 @@ def row_of(row_starts, entry, low, high, span):
     return low
 
 
-@triton.jit(do_not_specialize=["rows", "part_start", "first"])
+@triton.jit(
+    do_not_specialize=["entries", "rows", "part_start", "first"],
+    do_not_specialize_on_alignment=["cohort", "row_starts", "columns", "weight", "base"],
+)
 def adamw_kernel(
     deltas,
     gradients,
@@ -103,7 +111,7 @@ def adamw_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["part_start", "first"])
+@triton.jit(do_not_specialize=["part_start", "first"], do_not_specialize_on_alignment=_VIEWS)
 def sm3_kernel(
     deltas,
     gradients,

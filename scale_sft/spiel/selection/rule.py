@@ -63,6 +63,7 @@ class SelectionRule:
         mean_square: Tensor | None = None,
         margins: Margins | None = None,
         weight: Tensor | None = None,
+        device: torch.device | None = None,
     ) -> Tensor:
         """Compute the keys [n] fp32 of entries of weight `name`: not negative, NaN where the score is NaN.
 
@@ -76,11 +77,12 @@ class SelectionRule:
             mean_square: [n] of its square.
             margins: of the whole weight.
             weight: [n].
+            device: of the keys, where no tensor is given.
         """
         given = {"mean": mean, "mean_square": mean_square, "weight": weight}
         known = [tensor for tensor in (mean, mean_square, weight) if tensor is not None]
         if isinstance(indices, slice):
-            count, device = indices.stop - indices.start, known[0].device if known else torch.device("cpu")
+            count, device = indices.stop - indices.start, known[0].device if known else device
         else:
             count, device = indices.numel(), indices.device
         temperature = 0.0 if score.name == "random" else self.temperature

@@ -28,12 +28,19 @@ class Survey:
         rule: what to choose by.
         parts: the processes that choose together.
         read_weight: see `ReadWeight`; called only if the score reads weights.
+        device: where gradients are, and where the processes can exchange tensors.
     """
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, int]], rule: SelectionRule, parts: Parts, read_weight: ReadWeight
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        rule: SelectionRule,
+        parts: Parts,
+        read_weight: ReadWeight,
+        device: torch.device | None = None,
     ):
         self.shapes, self.rule, self.parts, self.read_weight = shapes, rule, parts, read_weight
+        self.device = device
         self.batches = 0
         """Complete batches so far."""
         self._sums: dict[str, Tensor] = {}
@@ -113,6 +120,7 @@ class Survey:
             mean_square=None if squares is None else squares.div_(self.batches),
             margins=margins,
             weight=weight,
+            device=self.device,
         )
         broken = torch.stack([(~(keys if mean is None else mean).isfinite()).sum(), (~(keys >= 0)).sum()])
         self.parts.sum_(broken)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from multiprocessing import Pipe
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,6 +76,16 @@ def _in_group(process: psutil.Process, group: int) -> bool:
         return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, OSError):
         return False
+
+
+def test_a_process_that_ended_before_its_turn_fails_its_section_only(tmp_path: Path) -> None:
+    campaign = Campaign(rows.Results(tmp_path, "gpu"), DRY, budget=100, on_gpu=False)
+    process = object.__new__(module._Process)
+    process.connection, other = Pipe()
+    process.process = SimpleNamespace(join=lambda seconds: None, exitcode=3)
+    other.close()
+    (row,) = campaign._measured(planted("fine"), process)
+    assert row["result"] == {"failed": "ended with status 3, without a word"} and campaign.failed == ["fine"]
 
 
 @pytest.mark.slow

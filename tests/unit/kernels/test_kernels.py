@@ -14,7 +14,9 @@ import torch
 
 from scale_sft.kernels import backends
 from scale_sft.kernels.gpu import usable
+from scale_sft.spiel.deltas import DeltaStore
 from scale_sft.spiel.indices import Entries
+from scale_sft.spiel.optimizers import SM3
 
 ROOT = Path(__file__).parents[3]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -216,6 +218,34 @@ def test_a_start_compiles_one_kernel_to_pick_whatever_the_shapes_and_takes_secon
             picked_entries(*some_product(2, rows, width, count))
     assert len({kernel.hash for kernel in compiled}) == 1
     assert time.perf_counter() - began < LARGEST_START_SECONDS
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("compiling", [H100], indirect=True)
+def test_weights_at_any_place_of_the_flat_buffers_share_their_kernels(compiling) -> None:
+    """Triton makes a kernel of each combination of pointers to multiples of 16 bytes and others."""
+    from scale_sft.kernels.gpu.picked import picked_entries
+    from scale_sft.kernels.gpu.updates import Written, adamw_write, sm3_write
+
+    _, compiled = compiling
+    shapes = {str(number): (32, 48) for number in range(9)}
+    counts = {name: [13, 16, 7, 24, 32][number % 5] for number, name in enumerate(shapes)}
+    store = DeltaStore(shapes, counts)
+    sm3, moments = SM3(store), torch.zeros(2, store.active)
+    kernels: dict[str, set] = {"pick": set(), "adamw": set(), "sm3": set()}
+    for delta in store:
+        part, base = store.entries_of(delta.name), torch.zeros(delta.active)
+        own = {"entries": delta.entries, "written": Written(torch.zeros(32, 48), base), "decay": 1.0, "eps": 1e-8}
+        gradients, state = store.flat[part], sm3.state_of(delta.name)
+        picked_entries(torch.zeros(2, 32), torch.zeros(2, 48), [(delta.entries, gradients)])
+        kernels["pick"].add(compiled.pop().hash)
+        tables, (mean, square) = torch.zeros(2, 1), moments[:, part]
+        adamw_write(delta.deltas, gradients, mean, square, delta.cohort, *tables, betas=(0.9, 0.99), **own)
+        kernels["adamw"].add(compiled.pop().hash)
+        sm3_write(delta.deltas, gradients, state["row"], state["col"], learning_rate=0.1, **own)
+        kernels["sm3"].add(compiled.pop().hash)
+    assert {name: len(found) for name, found in kernels.items()} == {"pick": 1, "adamw": 2, "sm3": 1}
 
 
 # --- in a run -------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ import scale_sft
 from scale_sft.errors import UserError
 from scale_sft.model import compiled_blocks
 from scale_sft.model.compiled_blocks import compile_blocks, decoder_blocks, refuse_uncompilable
+from scale_sft.spiel.schedules import Phase
+from scale_sft.training import assemble
 
 
 @pytest.fixture
@@ -95,6 +97,24 @@ def test_evaluation_runs_the_blocks_as_they_are_and_so_does_a_step_that_asks_for
     loss = model(**batch(2, 8)).loss
     loss.backward()
     assert graphs() == (not as_they_are) and torch.equal(loss.detach(), before)
+
+
+def test_ranks_that_choose_together_run_blocks_as_they_are_also_after_a_first_choice(session, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(assemble, "compile_blocks", lambda blocks, as_they_are: asked.append(as_they_are))
+    sparse = session(compile="blocks").sparse
+    (meeting,) = asked
+    for _ in range(2):
+        recorder = sparse.tuning.recorder
+        recorder.begin_step(Phase.PROPOSE)
+        monkeypatch.setattr(sparse.group, "size", 2)
+        assert meeting()
+        recorder.begin_step(Phase.OFF)
+        assert not meeting()
+        monkeypatch.setattr(sparse.group, "size", 1)
+        assert not meeting()
+        sparse.rebuild({delta.name: delta.active for delta in sparse.tuning.store})
+        assert sparse.tuning.recorder is not recorder
 
 
 def test_blocks_that_torch_cannot_trace_are_one_line_of_error(graphs) -> None:

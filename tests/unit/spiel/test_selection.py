@@ -256,3 +256,14 @@ def test_a_global_ranking_takes_the_best_of_all_and_keeps_floors() -> None:
     free = torch.cat([keys["low"], keys["high"] - 1])
     shares = global_shares({"low": keys["low"], "high": keys["high"] - 1}, sizes, {"low": 0, "high": 0}, 40, leave)
     assert shares["low"] == int((top_k_magnitude(free, 40) < 50).sum()) and sum(shares.values()) == 40
+
+
+def test_without_gradients_keys_are_made_where_the_processes_can_exchange_them() -> None:
+    class Elsewhere(WholeParts):
+        def sum_(self, flat):
+            raise LookupError(flat.device.type)
+
+    rule = SelectionRule(score="random", temperature=1.0)
+    survey = Survey(SHAPES, rule, Elsewhere(), lambda name: nullcontext(), torch.device("meta"))
+    with pytest.raises(LookupError, match="meta"):
+        survey.choose(dict.fromkeys(SHAPES, 3))
