@@ -196,10 +196,11 @@ class SparseOptimizer(torch.optim.Optimizer):
         norm = self.clip().item()
         if not isfinite(norm) or not self.tuning.candidates_are_finite:
             number = self.number
+            what = f"the norm of the gradient is {norm}" if not isfinite(norm) else "candidates' gradients are infinite"
             self.zero_grad()
             raise UserError(
-                f"step {number}: the norm of the gradient is {norm}, expected finite numbers; nothing was changed. "
-                "Fix: lower the learning rate, or look at this batch"
+                f"step {number}: {what}, expected finite numbers; nothing was changed. "
+                "Fix: lower the learning rate, or look at this batch; in float16, use bfloat16 or a smaller loss scale"
             )
         self.update()
         if self.reallocates and (turnover := self.reallocate()):

@@ -40,7 +40,9 @@ class SpielCallback(TrainerCallback):
                 "train with `scale-sft train`, which shards the base over ranks"
             )
         optimizer = kwargs["optimizer"]
-        tuner.begin(getattr(optimizer, "optimizer", optimizer), total_steps=state.max_steps)
+        tuner.begin(
+            getattr(optimizer, "optimizer", optimizer), total_steps=state.max_steps, fresh=state.global_step == 0
+        )
         for session in tuner.sessions.values():
             if session.schedule and session.steps != state.global_step:
                 raise UserError(
@@ -57,8 +59,8 @@ class SpielCallback(TrainerCallback):
         """
         tuner = tuner_in(kwargs.get("model"))
         for session in tuner.sessions.values() if tuner is not None else ():
-            if session.received:
-                optimizer = kwargs["optimizer"]
+            optimizer = kwargs["optimizer"]
+            if session.received and not getattr(optimizer, "step_was_skipped", False):  # by a GradScaler
                 kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
                 raise UserError(
                     f"optimizer: {kind} has stepped without torch's step hooks, expected a torch.optim.Optimizer. Fix: "

@@ -68,8 +68,18 @@ def refuse_foreign(optimizer: torch.optim.Optimizer, values: nn.Parameter, mode:
 
 
 def group_of(optimizer: torch.optim.Optimizer, values: nn.Parameter) -> dict[str, Any]:
-    """Return the parameter group of a parameter."""
-    return next(group for group in optimizer.param_groups if any(one is values for one in group["params"]))
+    """Return the parameter group of a parameter.
+
+    Raises:
+        UserError: the optimizer does not have it.
+    """
+    found = next((group for group in optimizer.param_groups if any(one is values for one in group["params"])), None)
+    if found is None:
+        raise UserError(
+            "optimizer: got one without the adapter's deltas, expected one made after get_peft_model. Fix: make it "
+            "from the PEFT model's parameters()"
+        )
+    return found
 
 
 @torch.no_grad()

@@ -211,9 +211,12 @@ class Session:
     def _estimate(self) -> None:
         """Add one term to the candidates' estimates (Eq. 8), of the gradient as the optimizer has used it.
 
-        The caller may have averaged, clipped or unscaled the active entries' gradients, the only ones it sees.
+        The caller may have averaged, clipped or unscaled the active entries' gradients, the only ones it sees. So a
+        GradScaler does not skip a step in which only candidates have overflowed: their gradients count as fp16's limit.
         """
         flat = self.recorder.flat
+        limit = torch.finfo(torch.float16).max
+        flat[self.store.active :].nan_to_num_(nan=0.0, posinf=limit, neginf=-limit)
         flat[: self.store.active] = self._sums
         self.group.sum_(flat)
         if self.group.size > 1:
@@ -345,11 +348,11 @@ class Session:
                 self.recorder.load_candidates(name, candidates)
         self._open()
 
-    def resume(self, optimizer: torch.optim.Optimizer) -> None:
-        """Continue where an optimizer's state says, if it says anything."""
+    def resume(self, optimizer: torch.optim.Optimizer, *, fresh: bool = False) -> None:
+        """Continue where an optimizer's state says, if it says anything; `fresh`: begin at step 0 nevertheless."""
         first = next(iter(self.layers.values())).spiel_values[self.adapter]
         found = group_of(optimizer, first).get(STATE_KEY, {}).get(self.adapter)
-        if found is not None:
+        if found is not None and not fresh:
             self.load(found)
         self._publish(optimizer)
 

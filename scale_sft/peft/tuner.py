@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -216,12 +217,23 @@ class SpielModel(BaseTuner):
             session = self.sessions[adapter] = fresh
         return session
 
-    def begin(self, optimizer: torch.optim.Optimizer, total_steps: int | None = None) -> None:
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse a batch that mixes adapters, which PEFT would otherwise compute with the active one."""
+        if kwargs.get("adapter_names") is not None:
+            raise UserError(
+                "adapter_names: got one for each row, expected none, as a weight holds one adapter at a time. Fix: "
+                "call set_adapter, and the model once for each adapter"
+            )
+        yield
+
+    def begin(self, optimizer: torch.optim.Optimizer, total_steps: int | None = None, *, fresh: bool = False) -> None:
         """Begin a training of the active adapter, or resume it from an optimizer's loaded state.
 
         Args:
             optimizer: of its parameters.
             total_steps: of the whole training, if the config does not say; None: as before.
+            fresh: begin at step 0, although the optimizer may have been through an earlier training.
         """
         self.__dict__["total_steps"] = total_steps or self.total_steps
         for adapter in self.active_adapters:
@@ -230,13 +242,18 @@ class SpielModel(BaseTuner):
             earlier = self.sessions.pop(adapter, None)
             if earlier is not None and earlier.steps:
                 self._warm.add(adapter)
-            self.session(adapter).resume(optimizer)
+            self.session(adapter).resume(optimizer, fresh=fresh)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Follow a step of any optimizer: see `hooks`."""
         held = {id(one) for group in optimizer.param_groups for one in group["params"]}
         for adapter, session in list(self.sessions.items()):
             if not any(id(layer.spiel_values[adapter]) in held for layer in session.layers.values()):
+                if session.received and any(id(layer.weight) in held for layer in session.layers.values()):
+                    raise UserError(
+                        f"optimizer: got one of the base's weights, which are frozen, expected the deltas of adapter "
+                        f"'{adapter}'. Fix: make it after get_peft_model, from the PEFT model's parameters()"
+                    )
                 continue
             if session.received:
                 session.after_step(optimizer)

@@ -73,6 +73,30 @@ def test_a_second_training_begins_its_own_schedule_with_the_entries_of_the_first
     assert session_of(model).chosen and session_of(model).schedule.replaced(2, 100) != 100
 
 
+def test_the_same_trainer_trains_twice(tmp_path) -> None:
+    run = trainer(wrapped(tiny(), total_steps=None), tmp_path, steps=6)
+    for _ in range(2):
+        run.train()
+        assert session_of(run.model).steps == 6
+
+
+def test_an_optimizer_made_before_the_adapter_is_refused(tmp_path) -> None:
+    base = tiny()
+    optimizer = torch.optim.AdamW(base.parameters())
+    with pytest.raises(UserError, match="expected one made after get_peft_model"):
+        trainer(wrapped(base), tmp_path, optimizers=(optimizer, None)).train()
+
+
+def test_a_step_that_a_scaler_has_skipped_is_no_error() -> None:
+    model = wrapped(tiny())
+    model(**batches(1)[0]).loss.backward()
+    stepped = types.SimpleNamespace(step_was_skipped=True)  # Accelerate's, with fp16=True on a GPU
+    SpielCallback().on_step_end(None, None, None, model=model, optimizer=stepped)
+    stepped.step_was_skipped = False
+    with pytest.raises(UserError, match="without torch's step hooks"):
+        SpielCallback().on_step_end(None, None, None, model=model, optimizer=stepped)
+
+
 def test_without_the_callback_of_itself_one_argument_does(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(
         "transformers.trainer.DEFAULT_CALLBACKS", [one for one in DEFAULT_CALLBACKS if one is not SpielCallback]

@@ -250,6 +250,21 @@ def test_autocast_and_checkpointing_train_too() -> None:
     assert all(bool(weight.isfinite().all()) for weight in weights_of(model).values())
 
 
+def test_candidates_that_overflow_in_fp16_leave_numbers_finite() -> None:
+    model = wrapped(tiny())
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    for step, batch in enumerate(batches(4)):
+        model(**batch).loss.backward()
+        if step == 0:
+            session = session_of(model)
+            session.recorder.flat[session.store.active :: 2] = torch.inf
+        optimizer.step()
+        optimizer.zero_grad()
+    assert session.reallocations == [2]
+    assert all(bool(weight.isfinite().all()) for weight in weights_of(model).values())
+    assert all(bool(state["exp_avg"].isfinite().all()) for state in optimizer.state.values())
+
+
 def test_reentrant_checkpointing_needs_gradients_of_the_input_and_says_so() -> None:
     model = wrapped(tiny())
     model.train()
@@ -295,6 +310,19 @@ def test_an_optimizer_of_some_of_the_deltas_is_refused() -> None:
     values = [layer.spiel_values["default"] for layer in model.base_model.spiel_layers()]
     with pytest.raises(UserError, match="optimizer: got one without the deltas of"):
         train(model, 1, torch.optim.AdamW(values[1:]))
+
+
+def test_an_optimizer_made_before_the_adapter_is_refused() -> None:
+    base = tiny()
+    optimizer = torch.optim.AdamW(base.parameters())
+    with pytest.raises(UserError, match="of the base's weights, which are frozen.*after get_peft_model"):
+        train(wrapped(base), 1, optimizer)
+
+
+def test_a_batch_that_mixes_adapters_is_refused() -> None:
+    model = wrapped(tiny()).eval()
+    with pytest.raises(UserError, match="adapter_names: got one for each row"):
+        model(**batches(1)[0], adapter_names=["default"] * 4)
 
 
 class _Momentum8bit(_SignOfMomentum):
