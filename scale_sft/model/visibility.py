@@ -26,7 +26,7 @@ def visible_fraction(sparse: Sparse) -> float:
         base = base.to(deltas.device).float()
         visible = (base + deltas.float()).to(torch.bfloat16) != base.to(torch.bfloat16)
         counts += torch.stack((visible.sum(), torch.full_like(visible.sum(), visible.numel())))
-    sparse.group.sum_(counts)
+    sparse.group.sum_(counts, "scalars")
     visible_entries, entries = counts.tolist()
     return visible_entries / max(1.0, entries)
 

@@ -156,5 +156,5 @@ class SparseSource:
             first = start + before
             bits[first : first + base.numel()] = bits_of(base).to(bits.device, torch.int32)
             start += delta.active
-        self._sparse.group.sum_(bits)
+        self._sparse.group.sum_(bits, "sync")
         return bits

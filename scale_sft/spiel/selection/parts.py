@@ -26,8 +26,8 @@ class Parts(Protocol):
     def own_part(self, gradient: Tensor) -> Tensor:
         """Sum a gradient [N] over the processes; returns this one's part [n], in fp32 if there are several."""
 
-    def sum_(self, flat: Tensor) -> None:
-        """Sum a contiguous tensor over the processes, in place."""
+    def sum_(self, flat: Tensor, purpose: str = "gradients") -> None:
+        """Sum a contiguous tensor over the processes, in place; its traffic counts as `purpose`."""
 
     def choose(self, keys: Tensor, n: int, count: int) -> Tensor:
         """Find the largest of all parts' keys [n] fp32: [count] int64 flat, sorted; ties to the smaller index."""
@@ -45,7 +45,7 @@ class WholeParts:
     def own_part(self, gradient: Tensor) -> Tensor:
         return gradient
 
-    def sum_(self, flat: Tensor) -> None:
+    def sum_(self, flat: Tensor, purpose: str = "gradients") -> None:
         """Leave it as it is."""
 
     def choose(self, keys: Tensor, n: int, count: int) -> Tensor:

@@ -123,7 +123,7 @@ class Survey:
             device=self.device,
         )
         broken = torch.stack([(~(keys if mean is None else mean).isfinite()).sum(), (~(keys >= 0)).sum()])
-        self.parts.sum_(broken)
+        self.parts.sum_(broken, "scalars")
         gradients, scores = broken.tolist()
         if gradients and mean is not None:
             raise ValueError(

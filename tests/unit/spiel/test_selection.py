@@ -36,7 +36,7 @@ class PartsOfRanks:
     def own_part(self, gradient: Tensor) -> Tensor:
         return candidates.sum_own_part(self.ranks, gradient)
 
-    def sum_(self, flat: Tensor) -> None:
+    def sum_(self, flat: Tensor, purpose: str = "gradients") -> None:
         self.ranks.sum_(flat)
 
     def choose(self, keys: Tensor, n: int, count: int) -> Tensor:
@@ -260,7 +260,7 @@ def test_a_global_ranking_takes_the_best_of_all_and_keeps_floors() -> None:
 
 def test_without_gradients_keys_are_made_where_the_processes_can_exchange_them() -> None:
     class Elsewhere(WholeParts):
-        def sum_(self, flat):
+        def sum_(self, flat, purpose):
             raise LookupError(flat.device.type)
 
     rule = SelectionRule(score="random", temperature=1.0)

@@ -149,7 +149,7 @@ class Half(OneProcess):
     def fingerprints(self, parts):
         return self.meeting["prints"]
 
-    def sum_(self, flat):
+    def sum_(self, flat, purpose):
         self.meeting["sums"].append(flat.clone())
         flat.copy_(sum(self.meeting["sums"]))
 
