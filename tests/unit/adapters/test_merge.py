@@ -136,6 +136,8 @@ _MERGE_UNDER_A_LIMIT = """
 import resource, sys
 import scale_sft.adapters.merge, scale_sft.model.loading
 from pathlib import Path
+with scale_sft.adapters.base_files.BaseFiles(Path(sys.argv[4])) as files:
+    files.sources_of({})  # imports the code of the model
 now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + int(sys.argv[1]),) * 2)
 from safetensors import safe_open

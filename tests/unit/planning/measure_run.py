@@ -7,6 +7,7 @@ its last step.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import json
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from scale_sft import train
 from scale_sft.config.loading import load
 from scale_sft.model import cross_entropy, output_layer
+from scale_sft.spiel import indices, settings
 from scale_sft.training import lifecycle as outcome
 
 
@@ -47,6 +49,8 @@ if __name__ == "__main__":
     outcome.finish = lambda *arguments: None
     cross_entropy.CPU_LOGITS = cross_entropy.GPU_LOGITS  # plans are made for GPUs
     output_layer.CPU_CHUNK = output_layer.GPU_CHUNK
+    indices.PIECE_ENTRIES = indices.DEVICE_PIECE_ENTRIES
+    settings.Backends.__init__ = functools.partialmethod(settings.Backends.__init__, together=True)
     warm_up, *runs = (json.loads(argument) for argument in sys.argv[1:])
     peak_of(warm_up)
     for run in runs:

@@ -111,7 +111,9 @@ def test_wrong_requests_are_told() -> None:
 # fmt: off
 MEASURED = {
     "llama": {"model": "llama", "dtype": "float32", "density": 0.02, "global_batch_size": 2},
-    "llama in bf16": {"model": "llama", "dtype": "bfloat16", "density": 0.02, "global_batch_size": 2},
+    "llama in bf16": {
+        "model": "llama", "dtype": "bfloat16", "density": 0.02, "global_batch_size": 2, "attention": "sdpa"
+    },  # a plan is for a GPU; on a CPU `auto` takes eager here
     "checkpointing": {
         "model": "llama", "dtype": "float32", "density": 0.02, "global_batch_size": 4, "gradient_checkpointing": True
     },
