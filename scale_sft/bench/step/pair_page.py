@@ -31,7 +31,7 @@ def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
                 f"{result['trainable']:,}",
                 f"{result['tokens']:,}" if "tokens" in result else "-",
                 f"{1e3 * result['median_seconds']:,.1f}",
-                f"{low:,.1f} to {high:,.1f}",
+                f"{low:,.0f} to {high:,.0f}",
                 *(f"{found['median']:.3f}" if found else "-" for found in relative),
                 f"{result['peak_bytes'] / 2**20:,.1f}" if "peak_bytes" in result else "-",
             ]
