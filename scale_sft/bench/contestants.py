@@ -36,10 +36,18 @@ def forward(model: nn.Module, batch: dict[str, Tensor], target_tokens: int) -> T
 def backward(loss: Tensor) -> float:
     """Compute all gradients; returns the loss, which every trainer reads."""
     loss.backward()
-    value = loss.item()
-    if not isfinite(value):
-        raise UserError(f"bench: the loss is {value}; this base in this dtype overflows on random tokens")
-    return value
+    return finite(loss.item())
+
+
+def finite(loss: float) -> float:
+    """Return a loss that is a number.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not isfinite(loss):
+        raise UserError(f"bench: the loss is {loss}; this base in this dtype overflows on random tokens")
+    return loss
 
 
 class Contestant(Protocol):
@@ -92,7 +100,7 @@ class Sparse:
         """Do the trainer's optimizer step `step` on micro-batch `number`; returns the loss."""
         optimizer = self.optimizer
         optimizer.begin(step)
-        loss = backward(forward(self.model, batches.take(number), batches.target_tokens))
+        loss = self.gradients(batches, number)
         optimizer.reduce()
         norm = optimizer.clip().item()
         if not isfinite(norm) or not self.tuning.candidates_are_finite:
@@ -102,6 +110,10 @@ class Sparse:
             optimizer.reallocate()
         optimizer.end()
         return loss
+
+    def gradients(self, batches: Batches, number: int) -> float:
+        """Compute the gradients of micro-batch `number`; returns the loss."""
+        return backward(forward(self.model, batches.take(number), batches.target_tokens))
 
 
 class Dense:
@@ -205,9 +217,14 @@ class SpielPeft(Dense):
         }
 
 
+def lora_settings(base: Base) -> dict[str, Any]:
+    """Return the settings of a LoRA on our target weights, of the rank whose parameters are nearest to ours."""
+    names = [name.removesuffix(".weight") for name in base.shapes]
+    return {"r": base.lora_rank, "lora_alpha": 2 * base.lora_rank, "lora_dropout": 0.0, "target_modules": names}
+
+
 def _lora(base: Base, *, cast: bool = True) -> Dense:
-    rank = base.lora_rank
-    return _peft(base, "LoraConfig", cast=cast, r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=True)
+    return _peft(base, "LoraConfig", cast=cast, **lora_settings(base))
 
 
 CONTESTANTS: dict[str, Callable[[Base], Contestant]] = {

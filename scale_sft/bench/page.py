@@ -20,6 +20,7 @@ from .rows import Row, machine_name, read_rows
 PAGE = "bench.html"
 BENCHMARKS = {
     "step": "step.page",
+    "dpo": "step.pair_page",
     "memory": "memory.measure",
     "reallocate": "reallocate",
     "scale": "scale.page",

@@ -18,7 +18,7 @@ from typing import Any
 from scale_sft.errors import UserError
 from scale_sft.version import __version__
 
-_PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes")
+_PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "trl", "deepspeed", "bitsandbytes")
 _SOURCES = ("scale_sft", "ds_configs", "launch")
 
 

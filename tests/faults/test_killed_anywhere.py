@@ -1,5 +1,6 @@
 """A run that is killed at any moment goes on as if nothing had happened, bit for bit."""
 
+import random
 import signal
 
 import pytest
@@ -93,3 +94,23 @@ def test_killed_after_the_last_step_it_only_finishes(options, uninterrupted, tmp
     run = killed_again_and_again(options, tmp_path, [Kill(30, "renamed")])
     assert max(batches(run)) == STEPS
     assert_same_run(run, uninterrupted("ag"))
+
+
+@pytest.mark.slow
+def test_a_run_on_preferences_is_as_exact(options, preferences_file, tmp_path):
+    """Its reference is measured again after the kill, with the deltas of a checkpoint in the model."""
+    given = {
+        **options, "objective": "dpo", "train_data": preferences_file, "eval_data": preferences_file, "packing": True,
+        "steps": 9, "update_interval_steps": 5, "estimation_steps": 2, "eval_every_steps": 5, "max_length": 64,
+    }  # fmt: skip
+    whole, log = tmp_path / "whole", tmp_path / "log"
+    assert finish(start({**given, "output_dir": whole, "cache_dir": tmp_path / "cache"}, log)) == 0, log.read_text()
+    kill = Kill(random.randint(EVERY + 1, given["steps"]), random.choice(PLACES_IN_STEP))
+    print(kill)  # shown if the test fails
+    interrupted = {**given, "output_dir": tmp_path / "run", "cache_dir": tmp_path / "other"}
+    assert finish(start(interrupted, log, kill=kill)) == -signal.SIGKILL, log.read_text()
+    tables = list((tmp_path / "other").glob("reference-*"))
+    assert tables
+    for file in tables:
+        file.unlink()
+    assert_same_run(killed_again_and_again(interrupted, tmp_path, []), whole)

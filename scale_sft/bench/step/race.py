@@ -11,12 +11,12 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import ERROR, getLogger
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from rich.console import Console
@@ -50,26 +50,34 @@ class Effort:
 
 
 def run(
-    cases: Sequence[Case], names: Sequence[str] | None, effort: Effort, output: Path, console: Console
+    cases: Sequence[Case],
+    names: Sequence[str] | None,
+    effort: Effort,
+    output: Path,
+    console: Console,
+    kind: type[Race] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure the contestants `names` (None: all that a case permits) in each case; returns the rows added to `output`.
+
+    Args:
+        kind: of race; None: on sequences.
 
     Raises:
         UserError: a contestant is unknown, impossible in every case, or needs a missing library; or a base does not
             load.
         KeyboardInterrupt: after the rows of all finished rounds have been added.
     """
-    device = this_device()
-    line_ups = [_line_up(case, names) for case in cases]
-    _refuse_empty(cases, names, line_ups)
+    device, kind = this_device(), kind or Race
+    line_ups = [_line_up(kind, case, names) for case in cases]
+    _refuse_empty(kind, cases, names, line_ups)
     bases = [Base(case, device) for case in cases]  # checks every case before the first measurement
-    results, rows = Results(output, "step"), []
+    results, rows = Results(output, kind.benchmark), []
     for base, chosen in zip(bases, line_ups, strict=True):
-        left_out = {name: why for name in names or CONTESTANTS if (why := impossible(name, base.case))}
+        left_out = {name: why for name in names or kind.contestants if (why := kind.impossible(name, base.case))}
         console.print(f"{describe(base.case.settings())}: {len(chosen)} contestants, rounds: {effort.rounds}")
         for name, why in left_out.items():
-            console.print(f"  without {name}: {why}")
-        race = Race(base, chosen, effort)
+            console.print(f"  without {name}: {why}", markup=False)
+        race = kind(base, chosen, effort)
         try:
             race.run(console)
         except KeyboardInterrupt:
@@ -84,19 +92,22 @@ def run(
     return rows
 
 
-def _line_up(case: Case, names: Sequence[str] | None) -> list[str]:
-    """List the participants of a case, in the order of `CONTESTANTS`."""
+def _line_up(kind: type[Race], case: Case, names: Sequence[str] | None) -> list[str]:
+    """List the participants of a case, in the order of the contestants."""
+    every = kind.contestants
     for name in names or ():
-        if name not in CONTESTANTS:
-            raise UserError(f"contestants: {unknown(f'contestant {name!r}', name, CONTESTANTS)}")
-    return [name for name in CONTESTANTS if (not names or name in names) and impossible(name, case) is None]
+        if name not in every:
+            raise UserError(f"contestants: {unknown(f'contestant {name!r}', name, every)}")
+    return [name for name in every if (not names or name in names) and kind.impossible(name, case) is None]
 
 
-def _refuse_empty(cases: Sequence[Case], names: Sequence[str] | None, line_ups: list[list[str]]) -> None:
+def _refuse_empty(
+    kind: type[Race], cases: Sequence[Case], names: Sequence[str] | None, line_ups: list[list[str]]
+) -> None:
     for name in names or ():
         if not any(name in chosen for chosen in line_ups):
             raise UserError(
-                f"contestants: {name} takes part in no case: {impossible(name, cases[0])}. Fix: leave it out"
+                f"contestants: {name} takes part in no case: {kind.impossible(name, cases[0])}. Fix: leave it out"
             )
     for case, chosen in zip(cases, line_ups, strict=True):
         if not chosen:
@@ -117,17 +128,43 @@ class Race:
 
     Args:
         base: the model that all start from.
-        names: keys of `CONTESTANTS`.
+        names: keys of `contestants`.
     """
+
+    benchmark: ClassVar[str] = "step"
+    """The file of its rows."""
+    contestants: ClassVar[Mapping[str, Callable[..., Contestant]]] = CONTESTANTS
+    peers: ClassVar[tuple[str, ...]] = PEERS
+    """Those that all are compared with."""
+    impossible = staticmethod(impossible)
 
     def __init__(self, base: Base, names: Sequence[str], effort: Effort):
         self.base, self.names, self.effort = base, list(names), effort
-        self.batches = Batches(base.case, base.model_config.vocab_size, base.device)
+        self.batches = self.make_batches()
         self.together = fits_together(base, names) if effort.together is None else effort.together
         self.trainable: dict[str, int] = {}
         self.breakdowns: dict[str, dict[str, Any]] = {}
         self.rounds: list[dict[str, Times]] = []  # those that all participants have finished
         self._ready: dict[str, Contestant] = {}
+
+    def make_batches(self) -> Any:
+        """Make the micro-batches of all contestants."""
+        return Batches(self.base.case, self.base.model_config.vocab_size, self.base.device)
+
+    def make(self, name: str) -> Contestant:
+        """Make a contestant from the base."""
+        return self.contestants[name](self.base)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the case, for its rows."""
+        return self.base.case.settings()
+
+    def after_rounds(self) -> None:
+        """Measure what else is asked for while the contestants are ready."""
+
+    def show(self, rows: Sequence[dict[str, Any]], console: Console) -> None:
+        """Print the rows of the case."""
+        show(rows, console)
 
     def run(self, console: Console) -> None:
         """Run all rounds, then the breakdown of our own steps."""
@@ -143,6 +180,7 @@ class Race:
                 if not console.is_interactive:
                     took = time.perf_counter() - began
                     console.print(f"  round {number + 1} of {self.effort.rounds}: {took:.1f} s")
+            self.after_rounds()
             self._ready = {}
             if self.effort.breakdown:
                 for name in (name for name in self.names if name.startswith("ours-")):
@@ -155,8 +193,12 @@ class Race:
         if self.together:
             self._ready = {name: self._prepare(name) for name in self.names}
 
+    def ready(self, name: str) -> Contestant:
+        """Return a contestant that is warmed up; it is made again unless all stay in memory."""
+        return self._ready.get(name) or self._prepare(name)
+
     def _prepare(self, name: str) -> Contestant:
-        contestant = CONTESTANTS[name](self.base)
+        contestant = self.make(name)
         self.trainable[name] = contestant.trainable
         contestant.warm_up(self.batches)
         for number in range(self.effort.warm_up_steps):
@@ -169,7 +211,7 @@ class Race:
         random.Random(f"{self.base.case.seed} {number}").shuffle(order)
         found = {}
         for name in order:
-            contestant = self._ready.get(name) or self._prepare(name)
+            contestant = self.ready(name)
             found[name] = timed_step(contestant, self.batches, number, self.base.device)
             del contestant
             if not self.together:
@@ -184,7 +226,7 @@ class Race:
             "median_seconds": statistics.median(seconds),
             "quartiles_seconds": quartiles(seconds),
             "tokens_per_second": self.base.case.length * self.base.case.micro_batch / statistics.median(seconds),
-            "relative": {peer: self.relative(name, peer) for peer in PEERS if peer in self.names},
+            "relative": {peer: self.relative(name, peer) for peer in self.peers if peer in self.names},
             "seconds": seconds,
             "cpu_seconds": [found[name].cpu for found in self.rounds],
         }
@@ -250,27 +292,28 @@ def _add(race: Race, results: Results, console: Console) -> list[dict[str, Any]]
     """Add the rows of finished rounds, if any, and print their table."""
     if not race.rounds:
         return []
-    shared = race.base.case.settings() | {
+    shared = race.settings() | {
         "device": race.base.device.type,
         "threads": torch.get_num_threads(),
         "rounds": len(race.rounds),
         "together": race.together,
     }
     rows = [results.add({**shared, "contestant": name}, **race.result(name)) for name in race.names]
-    show(rows, console)
+    race.show(rows, console)
     return rows
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """Print the rows of one case as a table, and the breakdown of our own steps as another."""
     columns, lines = table_of(rows)
-    console.print(_rich(columns, lines))
+    console.print(rich_table(columns, lines))
     own = [row for row in rows if "breakdown" in row["result"]]
     if own:
-        console.print(_rich(*breakdown_table(own)))
+        console.print(rich_table(*breakdown_table(own)))
 
 
-def _rich(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+def rich_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    """Make a table for the console; all columns but the first are right-aligned."""
     table = Table(*columns, show_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
