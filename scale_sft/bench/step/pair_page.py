@@ -49,8 +49,8 @@ def part(rows: list[Row]) -> Part:
             "dpo has its reference precomputed, packed computes each prompt once, and swapped runs the reference in "
             "each step: ours without deltas, TRL without adapters. trl-dpo is TRL's DPOTrainer with LoRA: collate, "
             "training step, clip and update, without callbacks and logs. All update with AdamW and keep what they "
-            "train in float32. The peak is the memory that one step adds, and tokens are those that it computes with "
-            "gradient."
+            "train in float32, but TRL in bfloat16 on a quantised base. The peak is the memory that one step adds, "
+            "and tokens are those that it computes with gradient."
         ),
         tables=[_table(group) for group in groups],
     )
