@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -91,6 +94,21 @@ def test_it_is_measured_once_per_base_and_data_and_then_taken_from_the_cache(
         file.write_bytes(damaged.read_bytes()[:50])
     again = prefer(**own)
     assert len(calls) == 4 and torch.equal(again.objective._table, first.objective._table)
+
+
+def test_the_same_weights_under_other_settings_are_another_reference(prefer, tiny_model, tmp_path):
+    own, first = {"cache_dir": str(tmp_path / "cache")}, None
+    for epsilon in (None, 0.5):
+        base = tmp_path / f"base-{epsilon}"
+        shutil.copytree(tiny_model("llama"), base)
+        settings = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**settings, **({"rms_norm_eps": epsilon} if epsilon else {})}))
+        run = prefer(base=str(base), **own)
+        assert first is None or not torch.equal(run.objective._table, first), "not taken from the cache"
+        first = run.objective._table
+    copy = shutil.copytree(base, tmp_path / "elsewhere")
+    prefer(base=str(copy), **own)
+    assert len(list((tmp_path / "cache").glob("reference-*"))) == 2, "its folder does not matter"
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("precomputed", "bfloat16"), ("swapped", "float32")])
