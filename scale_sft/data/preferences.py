@@ -133,6 +133,11 @@ class Marked(Preferences):
         """Hash all tokens, spans and marks with SHA-256: 64 hex digits."""
         return hashlib.sha256(super().digest().encode() + self.good.tobytes()).hexdigest()
 
+    def right_answers(self) -> Examples:
+        """Return the good answers; all if none is good."""
+        kept = self._kept[self.good] if self.good.any() else self._kept
+        return Examples(self._data.select(kept), self.source, self.notes)
+
     def subset(self, members: Sequence[int]) -> Marked:
         """Return some of these examples, in the order given."""
         return Marked(self._data.select(self._kept[np.asarray(members, dtype=np.int64)]), self.source, self.notes)

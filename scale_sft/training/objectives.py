@@ -58,7 +58,19 @@ def objective_of(inputs: Inputs, cluster: Cluster, sparse: SparseModel) -> Token
         reference=reference,
         cluster=cluster,
         cut=Cut(config.run.micro_batch_size, config.sparse.proposal_batch_size),
-        notes=[note] if note else [],
+        notes=list(filter(None, (note, _start_left_out(inputs)))),
+    )
+
+
+def _start_left_out(inputs: Inputs) -> str | None:
+    """Say that the reference is the bare base although the run starts from an adapter; None: it is not, or does."""
+    given = inputs.config.objective
+    if not inputs.start or given.reference_adapter or given.reference_kind == "none":
+        return None
+    start = inputs.config.sparse.start_from
+    return (
+        f"reference: the base alone, without the adapter that the run starts from. To keep that: --reference_adapter "
+        f"{start}"
     )
 
 

@@ -120,6 +120,8 @@ def test_marked_answers_and_pairs_make_marked_answers(prefer, shown):
     flipped = prefer([{**row, "label": not row["label"]} for row in rows], "marked")
     assert flipped.digest() != examples.digest()
     pairs = prefer([{"prompt": "a ", "chosen": "b", "rejected": "c"}], "marked")
+    assert [len(found.right_answers()) for found in (pairs, examples, flipped)] == [1, 1, 1]
+    assert flipped.right_answers().tokens(0)[0].tolist() == flipped.tokens(1)[0].tolist()
     assert pairs.good.tolist() == [True, False] and shown(pairs, 2) == ("<s>a c</s>", "c</s>")
 
 

@@ -128,6 +128,7 @@ def test_a_reference_adapter_is_part_of_the_reference(train_run, prefer, session
         objective="dpo", train_data=run.inputs.config.data.train_data, max_length=64, dtype=dtype, reference=kind,
         reference_adapter=str(adapter), start_from=str(adapter), density="none",
     )  # fmt: skip
+    assert not any("without the adapter" in note for note in further.objective.notes)
     further.objective.prepare()
     share = further.objective.share([0, 5], proposing=False)
     (micro_batch,) = further.micro_batches([0, 5], proposing=False)
@@ -147,3 +148,12 @@ def test_an_adapter_of_another_base_or_of_other_weights_is_refused(train_run, pr
         prefer(reference_adapter=str(adapter), target_modules="q_proj", base=str(tmp_path / "other"))
     with pytest.raises(UserError, match="reference_adapter: .*nowhere"):
         prefer(reference_adapter=str(tmp_path / "nowhere"))
+
+
+def test_a_run_that_starts_from_an_adapter_and_leaves_it_out_of_the_reference_says_so(
+    train_run, session, tmp_path, preferences_file
+):
+    adapter = str(train_run(output_dir=str(tmp_path / "sft")) / "adapter")
+    given = {"train_data": str(preferences_file), "max_length": 64, "start_from": adapter, "density": "none"}
+    notes = {kind: session(objective=kind, **given).objective.notes for kind in ("dpo", "orpo")}
+    assert f"--reference_adapter {adapter}" in notes["dpo"][0] and not notes["orpo"]
