@@ -82,6 +82,11 @@ def _broken_rules_of_objective(config: Config) -> list[str]:
             f"loss_on: got all with objective {given.objective}, expected completion or assistant: both sides share "
             "their prompt. Fix: leave loss_on out"
         )
+    if given.objective == "kto" and config.data.loss_on == "assistant":
+        mistakes.append(
+            "loss_on: got assistant with objective kto, expected completion: an answer is one turn, which other prompts "
+            "borrow. Fix: leave loss_on out"
+        )
     if given.best_by == "accuracy" and not given.pairs:
         mistakes.append(
             f"best_by: got accuracy with objective {given.objective}, expected loss: only pairs have an accuracy. "

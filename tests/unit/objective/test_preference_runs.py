@@ -149,6 +149,7 @@ def test_the_best_step_is_chosen_by_loss_or_by_accuracy():
         ({"objective": "orpo", "reference": "swapped"}, "reference: got swapped with objective orpo, which has no ref"),
         ({"reference_adapter": "there"}, "reference_adapter: got there with objective sft"),
         ({"objective": "dpo", "loss_on": "all"}, "loss_on: got all with objective dpo, expected completion or"),
+        ({"objective": "kto", "loss_on": "assistant"}, "loss_on: got assistant with objective kto, expected completion"),
         ({"objective": "kto", "best_by": "accuracy"}, "best_by: got accuracy with objective kto"),
         ({"objective": "dop"}, "did you mean .dpo"),
     ],
