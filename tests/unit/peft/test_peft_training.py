@@ -333,6 +333,9 @@ def test_an_optimizer_whose_state_cannot_follow_is_named_and_may_be_reset() -> N
     model = wrapped(tiny())
     with pytest.raises(UserError, match=r"_Momentum8bit keeps 'state1' \(uint8.*optimizer_state='reset'"):
         train(model, 1, _Momentum8bit(model.parameters()))
+    adadelta = wrapped(tiny())
+    with pytest.raises(UserError, match="Adadelta keeps 'square_avg' without the option 'alpha'"):
+        train(adadelta, 1, torch.optim.Adadelta(adadelta.parameters()))
     model = wrapped(tiny(), optimizer_state="reset")
     base = weights_of(model)
     optimizer = train(model, 6, _Momentum8bit(model.parameters()))
