@@ -89,7 +89,7 @@ class Session:
         self._published: Any = None  # our state in the optimizer's group
         probes = min(PROBES, self.store.active)
         self._probes = torch.arange(probes, device=device) * self.store.active // probes
-        self._seen: Tensor | None = None  # bits of the probed deltas as they were written
+        self._seen: Tensor | None = self._probe()  # bits of the probed deltas as they were written
         self._open()
 
     def _adopt_values(self) -> None:
@@ -159,7 +159,8 @@ class Session:
         if not self.received:
             return
         gradients = [self.layers[name].spiel_values[self.adapter].grad for name in self.received]
-        if all(one is None or not bool(one.any()) for one in gradients):
+        alone = self.group.size == 1  # a batch may give zeros on one rank only, and ranks choose together
+        if all(one is None or (alone and not bool(one.any())) for one in gradients):
             self.recorder.discard_step()
             self._open()
             self._inside = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import types
 
 import pytest
 import torch
@@ -317,6 +318,29 @@ def test_an_optimizer_made_before_the_adapter_is_refused() -> None:
     optimizer = torch.optim.AdamW(base.parameters())
     with pytest.raises(UserError, match="of the base's weights, which are frozen.*after get_peft_model"):
         train(wrapped(base), 1, optimizer)
+
+
+def test_the_first_step_that_nobody_wrote_is_refused_as_any_other() -> None:
+    for step in range(2):
+        model = wrapped(tiny(), method="random")
+        train(model, step)
+        values = [one for one in model.parameters() if one.requires_grad]
+        model(**batches(1)[0]).loss.backward()
+        with torch.no_grad():
+            for one in values:
+                one.sub_(0.01)
+        with pytest.raises(UserError, match="nobody has written them"):
+            model(**batches(1)[0])
+
+
+def test_zero_gradients_on_one_of_several_ranks_do_not_make_it_choose_again_alone() -> None:
+    model = wrapped(tiny())
+    (model(**batches(1)[0]).loss * 0).backward()  # a group of equal rewards, in GRPO
+    session = session_of(model)
+    chosen = dict(session.recorder.candidates)
+    session.group = types.SimpleNamespace(size=2)  # has nothing to choose with
+    model(**batches(1)[0]).loss.backward()
+    assert chosen and session.recorder.candidates == chosen
 
 
 def test_a_batch_that_mixes_adapters_is_refused() -> None:
