@@ -31,6 +31,8 @@ from .preferences import KINDS, Preferences
 from .sources import Source, parse_sources
 
 CACHE_FORMAT = 2
+PREFERENCE_FORMAT = 2
+"""Of pairs and marked answers, on top of CACHE_FORMAT: keys of sft do not change with it."""
 BATCH_ROWS = 1000
 ROWS_PER_WORKER = 20_000
 """Below this many rows per process, starting processes costs more than it saves."""
@@ -127,7 +129,7 @@ def cache_key(sources: Sequence[Source], split: str, tokenizer: Any, config: Dat
         "tokenizer": tokenizer_identity(tokenizer),
     }
     if any(source.kind != "sft" for source in sources):  # keys of sft stay as they were before there were others
-        content["kind"] = sources[0].kind
+        content["kind"] = f"{sources[0].kind} {PREFERENCE_FORMAT}"
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

@@ -62,6 +62,10 @@ class Examples:
         """Return some of these examples, in the order given."""
         return Examples(self._data.select(self._kept[np.asarray(members, dtype=np.int64)]), self.source, self.notes)
 
+    def right_answers(self) -> Examples:
+        """Return the examples whose answers a generated one should match."""
+        return self
+
     def digest(self) -> str:
         """Hash all tokens and spans with SHA-256: 64 hex digits."""
         sha = hashlib.sha256()

@@ -128,8 +128,7 @@ class PreferenceEncoder:
             while shared and _role(chosen[shared - 1]) == "assistant":  # the answers begin after a question
                 shared -= 1
             if shared:
-                before = prompt if isinstance(prompt, list) and prompt != chosen[: len(prompt)] else []
-                return [*before, *chosen[:shared]], chosen[shared:], rejected[shared:]
+                return _opening(prompt, chosen, shared), chosen[shared:], rejected[shared:]
         elif prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
             shared = _common(chosen, rejected)
             shared -= shared < len(chosen) and chosen[shared - 1 : shared] == " "  # a word begins with its space
@@ -174,6 +173,21 @@ def _common(one: Sequence, other: Sequence) -> int:
             break
         length += 1
     return length
+
+
+def _opening(prompt: Any, chosen: list, shared: int) -> list:
+    """Join a prompt and the `shared` turns that both sides begin with; the conversation may repeat it, or its end.
+
+    A text is part of turns that begin with a question; otherwise it is that question, after the system prompt.
+    """
+    common = chosen[:shared]
+    if isinstance(prompt, str):
+        first = next((n for n, turn in enumerate(common) if _role(turn) != "system"), len(common))
+        asks = not prompt or (first < len(common) and _role(common[first]) == "user")
+        return common if asks else [*common[:first], {"role": "user", "content": prompt}, *common[first:]]
+    turns = prompt if isinstance(prompt, list) else []
+    repeated = next(n for n in range(len(turns), -1, -1) if turns[len(turns) - n :] == chosen[:n])
+    return [*turns[: len(turns) - repeated], *common]
 
 
 def _role(turn: Any) -> Any:

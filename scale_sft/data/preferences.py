@@ -1,8 +1,8 @@
 """Examples of preferences: pairs of answers to one prompt, or single answers with a mark.
 
 Every example has two sequences, 2n and 2n + 1. Of a pair they are the chosen and the rejected side. Of a marked answer
-they are the answer, and the answer of the example before it under this prompt, whose log-probability estimates the KL
-divergence of KTO (section 4.1 of Ethayarajh et al., 2024).
+they are the answer, and that of the nearest example before it with another prompt, under this prompt: its
+log-probability estimates the KL divergence of KTO (section 4.1 of Ethayarajh et al., 2024).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from .preference_formats import DROPPED
 
 Tokens = tuple[np.ndarray, np.ndarray]
 """Input ids and labels (IGNORED where a token does not count)."""
+_REACH = 64
+"""Examples that are searched for another prompt."""
 
 
 class Preferences(Examples):
@@ -105,23 +107,45 @@ class Marked(Preferences):
         self.target_counts = np.repeat(self._targets, 2)  # of its own answers; nobody asks for the others'
 
     def sequence(self, number: int) -> Tokens:
-        """Return the answer of an example (2n), or that of the example before it under its prompt (2n + 1)."""
+        """Return the answer of an example (2n), or a mismatched one under its prompt (2n + 1)."""
         example, mismatched = divmod(number, 2)
         if not mismatched:
             return self.tokens(example)
-        (ids, labels), (others, wanted) = self.tokens(example), self.tokens((example - 1) % len(self))
+        (ids, labels), (others, wanted) = self.tokens(example), self._of_another_prompt(example)
         prompt, start = _first_target(labels), _first_target(wanted)
         longest = int(self.lengths.max())  # as the data are cut
         ids = np.concatenate([ids[:prompt], others[start:]])[:longest]
         return ids, np.concatenate([np.full(prompt, IGNORED), wanted[start:]])[:longest]
 
+    def _of_another_prompt(self, example: int) -> Tokens:
+        """Return the nearest example before one whose prompt differs; the one before it if none in reach does.
+
+        Answers to one prompt often follow each other, and an answer to the same prompt would not be mismatched.
+        """
+        prompt = _prompt(self.tokens(example))
+        for back in range(1, min(len(self), _REACH + 1)):
+            other = self.tokens((example - back) % len(self))
+            if not np.array_equal(_prompt(other), prompt):
+                return other
+        return self.tokens((example - 1) % len(self))
+
     def digest(self) -> str:
         """Hash all tokens, spans and marks with SHA-256: 64 hex digits."""
         return hashlib.sha256(super().digest().encode() + self.good.tobytes()).hexdigest()
 
+    def right_answers(self) -> Examples:
+        """Return the good answers; all if none is good."""
+        kept = self._kept[self.good] if self.good.any() else self._kept
+        return Examples(self._data.select(kept), self.source, self.notes)
+
     def subset(self, members: Sequence[int]) -> Marked:
         """Return some of these examples, in the order given."""
         return Marked(self._data.select(self._kept[np.asarray(members, dtype=np.int64)]), self.source, self.notes)
+
+
+def _prompt(tokens: Tokens) -> np.ndarray:
+    ids, labels = tokens
+    return ids[: _first_target(labels)]
 
 
 def _first_target(labels: np.ndarray) -> int:

@@ -12,7 +12,7 @@ from scale_sft.data.preference_batches import Block, Layout, block_mask
 
 PROMPT, SIDE = 5, 6
 """Tokens of the probe."""
-_WINDOWS = ("sliding_window", "attention_chunk_size")
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 """Settings that limit how far attention reaches; a mask of our own would lift the limit."""
 
 

@@ -30,7 +30,7 @@ from scale_sft.spiel.deltas import DeltaStore
 
 from .log_probabilities import GROUP_TOKENS, of_all
 
-REFERENCE_FORMAT = 1
+REFERENCE_FORMAT = 2
 
 Entries = Mapping[str, tuple[Tensor, Tensor]]
 """Indices [K] and deltas [K] of an adapter by weight."""
@@ -103,7 +103,7 @@ class Reference:
     cache: Path | None = None
     """Folder of the cache; None: they are measured whenever they are asked for."""
     facts: tuple[str, ...] = ()
-    """What else the last bits depend on: dtype, attention."""
+    """What else they depend on: dtype, attention, settings of the model."""
 
     def log_probabilities(self, examples: Preferences, report: Callable[[str], Any] = lambda label: None) -> Tensor:
         """Measure all sequences, or take them from the cache: [S] fp32 on the CPU, the same on every rank.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from functools import partial
+from typing import Any
 
 from scale_sft.data.packing import refuse_leaks
 from scale_sft.data.preference_batches import PreferenceBatches
@@ -46,7 +49,7 @@ def objective_of(inputs: Inputs, cluster: Cluster, sparse: SparseModel) -> Token
         cluster=cluster,
         pad_id=pad_id,
         cache=inputs.cache if cached else None,
-        facts=(str(inputs.dtype), inputs.attention.name),
+        facts=(str(inputs.dtype), inputs.attention.name, settings_hash(inputs.model_config)),
     )
     return PreferenceObjective(
         settings=config.objective,
@@ -55,5 +58,26 @@ def objective_of(inputs: Inputs, cluster: Cluster, sparse: SparseModel) -> Token
         reference=reference,
         cluster=cluster,
         cut=Cut(config.run.micro_batch_size, config.sparse.proposal_batch_size),
-        notes=[note] if note else [],
+        notes=list(filter(None, (note, _start_left_out(inputs)))),
     )
+
+
+def _start_left_out(inputs: Inputs) -> str | None:
+    """Say that the reference is the bare base although the run starts from an adapter; None: it is not, or does."""
+    given = inputs.config.objective
+    if not inputs.start or given.reference_adapter or given.reference_kind == "none":
+        return None
+    start = inputs.config.sparse.start_from
+    return (
+        f"reference: the base alone, without the adapter that the run starts from. To keep that: --reference_adapter "
+        f"{start}"
+    )
+
+
+def settings_hash(model_config: Any) -> str:
+    """Hash the settings of a model, wherever it was loaded from: 64 hex digits.
+
+    The same weights compute something else with another rope scaling, for example.
+    """
+    settings = {name: value for name, value in model_config.to_dict().items() if name != "_name_or_path"}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()

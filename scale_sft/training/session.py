@@ -98,7 +98,7 @@ class Session:
         given = greedy_answers(
             self.model,
             inputs.tokenizer,
-            inputs.eval,
+            inputs.eval.right_answers(),
             self.cluster,
             count=wanted,
             batch_size=1 if alone else size,

@@ -54,6 +54,10 @@ ROWS = {
                                      "rejected": [A("5")]}, "", SYSTEM),
     "a system prompt in both": ({"chosen": [S("Be brief."), U("2+2?"), A("4")],
                                  "rejected": [S("Be brief."), U("2+2?"), A("5")]}, "", SYSTEM),
+    "a system prompt in the prompt alone": ({"prompt": [S("Be brief."), U("2+2?")], "chosen": [U("2+2?"), A("4")],
+                                             "rejected": [U("2+2?"), A("5")]}, "", SYSTEM),
+    "a system prompt in both sides alone": ({"prompt": "2+2?", "chosen": [S("Be brief."), A("4")],
+                                             "rejected": [S("Be brief."), A("5")]}, "", SYSTEM),
     "usual names": ({"question": "Q: 2+2? A: ", "chosen_response": "4", "rejected_response": "5"}, "", TEXT),
     "named": ({"ask": "Q: 2+2? A: ", "good": "4", "bad": "5"}, "?prompt=ask&chosen=good&rejected=bad", TEXT),
 }  # fmt: skip
@@ -116,7 +120,23 @@ def test_marked_answers_and_pairs_make_marked_answers(prefer, shown):
     flipped = prefer([{**row, "label": not row["label"]} for row in rows], "marked")
     assert flipped.digest() != examples.digest()
     pairs = prefer([{"prompt": "a ", "chosen": "b", "rejected": "c"}], "marked")
+    assert [len(found.right_answers()) for found in (pairs, examples, flipped)] == [1, 1, 1]
+    assert flipped.right_answers().tokens(0)[0].tolist() == flipped.tokens(1)[0].tolist()
     assert pairs.good.tolist() == [True, False] and shown(pairs, 2) == ("<s>a c</s>", "c</s>")
+
+
+def test_a_mismatched_answer_is_one_to_another_prompt(prefer, shown):
+    pairs = prefer([{"prompt": f"{ask} ", "chosen": f"{ask}+", "rejected": f"{ask}-"} for ask in "abc"], "marked")
+    own = {n: shown(pairs, n)[1] for n in range(0, 12, 2)}
+    assert list(own.values()) == [f"{ask}{mark}</s>" for ask in "abc" for mark in "+-"]
+    assert [shown(pairs, n)[1] for n in range(1, 12, 2)] == ["c-</s>", "c-</s>", "a-</s>", "a-</s>", "b-</s>", "b-</s>"]
+
+
+def test_a_prompt_of_text_stays_in_front_of_answers_that_begin_alike_without_it(prefer, shown):
+    begin = [A("4?"), U("sure?")]
+    examples = prefer([{"prompt": "2+2?", "chosen": [*begin, A("4")], "rejected": [*begin, A("5")]}])
+    text = "<s>user:2+2?</s><s>assistant:4?</s><s>user:sure?</s><s>assistant:"
+    assert [shown(examples, n)[0] for n in (0, 1)] == [f"{text}4</s>", f"{text}5</s>"]
 
 
 def test_a_pair_shares_its_prompt_but_the_token_that_both_sides_predict_from(prefer):

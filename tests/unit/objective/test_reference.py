@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -93,6 +96,21 @@ def test_it_is_measured_once_per_base_and_data_and_then_taken_from_the_cache(
     assert len(calls) == 4 and torch.equal(again.objective._table, first.objective._table)
 
 
+def test_the_same_weights_under_other_settings_are_another_reference(prefer, tiny_model, tmp_path):
+    own, first = {"cache_dir": str(tmp_path / "cache")}, None
+    for epsilon in (None, 0.5):
+        base = tmp_path / f"base-{epsilon}"
+        shutil.copytree(tiny_model("llama"), base)
+        settings = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**settings, **({"rms_norm_eps": epsilon} if epsilon else {})}))
+        run = prefer(base=str(base), **own)
+        assert first is None or not torch.equal(run.objective._table, first), "not taken from the cache"
+        first = run.objective._table
+    copy = shutil.copytree(base, tmp_path / "elsewhere")
+    prefer(base=str(copy), **own)
+    assert len(list((tmp_path / "cache").glob("reference-*"))) == 2, "its folder does not matter"
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [("precomputed", "bfloat16"), ("swapped", "float32")])
 def test_a_reference_adapter_is_part_of_the_reference(train_run, prefer, session, tmp_path, kind, dtype):
     adapter = train_run(output_dir=str(tmp_path / "sft"), dtype=dtype) / "adapter"
@@ -110,6 +128,7 @@ def test_a_reference_adapter_is_part_of_the_reference(train_run, prefer, session
         objective="dpo", train_data=run.inputs.config.data.train_data, max_length=64, dtype=dtype, reference=kind,
         reference_adapter=str(adapter), start_from=str(adapter), density="none",
     )  # fmt: skip
+    assert not any("without the adapter" in note for note in further.objective.notes)
     further.objective.prepare()
     share = further.objective.share([0, 5], proposing=False)
     (micro_batch,) = further.micro_batches([0, 5], proposing=False)
@@ -129,3 +148,12 @@ def test_an_adapter_of_another_base_or_of_other_weights_is_refused(train_run, pr
         prefer(reference_adapter=str(adapter), target_modules="q_proj", base=str(tmp_path / "other"))
     with pytest.raises(UserError, match="reference_adapter: .*nowhere"):
         prefer(reference_adapter=str(tmp_path / "nowhere"))
+
+
+def test_a_run_that_starts_from_an_adapter_and_leaves_it_out_of_the_reference_says_so(
+    train_run, session, tmp_path, preferences_file
+):
+    adapter = str(train_run(output_dir=str(tmp_path / "sft")) / "adapter")
+    given = {"train_data": str(preferences_file), "max_length": 64, "start_from": adapter, "density": "none"}
+    notes = {kind: session(objective=kind, **given).objective.notes for kind in ("dpo", "orpo")}
+    assert f"--reference_adapter {adapter}" in notes["dpo"][0] and not notes["orpo"]
