@@ -194,6 +194,11 @@ def open_conversation(
     if form is not None and "{}" not in form:
         raise UserError(f"prompt: got {form!r}, expected a text with {{}} where the question goes")
     folder = _adapter_folder(what)
+    path = Path(what).expanduser()
+    if not path.exists() and (what.startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2):
+        raise UserError(
+            f"what: got '{what}', which does not exist, expected the folder of an adapter, run or model. Fix: check it"
+        )
     if folder is None and base is not None:
         raise UserError(f"base: got {base} for '{what}', which is no adapter. Fix: leave it out")
     config = ModelConfig(base=base or what, dtype=dtype)

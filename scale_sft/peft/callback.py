@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from scale_sft.errors import UserError
 
-from .session import require_whole
+from .layer import require_whole
 from .tuner import SpielModel
 
 
@@ -44,10 +44,11 @@ class SpielCallback(TrainerCallback):
             getattr(optimizer, "optimizer", optimizer), total_steps=state.max_steps, fresh=state.global_step == 0
         )
         for session in tuner.sessions.values():
-            if session.schedule and session.steps != state.global_step:
+            seen = session.steps + session.skipped
+            if session.schedule and seen != state.global_step:
                 raise UserError(
                     f"resume_from_checkpoint: got a checkpoint of step {state.global_step} whose optimizer.pt knows of "
-                    f"{session.steps} steps of drop and grow, expected as many. Fix: resume from a checkpoint of this "
+                    f"{seen} steps of drop and grow, expected as many. Fix: resume from a checkpoint of this "
                     "training with its optimizer's state (save_only_model=False)"
                 )
 
@@ -60,7 +61,9 @@ class SpielCallback(TrainerCallback):
         tuner = tuner_in(kwargs.get("model"))
         for session in tuner.sessions.values() if tuner is not None else ():
             optimizer = kwargs["optimizer"]
-            if session.received and not getattr(optimizer, "step_was_skipped", False):  # by a GradScaler
+            if session.received and getattr(optimizer, "step_was_skipped", False):  # by a GradScaler
+                session.skip()
+            elif session.received:
                 kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
                 raise UserError(
                     f"optimizer: {kind} has stepped without torch's step hooks, expected a torch.optim.Optimizer. Fix: "

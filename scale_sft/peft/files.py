@@ -66,9 +66,9 @@ def check_loaded(state: Mapping[str, Tensor], config: Any, adapter: str, layers:
         raise UserError(
             f"adapter: '{odd}' {where}. Fix: use the target_modules of the adapter, or PeftModel.from_pretrained"
         )
+    require_base(layers, config.facts or {})
     for name, layer in zip(names, layers, strict=True):
         check_entries(layer, adapter, tensors[f"{name}.indices"], tensors[f"{name}.deltas"])
-    require_base(layers, config.facts or {})
 
 
 def check_entries(layer: Linear, adapter: str, indices: Tensor, deltas: Tensor, *, resize: bool = False) -> None:
@@ -108,7 +108,7 @@ def require_base(layers: Sequence[Linear], facts: Mapping[str, Any]) -> None:
         found = "{:016x}{:016x}".format(*layer.fingerprint())
         if found != prints[name]:
             raise UserError(
-                f"adapter: this base is not the one it was trained on ('{facts.get('base')}'): the fingerprint of "
+                f"adapter: got another base, not the one it was trained on ('{facts.get('base')}'): the fingerprint of "
                 f"'{name}' is {found[:16]}..., expected {prints[name][:16]}..."
             )
 
@@ -121,8 +121,8 @@ def replace_entries(layers: Sequence[Linear], adapter: str, new: Adapter) -> Non
     """
     if odd := sorted({layer.weight_name for layer in layers} ^ set(new.shapes)):
         raise UserError(f"hotswap: the adapters differ in '{odd[0]}'. Fix: load_adapter adds it under another name")
+    require_base(layers, new.info)
     for layer in layers:
         check_entries(layer, adapter, new.indices[layer.weight_name], new.deltas[layer.weight_name], resize=True)
-    require_base(layers, new.info)
     for layer in layers:
         layer.replace(adapter, new.indices[layer.weight_name], new.deltas[layer.weight_name].float())

@@ -313,6 +313,15 @@ def require_one(adapter_names: str | list[str], what: str = "set_adapter") -> No
         )
 
 
+def require_whole(weight: Tensor, name: str) -> None:
+    """Raise UserError for a weight that FSDP or ZeRO-3 has cut into shards."""
+    if hasattr(weight, "ds_id") or hasattr(weight, "device_mesh") or weight.dim() != 2:
+        raise UserError(
+            f"model: got '{name}' in shards (FSDP or DeepSpeed ZeRO-3), expected whole weights under PEFT. Fix: use "
+            "DDP; or train with `scale-sft train`, which shards the base over ranks"
+        )
+
+
 def _before_load(layer: Linear, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Take the deltas out before a state dict is loaded, and refuse one of another budget."""
     for key in [key for key in state if key.startswith(prefix + BASE_KEY)]:

@@ -60,8 +60,11 @@ def refuse_foreign(optimizer: torch.optim.Optimizer, values: nn.Parameter, mode:
         fits = tensor.shape == values.shape and tensor.is_floating_point()
         if fits and key in SEEDS and SEEDS[key][0] in group:
             continue
+        odd = (
+            f" without the option '{SEEDS[key][0]}' that says how grown entries begin" if fits and key in SEEDS else ""
+        )
         raise UserError(
-            f"optimizer_state: {kind} keeps '{key}' ({str(tensor.dtype).removeprefix('torch.')} "
+            f"optimizer_state: {kind} keeps '{key}'{odd} ({str(tensor.dtype).removeprefix('torch.')} "
             f"{tuple(tensor.shape)}), expected one of {', '.join(SEEDS)} with a number for each entry. Fix: "
             "SpielConfig(optimizer_state='reset'), or method='random', or AdamW"
         )

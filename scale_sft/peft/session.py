@@ -26,7 +26,7 @@ from scale_sft.spiel.recorder import Candidates, GradientRecorder
 from scale_sft.spiel.schedules import Phase, ReallocationSchedule
 
 from .config import SpielOptions
-from .layer import Linear
+from .layer import Linear, require_whole
 from .optimizer_state import follow, group_of, refuse_foreign
 
 STATE_KEY = "spiel"
@@ -82,12 +82,14 @@ class Session:
         self.schedule = self._schedule()
         self.steps = 0
         """Completed optimizer steps."""
+        self.skipped = 0
+        """Steps that a GradScaler has skipped; a Trainer counts them."""
         self.reallocations: list[int] = []
         """Steps that ended with drop and grow."""
         self._published: Any = None  # our state in the optimizer's group
         probes = min(PROBES, self.store.active)
         self._probes = torch.arange(probes, device=device) * self.store.active // probes
-        self._seen: Tensor | None = None  # bits of the probed deltas as they were written
+        self._seen: Tensor | None = self._probe()  # bits of the probed deltas as they were written
         self._open()
 
     def _adopt_values(self) -> None:
@@ -157,7 +159,8 @@ class Session:
         if not self.received:
             return
         gradients = [self.layers[name].spiel_values[self.adapter].grad for name in self.received]
-        if all(one is None or not bool(one.any()) for one in gradients):
+        alone = self.group.size == 1  # a batch may give zeros on one rank only, and ranks choose together
+        if all(one is None or (alone and not bool(one.any())) for one in gradients):
             self.recorder.discard_step()
             self._open()
             self._inside = True
@@ -174,6 +177,9 @@ class Session:
                 or the processes' deltas differ.
         """
         self._require_fit(optimizer)
+        if bool(getattr(optimizer, "found_inf", False)):  # fused: a GradScaler calls it, and the kernel skips
+            self.skip()
+            return
         if self.recorder.phase is not Phase.OFF:
             self._estimate()
         self.steps += 1
@@ -182,6 +188,14 @@ class Session:
         self.write()
         self._open()
         self._publish(optimizer)
+
+    def skip(self) -> None:
+        """Count a step that a GradScaler has skipped, and forget its gradients."""
+        self.recorder.discard_step()
+        self.skipped += 1
+        if self._published is not None:
+            self._published["skipped"] = self.skipped
+        self._open()
 
     def _require_fit(self, optimizer: torch.optim.Optimizer) -> None:
         missing = [name for name in self.store.names if name not in self.received]
@@ -326,6 +340,7 @@ class Session:
         reference = {d.name: d.reference for d in self.store if d.reference is not None}
         return {
             "steps": self.steps,
+            "skipped": self.skipped,
             "chosen": self.chosen,
             "reallocations": list(self.reallocations),
             "candidates": candidates,
@@ -334,7 +349,8 @@ class Session:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Resume from a `state`, of an adapter of the same entries."""
-        self.steps, self.chosen = int(state["steps"]), bool(state["chosen"])
+        self.steps, self.skipped = int(state["steps"]), int(state.get("skipped", 0))
+        self.chosen = bool(state["chosen"])
         self.reallocations = list(state["reallocations"])
         self.schedule = self._schedule()
         for name, reference in state["reference"].items():
@@ -382,12 +398,3 @@ def _device_of(layers: Mapping[str, Linear], adapter: str) -> torch.device:
             "with device_map {'': device}"
         )
     return devices.pop()
-
-
-def require_whole(weight: Tensor, name: str) -> None:
-    """Raise UserError for a weight that FSDP or ZeRO-3 has cut into shards."""
-    if hasattr(weight, "ds_id") or hasattr(weight, "device_mesh") or weight.dim() != 2:
-        raise UserError(
-            f"model: got '{name}' in shards (FSDP or DeepSpeed ZeRO-3), expected whole weights under PEFT. Fix: use "
-            "DDP; or train with `scale-sft train`, which shards the base over ranks"
-        )

@@ -20,9 +20,9 @@ from scale_sft.spiel.seeding import random_indices
 from . import combine, files
 from .config import SpielConfig
 from .hooks import follow_steps
-from .layer import BASE_KEY, Linear, SpielLayer, require_one
+from .layer import BASE_KEY, Linear, SpielLayer, require_one, require_whole
 from .registry import PREFIX
-from .session import Session, require_whole
+from .session import Session
 
 
 class Sessions(dict[str, Session]):
@@ -118,6 +118,8 @@ class SpielModel(BaseTuner):
         _refuse_tied(self.model, layers)
         shapes = {layer.weight_name: layer.shape for layer in layers}
         counts = config.entries_per_weight or budget_of(config.sparse_options(), shapes)
+        if set(counts) != set(shapes) or any(counts[name] > rows * width for name, (rows, width) in shapes.items()):
+            files.require_base(layers, config.facts or {})  # of another base all else would mislead
         if set(counts) != set(shapes):
             odd = sorted(set(counts) ^ set(shapes))[0]
             raise UserError(

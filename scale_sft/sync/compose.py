@@ -109,7 +109,7 @@ def moved(
 
 
 def _stream_of(model: Any, source: Source) -> _Stream:
-    if model not in _streams:
+    if model not in _streams or set(_streams[model].names) != set(source.shapes):  # new, or another adapter's targets
         names = names_on_disk(unwrapped(source.model), source.shapes)
         prints = {names[name]: value for name, value in source.base_prints().items()}
         digest = combine_fingerprints(prints, {names[name]: shape for name, shape in source.shapes.items()})

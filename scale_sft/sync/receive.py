@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from scale_sft.errors import UserError
 from scale_sft.model.fingerprints import combine_fingerprints
 from scale_sft.model.resident import bits_of
 from scale_sft.spiel.indices import merge_places
@@ -63,8 +64,15 @@ def apply(model: nn.Module, patches: Patches | bytes) -> int:
 
     Raises:
         SyncError: patches were lost, repeated, reordered or damaged, or are of another base; no weight was written.
+        UserError: `patches` is neither.
     """
-    patches = Patches.from_bytes(patches) if isinstance(patches, bytes | bytearray | memoryview) else patches
+    if isinstance(patches, bytes | bytearray | memoryview):
+        patches = Patches.from_bytes(patches)
+    if not isinstance(patches, Patches):
+        raise UserError(
+            f"patches: got {patches!r:.80}, expected what sync.changed or sync.full returned, or its to_bytes(). Fix: "
+            "read a file first, as Path(...).read_bytes()"
+        )
     model = unwrapped(model)
     state = _received.get(model) or _Received({}, {}, {}, "")
     _require_next(patches, state)

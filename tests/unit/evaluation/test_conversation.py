@@ -98,6 +98,8 @@ def test_a_seed_repeats_drawn_answers(base) -> None:
         (["{base}"], "/bse\n", "got /bse, expected one of /adapter, /base"),
         (["{base}", "--base", "x"], "", "which is no adapter"),
         (["{base}", "--prompt", "x"], "", "expected a text with {} where the question goes"),
+        (["/nope"], "", "got '/nope', which does not exist"),
+        (["runs/none/adapter"], "", "got 'runs/none/adapter', which does not exist"),
         (["{base}", "--device", "moon"], "", "device: got 'moon'"),
         (["{adapter}", "--dtype", "bfloat16"], "", "torch.bfloat16 in the model"),
         (["{base}"], "x" * 2000 + "\n", "positions. Fix: /reset"),

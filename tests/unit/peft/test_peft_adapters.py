@@ -265,8 +265,11 @@ def test_a_checkpoint_of_another_density_or_another_base_is_refused(home) -> Non
         wide.load_adapter(home / "one", "default")
     with pytest.raises(UserError, match="entries in the checkpoint, expected"):
         wide.load_state_dict(PeftModel.from_pretrained(load(home), home / "one").state_dict())
-    with pytest.raises(UserError, match="this base is not the one it was trained on"):
+    with pytest.raises(UserError, match="got another base, not the one it was trained on"):
         PeftModel.from_pretrained(tiny(BF16, seed=7), home / "one")
+    for sizes in ({"num_hidden_layers": 1}, {"num_hidden_layers": 4}, {"hidden_size": 16}, {"hidden_size": 64}):
+        with pytest.raises(UserError, match="got another base"):
+            PeftModel.from_pretrained(tiny(BF16, seed=7, **sizes), home / "one")
     with pytest.raises(UserError, match="is in float32, expected bfloat16"):
         PeftModel.from_pretrained(tiny(), home / "one")
     with pytest.raises(UserError, match="hotswap: the adapters differ"):

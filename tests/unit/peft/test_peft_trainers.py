@@ -92,9 +92,35 @@ def test_a_step_that_a_scaler_has_skipped_is_no_error() -> None:
     model(**batches(1)[0]).loss.backward()
     stepped = types.SimpleNamespace(step_was_skipped=True)  # Accelerate's, with fp16=True on a GPU
     SpielCallback().on_step_end(None, None, None, model=model, optimizer=stepped)
+    model(**batches(1)[0]).loss.backward()
     stepped.step_was_skipped = False
     with pytest.raises(UserError, match="without torch's step hooks"):
         SpielCallback().on_step_end(None, None, None, model=model, optimizer=stepped)
+
+
+@pytest.mark.parametrize("fused", [False, True])  # a scaler does call a fused optimizer, whose kernel then skips
+def test_steps_that_a_scaler_skips_are_no_steps_of_drop_and_grow_and_resume(fused) -> None:
+    model, skipped = wrapped(tiny(seed=3)), {1, 4, 6}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+    scaler, callback = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=100), SpielCallback()
+    arguments = types.SimpleNamespace(deepspeed=None, fsdp=None)
+    begun = {"model": model, "optimizer": optimizer}
+    callback.on_train_begin(arguments, types.SimpleNamespace(max_steps=12, global_step=0), None, **begun)
+    for number, batch in enumerate(batches(9)):
+        scaler.scale(model(**batch).loss).backward()
+        if number in skipped:
+            next(one for one in model.parameters() if one.grad is not None).grad[0] = torch.inf
+        before = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        seen = types.SimpleNamespace(step_was_skipped=not fused and scaler.get_scale() < before)  # as Accelerate's
+        callback.on_step_end(None, None, None, model=model, optimizer=seen)
+        optimizer.zero_grad()
+    session = model.base_model.sessions["default"]
+    assert (session.steps, session.skipped, session.reallocations) == (6, 3, [2, 6])
+    assert all(bool(one.isfinite().all()) for state in optimizer.state.values() for one in state.values())
+    callback.on_train_begin(arguments, types.SimpleNamespace(max_steps=12, global_step=9), None, **begun)
+    assert model.base_model.sessions["default"].skipped == 3
 
 
 def test_without_the_callback_of_itself_one_argument_does(tmp_path, monkeypatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import types
 
 import pytest
 import torch
@@ -319,6 +320,29 @@ def test_an_optimizer_made_before_the_adapter_is_refused() -> None:
         train(wrapped(base), 1, optimizer)
 
 
+def test_the_first_step_that_nobody_wrote_is_refused_as_any_other() -> None:
+    for step in range(2):
+        model = wrapped(tiny(), method="random")
+        train(model, step)
+        values = [one for one in model.parameters() if one.requires_grad]
+        model(**batches(1)[0]).loss.backward()
+        with torch.no_grad():
+            for one in values:
+                one.sub_(0.01)
+        with pytest.raises(UserError, match="nobody has written them"):
+            model(**batches(1)[0])
+
+
+def test_zero_gradients_on_one_of_several_ranks_do_not_make_it_choose_again_alone() -> None:
+    model = wrapped(tiny())
+    (model(**batches(1)[0]).loss * 0).backward()  # a group of equal rewards, in GRPO
+    session = session_of(model)
+    chosen = dict(session.recorder.candidates)
+    session.group = types.SimpleNamespace(size=2)  # has nothing to choose with
+    model(**batches(1)[0]).loss.backward()
+    assert chosen and session.recorder.candidates == chosen
+
+
 def test_a_batch_that_mixes_adapters_is_refused() -> None:
     model = wrapped(tiny()).eval()
     with pytest.raises(UserError, match="adapter_names: got one for each row"):
@@ -333,6 +357,9 @@ def test_an_optimizer_whose_state_cannot_follow_is_named_and_may_be_reset() -> N
     model = wrapped(tiny())
     with pytest.raises(UserError, match=r"_Momentum8bit keeps 'state1' \(uint8.*optimizer_state='reset'"):
         train(model, 1, _Momentum8bit(model.parameters()))
+    adadelta = wrapped(tiny())
+    with pytest.raises(UserError, match="Adadelta keeps 'square_avg' without the option 'alpha'"):
+        train(adadelta, 1, torch.optim.Adadelta(adadelta.parameters()))
     model = wrapped(tiny(), optimizer_state="reset")
     base = weights_of(model)
     optimizer = train(model, 6, _Momentum8bit(model.parameters()))

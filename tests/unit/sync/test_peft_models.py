@@ -58,6 +58,17 @@ def test_a_receiver_follows_training_other_adapters_and_merging(base) -> None:
         sync.changed(model)
 
 
+def test_an_adapter_with_other_targets_begins_with_a_full_set(base) -> None:
+    model = peft.get_peft_model(load(base), config(target_modules=["q_proj"]))
+    sync.changed(model)
+    model.add_adapter("other", config(target_modules=["v_proj"]))
+    model.set_adapter("other")
+    steps(model, 1)
+    patches, receiver = sync.changed(model), load(base)
+    sync.apply(receiver, patches.to_bytes())
+    assert patches.full and same_logits(receiver, model)
+
+
 def test_deltas_that_nobody_wrote_and_weights_trained_whole_are_refused(base) -> None:
     model = peft.get_peft_model(load(base), config())
     sync.changed(model)

@@ -336,3 +336,9 @@ def test_the_code_on_the_page_of_docs_runs_as_printed(capsys) -> None:
     for code in re.findall(r"```python\n(.*?)```", page, re.S):
         exec(compile(code, "docs/sync.md", "exec"), names)
     assert "<Patches: version 4 since 3, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", ["patches.safetensors", None, Path("patches")])
+def test_what_is_no_patches_is_named(base, given) -> None:
+    with pytest.raises(UserError, match="patches: got .* expected what sync.changed or sync.full returned"):
+        sync.apply(load(base), given)
