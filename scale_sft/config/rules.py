@@ -84,8 +84,8 @@ def _broken_rules_of_objective(config: Config) -> list[str]:
         )
     if given.objective == "kto" and config.data.loss_on == "assistant":
         mistakes.append(
-            "loss_on: got assistant with objective kto, expected completion: an answer is one turn, which other prompts "
-            "borrow. Fix: leave loss_on out"
+            "loss_on: got assistant with objective kto, expected completion: an answer is one turn, which other "
+            "prompts borrow. Fix: leave loss_on out"
         )
     if given.best_by == "accuracy" and not given.pairs:
         mistakes.append(
