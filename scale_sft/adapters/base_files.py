@@ -89,8 +89,8 @@ class BaseFiles:
             if source is None:
                 raise UserError(f"base: the files of '{self.folder}' hold no tensor for '{name}'")
             found[name] = source
-        for source in {id(one): one for one in found.values()}.values():
-            wanted = {name: shapes[name] for name, one in found.items() if one is source}
+        for source, names in _grouped(found):
+            wanted = {name: shapes[name] for name in names}
             stored_shapes = {name: self._file_of[name].shape(name) for name in source.stored}
             if wrong := check_conversion(source, stored_shapes, wanted):
                 raise UserError(
@@ -144,18 +144,17 @@ class BaseFiles:
         """
         dtypes = _dtypes(sources, adapter)
         prints: dict[str, tuple[int, int]] = {}
-        source_of = {stored: source for source in sources.values() for stored in source.stored}
+        group_of = {stored: group for group in _grouped(sources) for stored in group[0].stored}
         ready: dict[str, Tensor] = {}  # tensors of a conversion that are changed and wait for their turn
         for file, reader in self.readers.items():
             specs = _new_specs(reader, dtypes)
             with TensorWriter(target / file, specs, reader.metadata, start=reader.start) as writer:
                 for stored, (dtype, shape) in specs.items():
-                    if stored in source_of and stored not in ready:
-                        names = [name for name, one in sources.items() if one is source_of[stored]]
-                        changed, found = self._changed(source_of[stored], names, dtype, change)
+                    if stored in group_of and stored not in ready:
+                        changed, found = self._changed(*group_of[stored], dtype, change)
                         ready |= changed
                         prints |= found
-                    tensor = ready.pop(stored) if stored in source_of else reader.tensor(stored)
+                    tensor = ready.pop(stored) if stored in group_of else reader.tensor(stored)
                     writer.write(stored, tensor.reshape(shape))
         return prints
 
@@ -213,6 +212,14 @@ def require_mergeable(config: ModelConfig, model: Any, shapes: Mapping[str, tupl
 def bytes_of(specs: Specs) -> int:
     """Add up the sizes of tensors of these dtypes and shapes."""
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
+
+
+def _grouped(sources: Sources) -> list[tuple[Source, list[str]]]:
+    """List each source once, with the names of its weights."""
+    groups: dict[int, tuple[Source, list[str]]] = {}
+    for name, source in sources.items():
+        groups.setdefault(id(source), (source, []))[1].append(name)
+    return list(groups.values())
 
 
 def _dtypes(sources: Sources, adapter: Adapter) -> dict[str, torch.dtype]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.forked import begin_ranks, finish_together
 
@@ -66,6 +67,28 @@ def on_ranks(tmp_path_factory):
         log = tmp_path_factory.mktemp("log") / "log"
         statuses = finish_together(begin_ranks(ranks, target, *arguments, log=log, sharded=sharded))
         return statuses, log.read_text()
+
+    return run
+
+
+@pytest.fixture
+def one_and_two_ranks(on_ranks, tmp_path):
+    """one_and_two_ranks(target, *arguments) -> what each of two ranks left in the folder, its last argument.
+
+    Both have the same deltas, and those of one rank.
+    """
+
+    def run(target: Callable[..., None], *arguments: Any) -> tuple[dict, dict]:
+        for ranks in (1, 2):
+            statuses, text = on_ranks(ranks, False, target, *arguments, str(tmp_path))
+            assert statuses == [0] * ranks, text
+        alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("0of1", "0of2", "1of2"))
+        for name, deltas in first["deltas"].items():
+            assert torch.equal(deltas, second["deltas"][name])
+            assert torch.equal(first["indices"][name], second["indices"][name])
+            assert torch.equal(first["indices"][name], alone["indices"][name])
+            torch.testing.assert_close(deltas, alone["deltas"][name], rtol=0, atol=1e-4)
+        return first, second
 
     return run
 

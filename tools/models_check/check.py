@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -109,23 +110,24 @@ class Checker:
         }  # fmt: skip
         return load(None, {**given, **options})
 
-    def train(self) -> str:
-        """Run the whole trainer for two steps, with drop and grow."""
+    def _run(self, **options: Any) -> None:
+        """Run the whole trainer, but for the report."""
         from scale_sft.train import run_training
         from scale_sft.training import lifecycle
 
-        report, lifecycle.write_report = lifecycle.write_report, lambda folder: folder / "report.html"
+        with patch.object(lifecycle, "write_report", lambda folder: folder / "report.html"):
+            run_training(self._config(**options))
+
+    def train(self) -> str:
+        """Run the whole trainer for two steps, with drop and grow."""
+        allowed = {}
         try:
-            allowed = {}
-            try:
-                run_training(self._config())
-            except UserError as error:
-                if "--allow_randomness" not in str(error):
-                    raise
-                allowed = {"allow_randomness": True}
-                run_training(self._config(**allowed))
-        finally:
-            lifecycle.write_report = report
+            self._run()
+        except UserError as error:
+            if "--allow_randomness" not in str(error):
+                raise
+            allowed = {"allow_randomness": True}
+            self._run(**allowed)
         info = json.loads((self.folder / "run" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
         from scale_sft.model.coverage import Coverage
 
@@ -233,15 +235,8 @@ class Checker:
         """Train one step on a base in nf4, and merge it."""
         from scale_sft.adapters.merge import merge
         from scale_sft.model.packed_weights import is_quantized_layer
-        from scale_sft.train import run_training
-        from scale_sft.training import lifecycle
 
-        report, lifecycle.write_report = lifecycle.write_report, lambda folder: folder / "report.html"
-        options = {"quantization": "nf4", "output_dir": str(self.folder / "nf4"), "steps": 1, "allow_randomness": True}
-        try:
-            run_training(self._config(**options))
-        finally:
-            lifecycle.write_report = report
+        self._run(quantization="nf4", output_dir=str(self.folder / "nf4"), steps=1, allow_randomness=True)
         merged = merge(self.folder / "nf4" / "adapter", self.folder / "nf4-merged")
         if not _logits(self._load(merged)).isfinite().all():
             raise ValueError("the merged model gives no finite logits")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tiny_loop import SCHEDULE, batch, same, train
 
 import scale_sft
 from scale_sft.errors import UserError
@@ -13,35 +13,9 @@ from scale_sft.spiel.seeding import random_indices
 from scale_sft.spiel.selection import scores
 from scale_sft.spiel.topk import top_k_magnitude
 
-SCHEDULE = {"update_interval_steps": 3, "estimation_steps": 2, "total_steps": 9, "density": 0.05}
-
-
-@pytest.fixture
-def load(tiny_model):
-    """(dtype="float32") -> a freshly loaded model."""
-    return lambda dtype="float32": AutoModelForCausalLM.from_pretrained(
-        tiny_model("llama", dtype), dtype=getattr(torch, dtype)
-    )
-
-
-def batch(number: int, rows: int = 4) -> dict:
-    ids = torch.randint(0, 256, (rows, 12), generator=torch.Generator().manual_seed(number))
-    return {"input_ids": ids, "labels": ids}
-
-
-def train(model, optimizer, first: int, last: int) -> None:
-    for number in range(first, last + 1):
-        model(**batch(number)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
 
 def indices(sparse) -> dict:
     return {delta.name: delta.indices for delta in sparse.tuning.store}
-
-
-def equal(left: dict, right: dict) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_the_first_steps_choose_the_entries_of_the_largest_mean_gradient_and_move_nothing(load) -> None:
@@ -53,14 +27,14 @@ def test_the_first_steps_choose_the_entries_of_the_largest_mean_gradient_and_mov
     sparse = scale_sft.attach(model, method="static", selection_batches=2, **SCHEDULE)
     optimizer = sparse.optimizer(lr=1e-2)
     train(model, optimizer, 1, 2)
-    assert optimizer.steps == 0 and equal(before, model.state_dict())
+    assert optimizer.steps == 0 and same(before, model.state_dict())
     for name, weight in dense.named_parameters():
         means[name] = weight.grad
     for delta in sparse.tuning.store:
         assert torch.equal(delta.indices.long(), top_k_magnitude(means[delta.name].view(-1), delta.active))
     chosen = indices(sparse)
     train(model, optimizer, 3, 9)
-    assert optimizer.steps == 7 and not optimizer.turnovers and equal(chosen, indices(sparse))
+    assert optimizer.steps == 7 and not optimizer.turnovers and same(chosen, indices(sparse))
     assert bool(sparse.tuning.store.flat.any())
 
 

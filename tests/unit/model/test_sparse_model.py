@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from tiny_loop import SCHEDULE, batch, same, train
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -15,39 +16,9 @@ from scale_sft.adapters.merge import merge
 from scale_sft.errors import UserError
 from scale_sft.model.exposure import ANCHOR, PARAMETER
 
-SCHEDULE = {"update_interval_steps": 3, "estimation_steps": 2, "total_steps": 9, "density": 0.05}
-
-
-@pytest.fixture
-def load(tiny_model):
-    """(dtype="float32", architecture="llama") -> a freshly loaded model."""
-
-    def load_one(dtype: str = "float32", architecture: str = "llama"):
-        return AutoModelForCausalLM.from_pretrained(tiny_model(architecture, dtype), dtype=getattr(torch, dtype))
-
-    return load_one
-
-
-def batch(number: int, rows: int = 4) -> dict:
-    ids = torch.randint(0, 256, (rows, 12), generator=torch.Generator().manual_seed(number))
-    return {"input_ids": ids, "labels": ids}
-
-
-def train(model, optimizer, first: int, last: int, micro: int = 1) -> None:
-    for number in range(first, last + 1):
-        for part in range(micro):
-            rows = {key: value.chunk(micro)[part] for key, value in batch(number).items()}
-            (model(**rows).loss / micro).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
 
 def weights(model) -> dict:
     return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(left: dict, right: dict) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 # --- training -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_peft import batches, same, tiny, weights_of, wrapped
+from tiny_peft import batches, same, session_of, tiny, weights_of, wrapped
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import DEFAULT_CALLBACKS
 
@@ -32,10 +32,6 @@ def trainer(model, folder: Path, steps: int = 12, rows=ROWS, optimizers=(None, N
     return Trainer(
         model, arguments, train_dataset=rows, eval_dataset=ROWS[:8], optimizers=optimizers, callbacks=callbacks
     )
-
-
-def session_of(model):
-    return model.base_model.sessions["default"]
 
 
 def test_a_trainer_has_the_callback_and_resumes_bit_for_bit_within_an_estimation_phase(tmp_path) -> None:

@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from tiny_peft import SCHEDULE, batches, same, tiny, train, weights_of, wrapped
+from tiny_peft import SCHEDULE, batches, same, session_of, tiny, train, weights_of, wrapped
 
 import scale_sft
 from scale_sft.errors import UserError
@@ -16,10 +16,6 @@ from scale_sft.model.resident import effective_values
 from scale_sft.peft import resume, write
 
 ADAMW = {"lr": 1e-2, "weight_decay": 0.0, "foreach": False, "fused": False}
-
-
-def session_of(model):
-    return model.base_model.sessions["default"]
 
 
 def indices_of(model) -> dict[str, torch.Tensor]:

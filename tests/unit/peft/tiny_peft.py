@@ -44,6 +44,10 @@ def train(model: PeftModel, steps: int, optimizer: torch.optim.Optimizer | None 
     return optimizer
 
 
+def session_of(model: torch.nn.Module):
+    return model.base_model.sessions["default"]
+
+
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The base layers' weights as they are now, by name in the base."""
     return {layer.weight_name: layer.weight.detach().clone() for layer in model.base_model.spiel_layers()}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from carriers import NoCarrier
 from torch import Tensor
 
 from scale_sft.spiel.algorithm import SparseFineTuning
@@ -16,16 +17,6 @@ SHAPES = {"a": (12, 10), "b": (6, 20)}
 SCHEDULE = ReallocationSchedule(
     total_steps=12, update_interval_steps=4, estimation_steps=2, initial_replacement_fraction=0.9
 )
-
-
-class Nothing:
-    """A carrier without weights."""
-
-    def write(self) -> None: ...
-
-    def release(self, *deltas) -> None: ...
-
-    def adopt(self, *deltas) -> None: ...
 
 
 def gradient(step: int, name: str) -> Tensor:
@@ -43,7 +34,7 @@ def trained(last: int = 7, *, together: bool = False, learning_rate: float = 0.1
             tuning.recorder.record(name, gradient(step, name))
         tuning.update(learning_rate)
         if SCHEDULE.reallocates_at(step):
-            tuning.reallocate(step, Nothing())
+            tuning.reallocate(step, NoCarrier())
     return tuning
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from carriers import NoCarrier
 from torch import Tensor
 
 from scale_sft.spiel import indices
@@ -15,16 +16,6 @@ from scale_sft.spiel.topk import top_k_magnitude, top_k_of_product
 SHAPES = {"a": (9, 11), "one row": (1, 40), "one column": (30, 1), "full": (4, 5), "b": (64, 48), "c": (20, 33)}
 ACTIVE = {"a": 13, "one row": 7, "one column": 30, "full": 20, "b": 500, "c": 101}
 FRACTIONS = [0.0, 0.2, 1.0]
-
-
-class Carrier:
-    """Carries nothing."""
-
-    def write(self) -> None: ...
-
-    def release(self, *deltas) -> None: ...
-
-    def adopt(self, *deltas) -> None: ...
 
 
 def numbers(seed: int, count: int, kind: str) -> Tensor:
@@ -73,7 +64,7 @@ def trained(
             for number, name in enumerate(SHAPES):
                 for kept in tuning.optimizer.state_of(name).values():
                     kept.copy_(numbers(10 * step + number, kept.numel(), kind).abs())
-        seen.append(tuning.reallocate(step, Carrier()))
+        seen.append(tuning.reallocate(step, NoCarrier()))
     return [*seen, *(tensor for name in SHAPES for tensor in tuning.state_of(name).values())]
 
 

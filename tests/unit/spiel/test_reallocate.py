@@ -2,6 +2,7 @@ import random
 
 import pytest
 import torch
+from carriers import NoCarrier
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -120,19 +121,6 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-class Nowhere:
-    """Deltas that are carried into no model."""
-
-    def write(self) -> None:
-        pass
-
-    def release(self, delta) -> None:
-        pass
-
-    def adopt(self, delta) -> None:
-        pass
-
-
 @pytest.mark.parametrize("method", ["ag", "ma", "static"])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_number_of_active_entries_never_changes_and_indices_stay_sorted(method: str, seed: int) -> None:
@@ -154,7 +142,7 @@ def test_the_number_of_active_entries_never_changes_and_indices_stay_sorted(meth
         if not schedule.reallocates_at(step):
             continue
         before = {delta.name: set(delta.indices.tolist()) for delta in tuning.store}
-        turnover = tuning.reallocate(step, Nowhere())
+        turnover = tuning.reallocate(step, NoCarrier())
         moved += turnover.replaced
         assert turnover.replaced == turnover.dropped
         for delta in tuning.store:
@@ -176,19 +164,9 @@ def test_an_update_and_growth_of_momentum_approximation_make_no_tensor_of_the_we
     tuning.recorder.record("w", torch.randn(shape))
     with LargestTensor() as largest:
         tuning.update(0.01)
-        turnover = tuning.reallocate(1, Nowhere())
+        turnover = tuning.reallocate(1, NoCarrier())
     assert turnover.replaced == active
     assert 0 < largest.entries <= 4 * (sum(shape) + active)  # of 245,760
-
-
-class NoCarrier:
-    """The deltas are in no weight."""
-
-    def write(self) -> None: ...
-
-    def release(self, delta) -> None: ...
-
-    def adopt(self, delta) -> None: ...
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "change"])
