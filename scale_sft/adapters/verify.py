@@ -103,7 +103,7 @@ def _in_peft(model: nn.Module, adapter: str | Path) -> nn.Module:
 def probe_inputs(config: Any, device: str) -> list[Tensor]:
     """Draw random token ids, the same every time: [3, L] and [1, 1] int64."""
     generator = torch.Generator().manual_seed(0)
-    config = config.get_text_config()
-    length = min(32, getattr(text_config(config), "max_position_embeddings", None) or 32)
+    text = text_config(config)
+    length = min(32, getattr(text, "max_position_embeddings", None) or 32)
     shapes = [(3, length), (1, 1)]
-    return [torch.randint(text_config(config).vocab_size, shape, generator=generator).to(device) for shape in shapes]
+    return [torch.randint(text.vocab_size, shape, generator=generator).to(device) for shape in shapes]

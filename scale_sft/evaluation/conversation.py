@@ -15,6 +15,7 @@ from scale_sft.adapters.live import LiveAdapter, Prepared, load_adapter
 from scale_sft.config.options import ModelConfig
 from scale_sft.data.turn_ends import INFO_KEY, ids_of, with_end
 from scale_sft.errors import UserError, first_line
+from scale_sft.model.empty import text_config
 from scale_sft.model.loading import load_base, load_model_config, load_tokenizer
 
 from .evaluate_model import model_section
@@ -152,7 +153,8 @@ class Conversation:
         """Settings that take nothing but token ids from the base."""
         from transformers import GenerationConfig
 
-        positions = getattr(self.model.config, "max_position_embeddings", None) or length + self.sampling.max_new_tokens
+        positions = getattr(text_config(self.model.config), "max_position_embeddings", None)
+        positions = positions or length + self.sampling.max_new_tokens
         if length >= positions:
             raise UserError(
                 f"conversation: got {length:,} tokens, the model has {positions:,} positions. Fix: /reset starts over"
