@@ -105,7 +105,7 @@ def load_base(
     silence_progress_bars()
     dtype, arguments = resolve_dtype(config, model_config), {}
     if quantization:
-        kept = None if quantization.on_disk else kept_whole(model_config)
+        kept = None if quantization.on_disk else kept_whole(model_config, trust_remote_code=config.trust_remote_code)
         arguments = quantization.loading(device or torch.device("cpu"), dtype, kept)
     try:
         model = model_class(model_config).from_pretrained(
@@ -132,12 +132,12 @@ def load_base(
     return model if device is None else model.to(device)
 
 
-def kept_whole(model_config: Any) -> list[str] | None:
+def kept_whole(model_config: Any, *, trust_remote_code: bool = False) -> list[str] | None:
     """List layers that stay whole when a base is quantised; None: those that transformers keeps anyway.
 
     Weights that are used past their module's forward stay whole: nothing would dequantise them there.
     """
-    model = empty_model(model_config)
+    model = empty_model(model_config, trust_remote_code=trust_remote_code)
     past = [path for path, why in reach_of(model).faults.items() if why == PAST_ITS_FORWARD]
     if not past:
         return None
