@@ -48,6 +48,7 @@ class SpielModel(BaseTuner):
         self.__dict__["sessions"] = Sessions()
         self.__dict__["total_steps"] = None
         self.__dict__["_warm"] = set()
+        self.__dict__["_checked"] = set()  # adapters whose whole session was intact since the last forward pass
         super().__init__(*args, **kwargs)
         follow_steps(self)
 
@@ -203,8 +204,15 @@ class SpielModel(BaseTuner):
     # --- training ---------------------------------------------------------------------------------------------------
 
     def gradient(self, layer: Linear, adapter: str, left: Tensor, right: Tensor) -> Tensor:
-        """Compute the gradient of one layer's deltas: see `Session.gradient`."""
-        return self.session(adapter).gradient(layer, left, right)
+        """Compute the gradient of one layer's deltas: see `Session.gradient`.
+
+        The first layer of a backward pass looks at all parameters of the session, the others at their own.
+        """
+        session = self.sessions.get(adapter)
+        if session is None or adapter not in self._checked or not session.holds(layer):
+            session = self.session(adapter)
+            self._checked.add(adapter)
+        return session.gradient(layer, left, right)
 
     def session(self, adapter: str) -> Session:
         """Return the training of an adapter; the first call begins it."""
@@ -273,6 +281,7 @@ class SpielModel(BaseTuner):
         """Let the first layer of a forward pass check that the weights hold the deltas."""
         session = self.sessions.get(layer.resident)
         if session is not None and layer is next(iter(session.layers.values())):
+            self._checked.discard(layer.resident)
             session.check()
 
     def written(self, adapter: str) -> None:
