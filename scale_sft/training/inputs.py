@@ -142,7 +142,7 @@ def read_inputs(config: Config) -> Inputs:
     if data.eval_data:
         held_out = load_examples(data.eval_data, "eval", tokenizer, data, data.max_eval_examples, kind=kind)
     refuse_misfit(tokenizer, model_config, train, held_out)
-    attention = choose_attention(config.model.attention, base.model, dtype, tokens, device_type())
+    attention = choose_attention(config.model.attention, base.model, dtype, tokens, world.device().type)
     notes = (*notes, *filter(None, (attention.note, base.note)))
     notes = (*notes, *dict.fromkeys((*train.notes, *(held_out.notes if held_out else ()))))
     total = None if run.steps else math.ceil((run.epochs or 1) * len(train))
@@ -198,11 +198,6 @@ def _checked_base(config: Config, model_config: Any, ranks: int) -> _Base:
         refuse_unpackable(model)
     shapes = {target.name: target.shape for target in choice.targets}
     return _Base(model, shapes, coverage(model, choice), note)
-
-
-def device_type() -> str:
-    """Return where a run computes: cuda if there is a GPU, otherwise cpu."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def refuse_experts(names: Sequence[str]) -> None:
