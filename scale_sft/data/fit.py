@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from scale_sft.errors import UserError
+from scale_sft.model.empty import text_config
 
 from .examples import Examples
 
@@ -17,8 +18,7 @@ def refuse_misfit(tokenizer: Any, model_config: Any, *sets: Examples | None) -> 
     Raises:
         UserError: an example, or the padding, has a token beyond the rows of the embedding.
     """
-    text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-    rows = getattr(text, "vocab_size", None)
+    rows = getattr(text_config(model_config), "vocab_size", None)
     if not rows:
         return
     used = [(examples.largest_token(), examples.source) for examples in sets if examples is not None]

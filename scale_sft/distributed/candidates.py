@@ -48,18 +48,18 @@ def select_candidates(ranks: Ranks, gradient: Tensor, count: int) -> Tensor:
     n = gradient.numel()
     if ranks.size == 1 or not 0 < count <= n:
         return top_k_magnitude(gradient, count)
-    return _select(ranks, _own_part(ranks, gradient, -(-n // ranks.size)), n, count)
+    return _select(ranks, _own_part(ranks, gradient), n, count)
 
 
 def range_of_rank(ranks: Ranks, n: int) -> slice:
     """Return the entries of a weight of `n` (N) whose sum this rank receives."""
-    part = -(-n // ranks.size)
+    part = _part_entries(n, ranks.size)
     return slice(min(n, part * ranks.rank), min(n, part * (ranks.rank + 1)))
 
 
 def sum_own_part(ranks: Ranks, gradient: Tensor) -> Tensor:
     """Sum a gradient [N] over the ranks and return this rank's part of the sum: see `range_of_rank`."""
-    return gradient if ranks.size == 1 else _own_part(ranks, gradient, -(-gradient.numel() // ranks.size))
+    return gradient if ranks.size == 1 else _own_part(ranks, gradient)
 
 
 def select_largest(ranks: Ranks, keys: Tensor, n: int, count: int) -> Tensor:
@@ -86,14 +86,14 @@ def join_parts(ranks: Ranks, keys: Tensor, n: int) -> Tensor:
     """Put the ranks' parts of `n` (N) entries together on every rank: [N]."""
     if ranks.size == 1:
         return keys
-    padded = keys.new_zeros(-(-n // ranks.size))
+    padded = keys.new_zeros(_part_entries(n, ranks.size))
     padded[: keys.numel()] = keys
     return ranks.gather(padded)[:n]
 
 
 def _select(ranks: Ranks, values: Tensor, n: int, count: int) -> Tensor:
     """Choose the C entries of largest magnitude from the ranks' parts of N values, which are overwritten."""
-    part, integers = -(-n // ranks.size), _integers(n)
+    part, integers = _part_entries(n, ranks.size), _integers(n)
     chosen, offset = _chosen(ranks, _keys(values), count, integers)
     del values  # before memory is taken for the exchange
     own = chosen.nonzero().squeeze(1)  # the host waits for their number
@@ -134,7 +134,7 @@ def proposal_cost(n: int, count: int, world: int) -> ProposalCost:
     """
     if world == 1:
         return ProposalCost(0, 0, 0, 0, 0)
-    part, item = -(-n // world), _integers(n).itemsize
+    part, item = _part_entries(n, world), _integers(n).itemsize
     *summed, last = (1 << bits for bits in _DIGITS)
     chunk, most = min(part, _CHUNK_ENTRIES), min(part, count)
     counted = 64 * max(summed) + 24 * world * (last + 1)  # histograms; the last one of every rank, in several forms
@@ -153,9 +153,15 @@ def proposal_cost(n: int, count: int, world: int) -> ProposalCost:
     )
 
 
-def _own_part(ranks: Ranks, gradient: Tensor, part: int) -> Tensor:
+def _part_entries(n: int, world: int) -> int:
+    """Compute P, the entries of a rank's part of `n` (N); the last parts may have fewer."""
+    return -(-n // world)
+
+
+def _own_part(ranks: Ranks, gradient: Tensor) -> Tensor:
     """Sum a gradient [N] over the ranks in float32 and return this rank's part of the sum: [P], at the end shorter."""
     n, world = gradient.numel(), ranks.size
+    part = _part_entries(n, world)
     whole, rest = divmod(n, part)  # parts without padding, entries of the one that has some
     total = torch.empty(part, dtype=torch.float32, device=gradient.device)
     for cut in _cuts(part, world):

@@ -28,9 +28,6 @@ class Group(Parts, Protocol):
     def size(self) -> int:
         """The number of processes."""
 
-    def sum_(self, flat: Tensor, purpose: str = "gradients") -> None:
-        """Sum a contiguous tensor over the processes, in place; its traffic counts as `purpose`."""
-
     def select_candidates(self, gradient: Tensor, count: int) -> Tensor:
         """Choose the entries of largest magnitude of a gradient [N] summed over the processes: [count] sorted int64."""
 
@@ -68,9 +65,6 @@ class OneProcess(WholeParts):
 
     device: torch.device
     size: int = 1
-
-    def sum_(self, flat: Tensor, purpose: str = "gradients") -> None:
-        """Leave the gradients as they are: they are those of all processes."""
 
     def select_candidates(self, gradient: Tensor, count: int) -> Tensor:
         """Choose the entries of largest magnitude of a gradient [N]: [count] sorted int64."""

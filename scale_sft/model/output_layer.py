@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from scale_sft.spiel.indices import pieces
 
 from .cross_entropy import cross_entropies
+from .empty import text_config
 
 Operation = Callable[[Tensor], Tensor]
 
@@ -79,8 +80,7 @@ def known_operations(model: Any) -> Iterator[Operation]:
 
 def _setting(model: Any, name: str) -> float | None:
     config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for owner in (text, model, getattr(model, "model", None)):
+    for owner in (text_config(config), model, getattr(model, "model", None)):
         value = getattr(owner, name, None)
         if isinstance(value, int | float):
             return value

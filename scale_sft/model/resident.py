@@ -43,8 +43,7 @@ def write_entries(entries: Tensor, indices: Tensor, values: Tensor) -> None:
     Values are written as bits, as a CPU scatter of bfloat16 would convert the whole weight to fp32 and back; and in
     pieces if indices are int32, as a scatter needs int64 ones.
     """
-    bits = _BITS[entries.element_size()]
-    entries, values = entries.view(bits), values.view(bits)
+    entries, values = bits_of(entries), bits_of(values)
     if indices.dtype is torch.int64:
         entries.scatter_(0, indices, values)
         return
@@ -212,11 +211,10 @@ class ResidentDeltas:
             base, entries = self._base[delta.name], self.parts[delta.name].entries()
             if entries.device != base.device or entries.dtype is not base.dtype:
                 return delta.name
-            values = effective_values(base, delta.deltas[self._where[delta.name]].to(base.device))
-            bits = _BITS[base.element_size()]
-            part = self.parts[delta.name]
-            found = read_entries(entries, (delta.indices[self._where[delta.name]] - part.start).to(entries.device))
-            if not torch.equal(found.view(bits), values.view(bits)):
+            where, start = self._where[delta.name], self.parts[delta.name].start
+            values = effective_values(base, delta.deltas[where].to(base.device))
+            found = read_entries(entries, (delta.indices[where] - start).to(entries.device))
+            if not torch.equal(bits_of(found), bits_of(values)):
                 return delta.name
         return None
 

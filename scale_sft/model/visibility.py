@@ -35,9 +35,8 @@ def _held(sparse: Sparse, delta: SparseDelta) -> tuple[torch.Tensor, torch.Tenso
     """Return base values and deltas [E] of the entries that this process holds of a weight."""
     carrier = sparse.carrier
     if isinstance(carrier, TransientDeltas):
-        packed = carrier.packed[delta.name]
-        with carrier.materialize(packed.module.weight) as stored:
-            weight = packed.dequantize(stored.data)
+        with carrier.without():
+            weight = carrier.effective_weight(delta.name)
         return read_entries(weight.view(-1), delta.indices), delta.deltas
     _, base, _, before = carrier.held(delta.name)
     return base, delta.deltas[before : before + base.numel()]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.data.preference_batches import Block, Layout, block_mask
+from scale_sft.model.empty import text_config
 
 PROMPT, SIDE = 5, 6
 """Tokens of the probe."""
@@ -42,7 +43,7 @@ def layout_of(
 
 
 def _too_near(model: Any, row_tokens: int) -> str | None:
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = text_config(model.config)
     for name in _WINDOWS:
         reach = getattr(config, name, None)
         if isinstance(reach, int) and reach < row_tokens and getattr(config, "use_sliding_window", True):
@@ -53,7 +54,7 @@ def _too_near(model: Any, row_tokens: int) -> str | None:
 @torch.no_grad()
 def shares(model: Any, additive: torch.dtype | None, device: torch.device) -> bool:
     """Prove that a side behind a shared prompt has the logits that it has alone; a forward pass of a few tokens."""
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = text_config(model.config).vocab_size
     prompt, *sides = (
         np.arange(start, start + length) % vocabulary for start, length in ((1, PROMPT), (11, SIDE), (29, SIDE))
     )

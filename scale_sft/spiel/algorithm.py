@@ -127,8 +127,7 @@ class SparseFineTuning:
             return
         if self._rates is None:
             self._rates = torch.cat([update_rates(delta.entries) for delta in self.store])
-        before = self.store.flat.float()
-        before = before.clone() if before.data_ptr() == self.store.flat.data_ptr() else before
+        before = self.store.flat.to(torch.float32, copy=True)
         self.optimizer.step(self.recorder.gradients, learning_rate)
         self.store.flat.copy_(torch.lerp(before, self.store.flat.float(), self._rates))
 

@@ -141,8 +141,7 @@ class DeltaStore:
 
     def entries_of(self, name: str) -> slice:
         """Return where one weight's entries are in the flat buffers."""
-        number = self._numbers[name]
-        return slice(self.places.starts[number], self.places.starts[number + 1])
+        return self.places.range_of(self._numbers[name])
 
     def together(self, part: Part) -> TogetherDelta:
         """Return the deltas of some whole weights as one: views, not copies."""

@@ -169,8 +169,12 @@ class FlatEntries:
 
     def of_weight(self, number: int, indices: Tensor) -> Entries:
         """Set the entries of one weight; returns them as views of the buffers."""
-        starts, entries = self.rows.of(slice(number, number + 1)), slice(self.starts[number], self.starts[number + 1])
+        starts, entries = self.rows.of(slice(number, number + 1)), self.range_of(number)
         return Entries(indices, self.rows.shapes[number], (self._row_starts[starts], self._columns[entries]))
+
+    def range_of(self, number: int) -> slice:
+        """Return where one weight's entries are among all."""
+        return slice(self.starts[number], self.starts[number + 1])
 
     def part_of(self, weights: slice) -> Part:
         """Describe some whole weights."""

@@ -258,10 +258,10 @@ class AdamW:
 
         They estimate the gradients' mean and mean square, as those of candidates do.
         """
-        starts, found = self.store.places.starts, []
+        places, found = self.store.places, []
         place = self.store.cohort[part.entries].int()
         for moment, beta in zip((self.exp_avg, self.exp_avg_sq), self.betas, strict=True):
-            values = torch.cat([moment.load(slice(starts[n], starts[n + 1])) for n in part.numbers])
+            values = torch.cat([moment.load(places.range_of(number)) for number in part.numbers])
             weights = torch.tensor([1 - beta**n if n else 1.0 for n in self.gradients_seen], device=values.device)
             found.append(values / weights.index_select(0, place))
         return found[0], found[1]
@@ -280,8 +280,7 @@ class AdamW:
         """
         if estimates is None:
             raise ValueError("an exchange by gradient needs the estimates of its candidates")
-        picked, starts = exchange.grown_candidates, self.store.places.starts
-        weights = [slice(starts[number], starts[number + 1]) for number in part.numbers]
+        picked, weights = exchange.grown_candidates, [self.store.places.range_of(number) for number in part.numbers]
         for moment, beta, estimate in zip((self.exp_avg, self.exp_avg_sq), self.betas, estimates, strict=True):
             seed = (estimate if picked is None else estimate[picked]) * (1 - beta**self._seen_at_birth)
             if moment.crosses_weights:

@@ -165,7 +165,7 @@ class GradientRecorder:
     def _choose(self, name: str, indices: Tensor, facts: dict[str, Tensor]) -> Candidates:
         """Make entries [C] the candidates of one weight, in an open estimation phase."""
         number = self.store.number_of(name)
-        mean, mean_square = self.estimates[:, self.places.starts[number] : self.places.starts[number + 1]]
+        mean, mean_square = self.estimates[:, self.places.range_of(number)]
         self.candidates[name] = Candidates(self.places.of_weight(number, indices), mean, mean_square, facts)
         return self.candidates[name]
 

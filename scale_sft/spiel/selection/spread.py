@@ -38,7 +38,7 @@ def update_rates(entries: Entries) -> Tensor:
     move the weight along few directions, and so bear a smaller rate.
     """
     rows, columns = entries.shape
-    in_row = torch.zeros(rows, dtype=torch.int64, device=entries.flat().device)
+    in_row = torch.zeros(rows, dtype=torch.int64, device=entries.csr()[0].device)
     in_column = torch.zeros(columns, dtype=torch.int64, device=in_row.device)
     for _, i, j in entries.coordinates():
         in_row += torch.bincount(i, minlength=rows)

@@ -69,10 +69,6 @@ class Survey:
                 sums[name] = sums[name].add_(term) if name in sums else term.clone()
         self._open = {}
 
-    def forget_batch(self) -> None:
-        """Forget the batch in progress; possible only where squares are kept apart from sums."""
-        self._open = {}
-
     def choose(self, counts: Mapping[str, int], *, floor_fraction: float | None = None) -> dict[str, Tensor]:
         """Choose entries of each weight, and free the sums as they are used.
 
