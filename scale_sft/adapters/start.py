@@ -43,7 +43,7 @@ class Start:
             UserError: it is missing or damaged, a weight has no entry, or a delta would be rounded.
         """
         sha, counts = hashlib.sha256(), {}
-        with _naming_the_option(), Adapter.open(folder) as adapter:
+        with naming_the_option("start_from"), Adapter.open(folder) as adapter:
             for name in adapter.shapes:
                 indices, deltas = adapter.indices[name], adapter.deltas[name]
                 counts[name] = indices.numel()
@@ -159,20 +159,21 @@ class Start:
                 f"{self.info['base_hash'][:16]}..., that of '{self.info['base']}', which {self.folder} was trained on. "
                 "Fix: give that base"
             )
-        with _naming_the_option(), Adapter.open(self.folder) as adapter:
+        with naming_the_option("start_from"), Adapter.open(self.folder) as adapter:
             names = sparse.tuning.store.names
             sparse.begin_with((name, adapter.indices[name], adapter.deltas[name]) for name in names)
 
 
 @contextmanager
-def _naming_the_option() -> Iterator[None]:
-    """Let errors of the adapter's files name the option."""
+def naming_the_option(option: str, *others: str) -> Iterator[None]:
+    """Let errors of the adapter's files, and those that name one of the `others`, name the option."""
     try:
         yield
     except UserError as error:
-        if not str(error).startswith("adapter: "):
-            raise
-        raise UserError(f"start_from: {str(error).removeprefix('adapter: ')}") from None
+        for other in (*others, "adapter"):
+            if str(error).startswith(f"{other}: "):
+                raise UserError(f"{option}: {str(error).removeprefix(f'{other}: ')}") from None
+        raise
 
 
 def _plain(dtype: torch.dtype) -> str:

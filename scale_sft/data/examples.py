@@ -33,6 +33,7 @@ class Examples:
         """Tokens of each example, [N] int64."""
         self.dropped = int((targets == 0).sum())
         """Rows of which no target token was left within max_length."""
+        self._digest: str | None = None
         self.truncated = int((self.lengths < whole[self._kept]).sum())
         """Examples that were cut to max_length."""
 
@@ -67,13 +68,16 @@ class Examples:
         return self
 
     def digest(self) -> str:
-        """Hash all tokens and spans with SHA-256: 64 hex digits."""
+        """Hash all tokens and spans with SHA-256: 64 hex digits; the first call reads all of them."""
+        if self._digest is not None:
+            return self._digest
         sha = hashlib.sha256()
         for name in ("input_ids", "spans"):
             for lists in _columns(self._data, name):
                 sha.update(lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64))
                 sha.update(lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64))
-        return sha.hexdigest()
+        self._digest = sha.hexdigest()
+        return self._digest
 
     def largest_token(self) -> int:
         """Return the largest token id; -1 without tokens."""

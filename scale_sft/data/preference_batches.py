@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -158,13 +158,7 @@ class PreferenceBatches:
         lengths = torch.tensor([len(row[0].ids) for row in rows] or [2])
         mask = torch.arange(batch.inputs["input_ids"].shape[1])[None] < lengths[:, None]
         on_device = mask.long().to(self.device, non_blocking=True)
-        return SequenceBatch(
-            {"input_ids": batch.inputs["input_ids"], "attention_mask": on_device},
-            batch.places,
-            batch.targets,
-            batch.sequences,
-            batch.counts,
-        )
+        return replace(batch, inputs={"input_ids": batch.inputs["input_ids"], "attention_mask": on_device})
 
     def packed(self, rows: Sequence[Sequence[int]]) -> SequenceBatch:
         """Lay out rows of examples."""

@@ -105,24 +105,24 @@ class Marked(Preferences):
             raise UserError(f"data: {source}: got 1 example, expected at least 2 for objective kto. Fix: add more")
         self.sequence_lengths = np.repeat(self.lengths, 2)  # of a mismatched one, about: enough to sort by
         self.target_counts = np.repeat(self._targets, 2)  # of its own answers; nobody asks for the others'
+        self._longest = int(self.lengths.max(initial=0))  # as the data are cut
 
     def sequence(self, number: int) -> Tokens:
         """Return the answer of an example (2n), or a mismatched one under its prompt (2n + 1)."""
         example, mismatched = divmod(number, 2)
         if not mismatched:
             return self.tokens(example)
-        (ids, labels), (others, wanted) = self.tokens(example), self._of_another_prompt(example)
-        prompt, start = _first_target(labels), _first_target(wanted)
-        longest = int(self.lengths.max())  # as the data are cut
-        ids = np.concatenate([ids[:prompt], others[start:]])[:longest]
-        return ids, np.concatenate([np.full(prompt, IGNORED), wanted[start:]])[:longest]
+        prompt = _prompt(self.tokens(example))
+        others, wanted = self._of_another_prompt(example, prompt)
+        start = _first_target(wanted)
+        ids = np.concatenate([prompt, others[start:]])[: self._longest]
+        return ids, np.concatenate([np.full(len(prompt), IGNORED), wanted[start:]])[: self._longest]
 
-    def _of_another_prompt(self, example: int) -> Tokens:
+    def _of_another_prompt(self, example: int, prompt: np.ndarray) -> Tokens:
         """Return the nearest example before one whose prompt differs; the one before it if none in reach does.
 
         Answers to one prompt often follow each other, and an answer to the same prompt would not be mismatched.
         """
-        prompt = _prompt(self.tokens(example))
         for back in range(1, min(len(self), _REACH + 1)):
             other = self.tokens((example - back) % len(self))
             if not np.array_equal(_prompt(other), prompt):

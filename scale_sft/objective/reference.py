@@ -48,6 +48,7 @@ class ReferenceWeights:
         self.sparse = sparse
         self._adapter: DeltaStore | None = None
         self._carrier: ResidentDeltas | None = None
+        self._identity: str | None = None
         if adapter is not None:
             device, shapes = sparse.tuning.store.device, {name: sparse.shapes[name] for name in adapter}
             store = DeltaStore(shapes, {name: indices for name, (indices, _) in adapter.items()}, device=device)
@@ -79,7 +80,12 @@ class ReferenceWeights:
                 self._carrier.restore()
 
     def identity(self) -> str:
-        """Hash all weights of the base, trained or not, and the adapter: 64 hex digits, the same on every rank."""
+        """Hash all weights of the base, trained or not, and the adapter: 64 hex digits, the same on every rank.
+
+        The first call reads all of them; they stay as they are.
+        """
+        if self._identity is not None:
+            return self._identity
         sparse, group = self.sparse, self.sparse.group
         with sparse.carrier.without():
             weights = dict(sparse.model.named_parameters())
@@ -90,7 +96,8 @@ class ReferenceWeights:
             sha.update(delta.name.encode())
             for tensor in (delta.indices.long(), delta.deltas.float()):
                 sha.update(tensor.cpu().contiguous().numpy().tobytes())
-        return sha.hexdigest()
+        self._identity = sha.hexdigest()
+        return self._identity
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from scale_sft.adapters.format import Adapter
 from scale_sft.errors import UserError
 
 from . import files, registry
-from .callback import SpielCallback, add_to_trainers, tuner_in
+from .callback import SpielCallback, add_to_trainers
 from .config import SpielConfig
-from .tuner import SpielModel
+from .tuner import SpielModel, tuner_of
 
 __all__ = ["SpielCallback", "SpielConfig", "SpielModel", "hotswap", "resume", "write"]
 
@@ -38,12 +38,12 @@ add_to_trainers()
 
 def write(model: nn.Module) -> None:
     """Write the deltas into the weights, after a step of an optimizer that is not one of torch."""
-    _tuner(model).write()
+    tuner_of(model).write()
 
 
 def resume(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Continue a training from an optimizer's loaded state, in a loop of your own; Trainers do this themselves."""
-    _tuner(model).begin(getattr(optimizer, "optimizer", optimizer))
+    tuner_of(model).begin(getattr(optimizer, "optimizer", optimizer))
 
 
 def hotswap(model: nn.Module, adapter: str | Path | Adapter, adapter_name: str = "default") -> None:
@@ -54,15 +54,8 @@ def hotswap(model: nn.Module, adapter: str | Path | Adapter, adapter_name: str =
     Raises:
         UserError: the folder is damaged, or of another base or other weights; nothing has changed.
     """
-    tuner = _tuner(model)
+    tuner = tuner_of(model)
     if adapter_name not in tuner.peft_config:
         raise UserError(f"adapter_name: got '{adapter_name}', expected one of {', '.join(tuner.peft_config)}")
     new = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
     files.replace_entries(list(tuner.spiel_layers(adapter_name)), adapter_name, new)
-
-
-def _tuner(model: nn.Module) -> SpielModel:
-    tuner = tuner_in(model)
-    if tuner is None:
-        raise UserError("model: got one without SpIEL layers, expected a PEFT model with a SpielConfig")
-    return tuner

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, trainer
 
 from scale_sft.errors import UserError
 
 from .layer import require_whole
-from .tuner import SpielModel
+from .tuner import tuner_in
 
 
 class SpielCallback(TrainerCallback):
@@ -69,12 +68,6 @@ class SpielCallback(TrainerCallback):
                     f"optimizer: {kind} has stepped without torch's step hooks, expected a torch.optim.Optimizer. Fix: "
                     "use optim='adamw_torch'"
                 )
-
-
-def tuner_in(model: nn.Module | None) -> SpielModel | None:
-    """Find the tuner in a model, wrapped or not; None: there is no SpIEL adapter in it."""
-    modules = model.modules() if model is not None else ()
-    return next((module for module in modules if isinstance(module, SpielModel)), None)
 
 
 def add_to_trainers() -> None:

@@ -31,7 +31,6 @@ from .optimizer_state import follow, group_of, refuse_foreign
 
 STATE_KEY = "spiel"
 """Key in an optimizer's parameter group: what the next step needs in addition, by adapter."""
-
 PROBES = 4096
 
 
@@ -320,11 +319,12 @@ class Session:
     @property
     def intact(self) -> bool:
         """Return False if the parameters were moved, cast or replaced, so that the session must be made again."""
-        return all(
-            layer.has(self.adapter)
-            and layer.spiel_values[self.adapter].data_ptr() == self.store[name].deltas.data_ptr()
-            for name, layer in self.layers.items()
-        )
+        return all(map(self.holds, self.layers.values()))
+
+    def holds(self, layer: Linear) -> bool:
+        """Return True if a layer's parameter is the view that this session has made of it."""
+        view = self.store[layer.weight_name].deltas
+        return layer.has(self.adapter) and layer.spiel_values[self.adapter].data_ptr() == view.data_ptr()
 
     def reload(self, layer: Linear) -> None:
         """Take over indices that a layer has loaded."""

@@ -48,6 +48,7 @@ class SpielModel(BaseTuner):
         self.__dict__["sessions"] = Sessions()
         self.__dict__["total_steps"] = None
         self.__dict__["_warm"] = set()
+        self.__dict__["_checked"] = set()  # adapters whose whole session was intact since the last forward pass
         super().__init__(*args, **kwargs)
         follow_steps(self)
 
@@ -203,8 +204,15 @@ class SpielModel(BaseTuner):
     # --- training ---------------------------------------------------------------------------------------------------
 
     def gradient(self, layer: Linear, adapter: str, left: Tensor, right: Tensor) -> Tensor:
-        """Compute the gradient of one layer's deltas: see `Session.gradient`."""
-        return self.session(adapter).gradient(layer, left, right)
+        """Compute the gradient of one layer's deltas: see `Session.gradient`.
+
+        The first layer of a backward pass looks at all parameters of the session, the others at their own.
+        """
+        session = self.sessions.get(adapter)
+        if session is None or adapter not in self._checked or not session.holds(layer):
+            session = self.session(adapter)
+            self._checked.add(adapter)
+        return session.gradient(layer, left, right)
 
     def session(self, adapter: str) -> Session:
         """Return the training of an adapter; the first call begins it."""
@@ -273,6 +281,7 @@ class SpielModel(BaseTuner):
         """Let the first layer of a forward pass check that the weights hold the deltas."""
         session = self.sessions.get(layer.resident)
         if session is not None and layer is next(iter(session.layers.values())):
+            self._checked.discard(layer.resident)
             session.check()
 
     def written(self, adapter: str) -> None:
@@ -303,7 +312,7 @@ class SpielModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        files.bring_up_to_date(config, adapter_name, list(_tuner_of(model).spiel_layers(adapter_name)))
+        files.bring_up_to_date(config, adapter_name, list(tuner_of(model).spiel_layers(adapter_name)))
         return {key: tensor for key, tensor in found.items() if BASE_KEY not in key}
 
     @classmethod
@@ -314,15 +323,25 @@ class SpielModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        tuner = _tuner_of(model)
+        tuner = tuner_of(model)
         files.check_loaded(state_dict, config, adapter_name, list(tuner.spiel_layers(adapter_name)))
         tuner._warm.add(adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
-def _tuner_of(model: nn.Module) -> SpielModel:
-    """Find the tuner in a PEFT model, wrapped or not."""
-    found = next((module for module in model.modules() if isinstance(module, SpielModel)), None)
+def tuner_in(model: nn.Module | None) -> SpielModel | None:
+    """Find the tuner in a model, wrapped or not; None: there is no SpIEL adapter in it."""
+    modules = model.modules() if model is not None else ()
+    return next((module for module in modules if isinstance(module, SpielModel)), None)
+
+
+def tuner_of(model: nn.Module) -> SpielModel:
+    """Find the tuner in a PEFT model, wrapped or not.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = tuner_in(model)
     if found is None:
         raise UserError("model: got one without SpIEL layers, expected a PEFT model with a SpielConfig")
     return found

@@ -52,7 +52,7 @@ class Place(Protocol):
 class Plain:
     """A weight that a parameter holds as it is."""
 
-    weight: Tensor
+    weight: nn.Parameter
     whole = True
 
     @property
@@ -70,7 +70,7 @@ class Plain:
         write_entries(self.weight.data.view(-1), indices, values)
 
     def fingerprint(self) -> tuple[int, int]:
-        return fingerprint(WeightPart(lambda: self.weight.data.view(-1), 0, self.weight.numel()))
+        return fingerprint(WeightPart.whole(self.weight))
 
 
 @dataclass(frozen=True)

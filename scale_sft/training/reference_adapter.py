@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scale_sft.adapters.format import Adapter
-from scale_sft.adapters.start import Start
+from scale_sft.adapters.start import Start, naming_the_option
 from scale_sft.config.options import Config
 from scale_sft.errors import UserError
 from scale_sft.model.quantization import Quantization
@@ -41,7 +40,7 @@ class ReferenceAdapter:
                 f"{self.info['base_hash'][:16]}..., that of '{self.info['base']}', which {self.folder} was trained on. "
                 "Fix: give that base, or the adapter of this one"
             )
-        with _naming_the_option(), Adapter.open(self.folder) as adapter:
+        with naming_the_option("reference_adapter"), Adapter.open(self.folder) as adapter:
             return {name: (adapter.indices[name], adapter.deltas[name]) for name in adapter.shapes}
 
 
@@ -56,19 +55,7 @@ def reference_of(
     folder = config.objective.reference_adapter
     if folder is None:
         return None
-    with _naming_the_option():
+    with naming_the_option("reference_adapter", "start_from"):
         found = Start.read(folder)
         found.refuse_other_weights(shapes, dtype, quantization)
     return ReferenceAdapter(folder, found.digest, found.info or {})
-
-
-@contextmanager
-def _naming_the_option() -> Iterator[None]:
-    """Let errors name the option."""
-    try:
-        yield
-    except UserError as error:
-        for other in ("start_from: ", "adapter: "):
-            if str(error).startswith(other):
-                raise UserError(f"reference_adapter: {str(error).removeprefix(other)}") from None
-        raise

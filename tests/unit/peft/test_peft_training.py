@@ -14,6 +14,7 @@ import scale_sft
 from scale_sft.errors import UserError
 from scale_sft.model.resident import effective_values
 from scale_sft.peft import resume, write
+from scale_sft.peft.session import Session
 
 ADAMW = {"lr": 1e-2, "weight_decay": 0.0, "foreach": False, "fused": False}
 
@@ -223,6 +224,17 @@ def test_training_survives_a_move_of_its_parameters_and_a_copy_of_the_model() ->
     before = weights_of(model)
     train(twin, 1)
     assert not same(weights_of(twin), before) and same(weights_of(model), before)
+
+
+def test_a_backward_pass_looks_at_all_parameters_once(monkeypatch) -> None:
+    model, looks = wrapped(tiny()), []
+    train(model, 1)
+    held = Session.holds
+    monkeypatch.setattr(
+        Session, "holds", lambda session, layer: looks.append(layer.weight_name) or held(session, layer)
+    )
+    train(model, 3)
+    assert len(looks) == 3 * (2 * len(session_of(model).layers) - 1)  # all of them, then each of the others its own
 
 
 def test_nothing_of_a_weights_size_is_kept_for_backward() -> None:
