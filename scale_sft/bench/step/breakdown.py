@@ -11,9 +11,10 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -112,14 +113,11 @@ def synchronize(device: torch.device) -> None:
 @contextmanager
 def instrumented(watch: Watch) -> Iterator[None]:
     """Watch every piece inside the block, whoever calls it; trainers must be made inside it too."""
-    before = [(owner, name, vars(owner)[name]) for owner, name, _ in _PIECES]
-    for owner, name, piece in _PIECES:
-        setattr(owner, name, _timed(vars(owner)[name], watch, piece))
-    try:
+    with ExitStack() as undo:
+        for owner, name, piece in _PIECES:
+            # patch.object also takes an inherited function off again
+            undo.enter_context(patch.object(owner, name, _timed(getattr(owner, name), watch, piece)))
         yield
-    finally:
-        for owner, name, function in before:
-            setattr(owner, name, function)
 
 
 def _timed(function: Callable, watch: Watch, piece: str) -> Callable:
