@@ -18,15 +18,15 @@ from scale_sft.training.run_folder import RunFolder
 
 
 def run_all(plan: list[dict[str, Any]], report: bool) -> None:
-    """Train once for the options of each item of `plan`; reports take longer than the runs and can be left out."""
-    if not report:
-        lifecycle.write_report = lambda folder: folder / "report.html"
+    """Train once for the options of each item of `plan`; with `report` the first writes one, which takes longer."""
     inputs = [read_inputs(load(None, options)) for options in plan]
     sharded = inputs[0].placement.sharded
     config = inputs[0].config.model
     cluster = Cluster.start(sharded=sharded, dtype=torch.float32, ds_config=config.ds_config, timeout_seconds=120)
     try:
-        for each in inputs:
+        for number, each in enumerate(inputs):
+            if number or not report:
+                lifecycle.write_report = lambda folder: folder / "report.html"
             train.run_on(cluster, each, RunFolder(each.config.run.output_dir))
     finally:
         cluster.close()
