@@ -264,3 +264,19 @@ def test_what_a_resumed_run_may_change_is_a_promise() -> None:
     """
     assert set(free.split()) == FREE
     assert {*free.split(), *by_effect.split()} == MAY_CHANGE
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("random", "gradient", 0, 1e-2)),
+        ({"method": "static"}, ("static", "balanced", 20, 1e-2)),
+        ({"method": "static", "score": "snr", "learning_rate": "0.1"}, ("static", "snr", 20, 0.1)),
+        ({"method": "static", "start_from": "."}, ("static", "gradient", 0, 1e-2)),
+        ({"method": "ag"}, ("ag", "gradient", 0, 1e-3)),
+    ],
+)
+def test_a_method_brings_its_own_options_and_those_that_are_given_win(options, expected) -> None:
+    config = load(None, {"density": 0.1, **options})
+    sparse = config.sparse
+    assert (sparse.method, sparse.score, sparse.selection_batches, config.optimizer.learning_rate) == expected
