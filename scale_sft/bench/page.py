@@ -40,6 +40,7 @@ class Table:
     sources: Sequence[Row]  # the rows of results behind it
     title: str = ""
     words: bool = False  # its cells are text, aligned left
+    note: str = ""  # below it
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _part_of(rows: list[Row], benchmark: str, path: Path) -> Markup:
 def _html(part: Part) -> Markup:
     parts = [titled(part.title, "", part.text)]
     for one in part.tables:
-        parts += [titled(one.title, table(one.columns, one.rows), level=3), pairs(origin(one.sources))]
+        parts += [titled(one.title, table(one.columns, one.rows), text=one.note, level=3), pairs(origin(one.sources))]
     return Markup("").join([*parts, *(picture(plot) for plot in part.plots)])
 
 
