@@ -146,9 +146,10 @@ def quality(
         rows = benchmark.measure(settings, output, processes=jobs or benchmark.default_processes(), say=click.echo)
     except KeyboardInterrupt:
         raise UserError(f"interrupted; finished runs are in {output}: the same command resumes") from None
-    for task, table, remarks in benchmark.report(rows):
-        click.echo(f"\n{task}" if task else "")
-        _print(table)
+    for task, tables, remarks in benchmark.report(rows):
+        for number, (columns, lines) in enumerate(tables):
+            click.echo(f"\n{task}" if task and not number else "")
+            _print([columns, *lines])
         for remark in remarks:
             click.echo(remark)
     click.echo(f"page: {write_page(output)}, table: {benchmark.write_csv(output)}")

@@ -26,7 +26,7 @@ from .contestants import BASE, Contestant
 from .page import part
 from .search import MORE_RUNGS, Search
 from .summary import Row, groups_of, present, reason_of, settings_key, summaries
-from .table import csv_of, table_of
+from .table import Table, cost_table, csv_of, learning_table
 from .tasks import Retained, Task, retained_by, retained_examples
 from .worker import Job, run_job, split
 
@@ -106,11 +106,10 @@ def measure(settings: Settings, folder: Path, *, processes: int, say: Callable[[
     return [row for row in campaign.rows.values() if row is not None]
 
 
-def report(rows: Sequence[Row]) -> list[tuple[str, list[list[str]], list[str]]]:
-    """Make for each task its name, its table (first line: the columns), and remarks on it."""
+def report(rows: Sequence[Row]) -> list[tuple[str, list[Table], list[str]]]:
+    """Make for each task its name, its tables, and remarks on them."""
     found = []
     for group in reversed(groups_of(rows)):
-        columns, lines = table_of(group)
         every = summaries(group)
         remarks = [remark for summary in every if (remark := summary.remark()) is not None]
         remarks += [
@@ -119,7 +118,9 @@ def report(rows: Sequence[Row]) -> list[tuple[str, list[list[str]], list[str]]]:
             if summary.best_rate is not None
             for rate, why in summary.failures.items()
         ]
-        found.append((group[-1]["settings"]["shared"].get("task", ""), [columns, *lines], remarks))
+        found.append(
+            (group[-1]["settings"]["shared"].get("task", ""), [learning_table(group), cost_table(group)], remarks)
+        )
     return found
 
 

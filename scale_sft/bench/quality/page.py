@@ -18,7 +18,7 @@ from scale_sft.reporting.style import CYCLE, GREY, PERCENT, PLAIN, WIDTH_INCHES,
 
 from .contestants import BASE
 from .summary import Row, Summary, groups_of, retained_names, summaries, value_of
-from .table import REFERENCE, table_of
+from .table import REFERENCE, cost_table, learning_table
 
 
 def part(rows: Sequence[Row]) -> Part:
@@ -31,7 +31,7 @@ def part(rows: Sequence[Row]) -> Part:
     tables, plots = [], []
     for number, group in enumerate(groups, start=1):
         title = title_of(group)
-        tables.append(_table(group, title))
+        tables += _tables(group, title)
         for plot in _plots(group):
             plots.append(
                 replace(plot, name=f"{plot.name}-{number}", caption=f"{title}. {plot.caption}")
@@ -44,10 +44,11 @@ def part(rows: Sequence[Row]) -> Part:
         "rate is at an end; best is the lowest loss on examples kept out of the training data. Figures are on the "
         "held-out data, at the best rate: the mean over the seeds and its 95 % confidence interval by Student's t "
         "distribution, which is wide for few seeds (for 3 of them 2.5 standard deviations). "
-        f"Against {REFERENCE}: the difference of the losses, seed by seed. In brackets: the change from the base on "
-        "data that were not trained. Norms of the update (merged minus base) are means over the weights; visible in bf16 is "
-        "the share of changed entries that a merge in bfloat16 changes. Seconds include the choice of entries; runs "
-        "that share a machine slow each other down. A dash: not measured."
+        f"Against {REFERENCE}: the difference of the losses, seed by seed. Losses on other data show what the model "
+        "has kept: compare them with those of the base. Norms of the update (merged minus base) are means over the "
+        "weights; visible in bf16 is the share of changed entries that a merge in bfloat16 changes. Seconds include the "
+        "choice of entries; runs that share a machine slow each other down. Peak memory is that of training above the "
+        "weights of the base. A dash: not measured."
     )
     return Part(title="Quality: held-out loss and what is retained", text=text, tables=tables, plots=plots)
 
@@ -69,10 +70,13 @@ def _short_name(source: str | Sequence[str]) -> str:
     return ", ".join(Path(name.partition("?")[0]).name or name for name in names)
 
 
-def _table(group: Sequence[Row], title: str) -> Table:
-    columns, lines = table_of(group)
+def _tables(group: Sequence[Row], title: str) -> list[Table]:
+    """Make the table of what was learned, and that of updates and costs."""
     remarks = "; ".join(remark for summary in summaries(group) if (remark := summary.remark()) is not None)
-    return Table(columns, lines, sources=group, title=title, note=f"{remarks}." if remarks else "")
+    return [
+        Table(*learning_table(group), sources=group, title=title, note=f"{remarks}." if remarks else ""),
+        Table(*cost_table(group), sources=()),
+    ]
 
 
 def _plots(group: Sequence[Row]) -> list[Plot]:
@@ -102,7 +106,7 @@ def _plots(group: Sequence[Row]) -> list[Plot]:
                 "quality-retained",
                 "Learned and retained",
                 "A line per method: one point per learning rate of one seed, ascending, the best one ringed. Lower "
-                "left is better: little loss on the task, little on other data. The star is the base.",
+                "left is better: little loss on the task, little on other data. Dotted: the base.",
                 lambda _: learned_and_retained(trained, base, names),
             )
         )
@@ -135,9 +139,7 @@ def learned_and_retained(found: Sequence[Summary], base: Summary | None, names: 
                 [x for x, _ in ring], [y for _, y in ring], "o", color=_color(place), markersize=11, fillstyle="none"
             )
         if base is not None and base.values(key):
-            x, y = base.values("held_out_loss")[0], base.values(key)[0]
-            ax.axhline(y, color=GREY, linewidth=1, linestyle=":")
-            ax.plot([x], [y], "*", color=GREY, markersize=11)
+            ax.axhline(base.values(key)[0], color=GREY, linewidth=1.2, linestyle=":")
         ax.set_xlabel("held-out loss of the task")
         ax.set_ylabel(f"loss on {name}")
     handles, labels = figure.axes[0].get_legend_handles_labels()

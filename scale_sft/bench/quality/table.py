@@ -39,54 +39,56 @@ class Column:
 _LOSS = Column("held-out loss", "held_out_loss", "{:.4f}".format)
 _MATCH = Column("exact match", "exact_match", "{:.1f}".format, 100.0, " %")
 _OTHERS = (
-    Column("update, Frobenius", "update_frobenius", "{:.3g}".format, with_spread=False),
-    Column("update, spectral", "update_spectral", "{:.3g}".format, with_spread=False),
+    Column("Frobenius norm", "update_frobenius", "{:.3g}".format, with_spread=False),
+    Column("spectral norm", "update_spectral", "{:.3g}".format, with_spread=False),
     Column("visible in bf16", "visible_fraction", "{:.1f}".format, 100.0, " %", with_spread=False),
     Column("seconds", "seconds", "{:,.1f}".format, with_spread=False),
-    Column("peak above base", "peak_bytes", "{:,.1f}".format, 2.0**-20, " MiB", with_spread=False),
+    Column("peak memory", "peak_bytes", "{:,.1f}".format, 2.0**-20, " MiB", with_spread=False),
 )
 
 
-def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Make the columns and lines of one group of comparable rows, see `summary.groups_of`."""
-    found, names = summaries(rows), retained_names(rows)
-    base = next((summary for summary in found if summary.name == BASE.name), None)
+Table = tuple[list[str], list[list[str]]]
+"""Columns and lines."""
+
+
+def learning_table(rows: Sequence[Row]) -> Table:
+    """Make the table of what contestants have learned and retained, of one group of `summary.groups_of`."""
+    found = summaries(rows)
+    kept = [Column(name, f"retained.{name}", "{:.3f}".format) for name in retained_names(rows)]
     other = next((summary for summary in found if summary.name == REFERENCE and summary.runs), None)
     matches = any(summary.values("exact_match") for summary in found)
-    columns = ["method", "trained weights", "learning rate", "seeds", _LOSS.title]
+    columns = ["method", "rate", "seeds", _LOSS.title]
     columns += [f"against {REFERENCE}"] if other else []
     columns += [_MATCH.title] if matches else []
-    columns += [f"{name} loss" for name in names]
-    columns += [column.title for column in _OTHERS]
+    columns += [f"loss on {column.title}" for column in kept]
 
     def line(summary: Summary) -> list[str]:
         trains = summary.name != BASE.name
-        trained = next((f"{row['result']['trainable']:,}" for row in summary.runs), MISSING)
         rate = f"{summary.best_rate:g}" if summary.best_rate is not None else MISSING
-        cells = [summary.name, trained, rate, str(len(summary.runs)) if trains else MISSING]
+        cells = [summary.name, rate, str(len(summary.runs)) if trains else MISSING]
         cells.append(_LOSS.cell(summary.figure(_LOSS.key)))
         if other:
             cells.append(_signed(summary.difference(other, _LOSS.key) if trains and summary is not other else None))
         cells += [_MATCH.cell(summary.figure(_MATCH.key))] if matches else []
-        cells += [_kept(summary, base, name) for name in names]
-        return cells + [column.cell(summary.figure(column.key)) for column in _OTHERS]
+        return cells + [column.cell(summary.figure(column.key)) for column in kept]
 
     return columns, [line(summary) for summary in found]
 
 
-def _kept(summary: Summary, base: Summary | None, name: str) -> str:
-    """Format a loss on other data, and how far it is from the base's."""
-    column = Column(name, f"retained.{name}", "{:.3f}".format)
-    found, before = summary.figure(column.key), base.figure(column.key) if base else None
-    change = "" if found is None or before is None or summary is base else f" ({found.mean - before.mean:+.3f})"
-    return column.cell(found) + change
+def cost_table(rows: Sequence[Row]) -> Table:
+    """Make the table of updates and costs, of one group of `summary.groups_of`; without the base, which has none."""
+    found = [summary for summary in summaries(rows) if summary.name != BASE.name]
+    trained = lambda summary: next((f"{row['result']['trainable']:,}" for row in summary.runs), MISSING)
+    lines = [
+        [summary.name, trained(summary), *(column.cell(summary.figure(column.key)) for column in _OTHERS)]
+        for summary in found
+    ]
+    return ["method", "weights", *(column.title for column in _OTHERS)], lines
 
 
 def _signed(found: Figure | None) -> str:
-    return Column("", "", "{:.4f}".format).cell(found) if found is None else _difference(found)
-
-
-def _difference(found: Figure) -> str:
+    if found is None:
+        return MISSING
     width = "" if found.half_width is None else f" ± {found.half_width:.4f}"
     return f"{found.mean:+.4f}{width}"
 
