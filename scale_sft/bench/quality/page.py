@@ -46,8 +46,8 @@ def part(rows: Sequence[Row]) -> Part:
         "distribution, which is wide for few seeds (for 3 of them 2.5 standard deviations). "
         f"Against {REFERENCE}: the difference of the losses, seed by seed. Losses on other data show what the model "
         "has kept: compare them with those of the base. Norms of the update (merged minus base) are means over the "
-        "weights; visible in bf16 is the share of changed entries that a merge in bfloat16 changes. Seconds include the "
-        "choice of entries; runs that share a machine slow each other down. Peak memory is that of training above the "
+        "weights; visible in bf16 is the share of changed entries that a merge in bfloat16 changes. Seconds include "
+        "the choice of entries; runs that share a machine slow each other down. Peak memory is that of training above the "
         "weights of the base. A dash: not measured."
     )
     return Part(title="Quality: held-out loss and what is retained", text=text, tables=tables, plots=plots)
@@ -75,7 +75,7 @@ def _tables(group: Sequence[Row], title: str) -> list[Table]:
     remarks = "; ".join(remark for summary in summaries(group) if (remark := summary.remark()) is not None)
     return [
         Table(*learning_table(group), sources=group, title=title, note=f"{remarks}." if remarks else ""),
-        Table(*cost_table(group), sources=()),
+        Table(*cost_table(group), sources=(), title="Updates and costs"),
     ]
 
 
