@@ -47,8 +47,8 @@ def part(rows: Sequence[Row]) -> Part:
         f"Against {REFERENCE}: the difference of the losses, seed by seed. Losses on other data show what the model "
         "has kept: compare them with those of the base. Norms of the update (merged minus base) are means over the "
         "weights; visible in bf16 is the share of changed entries that a merge in bfloat16 changes. Seconds include "
-        "the choice of entries; runs that share a machine slow each other down. Peak memory is that of training above the "
-        "weights of the base. A dash: not measured."
+        "the choice of entries; runs that share a machine slow each other down. Peak memory is that of training above "
+        "the weights of the base. A dash: not measured."
     )
     return Part(title="Quality: held-out loss and what is retained", text=text, tables=tables, plots=plots)
 

@@ -13,8 +13,7 @@ from scale_sft.bench import page, rows
 from scale_sft.bench.pool import Died, Pool
 from scale_sft.bench.quality import measure as quality
 from scale_sft.bench.quality.contestants import BASE, METHODS, choose
-from scale_sft.bench.quality.search import Search, rung_beyond
-from scale_sft.bench.quality.summary import Figure, groups_of, summaries, t_quantile
+from scale_sft.bench.quality.summary import summaries
 from scale_sft.bench.quality.tasks import Task, read_retained, read_tasks
 from scale_sft.bench.quality.worker import run_job, split
 from scale_sft.cli.main import main
@@ -60,9 +59,7 @@ def test_every_rate_is_tried_and_the_best_is_run_with_the_other_seeds(settings, 
     wanted = settings(grids=("ag=0.001,0.01", "lora=0.001,0.01"), seeds=2)
     found, said = measure(wanted)
     runs = [(row["settings"]["method"], row["settings"]["learning_rate"], row["settings"]["seed"]) for row in found]
-    assert runs[:5] == [("base", None, 0)] + [
-        (name, rate, 0) for rate in (1e-3, 1e-2) for name in ("ag", "lora")
-    ]
+    assert runs[:5] == [("base", None, 0)] + [(name, rate, 0) for rate in (1e-3, 1e-2) for name in ("ag", "lora")]
     for summary in summaries(found)[1:]:
         assert summary.best_rate == min(summary.grid, key=summary.grid.get)
         assert [row["settings"]["seed"] for row in summary.runs] == [0, 1]
@@ -96,7 +93,7 @@ def test_all_contestants_see_the_same_batches_and_none_sees_what_chooses_the_rat
     assert other.train.digest() == left.train.digest() and other.order == left.order
 
 
-def test_a_random_is_never_reallocated_and_static_once(settings, monkeypatch):
+def test_random_entries_are_never_reallocated_and_static_ones_once(settings, monkeypatch):
     from scale_sft import train
 
     steps = []
@@ -151,7 +148,7 @@ def test_a_run_that_diverges_is_a_row_and_the_others_go_on(settings, measure, mo
         assert row["result"]["failed"].startswith("step 2: the loss is nan")
     for summary in summaries(found)[1:]:
         assert summary.best_rate == 1e-3 and list(summary.failures) == [1e5]
-    _, remarks = quality.report(found)
+    ((_, _, remarks),) = quality.report(found)
     assert "full: learning rate 100000: step 2: the loss is nan" in " ".join(remarks)
 
 
@@ -163,8 +160,8 @@ def test_a_run_that_crashed_is_tried_again(settings, measure, monkeypatch):
     monkeypatch.setattr(quality, "run_job", broken)
     found, _ = measure(wanted)
     assert {row["result"]["crashed"] for row in found} == {"RuntimeError: out of memory"}
-    table, remarks = quality.report(found)
-    assert "no learning rate of 0.001 led to a result" in remarks[0] and table[2][0] == "full"
+    ((_, tables, remarks),) = quality.report(found)
+    assert "no learning rate of 0.001 led to a result" in remarks[0] and tables[0][1][1][:2] == ["full", "-"]
     monkeypatch.undo()
     found, said = measure(wanted)
     assert "held_out_loss" in found[1]["result"] and len(said) == 2
@@ -188,35 +185,44 @@ def test_a_best_rate_at_the_edge_of_its_grid_is_pointed_out(tmp_path):
         for rate, loss in zip((0.01, 0.03, 0.1), losses, strict=False):
             settings, figures = made_up_row(method, rate, loss=float(loss))
             results.add(settings, **figures)
-    _, remarks = quality.report(rows.read_rows(tmp_path, "quality"))
+    ((_, _, remarks),) = quality.report(rows.read_rows(tmp_path, "quality"))
     assert len(remarks) == 3
     assert "ma: the best rate, 0.1, is the highest" in remarks[0] and "ma=0.01,0.03,0.1,0.3" in remarks[0]
     assert "full: the best rate, 0.01, is the lowest" in remarks[1] and "full=0.003,0.01" in remarks[1]
     assert "only one learning rate was tried" in remarks[2]
 
 
-def test_the_page_shows_the_newest_settings_and_the_newest_row_of_each_run(tmp_path):
+def test_the_page_shows_each_group_of_settings_and_the_newest_row_of_each_run(tmp_path):
     results = rows.Results(tmp_path, "quality")
-    old, figures = made_up_row("ag", 0.01, loss=9.0)
+    old, figures = made_up_row("ours-ag", 0.01, loss=9.0)
     results.add({**old, "shared": {**old["shared"], "steps": 1}}, **figures)
     results.add(old, crashed="RuntimeError: out of memory")
-    results.add(*[made_up_row("base", None, trainable=0)[0]], **made_up_row("base", None, trainable=0)[1])
+    results.add(made_up_row("base", None)[0], **made_up_row("base", None, trainable=0, retained={"news": 3.0})[1])
     for rate, seed, loss in ((0.01, 0, 1.0), (0.1, 0, 2.0), (0.01, 1, 1.0)):
-        settings, figures = made_up_row("ag", rate, seed, loss)
+        settings, figures = made_up_row("ag", rate, seed, loss, retained={"news": 3.5}, visible_fraction=0.25)
         results.add(settings, **figures)
     results.add(made_up_row("full", 0.1)[0], failed="step 2: the loss is nan")
     part = quality.part(rows.read_rows(tmp_path, "quality"))
-    line = next(cells for cells in part.tables[0].rows if cells[0] == "ag")
-    assert line[2:5] == ["0.01", "2", "1.0050 ± 0.0071"] and "2 steps of 4 sequences" in part.text
+    learned, costs, before, _ = part.tables
+    assert "2 steps of 4 sequences" in learned.title and "1 steps of 4 sequences" in before.title
+    lines = {cells[0]: dict(zip(learned.columns, cells, strict=True)) for cells in learned.rows}
+    assert (lines["ag"]["rate"], lines["ag"]["seeds"]) == ("0.01", "2")
+    assert lines["ag"]["held-out loss"] == "1.0050 ± 0.0635"  # 12.706 * 0.00707 / sqrt(2)
+    assert (lines["base"]["loss on news"], lines["ag"]["loss on news"]) == ("3.000", "3.500 ± 0.000")
+    assert lines["full"]["loss on news"] == "-"
+    assert dict(zip(costs.columns, costs.rows[0], strict=True))["visible in bf16"] == "25.0 %"
+    assert before.rows[0][:2] == ["ag", "0.01"] and "9.0000" in before.rows[0]
     text = page.write_page(tmp_path).read_text()
-    assert text.count("<svg") == 3 and "the loss is nan" in text and "9.0" not in part.text
+    assert text.count("<svg") == 4 + 3 and "the loss is nan" in text
+    lines = quality.write_csv(tmp_path).read_text().splitlines()
+    assert len(lines) == 4 and lines[0].startswith("task,base,") and "retained.news,retained.news ci95" in lines[0]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "our-ag"], "did you mean 'ours-ag'?"),
-        (["--learning-rates", "ours-gg=1"], "did you mean 'ours-"),
+        (["--methods", "randon"], "did you mean 'random'?"),
+        (["--learning-rates", "stattic=1"], "did you mean 'static'?"),
         (["--learning_rates", "full=fast"], "--learning_rates full: got 'fast', expected numbers above 0"),
         (["--variant", "slim=lora,method=ma"], "got lora, expected one of our methods"),
         (["--variant", "slim=ag,candidate_ratios=0.5"], "did you mean 'candidate_ratio'?"),
@@ -307,24 +313,24 @@ def test_a_process_that_dies_takes_only_its_own_work_along():
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_the_command_compares_all_methods_on_the_demo(tmp_path):
+def test_the_command_compares_all_methods_on_two_tasks(tmp_path, tiny_model, pairs_file):
+    news = tmp_path / "news.txt"
+    news.write_text("It rained on Tuesday.\nThe sun shone on Wednesday.\n")
     grids = [argument for name in METHODS for argument in ("--learning-rates", f"{name}=0.01")]
-    arguments = ["--steps", "2", "--seeds", "1", "--exact_match_examples", "2", "--max_new_tokens", "2", *grids]
-    arguments += [
-        "--max_eval_examples",
-        "16",
-        "--validation-examples",
-        "16",
-        "--global-batch-size",
-        "4",
-        "--jobs",
-        "2",
-        "--output",
-        str(tmp_path),
+    arguments = [
+        *("--base", str(tiny_model("llama")), "--dtype", "float32", "--steps", "1", "--seeds", "1", *grids),
+        *("--task", f"sums={pairs_file},{pairs_file},exact_match_examples=1,max_new_tokens=1"),
+        *("--task", f"long={pairs_file},{pairs_file},max_length=32", "--retain", "sums", "--retain", f"news={news}"),
+        *("--global-batch-size", "2", "--validation-examples", "4", "--jobs", "1", "--output", str(tmp_path)),
     ]
     result = CliRunner().invoke(main, ["bench", "quality", *arguments])
     assert result.exit_code == 0, result.output
     found = [json.loads(line) for line in (tmp_path / "quality.jsonl").read_text().splitlines()]
     assert {row["settings"]["method"] for row in found} == {"base", *METHODS}
+    for task, kept in (("sums", {"news"}), ("long", {"sums", "news"})):
+        own = [row for row in found if row["settings"]["shared"]["task"] == task]
+        assert len(own) == 1 + len(METHODS) and all(set(row["result"]["retained"]) == kept for row in own)
+        assert all(0 <= row["result"].get("exact_match", -1) <= 1 for row in own) == (task == "sums")
     assert all(row["result"]["held_out_loss"] > 0 for row in found)
-    assert (tmp_path / "bench.html").is_file()
+    assert "1 runs are done" not in result.output and "\nsums\n" in result.output and "\nlong\n" in result.output
+    assert (tmp_path / "bench.html").is_file() and (tmp_path / "quality.csv").is_file()
