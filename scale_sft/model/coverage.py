@@ -13,7 +13,7 @@ from scale_sft.config.options import SparseConfig
 
 from .linear_kinds import why_not_linear
 from .packed_weights import is_quantized_layer
-from .targets import Choice, choose_targets, in_a_block
+from .targets import Choice, choice_of, in_a_block
 
 FUSED_EXPERTS = "experts fused into one parameter, which cannot carry deltas yet"
 NOT_CHOSEN = "not named by target_modules"
@@ -75,7 +75,7 @@ def coverage_of(model: nn.Module, sparse: SparseConfig) -> Coverage:
     Raises:
         UserError: see `choose_targets`.
     """
-    return coverage(model, choose_targets(model, sparse.target_modules, sparse.exclude_modules))
+    return coverage(model, choice_of(model, sparse))
 
 
 def coverage(model: nn.Module, choice: Choice) -> Coverage:
