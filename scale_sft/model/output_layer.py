@@ -114,12 +114,6 @@ class OutputLayer:
     vocabulary: int  # V
 
     @property
-    def trained(self) -> WeightTap | None:
-        """The tap that waits for the gradient of its weight, if there is one."""
-        tap: WeightTap | None = getattr(self.module.forward, "tap", None)
-        return tap if tap is not None and tap.record is not None else None
-
-    @property
     def needs_all_logits(self) -> bool:
         """Whether autograd waits for the gradient of its weight, which only all logits give it."""
         return any(weight.requires_grad for weight in self.module.parameters())
@@ -165,8 +159,8 @@ class OutputLayer:
 
     def _losses(self, forward: Operation, hidden: Tensor, places: Tensor, targets: Tensor, over: float) -> Tensor:
         """[N] fp32 from hidden states [N, H], 0 where there is no target; even a sharded weight is whole meanwhile."""
-        tap = self.trained
-        if tap is not None and torch.is_grad_enabled():
+        tap = getattr(forward, "tap", None)
+        if tap is not None and tap.record is not None and torch.is_grad_enabled():
             return _Trained.apply(hidden, tap.anchor, tap, self, places, targets)
         learns = torch.is_grad_enabled() and hidden.requires_grad
         losses = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -247,6 +241,7 @@ class _Trained(torch.autograd.Function):
                 of_logits = layer.slope(tap.output(rows), targets[part], gradient.index_select(0, places[part]))
                 slopes.index_copy_(0, places[part], tap.input_gradient(of_logits))
                 tap.offer(rows, of_logits, more=number < len(chunks))
+                del of_logits  # before the next chunk's
         return slopes, None, None, None, None, None
 
 

@@ -98,13 +98,14 @@ def choose_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None, tr
     ends = embeddings_of(model)
     layers = ({ends.input: ends.embedding} if ends.input and ends.embedding else {}) | dict(candidates(model))
     chosen = set(_choose(layers, wanted, "target_modules") if wanted is not None else filter(in_a_block, layers))
-    chosen |= set(ends.chosen_by(train_embeddings))
+    asked = set(ends.chosen_by(train_embeddings))
     out = dict.fromkeys(_choose(layers, excluded, "exclude_modules") if excluded is not None else (), EXCLUDED)
     faults = {path: why for path in layers if (why := why_no_target(layers[path]))} | reach_of(model).faults
     if wanted is None:
-        out = {path: why for path, why in faults.items() if path in chosen} | out
+        out = {path: why for path, why in faults.items() if path in chosen and path not in asked} | out
     else:
         out |= {path: NOT_BY_TEXT for path in chosen if faults.get(path) == NOT_BY_TEXT and path not in out}
+    chosen |= asked
     taken = {path: module for path, module in layers.items() if path in chosen and path not in out}
     if not taken:
         raise UserError(_why_nothing(layers, chosen, out))
@@ -112,7 +113,7 @@ def choose_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None, tr
     if bad:
         raise UserError(
             f"target_modules: got '{bad}' ({faults[bad]}), expected layers that can carry a delta: nn.Linear and "
-            f"Conv1D, as they are or in 4 or 8 bits of bitsandbytes. Fix: --exclude_modules {bad.rpartition('.')[2]}"
+            f"Conv1D, as they are or in 4 or 8 bits of bitsandbytes, or the input embedding. Fix: --exclude_modules {bad.rpartition('.')[2]}"
         )
     owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     targets: dict[str, Target] = {}
