@@ -113,7 +113,8 @@ def choose_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None, tr
     if bad:
         raise UserError(
             f"target_modules: got '{bad}' ({faults[bad]}), expected layers that can carry a delta: nn.Linear and "
-            f"Conv1D, as they are or in 4 or 8 bits of bitsandbytes, or the input embedding. Fix: --exclude_modules {bad.rpartition('.')[2]}"
+            "Conv1D, as they are or in 4 or 8 bits of bitsandbytes, or the input embedding. "
+            f"Fix: --exclude_modules {bad.rpartition('.')[2]}"
         )
     owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     targets: dict[str, Target] = {}
