@@ -23,7 +23,7 @@ class Embeddings:
 
     input: str | None = None
     output: str | None = None
-    embedding: nn.Module | None = None
+    embedding: nn.Embedding | None = None
     layer: nn.Module | None = None
 
     @property

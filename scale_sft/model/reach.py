@@ -95,14 +95,18 @@ def _run(model: Any, masked: bool) -> Reach:
     layers = {path: module for path, module in candidates(model) if why_not_linear(module) is None}
     device = next(model.parameters()).device
     reached: set[str] = set()
+
+    def record(name: str, left: Any, right: Any, *, more: bool = False) -> None:
+        reached.add(name)
+
     for path, module in layers.items():
         module.weight.requires_grad_(True)
-        attach(WeightTap(module, path, lambda name, *_: reached.add(name), transposed=is_conv1d(module)))
+        attach(WeightTap(module, path, record, transposed=is_conv1d(module)))
     ends = embeddings_of(model)
     if ends.input and ends.embedding is not None and why_not_embedding(ends.embedding) is None:
         layers = {ends.input: ends.embedding} | layers
         ends.embedding.weight.requires_grad_(True)
-        attach_embedding(EmbeddingTap(ends.embedding, ends.input, lambda name, *_: reached.add(name)))
+        attach_embedding(EmbeddingTap(ends.embedding, ends.input, record))
     try:
         ids = torch.arange(PROBE_TOKENS[0] * PROBE_TOKENS[1], device=device).view(PROBE_TOKENS) + 3
         ids = ids.remainder(text_config(model.config).vocab_size)
