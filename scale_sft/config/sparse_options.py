@@ -95,6 +95,13 @@ class SparseConfig:
     exclude_modules: tuple[str, ...] | str | None = option(
         None, "Layers not to train, written like target_modules, which it overrides.", on_resume="by_effect"
     )
+    train_embeddings: str = option(
+        "none",
+        "Train the input embedding, the output layer or both, in addition to the other layers: for new tokens. Tied "
+        "ones are one weight, trained by both of its uses. target_modules may also name them (embed_tokens, lm_head).",
+        choices=("none", "input", "output", "both"),
+        on_resume="by_effect",
+    )
     update_interval_steps: int = option(20, "S: optimizer steps between reallocations.", check=at_least(1))
     estimation_steps: int = option(
         5, "G: steps over which candidates are estimated before a reallocation.", check=at_least(1)
