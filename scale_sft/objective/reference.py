@@ -88,7 +88,7 @@ class ReferenceWeights:
             return self._identity
         sparse, group = self.sparse, self.sparse.group
         with sparse.carrier.without():
-            weights = sparse.model.named_parameters()
+            weights = sparse.model.named_parameters(remove_duplicate=False)
             others = {name: group.part_of(weight) for name, weight in weights if name not in sparse.shapes}
             prints = group.fingerprints(others)
         sha = hashlib.sha256(sparse.base_hash.encode())
