@@ -20,6 +20,7 @@ STRICT = "ds_configs/zero3_cpu.json"
 COMMON = {
     "base": "demo",
     "dtype": "float32",
+    "method": "ag",
     "max_train_examples": 200,
     "density": 0.03,
     "learning_rate": 1e-2,

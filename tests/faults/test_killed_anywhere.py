@@ -29,7 +29,7 @@ METHODS = {
 def options(tiny_model, pairs_file):
     """21 steps; reallocation at steps 4, 11 and 18, so checkpoints 3, 9 and 15 lie in estimation phases."""
     return {
-        "base": tiny_model("llama"), "train_data": pairs_file, "eval_data": pairs_file, "density": 0.05,
+        "base": tiny_model("llama"), "train_data": pairs_file, "eval_data": pairs_file, "method": "ag", "density": 0.05,
         "steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2, "update_interval_steps": 7,
         "estimation_steps": 4, "learning_rate": 0.02, "weight_decay": 0.1, "max_length": 32, "base_placement": "replicate",
         "save_every_steps": EVERY, "keep_last": 99, "log_every_steps": 1, "eval_every_steps": 10,
