@@ -15,7 +15,7 @@ from scale_sft.reporting.metrics_file import METRICS_FILE, read_metrics
 from .format import Adapter, opened
 
 _SETTINGS = {
-    "sparse": ("method", "density", "tunable_weights", "rank_equivalent", "start_from", "update_interval_steps",
+    "sparse": ("method", "granularity", "density", "tunable_weights", "rank_equivalent", "start_from", "update_interval_steps",
                "estimation_steps", "initial_replacement_fraction", "replacement_schedule", "candidate_ratio",
                "drop_criterion"),
     "optimizer": ("learning_rate", "betas", "eps", "weight_decay", "max_grad_norm", "warmup_fraction", "lr_schedule"),

@@ -76,7 +76,8 @@ def _counts_of_adapter(config, model_config) -> dict[str, int] | None:
 
     start = Start.read(config.sparse.start_from, config.sparse.delta_dtype)
     dtype, quantization = resolve_dtype(config.model, model_config), resolve_quantization(config.model, model_config)
-    start.refuse_misfit(config.sparse, facts_of(config, model_config).shapes, dtype, quantization)
+    facts = facts_of(config, model_config)
+    start.refuse_misfit(config.sparse, facts.shapes, dtype, quantization, facts.transposed)
     return start.counts
 
 

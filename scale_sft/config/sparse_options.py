@@ -14,8 +14,9 @@ class SparseConfig:
     method: str = option(
         "ag",
         "ag: grow by accumulated gradients (SFT-AG); ma: grow by SM3 momentum approximation (SFT-MA, least memory); "
-        "static: choose once, then keep; random: choose once from the seed alone, then keep (no candidates, ever).",
-        choices=("ag", "ma", "static", "random"),
+        "static: choose once, then keep; random: choose once from the seed alone, then keep (no candidates, ever); "
+        "columns: train whole columns, chosen once by selection_batches or from the seed, then keep (fastest step).",
+        choices=("ag", "ma", "static", "random", "columns"),
     )
     score: str = option(
         "gradient",
@@ -55,6 +56,16 @@ class SparseConfig:
         check=at_least(1),
     )
     column_quota: float | None = option(None, "The same for columns.", check=at_least(1))
+    granularity: str = option(
+        "auto",
+        "What is trained whole or not at all: entry (single entries), column (all weights of one input), row (all of "
+        "one output), block (squares of block_size); all but entry need entries that stay: method columns, random, or "
+        "static with selection_batches. auto: column with method columns, otherwise entry.",
+        choices=("auto", "entry", "column", "row", "block"),
+    )
+    block_size: int = option(
+        16, "With granularity block: rows and columns of a block; must divide each weight.", check=at_least(1)
+    )
     density: float | None = option(
         None,
         "Fraction of each target weight that is trained. Exactly one budget must be given (none is needed with "
@@ -135,3 +146,10 @@ class SparseConfig:
         "micro-step of all ranks. If set, candidates do not depend on how batches are cut into micro-batches.",
         check=at_least(1),
     )
+
+    @property
+    def trains_whole(self) -> str:
+        """The granularity in effect: entry, column, row or block."""
+        if self.granularity != "auto":
+            return self.granularity
+        return "column" if self.method == "columns" else "entry"

@@ -14,6 +14,7 @@ from torch import Tensor
 from .deltas import DeltaStore
 from .indices import Entries, FlatEntries, Part, piece_entries, pieces
 from .schedules import Phase
+from .tiles import Tiles
 from .topk import top_k_magnitude
 
 Select = Callable[[Tensor, int], Tensor]
@@ -176,14 +177,36 @@ class GradientRecorder:
         first step of a run, to find dead gradients.
 
         Args:
-            left: [T, R]. right: [T, C'], of the same dtype.
+            left: [T, R]. right: [T, C'], of the same dtype; or what `needed` returned of them.
         """
+        if tiles := self.store[name].tiles:
+            self._record_tiles(name, tiles, left, right)
+            return
         if self._watching or (self.phase is not Phase.OFF and name not in self.candidates):
             self.record(name, self._product(left, right))
             return
         wanted = self._wanted(name)
         if self.products is None or not self.products(left, right, wanted):
             pick(self._product(left, right), wanted)
+
+    def _record_tiles(self, name: str, tiles: Tiles, left: Tensor, right: Tensor) -> None:
+        """Record the gradient of whole tiles by dense products of their size alone; see `record_product`."""
+        if self._watching and name not in self.received:
+            rows, columns = self.store[name].shape
+            whole = [factor for factor, width in ((left, rows), (right, columns)) if factor.shape[1] == width]
+            if all(bool(factor.any()) for factor in whole):
+                self.received.add(name)
+        out = self._active[name]
+        for entries, product in tiles.products(left, right):
+            out[entries] += product.to(out.dtype)
+
+    def needed(self, name: str, factor: Tensor, *, left: bool) -> Tensor:
+        """Return the columns of a factor of one weight's gradient that `record_product` needs: [T, n] of [T, R or C'].
+
+        A forward pass keeps them for its backward pass.
+        """
+        tiles = self.store[name].tiles
+        return factor if tiles is None else tiles.needed(factor, left=left)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         """Form left^T right [R, C'], in the reused buffer if there is one: use it before the next is formed."""
