@@ -15,7 +15,7 @@ from scale_sft.reporting.metrics_file import METRICS_FILE, read_metrics
 from .format import Adapter, opened
 
 _SETTINGS = {
-    "sparse": ("method", "granularity", "density", "tunable_weights", "rank_equivalent", "start_from", "update_interval_steps",
+    "sparse": ("method", "density", "tunable_weights", "rank_equivalent", "start_from", "update_interval_steps",
                "estimation_steps", "initial_replacement_fraction", "replacement_schedule", "candidate_ratio",
                "drop_criterion"),
     "optimizer": ("learning_rate", "betas", "eps", "weight_decay", "max_grad_norm", "warmup_fraction", "lr_schedule"),
@@ -84,6 +84,7 @@ def _card(adapter: Adapter, run: Path | None, folder: str, form: str, licence: s
         "base model": f"{base}" + (f", revision {info['revision']}" if info.get("revision") else ""),
         "hash of the base's target weights": f"`{info['base_hash'][:16]}`",
         "method": info.get("method"),
+        **({"trained whole": f"{info['granularity']}s"} if "granularity" in info else {}),
         "trained entries": f"{active:,} of {everything:,} in {len(adapter.shapes)} weights ({active / everything:.2%})",
         "dtype of the base": info["dtype"],
         "rounding rule": f"`{info.get('rounding_rule')}`",

@@ -123,8 +123,8 @@ class DeltaStore:
         for name, shape in shapes.items():
             given, entries = active[name], self.entries_of(name)
             tiles = given.to(device) if isinstance(given, Tiles) else None
-            chosen = tiles.indices() if tiles else given
-            chosen = chosen if isinstance(chosen, Tensor) else random_indices(shape, chosen, seed, name)
+            chosen = random_indices(shape, given, seed, name) if isinstance(given, int) else given
+            chosen = chosen.indices() if isinstance(chosen, Tiles) else chosen
             self._deltas[name] = SparseDelta(
                 name=name,
                 shape=shape,
