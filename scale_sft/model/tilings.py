@@ -57,8 +57,8 @@ def in_whole_tiles(sparse: SparseConfig, counts: Mapping[str, int], tilings: Map
             what = sparse.trains_whole
             raise UserError(
                 f"budget: got {counts[name]:,} entries for '{name}' of {rows:,} x {columns:,}, expected at least "
-                f"{tiling.size:,}: a whole {what}. Fix: a density of at least {_rounded_up(1 / tiling.count)}, leave the "
-                "layer out (exclude_modules), or train entries (--method random)"
+                f"{tiling.size:,}: a whole {what}. Fix: a density of at least {_rounded_up(1 / tiling.count)}, "
+                "exclude_modules for this layer, or train single entries (--method random)"
             )
         tiles = min(tiling.count, (counts[name] + left) // tiling.size)
         left += counts[name] - tiles * tiling.size
