@@ -232,8 +232,8 @@ def run_options(tiny_model: Callable[..., Path], pairs_file: Path, tmp_path: Pat
     """Options of a run of a few seconds: 6 steps of 4 sequences, reallocation at steps 2, 4 and 6."""
     return {
         "base": str(tiny_model("llama")), "train_data": str(pairs_file), "output_dir": str(tmp_path / "run"),
-        "density": 0.05, "steps": 6, "global_batch_size": 4, "update_interval_steps": 2, "estimation_steps": 2,
-        "learning_rate": 0.01, "max_length": 32, "base_placement": "replicate",
+        "method": "ag", "density": 0.05, "steps": 6, "global_batch_size": 4, "update_interval_steps": 2,
+        "estimation_steps": 2, "learning_rate": 0.01, "max_length": 32, "base_placement": "replicate",
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,17 @@ from torch.nn import functional
 
 from .traced import enlist, traced_output
 
-Record = Callable[[str, Tensor, Tensor], None]
-"""(name, left [T, R], right [T, C]): the gradient of the weight [R, C] is left^T right."""
+
+class Record(Protocol):
+    """Receives the factors of a weight's gradient in a backward pass."""
+
+    def __call__(self, name: str, left: Tensor, right: Tensor, *, more: bool = False) -> None:
+        """Receive left [T, R] and right [T, C]: the gradient of the weight [R, C], or a part of it, is left^T right.
+
+        Embeddings give `left` as [T] int64, the places of the ones of a one-hot factor. `more`: other parts of this
+        weight's gradient follow in the same backward pass.
+        """
+
 
 Needed = Callable[[str, Tensor, bool], Tensor]
 """(name, factor [T, n], whether it is the left one): the columns of it [T, m] that `Record` needs."""
@@ -104,15 +113,20 @@ class WeightTap:
         """Return what the backward pass needs of the input [..., I]: itself, or some of its columns [T, n]."""
         return x if self.needed is None else self.needed(self.name, x.reshape(-1, x.shape[-1]), self.transposed)
 
-    def offer(self, x: Tensor, dy: Tensor) -> None:
-        """Hand the factors of dW to the recorder, if the weight is trained.
+    def offer(self, x: Tensor, dy: Tensor, *, more: bool = False) -> None:
+        """Hand the factors of dW, or of a part of it, to the recorder, if the weight is trained: see `Record`.
 
         Args:
             x: [..., I], or what `kept` returned of it.
             dy: [..., O].
+            more: other parts follow in the same backward pass.
         """
         if self.record is not None:
-            self.record(self.name, *self.factors(x, dy))
+            left, right = self.factors(x, dy)
+            if more:
+                self.record(self.name, left, right, more=True)
+            else:
+                self.record(self.name, left, right)
 
 
 class _TappedLinear(torch.autograd.Function):
@@ -147,8 +161,13 @@ def attach(tap: WeightTap) -> None:
     def forward(module: nn.Module, x: Tensor) -> Tensor:
         return tap.forward(x)
 
-    forward.before = tap.module.__dict__.get("forward")  # type: ignore[attr-defined]
-    forward.tap = tap  # type: ignore[attr-defined]
+    install(tap, forward)
+
+
+def install(tap: Any, forward: Any) -> None:
+    """Make a function (module, ...) the forward of a tap's module, until `detach`."""
+    forward.before = tap.module.__dict__.get("forward")
+    forward.tap = tap
     tap.module.forward = types.MethodType(forward, tap.module)
 
 

@@ -142,7 +142,10 @@ def test_budgets_are_whole_columns_and_together_less_than_one_below_what_was_ask
     [
         ({"granularity": "column", "method": "ag"}, "granularity: got column with method ag"),
         ({"granularity": "row", "method": "columns"}, "granularity: got row with method columns"),
-        ({"granularity": "block", "method": "static"}, "granularity: got block with method static without selection"),
+        (
+            {"granularity": "block", "method": "static", "selection_batches": 0},
+            "granularity: got block with method static without selection",
+        ),
         ({"method": "columns", "selection_batches": 1, "row_quota": 2.0}, "row_quota: got 2.0 with granularity column"),
         ({"method": "columns", "selection_batches": 1, "budget": "global"}, "budget: got global with granularity col"),
         ({"method": "columns", "score": "snr"}, "score: got snr with method columns, which without selection_batches"),
