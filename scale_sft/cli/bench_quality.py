@@ -138,9 +138,9 @@ def quality(
     scale-sft bench quality --base models/a --task maths=a.jsonl,b.jsonl --task qa=c.jsonl,d.jsonl,max_length=256 \
         --retain maths --retain qa --retain news=news.txt
 
-    Every finished run is a row in OUTPUT_DIR/quality.jsonl (merging.jsonl, drift.jsonl) and is not repeated: after Ctrl-C
-    the same command resumes.
-    quality.csv holds the tables. Runs share the machine, so compare their seconds only with each other.
+    Every finished run is a row in OUTPUT_DIR/quality.jsonl (merging.jsonl, drift.jsonl) and is not repeated: after
+    Ctrl-C the same command resumes. quality.csv holds the tables. Runs share the machine, so compare their seconds only
+    with each other.
     """
     from scale_sft.bench.page import write_page
     from scale_sft.bench.quality import measure as benchmark
