@@ -94,7 +94,9 @@ def subtracted(base: Tensor, change: Tensor, cycles: int) -> tuple[Tensor, int]:
 
 
 def restored(base: Tensor, change: Tensor, cycles: int) -> tuple[Tensor, int]:
-    """Write effective values at the entries of a change [O, I], and the stored base values back, `cycles` times.
+    """Write effective values at the entries of a change [O, I], and the stored base values back.
+
+    As in `subtracted`, a cycle that changes nothing ends the loop.
 
     Returns:
         The weight after `cycles` cycles, and how many of them changed it.
@@ -102,12 +104,14 @@ def restored(base: Tensor, change: Tensor, cycles: int) -> tuple[Tensor, int]:
     weight = base.clone()
     entries, flat = weight.view(-1), change.reshape(-1)
     indices = flat.nonzero().view(-1)
-    stored, deltas, changed = read_entries(entries, indices), flat[indices], 0
-    for _ in range(cycles):
+    stored, deltas = read_entries(entries, indices), flat[indices]
+    for cycle in range(cycles):
+        before = weight.clone()
         write_entries(entries, indices, effective_values(stored, deltas))
         write_entries(entries, indices, stored)
-        changed += not torch.equal(weight, base)
-    return weight, changed
+        if torch.equal(weight, before):
+            return weight, cycle
+    return weight, cycles
 
 
 def _result(
