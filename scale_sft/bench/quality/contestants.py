@@ -32,6 +32,9 @@ BASE = Contestant("base", "base", ())
 _CHOICE = {"selection_batches": "20", "score": "balanced", "draw": "sample"}
 """The first choice of the sampled contestants: balanced scores of 20 batches."""
 
+_LARGEST = {"selection_batches": "0", "score": "gradient", "draw": "top"}
+"""Those of the largest gradients after the first estimation phase."""
+
 METHODS = {
     contestant.name: contestant
     for contestant in (
@@ -45,7 +48,7 @@ METHODS = {
         ),
         Contestant("ag", "ours", (3e-3, 1e-2, 3e-2), {"method": "ag"}),
         Contestant("ma", "ours", (3e-2, 1e-1, 3e-1), {"method": "ma"}),
-        Contestant("static", "ours", (3e-3, 1e-2, 3e-2), {"method": "static"}),
+        Contestant("static", "ours", (3e-3, 1e-2, 3e-2), {"method": "static", **_LARGEST}),
         Contestant("lora", "peft-lora", (2e-3, 5e-3, 1e-2)),
         Contestant("lora-rs", "peft-lora-rs", (2e-3, 5e-3, 1e-2)),
         Contestant("ia3", "peft-ia3", (3e-2, 1e-1, 3e-1)),
