@@ -201,6 +201,10 @@ def _arguments(kind: Any, special: Mapping[str, Any], like: Any = None) -> dict[
 def _switches(given: Mapping[str, Any], special: Mapping[str, Any], like: Any, fields: Iterable[str]) -> dict[str, Any]:
     """Take what is not a size from `like`: flags, names, factors, parts that it lacks, one layer of each kind."""
     taken: dict[str, Any] = {}
+    rope = getattr(like, "rope_parameters", None)
+    if isinstance(rope, dict) and "rope_parameters" in fields and all(map(_is_plain, rope.values())):
+        short = {"original_max_position_embeddings": 32} if "original_max_position_embeddings" in rope else {}
+        taken["rope_parameters"] = {**rope, **short}
     for name in sorted({*fields} - {*special} - {*_OWN_VALUES}):
         value = getattr(like, name, given)
         if (value is None and name in given) or isinstance(value, bool | str) or _is_factor(name, value):
@@ -219,6 +223,10 @@ def _switches(given: Mapping[str, Any], special: Mapping[str, Any], like: Any, f
                 taken[name] = [per_layer[layer] for layer in chosen]
         taken["num_hidden_layers"] = len(chosen)
     return taken
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | str | int | float)
 
 
 def _is_factor(name: str, value: Any) -> bool:
