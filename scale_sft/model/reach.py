@@ -31,7 +31,7 @@ PROBE_TOKENS = (2, 6)
 REAL_PARAMETERS = 1 << 25
 """A model that the meta device cannot run is probed with random numbers if it has no more parameters than this."""
 
-_DTYPE: Any = torch.Tensor.dtype
+_READ: tuple[Any, ...] = (torch.Tensor.dtype, torch.Tensor.data)
 _EXPERT = ".experts."  # in the paths of experts that are modules of their own: a few tokens do not reach all of them
 _UNCOMPARED = ("dtype", "torch_dtype", "quantization_config", "_name_or_path", "transformers_version")
 
@@ -41,7 +41,7 @@ class Reach:
     """What the probe found."""
 
     faults: dict[str, str]  # reason by path of a layer that cannot be trained
-    cast_to: tuple[str, ...] = ()  # paths of layers whose dtype decides how a model casts their input
+    read: tuple[str, ...] = ()  # paths of layers whose dtype or data other code reads
     random: tuple[str, ...] = ()  # modules whose forward pass draws random numbers in training mode
     unproved: str | None = None  # why there was no probe
 
@@ -102,7 +102,7 @@ def _run(model: Any, masked: bool) -> Reach:
     try:
         ids = torch.arange(PROBE_TOKENS[0] * PROBE_TOKENS[1], device=device).view(PROBE_TOKENS) + 3
         ids = ids.remainder(text_config(model.config).vocab_size)
-        with _Draws(model) as draws, _Casts(layers, draws.inside) as casts:
+        with _Draws(model) as draws, _Reads(layers, draws.inside) as reads:
             mask = {"attention_mask": torch.ones_like(ids)} if masked else {}
             logits = model(input_ids=ids, **mask, use_cache=False).logits
         logits.float().sum().backward()
@@ -118,7 +118,7 @@ def _run(model: Any, masked: bool) -> Reach:
             faults[path] = PAST_ITS_FORWARD
         elif path not in reached and _EXPERT not in path:
             faults[path] = NOT_BY_TEXT
-    return Reach(faults, tuple(sorted(casts.paths)), tuple(sorted(draws.where)))
+    return Reach(faults, tuple(sorted(reads.paths)), tuple(sorted(draws.where)))
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -155,8 +155,8 @@ class _Draws(TorchDispatchMode):
         return super().__exit__(*what)
 
 
-class _Casts(TorchFunctionMode):
-    """The layers whose weight is asked for its dtype outside of their own forward pass: `x.to(layer.weight.dtype)`."""
+class _Reads(TorchFunctionMode):
+    """The layers whose weight other code asks for dtype or data: `x.to(layer.weight.dtype)`, `.data.clamp_()`."""
 
     def __init__(self, layers: Mapping[str, nn.Module], inside: list[str]):
         super().__init__()
@@ -165,7 +165,7 @@ class _Casts(TorchFunctionMode):
         self._inside = inside
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func == _DTYPE.__get__ and id(args[0]) in self._layers:
+        if any(func == read.__get__ for read in _READ) and id(args[0]) in self._layers:
             path, kind = self._layers[id(args[0])]
             if self._inside[-1] != kind:
                 self.paths.add(path)

@@ -44,13 +44,14 @@ def test_a_weight_that_is_used_past_its_forward_is_left_out_and_named() -> None:
         find_targets(model, ("dt_proj",))
 
 
-def test_a_layer_whose_dtype_a_model_casts_to_stays_whole_in_4_bits() -> None:
+def test_a_layer_whose_dtype_or_data_other_code_reads_stays_whole_in_4_bits() -> None:
     from scale_sft.model_check.tiny import tiny_config
 
     config = tiny_config("dots3_note_text")  # hidden_states.to(self.weights_proj.weight.dtype)
     paths = [f"model.layers.{n}.self_attn.indexer.weights_proj" for n in (0, 1)]
-    assert list(reach_of(empty_model(config)).cast_to) == paths and kept_whole(config) == ["lm_head", *paths]
-    assert kept_whole(MIXTRAL) is None
+    assert list(reach_of(empty_model(config)).read) == paths and kept_whole(config) == ["lm_head", *paths]
+    clamped = kept_whole(tiny_config("gemma3n_text")) or []  # self.prediction_coefs.weight.data.clamp_()
+    assert "model.layers.0.altup.prediction_coefs" in clamped and kept_whole(MIXTRAL) is None
 
 
 def test_of_a_vision_language_model_the_text_part_is_trained() -> None:
