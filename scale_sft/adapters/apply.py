@@ -22,7 +22,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     Raises:
         UserError: a weight is missing or of another shape or dtype, or the base is not the adapter's.
     """
-    weights = require_fit(dict(model.named_parameters()), adapter)
+    weights = require_fit(dict(model.named_parameters(remove_duplicate=False)), adapter)
     require_base({name: fingerprint(WeightPart.whole(weights[name])) for name in adapter.shapes}, adapter)
     kept = {}
     for name, indices in adapter.indices.items():
@@ -62,7 +62,7 @@ def require_fit(weights: Mapping[str, nn.Parameter], adapter: Adapter) -> dict[s
 
 def undo_adapter(model: nn.Module, adapter: Adapter, kept: Mapping[str, Tensor]) -> None:
     """Write the base values that `apply_adapter` returned back into the weights."""
-    weights = dict(model.named_parameters())
+    weights = dict(model.named_parameters(remove_duplicate=False))
     for name, values in kept.items():
         entries = weights[name].data.view(-1)
         write_entries(entries, adapter.indices[name].to(entries.device), values)

@@ -130,7 +130,7 @@ class LiveAdapter:
         model = self._model()
         if model is None:
             raise UserError("adapter: the model is gone")
-        weights = require_fit(dict(model.named_parameters()), adapter)
+        weights = require_fit(dict(model.named_parameters(remove_duplicate=False)), adapter)
         for name, weight in weights.items():
             if name not in self._prints:  # no adapter has been on it, so it holds the base
                 self._prints[name] = fingerprint(WeightPart.whole(weight))

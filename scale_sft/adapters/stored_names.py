@@ -26,6 +26,7 @@ class Source:
     conversion: Any = None  # of transformers; None: the tensor is the weight
     model: Any = None  # on the meta device, for the conversion
     renamed: dict[str, tuple[str, str]] = field(default_factory=dict)  # (name, pattern) by stored name, as it enters
+    copies: list[str] = field(default_factory=list)  # names in the files of the same weight again, where it is tied
 
     def to_memory(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert tensors of the files, by stored name, into weights of the model by name."""
@@ -106,6 +107,33 @@ def _by_weight(sources: Iterable[Source]) -> dict[str, Source]:
             names = [source.weight.replace(patterns[0], pattern, 1) for pattern in patterns]
         found |= dict.fromkeys(names, source)
     return found
+
+
+def tied_names(model: Any) -> dict[str, list[str]]:
+    """List the other names of each weight that several modules share."""
+    names: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
+    shared = [group for group in names.values() if len(group) > 1]
+    return {name: [other for other in group if other != name] for group in shared for name in group}
+
+
+def with_copies(source: Source | None, name: str, others: Iterable[Source]) -> Source | None:
+    """Add what files hold under a tied weight's other names; they may hold it there alone.
+
+    Args:
+        source: of the weight under its own name, if there is one.
+        name: of the weight.
+        others: of its other names.
+    """
+    for other in others:
+        if other.conversion is not None or (source is not None and source.conversion is not None):
+            continue
+        if source is None:
+            source = Source(list(other.stored), name)
+        else:
+            source.copies += [stored for stored in other.stored if stored not in (*source.stored, *source.copies)]
+    return source
 
 
 def check_conversion(source: Source, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple]) -> str | None:

@@ -184,7 +184,7 @@ def apply_parts(model: nn.Module, adapter: Adapter, cluster: Cluster) -> None:
     Raises:
         UserError: a weight is missing or has another size, or the base is not the adapter's.
     """
-    weights = require_fit(dict(model.named_parameters()), adapter)
+    weights = require_fit(dict(model.named_parameters(remove_duplicate=False)), adapter)
     parts = {name: cluster.part_of(weights[name]) for name in adapter.shapes}
     require_base(cluster.fingerprints(parts), adapter)
     for name, part in parts.items():

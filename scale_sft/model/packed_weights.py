@@ -147,8 +147,8 @@ class PlainWeight:
 
     state_bytes = 0
 
-    def __init__(self, module: Any, transposed: bool):
-        self.module, self.transposed = module, transposed
+    def __init__(self, module: Any, transposed: bool, output: nn.Module | None = None):
+        self.module, self.transposed, self.output = module, transposed, output  # `output`: see `Target`
 
     def dequantize(self, stored: Tensor) -> Tensor:
         """Copy the weight."""

@@ -1,7 +1,7 @@
 """Find the layers to train and route them through taps.
 
-Supported: `nn.Linear` and subclasses that compute the same, GPT-2's `Conv1D` (transposed weight), and either of them
-quantised by bitsandbytes.
+Supported: `nn.Linear` and subclasses that compute the same, GPT-2's `Conv1D` (transposed weight), either of them
+quantised by bitsandbytes, and the input embedding.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from torch import nn
 from scale_sft.config.options import SparseConfig
 from scale_sft.errors import UserError
 from scale_sft.spiel.budgets import as_lora_spends, budget
+from scale_sft.spiel.embedding_taps import why_not_embedding
 from scale_sft.spiel.taps import Materialize, Record, WeightTap, attach
 
+from .embeddings import Embeddings, attach_embedding_taps, embeddings_of
 from .linear_kinds import is_conv1d, why_not_linear
 from .packed_weights import is_quantized_layer
 from .reach import NOT_BY_TEXT, candidates, reach_of
@@ -34,6 +36,12 @@ class Target:
     module: nn.Module
     shape: tuple[int, int]  # of the weight: (out, in); (in, out) for Conv1D; dequantised where it is quantised
     transposed: bool
+    output: nn.Module | None = None  # the output layer, if it shares the weight of this embedding
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """List the layers that use the weight."""
+        return [self.module] if self.output is None else [self.module, self.output]
 
     @property
     def weight(self) -> nn.Parameter:
@@ -57,29 +65,47 @@ class Choice:
     left_out: dict[str, str]  # reason by path
 
 
-def find_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None) -> list[Target]:
+def find_targets(
+    model: nn.Module, wanted: Wanted, excluded: Wanted = None, train_embeddings: str = "none"
+) -> list[Target]:
     """Find the layers to train, in the model's order; see `choose_targets`."""
-    return choose_targets(model, wanted, excluded).targets
+    return choose_targets(model, wanted, excluded, train_embeddings).targets
 
 
-def choose_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None) -> Choice:
+def targets_of(model: nn.Module, sparse: SparseConfig) -> list[Target]:
+    """Find the layers that options choose; see `choose_targets`."""
+    return choice_of(model, sparse).targets
+
+
+def choice_of(model: nn.Module, sparse: SparseConfig) -> Choice:
+    """Choose layers by options; see `choose_targets`."""
+    return choose_targets(model, sparse.target_modules, sparse.exclude_modules, sparse.train_embeddings)
+
+
+def choose_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None, train_embeddings: str = "none") -> Choice:
     """Choose the layers to train, in the model's order.
 
     Args:
         wanted: None for all linear layers inside the transformer blocks that can be trained.
         excluded: layers to leave out, even if `wanted` names them.
+        train_embeddings: input, output or both in addition to `wanted`. If they share a weight, it is one target under
+            the name of the input embedding.
 
     Raises:
-        UserError: a name matches nothing, a layer that was named cannot carry a delta, or a weight is shared (tied).
+        UserError: a name matches nothing, a layer that was named cannot carry a delta, or a weight is shared (tied)
+            otherwise.
     """
-    layers = dict(candidates(model))
+    ends = embeddings_of(model)
+    layers = ({ends.input: ends.embedding} if ends.input and ends.embedding else {}) | dict(candidates(model))
     chosen = set(_choose(layers, wanted, "target_modules") if wanted is not None else filter(in_a_block, layers))
+    asked = set(ends.chosen_by(train_embeddings))
     out = dict.fromkeys(_choose(layers, excluded, "exclude_modules") if excluded is not None else (), EXCLUDED)
-    faults = {path: why for path in layers if (why := why_not_linear(layers[path]))} | reach_of(model).faults
+    faults = {path: why for path in layers if (why := why_no_target(layers[path]))} | reach_of(model).faults
     if wanted is None:
-        out = {path: why for path, why in faults.items() if path in chosen} | out
+        out = {path: why for path, why in faults.items() if path in chosen and path not in asked} | out
     else:
         out |= {path: NOT_BY_TEXT for path in chosen if faults.get(path) == NOT_BY_TEXT and path not in out}
+    chosen |= asked
     taken = {path: module for path, module in layers.items() if path in chosen and path not in out}
     if not taken:
         raise UserError(_why_nothing(layers, chosen, out))
@@ -87,20 +113,43 @@ def choose_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None) ->
     if bad:
         raise UserError(
             f"target_modules: got '{bad}' ({faults[bad]}), expected layers that can carry a delta: nn.Linear and "
-            f"Conv1D, as they are or in 4 or 8 bits of bitsandbytes. Fix: --exclude_modules {bad.rpartition('.')[2]}"
+            "Conv1D, as they are or in 4 or 8 bits of bitsandbytes, or the input embedding. "
+            f"Fix: --exclude_modules {bad.rpartition('.')[2]}"
         )
     owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    targets: dict[str, Target] = {}
     for path, module in taken.items():
-        if owners[id(module.weight)] > 1:
+        tied, output = ends.tied and path in (ends.input, ends.output), None
+        if owners[id(module.weight)] > (2 if tied else 1):
             raise UserError(
-                f"target_modules: the weight of '{path}' is tied to another layer (usually the embeddings), which "
-                "would change with it. Fix: leave it out"
+                f"target_modules: the weight of '{path}' is tied to another layer, which would change with it. Fix: "
+                "leave it out"
             )
-    targets = [
-        Target(name=f"{path}.weight", module=module, shape=_shape(module), transposed=is_conv1d(module))
-        for path, module in taken.items()
-    ]
-    return Choice(targets, out)
+        if tied:
+            path, module, output = _tied(ends, out)
+        name = f"{path}.weight"
+        targets[name] = Target(name, module, _shape(module), is_conv1d(module), output)
+    return Choice(list(targets.values()), out)
+
+
+def _tied(ends: Embeddings, out: dict[str, str]) -> tuple[str, nn.Module, nn.Module]:
+    """Return path and module of an input embedding, and the output layer that shares its weight."""
+    path, module, output = ends.input, ends.embedding, ends.layer
+    assert path is not None and module is not None and output is not None
+    if why := why_not_linear(output):
+        raise UserError(f"target_modules: got '{path}', which shares its weight with '{ends.output}' ({why})")
+    left = next((end for end in (path, ends.output) if end in out), None)
+    if left:
+        raise UserError(
+            f"exclude_modules: got '{left}', which shares its weight with a target ('{path}' and '{ends.output}' are "
+            "tied). Fix: leave out both, or neither"
+        )
+    return path, module, output
+
+
+def why_no_target(module: nn.Module) -> str | None:
+    """Say why a layer cannot carry a delta; None: it can."""
+    return why_not_embedding(module) if isinstance(module, nn.Embedding) else why_not_linear(module)
 
 
 def in_a_block(path: str) -> bool:
@@ -153,6 +202,9 @@ def budget_of(sparse: SparseConfig, shapes: dict[str, tuple[int, int]]) -> dict[
 def attach_taps(targets: list[Target], record: Record, materialize: Materialize = nullcontext) -> None:
     """Route the targets' layers through taps that offer each weight gradient to `record`."""
     for target in targets:
+        if isinstance(target.module, nn.Embedding):
+            attach_embedding_taps(target.module, target.output, target.name, record, materialize=materialize)
+            continue
         tap = WeightTap(target.module, target.name, record, transposed=target.transposed, materialize=materialize)
         attach(tap)
 

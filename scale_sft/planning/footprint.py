@@ -17,7 +17,7 @@ from scale_sft.kernels.moments import bytes_of_moments, resolve_moments
 from scale_sft.model import empty
 from scale_sft.model.coverage import Coverage, coverage
 from scale_sft.model.quantization import Quantization
-from scale_sft.model.targets import budget_of, choose_targets
+from scale_sft.model.targets import budget_of, choice_of
 from scale_sft.spiel.indices import bytes_of_entries
 
 GIB = 1 << 30
@@ -65,7 +65,7 @@ def facts_of(config: Config, model_config: Any) -> Facts:
     """
     model: Any = empty_model(config, model_config)
     output = model.get_output_embeddings()
-    choice = choose_targets(model, config.sparse.target_modules, config.sparse.exclude_modules)
+    choice = choice_of(model, config.sparse)
     linear = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D") and m is not output]
     return Facts(
         entries=sum(weight.numel() for weight in model.parameters()),
