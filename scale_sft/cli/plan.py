@@ -21,7 +21,7 @@ _SHAPES = ASSETS / "shapes"
 @click.argument("recipe", required=False)
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Devices, one rank on each.")
 @click.option("--gpu-memory", type=float, help="Memory of one device in GB, to judge whether the run fits.")
-@click.option("--shape", help="Plan for the shape 7b, 13b, 70b or 405b (Llama) in place of the recipe's base.")
+@click.option("--shape", help="Plan for the shape 3b, 7b, 13b, 70b or 405b (Llama) in place of the recipe's base.")
 @click.option("--check", is_flag=True, help="Exit with status 1 if the run does not fit; needs --gpu-memory.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, in bytes.")
 @with_field_options
@@ -77,7 +77,8 @@ def _counts_of_adapter(config, planner) -> dict[str, int] | None:
     start = Start.read(config.sparse.start_from, config.sparse.delta_dtype)
     dtype = resolve_dtype(config.model, planner.model_config)
     quantization = resolve_quantization(config.model, planner.model_config)
-    start.refuse_misfit(config.sparse, planner.facts(config).shapes, dtype, quantization)
+    facts = planner.facts(config)
+    start.refuse_misfit(config.sparse, facts.shapes, dtype, quantization, facts.transposed)
     return start.counts
 
 
