@@ -4,6 +4,7 @@ loading         find and load the base and its tokenizer
 empty           the base without its weights: its class and its shapes
 attention       the choice of attention
 targets         the layers to train
+experts         experts that are fused into one parameter: their slices, by name
 reach           a probe of what text does with each layer
 linear_kinds    layers that compute what nn.Linear does
 coverage        the share of the blocks that is trained, and why not the rest
