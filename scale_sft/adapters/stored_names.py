@@ -39,7 +39,7 @@ class Source:
         return _singles(conversion.convert(self.weight, model=self.model, config=self.model.config))
 
     def part(self, weights: Mapping[str, Tensor], name: str) -> Tensor | None:
-        """Find a target in what `to_memory` returned: a weight, or a view of an expert's slice [R, C]; None: neither."""
+        """Find a target in what `to_memory` returned: a weight, or a view of a slice [R, C]; None: it is not there."""
         if name in weights:
             return weights[name]
         parameter, number = parse_slice(name) or (name, 0)

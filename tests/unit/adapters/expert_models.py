@@ -48,9 +48,9 @@ def make_experts(kind: str, folder: Path, dtype: torch.dtype = torch.float32, **
     """Write a random model of a type, with 12 experts a layer: numbers of one digit and of two."""
     from transformers import CONFIG_MAPPING
 
-    sizes = {name: value for name, value in {**_SIZES, **_KINDS[kind]}.items()}
-    if kind == "nemotron_h":
-        sizes.pop("num_hidden_layers")
+    sizes = {**_SIZES, **_KINDS[kind]}
+    if "layers_block_type" in sizes:
+        del sizes["num_hidden_layers"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes)).to(dtype)

@@ -98,7 +98,7 @@ def _part(adapter: Adapter, names: list[str]) -> Adapter:
 
 
 @pytest.mark.parametrize(
-    "kind, damage",
+    ("kind", "damage"),
     [
         ("mixtral", lambda t: t.pop("model.layers.1.block_sparse_moe.experts.7.w3.weight")),
         ("qwen3_moe", lambda t: t.update({"model.layers.0.mlp.experts.11.down_proj.weight": torch.zeros(16, 13)})),
@@ -119,9 +119,9 @@ def test_files_that_a_merge_could_not_write_are_refused_before_training(base_of,
 
 def test_a_slice_that_the_model_does_not_have_is_refused(base_of) -> None:
     adapter, model = expert_adapter(base_of("mixtral")), load(base_of("mixtral"))
+    last = "model.layers.0.mlp.experts.down_proj.11"
     for wrong in ("model.layers.0.mlp.experts.down_proj.12", "model.layers.0.self_attn.o_proj.weight.0"):
-        name = "model.layers.0.mlp.experts.down_proj.11"
-        renamed = lambda table, wrong=wrong: {wrong if key == name else key: value for key, value in table.items()}
+        renamed = lambda table, wrong=wrong: {wrong if name == last else name: value for name, value in table.items()}
         other = Adapter(renamed(adapter.indices), renamed(adapter.deltas), renamed(adapter.shapes), adapter.info)
         with pytest.raises(UserError, match="no weight"):
             apply_adapter(model, other)
@@ -166,3 +166,20 @@ def test_an_adapter_of_experts_reads_as_it_was_saved(base_of, tmp_path) -> None:
     assert all(torch.equal(read.deltas[name], adapter.deltas[name]) for name in read.shapes)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["shapes"].keys() == adapter.shapes.keys()
     assert set(read.shapes) <= set(named_weights(load(base_of("mixtral"))))
+
+
+def test_inspection_shows_the_experts_of_a_layer_together(base_of, tmp_path) -> None:
+    from scale_sft.adapters.inspection import inspect
+    from scale_sft.adapters.inspection_page import write_page
+
+    adapter = expert_adapter(base_of("mixtral"))
+    adapter.save(tmp_path)
+    found = inspect(tmp_path)
+    assert found.by_kind["gate_up_proj"].weights == 24 and set(found.by_kind) == {"gate_up_proj", "down_proj", "o_proj"}
+    assert found.by_parameter["model.layers.1.mlp.experts.down_proj"].active == 12 * 5
+    assert found.by_layer["1"].weights == 25
+    write_page(found, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "model.layers.1.mlp.experts.down_proj" in page
+    alone = {name: float(adapter.deltas[name].abs().max()) for name in adapter.shapes}
+    assert {name: one.largest for name, one in found.by_weight.items()} == pytest.approx(alone)
