@@ -13,6 +13,7 @@ from torch import Tensor
 
 from scale_sft.kernels.cpu.topk import top_k_magnitude
 from scale_sft.spiel.indices import pieces
+from scale_sft.spiel.topk import unless_zero
 
 from .agreement import Ranks
 
@@ -24,6 +25,8 @@ _CHUNK_ENTRIES = 1 << 22
 """Entries of a part that are looked at at a time."""
 _INFINITY = 0x7F800000
 """Bit pattern of infinity in float32, the largest magnitude that is a number."""
+_ZERO = 1
+"""The key of zero: see `_keys`."""
 
 
 def select_candidates(ranks: Ranks, gradient: Tensor, count: int) -> Tensor:
@@ -32,7 +35,8 @@ def select_candidates(ranks: Ranks, gradient: Tensor, count: int) -> Tensor:
     Each rank receives its part of the sum (reduce-scatter, piece by piece, so that no fp32 copy of the whole is made).
     Magnitudes become integer keys of the same order; the ranks find the key of the C-th largest digit by digit, from
     histograms summed over all parts. Then only the indices of what was chosen are exchanged. The choice is exact, and
-    the same on every rank because all decide on the same counts. The host waits for the device once.
+    the same on every rank because all decide on the same counts. The host waits for the device once, and reads
+    one flag then.
 
     Args:
         ranks: the ranks that call this together.
@@ -40,14 +44,15 @@ def select_candidates(ranks: Ranks, gradient: Tensor, count: int) -> Tensor:
         count: C, 0 <= C <= N.
 
     Returns:
-        Flat indices [C] int64, sorted. Ties go to the smaller index; what is no number (NaN) ranks below any number.
+        Flat indices [C] int64, sorted; [0] if all of the sum is 0. Ties go to the smaller index; NaN ranks below any
+        number.
 
     Raises:
         ValueError: C is out of range.
     """
     n = gradient.numel()
     if ranks.size == 1 or not 0 < count <= n:
-        return top_k_magnitude(gradient, count)
+        return unless_zero(gradient, top_k_magnitude(gradient, count))
     return _select(ranks, _own_part(ranks, gradient), n, count)
 
 
@@ -72,13 +77,13 @@ def select_largest(ranks: Ranks, keys: Tensor, n: int, count: int) -> Tensor:
         count: C, 0 <= C <= N.
 
     Returns:
-        Flat indices [C] int64, sorted.
+        Flat indices [C] int64, sorted; [0] if all keys are 0.
 
     Raises:
         ValueError: C is out of range.
     """
     if ranks.size == 1 or not 0 < count <= n:
-        return top_k_magnitude(keys, count)
+        return unless_zero(keys, top_k_magnitude(keys, count))
     return _select(ranks, keys.clone(), n, count)
 
 
@@ -94,9 +99,11 @@ def join_parts(ranks: Ranks, keys: Tensor, n: int) -> Tensor:
 def _select(ranks: Ranks, values: Tensor, n: int, count: int) -> Tensor:
     """Choose the C entries of largest magnitude from the ranks' parts of N values, which are overwritten."""
     part, integers = _part_entries(n, ranks.size), _integers(n)
-    chosen, offset = _chosen(ranks, _keys(values), count, integers)
+    chosen, offset, zero = _chosen(ranks, _keys(values), count, integers)
     del values  # before memory is taken for the exchange
     own = chosen.nonzero().squeeze(1)  # the host waits for their number
+    if bool(zero):
+        return own[:0]
     places = torch.arange(own.numel(), device=own.device).add_(offset)
     own += part * ranks.rank
     found = torch.zeros(count, dtype=integers, device=own.device)
@@ -181,7 +188,7 @@ def _keys(sums: Tensor) -> Tensor:
     return keys.masked_fill_(keys > _INFINITY, -1).add_(1)
 
 
-def _chosen(ranks: Ranks, keys: Tensor, count: int, integers: torch.dtype) -> tuple[Tensor, Tensor]:
+def _chosen(ranks: Ranks, keys: Tensor, count: int, integers: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Find which entries of this rank's part are among the C largest of all.
 
     Args:
@@ -191,7 +198,7 @@ def _chosen(ranks: Ranks, keys: Tensor, count: int, integers: torch.dtype) -> tu
         integers: can count N entries.
 
     Returns:
-        [n] bool, and how many entries the ranks before this one have chosen, [1] int64.
+        [n] bool; how many entries the ranks before this one have chosen, [1] int64; whether all values are 0, [1] bool.
     """
     threshold = torch.zeros(1, dtype=torch.int32, device=keys.device)  # the digits of its key that are known
     above = torch.zeros(1, dtype=torch.int64, device=keys.device)  # keys of this part that begin with more than that
@@ -219,7 +226,8 @@ def _chosen(ranks: Ranks, keys: Tensor, count: int, integers: torch.dtype) -> tu
     level = rows[:, 1:].index_select(1, digit).squeeze(1)
     taken = (wanted - (level.cumsum(0) - level)).clamp_(min=0).minimum(level)  # ties: smaller indices, earlier ranks
     chosen, here = larger + taken, slice(ranks.rank, ranks.rank + 1)
-    return _from(keys, threshold, taken[here].int()), (chosen.cumsum(0) - chosen)[here]
+    zero = (threshold == _ZERO) & (larger.sum() == 0)
+    return _from(keys, threshold, taken[here].int()), (chosen.cumsum(0) - chosen)[here], zero
 
 
 def _from(keys: Tensor, threshold: Tensor, ties: Tensor) -> Tensor:

@@ -190,6 +190,7 @@ class SparseFineTuning:
         delta, (k,) = self.store[self.store.names[part.weights.start]], wanted
         if self.method == "ma":
             state = optimizer.state_of(delta.name)
+            k = k if bool(state["row"].any()) else 0  # no gradient has ever reached it
             return self.exchanges.exchange_by_accumulators(delta.indices, scores, state["row"], state["col"], k)
         candidates, ranking, indices = recorder.candidates[delta.name], self._ranking(part), delta.indices
         exchange = self.exchanges.exchange_by_gradient(indices, scores, candidates.indices, ranking, k)

@@ -218,7 +218,7 @@ class FlatEntries:
         return torch.repeat_interleave(counts, output_size=part.count)
 
     def flat(self, part: Part, shifts: Sequence[int] | None = None) -> Tensor:
-        """Compute the flat index of each entry in its own weight: [n] int64, or int32 for one weight where that fits.
+        """Compute the flat index of each entry in its own weight: [n] int64, or int32 for one weight where it fits.
 
         Args:
             part: of the entries.
@@ -229,7 +229,10 @@ class FlatEntries:
             height, width = self.rows.shapes[part.weights.start]
             dtype = _dtype_of_indices(height, width)
             found = row.to(dtype).mul_(width).add_(self._columns[part.entries].to(dtype))
-            return found.add_(shifts[0]) if shifts and shifts[0] else found
+            shift = shifts[0] if shifts else 0
+            if height * width + shift > torch.iinfo(dtype).max:
+                found = found.long()
+            return found.add_(shift) if shift else found
         first = self.rows.first_entries[self.rows.of(part.weights)]
         if shifts is not None and any(shifts):
             first = first + self.rows.spread(shifts, part.weights)
