@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scale_sft.errors import UserError
 from scale_sft.model.experts import parse_slice, shape_of
-from scale_sft.model.fingerprints import combine_fingerprints, fingerprint
+from scale_sft.model.fingerprints import combine_fingerprints, fingerprints_of
 from scale_sft.model.resident import WeightPart, effective_values, read_entries, write_entries
 
 from .format import Adapter
@@ -43,10 +43,22 @@ class Held:
         data = self.parameter.data
         return (data if self.number is None else data[self.number]).view(-1)
 
-    def fingerprint(self) -> tuple[int, int]:
-        """Compute the fingerprint of the entries."""
-        entries = self.entries
-        return fingerprint(WeightPart(lambda: entries, 0, entries.numel()))
+
+def parts_held(
+    weights: Mapping[str, Held], part_of: Callable[[nn.Parameter], WeightPart] = WeightPart.whole
+) -> dict[str, WeightPart]:
+    """Describe what this process holds of some targets, by name.
+
+    Args:
+        weights: by name.
+        part_of: describes a whole parameter.
+    """
+    whole: dict[int, WeightPart] = {}
+    parts = {}
+    for name, held in weights.items():
+        part = whole.setdefault(id(held.parameter), part_of(held.parameter))
+        parts[name] = part if held.number is None else part.cut(held.number, held.shape[0] * held.shape[1])
+    return parts
 
 
 def held_weight(parameters: Mapping[str, nn.Parameter], name: str) -> Held | None:
@@ -71,7 +83,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
         UserError: a weight is missing or of another shape or dtype, or the base is not the adapter's.
     """
     weights = require_fit(dict(model.named_parameters()), adapter)
-    require_base({name: weight.fingerprint() for name, weight in weights.items()}, adapter)
+    require_base(fingerprints_of(parts_held(weights)), adapter)
     kept = {}
     for name, indices in adapter.indices.items():
         entries = weights[name].entries

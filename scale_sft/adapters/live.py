@@ -30,9 +30,10 @@ from torch import Tensor, nn
 
 from scale_sft.errors import UserError
 from scale_sft.model.exposure import carries_deltas
+from scale_sft.model.fingerprints import fingerprints_of
 from scale_sft.model.resident import effective_values, read_entries, write_entries
 
-from .apply import Held, require_base, require_fit
+from .apply import Held, parts_held, require_base, require_fit
 from .format import Adapter
 
 _live: weakref.WeakKeyDictionary[nn.Module, LiveAdapter] = weakref.WeakKeyDictionary()
@@ -130,10 +131,9 @@ class LiveAdapter:
         if model is None:
             raise UserError("adapter: the model is gone")
         weights = require_fit(dict(model.named_parameters()), adapter)
-        for name, weight in weights.items():
-            if name not in self._prints:  # no adapter has been on it, so it holds the base
-                self._prints[name] = weight.fingerprint()
-                self._dtypes[name] = weight.dtype
+        new = {name: weight for name, weight in weights.items() if name not in self._prints}
+        self._prints |= fingerprints_of(parts_held(new))  # no adapter has been on them, so they hold the base
+        self._dtypes |= {name: weight.dtype for name, weight in new.items()}
         require_base({name: self._prints[name] for name in weights}, adapter)
         return Prepared(
             owner=self,
