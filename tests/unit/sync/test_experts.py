@@ -12,7 +12,7 @@ from scale_sft import sync
 from scale_sft.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
-from expert_models import make_experts  # noqa: E402
+from expert_models import make_experts
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "nemotron_h"])
