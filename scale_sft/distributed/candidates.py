@@ -35,8 +35,7 @@ def select_candidates(ranks: Ranks, gradient: Tensor, count: int) -> Tensor:
     Each rank receives its part of the sum (reduce-scatter, piece by piece, so that no fp32 copy of the whole is made).
     Magnitudes become integer keys of the same order; the ranks find the key of the C-th largest digit by digit, from
     histograms summed over all parts. Then only the indices of what was chosen are exchanged. The choice is exact, and
-    the same on every rank because all decide on the same counts. The host waits for the device once, and reads
-    one flag then.
+    the same on every rank because all decide on the same counts. The host waits for the device once.
 
     Args:
         ranks: the ranks that call this together.
@@ -99,10 +98,11 @@ def join_parts(ranks: Ranks, keys: Tensor, n: int) -> Tensor:
 def _select(ranks: Ranks, values: Tensor, n: int, count: int) -> Tensor:
     """Choose the C entries of largest magnitude from the ranks' parts of N values, which are overwritten."""
     part, integers = _part_entries(n, ranks.size), _integers(n)
-    chosen, offset, zero = _chosen(ranks, _keys(values), count, integers)
+    chosen, offset = _chosen(ranks, _keys(values), count, integers)
+    most = min(len(values), count)
     del values  # before memory is taken for the exchange
     own = chosen.nonzero().squeeze(1)  # the host waits for their number
-    if bool(zero):
+    if own.numel() > most:  # all is 0: see `_marks`
         return own[:0]
     places = torch.arange(own.numel(), device=own.device).add_(offset)
     own += part * ranks.rank
@@ -153,7 +153,7 @@ def proposal_cost(n: int, count: int, world: int) -> ProposalCost:
         temporaries=max(
             4 * part + 4 * world * min(part, _cut_entries(world)),
             5 * part + 8 * chunk + counted,
-            part + 8 * most,
+            part + most + 8 * most,
             (16 + item) * most + item * count,
             (item + 8) * count,
         ),
@@ -188,7 +188,7 @@ def _keys(sums: Tensor) -> Tensor:
     return keys.masked_fill_(keys > _INFINITY, -1).add_(1)
 
 
-def _chosen(ranks: Ranks, keys: Tensor, count: int, integers: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _chosen(ranks: Ranks, keys: Tensor, count: int, integers: torch.dtype) -> tuple[Tensor, Tensor]:
     """Find which entries of this rank's part are among the C largest of all.
 
     Args:
@@ -198,7 +198,7 @@ def _chosen(ranks: Ranks, keys: Tensor, count: int, integers: torch.dtype) -> tu
         integers: can count N entries.
 
     Returns:
-        [n] bool; how many entries the ranks before this one have chosen, [1] int64; whether all values are 0, [1] bool.
+        Marks, see `_marks`; and how many entries the ranks before this one have chosen, [1] int64.
     """
     threshold = torch.zeros(1, dtype=torch.int32, device=keys.device)  # the digits of its key that are known
     above = torch.zeros(1, dtype=torch.int64, device=keys.device)  # keys of this part that begin with more than that
@@ -227,12 +227,19 @@ def _chosen(ranks: Ranks, keys: Tensor, count: int, integers: torch.dtype) -> tu
     taken = (wanted - (level.cumsum(0) - level)).clamp_(min=0).minimum(level)  # ties: smaller indices, earlier ranks
     chosen, here = larger + taken, slice(ranks.rank, ranks.rank + 1)
     zero = (threshold == _ZERO) & (larger.sum() == 0)
-    return _from(keys, threshold, taken[here].int()), (chosen.cumsum(0) - chosen)[here], zero
+    marks = _marks(keys, threshold, taken[here].int(), min(len(keys), count), zero)
+    return marks, (chosen.cumsum(0) - chosen)[here]
 
 
-def _from(keys: Tensor, threshold: Tensor, ties: Tensor) -> Tensor:
-    """Mark the entries [n] whose key is above the threshold [1], and the first `ties` [1] of those that equal it."""
-    chosen = torch.empty(keys.shape, dtype=torch.bool, device=keys.device)
+def _marks(keys: Tensor, threshold: Tensor, ties: Tensor, most: int, zero: Tensor) -> Tensor:
+    """Mark the entries [n] whose key is above the threshold [1], and the first `ties` [1] of those that equal it.
+
+    Returns:
+        [n + most + 1] bool: marks of the entries, of which at most `most` are set; after them, `most` + 1 times, the
+        flag `zero` [1], so that the number of marks tells it too.
+    """
+    chosen = torch.empty(len(keys) + most + 1, dtype=torch.bool, device=keys.device)
+    chosen[len(keys) :] = zero
     for chunk in pieces(keys.numel(), _CHUNK_ENTRIES):
         level = keys[chunk] == threshold
         number = level.int().cumsum_(0)

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-_PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+_PROJECTIONS: tuple[str, ...] = ("gate_up_proj", "up_proj", "down_proj")
 _MARKS = ("has_gate", "has_bias", "is_transposed")
 """Attributes that transformers' `use_experts_implementation` gives to every module of a class that it decorates."""
 _OTHERS: dict[str, tuple[tuple[str, ...], bool]] = {

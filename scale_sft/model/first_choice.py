@@ -22,7 +22,6 @@ from .transient import TransientDeltas
 
 def weight_reader(sparse: Sparse) -> ReadWeight:
     """Make a function that reads whole weights of a sparse model as they are now, dequantised where they are packed."""
-
     targets: dict[str, Target] = {}
 
     @contextmanager

@@ -73,7 +73,8 @@ class PackedWeight:
     """
 
     transposed = False  # even for GPT-2's Conv1D, whose weight is transposed when it is quantised
-    fused = None  # bitsandbytes packs no fused parameters
+    fused: FusedWeight | None = None  # bitsandbytes packs no fused parameters
+    number = 0
 
     def __init__(self, name: str, module: Any, dtype: torch.dtype, device: torch.device):
         self.module, self.dtype = module, dtype

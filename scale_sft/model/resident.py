@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scale_sft.errors import UserError
 from scale_sft.spiel.deltas import DeltaStore, SparseDelta

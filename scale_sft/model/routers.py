@@ -18,7 +18,9 @@ def routers(model: nn.Module) -> set[str]:
     """Find the paths of routers: layers next to experts, with a weight [E, H] for E experts."""
     blocks: dict[str, int] = {}  # by path of the block around them: E
     for path, module in model.named_modules():
-        count = len(module) if path.endswith(".experts") and isinstance(module, nn.ModuleList) else None
+        count = None
+        if path.endswith(".experts"):
+            count = len(module) if isinstance(module, nn.ModuleList) else getattr(module, "num_experts", None)
         for fused in fused_in(path, module):
             count = fused.experts
         if count:

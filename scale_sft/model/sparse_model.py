@@ -103,7 +103,9 @@ class SparseModel:
         """Collect all quantised weights, and targets that are not, before the packed ones are cut into shards."""
         packed: dict[str, PackedWeight | PlainWeight] = {}
         packed |= packed_weights(model, self.settings.dtype, self.group.device)
-        packed |= {t.name: PlainWeight(t.module, t.transposed, t.fused, t.number) for t in self.targets if t.name not in packed}
+        packed |= {
+            t.name: PlainWeight(t.module, t.transposed, t.fused, t.number) for t in self.targets if t.name not in packed
+        }
         return packed
 
     def _wire(self, model: nn.Module, packed: dict | None) -> ResidentDeltas | TransientDeltas:

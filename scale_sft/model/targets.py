@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -227,6 +227,30 @@ def parts_of(targets: Iterable[Target], part_of: Callable[[nn.Parameter], Weight
             whole[key] = part_of(target.weight)
         parts[target.name] = whole[key].cut(target.number, target.numel)
     return parts
+
+
+def unreached(targets: Iterable[Target], received: Container[str]) -> list[str]:
+    """List the weights that no gradient has reached, other than slices of experts that may have met no token.
+
+    Args:
+        received: names of the weights that one has reached.
+    """
+    missing: list[str] = []
+    alive: set[str] = set()
+    silent: dict[str, list[Target]] = {}
+    for target in targets:
+        if target.fused is None:
+            if target.name not in received:
+                missing.append(target.name)
+        elif target.name in received:
+            alive.add(target.fused.name)
+        else:
+            silent.setdefault(target.fused.name, []).append(target)
+    for parameter, slices in silent.items():
+        fused = slices[0].fused
+        if parameter not in alive and fused is not None and len(slices) == fused.experts:
+            missing.append(slices[0].name)
+    return missing
 
 
 def attach_taps(targets: Sequence[Target], record: Record, materialize: Materialize = nullcontext) -> None:

@@ -26,6 +26,10 @@ from .selection.spread import update_rates
 from .settings import Backends, MethodSettings
 
 
+FEW, MANY = 1 << 10, 1 << 6
+"""On a CPU, weights of at most so many entries are reallocated together if there are so many of them."""
+
+
 class Carrier(Protocol):
     """The object that carries the deltas into the forward pass."""
 
@@ -139,7 +143,7 @@ class SparseFineTuning:
         names, replaced, dropped = self.store.names, [], []
         for part in self._reallocated():
             deltas = [self.store[names[weight]] for weight in part.numbers]
-            joined = self.store.together(part) if self.together else deltas[0]
+            joined = deltas[0] if self._alone(part) else self.store.together(part)
             wanted = [self.schedule.replaced(step, delta.active) for delta in deltas]
             scores = drop_scores(joined, self.settings.drop_criterion, self._ages(step))
             exchange = self._exchange(part, scores, wanted)
@@ -172,8 +176,20 @@ class SparseFineTuning:
             for number, name in enumerate(self.store.names)
             if self.method == "ma" or name in self.recorder.candidates  # else no gradient has reached it in the phase
         ]
-        at_once = piece_entries(self.store.device) // (2 if self.method == "ma" else 4)  # see `joined_drop_grow`
-        yield from self.store.places.groups(numbers, at_once if self.together else 1)
+        places = self.store.places
+        if self.together:
+            yield from places.groups(numbers, piece_entries(self.store.device) // (2 if self.method == "ma" else 4))
+            return
+        few = [] if self.settings.exchange_if_better else [n for n in numbers if places.counts[n] <= FEW]
+        if len(few) < MANY:  # see `joined_drop_grow`
+            few = []
+        yield from places.groups(few, FEW * MANY)
+        small = set(few)
+        yield from places.groups([number for number in numbers if number not in small], 1)
+
+    def _alone(self, part: Part) -> bool:
+        """Return True for a part that is one weight, reallocated by itself."""
+        return not self.together and len(part.numbers) == 1
 
     def _estimates(self, part: Part) -> tuple[Tensor, Tensor] | None:
         if self.method == "ma":
@@ -183,7 +199,7 @@ class SparseFineTuning:
 
     def _exchange(self, part: Part, scores: Tensor, wanted: list[int]) -> Exchange:
         optimizer, recorder, places = self.optimizer, self.recorder, self.store.places
-        if self.together:
+        if not self._alone(part):
             if isinstance(optimizer, SM3):
                 return exchange_by_accumulators(places, part, scores, optimizer.rows, optimizer.columns, wanted)
             return exchange_by_gradient(places, recorder.places, part, scores, self._ranking(part), wanted)

@@ -136,9 +136,12 @@ def exchange_by_accumulators(
 def _touched(entries: FlatEntries, part: Part, row: Tensor) -> Tensor:
     """Tell which weights of a part a gradient has ever reached, by their accumulators `row` [R]: [W] bool."""
     rows, starts = entries.rows.of(part.weights), entries.rows.starts
-    bounds = [start - rows.start for start in starts[part.weights.start : part.weights.stop + 1]]
-    before = _from_zero(row[rows] > 0).index_select(0, on_device(bounds, torch.int64, row.device))
-    return before[1:] > before[:-1]
+    # the last row of each weight is empty
+    firsts = [start - rows.start for start in starts[part.weights]]
+    ends = [start - rows.start - 1 for start in starts[part.weights.start + 1 : part.weights.stop + 1]]
+    before = _from_zero(row[rows] > 0).index_select(0, on_device(firsts + ends, torch.int64, row.device))
+    first, end = before.chunk(2)
+    return end > first
 
 
 def _segments(entries: FlatEntries, part: Part) -> Segments:

@@ -17,8 +17,8 @@ from .schedules import Phase
 from .topk import largest_magnitudes
 
 Select = Callable[[Tensor, int], Tensor]
-"""(gradient [N], C) -> [C] sorted indices of the C largest magnitudes, of the gradient summed over all ranks; [0] if all
-of it is 0."""
+"""(gradient [N], C) -> [C] sorted indices of the C largest magnitudes, of the gradient summed over all ranks; [0] if
+all of it is 0."""
 
 Products = Callable[[Tensor, Tensor, Sequence[tuple[Entries, Tensor]]], bool]
 """(left [T, R], right [T, C'], [(entries, out [K]), ...]): adds the entries of left^T right to each `out` and returns
