@@ -25,7 +25,6 @@ from .selection.proposals import Proposals
 from .selection.spread import update_rates
 from .settings import Backends, MethodSettings
 
-
 FEW, MANY = 1 << 10, 1 << 6
 """On a CPU, weights of at most so many entries are reallocated together if there are so many of them."""
 

@@ -9,7 +9,6 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-
 FEW_ENTRIES = 1 << 13
 """The entries of a small weight: if there are many alike, `random_indices_of_many` chooses."""
 MANY_KEYS = 1 << 20

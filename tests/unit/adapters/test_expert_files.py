@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_factory import load
-from expert_models import ONE_BY_ONE, TYPES, expert_adapter, make_experts
 from safetensors.torch import load_file, save_file
 
 import scale_sft
@@ -17,6 +16,7 @@ from scale_sft.adapters.merge import merge, unmerge
 from scale_sft.config.options import ModelConfig
 from scale_sft.errors import UserError
 from scale_sft.model.experts import named_weights
+from tests.expert_models import ONE_BY_ONE, TYPES, expert_adapter, make_experts
 
 
 @pytest.fixture(scope="module")

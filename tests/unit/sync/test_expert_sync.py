@@ -1,8 +1,5 @@
 """Experts of fused parameters are sent as the checkpoint's files hold them: one by one, gate and up apart."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,9 +7,7 @@ from trainers import Trainer, load, same_weights
 
 from scale_sft import sync
 from scale_sft.errors import UserError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
-from expert_models import make_experts
+from tests.expert_models import make_experts
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "nemotron_h"])
