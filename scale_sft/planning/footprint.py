@@ -104,10 +104,10 @@ def unpacked_experts(
     if quantization is None or not experts:
         return None
     stored = packed * quantization.bytes_per_entry + (whole - packed) * dtype.itemsize
-    kind = str(dtype).removeprefix("torch.")
+    unit, name = (GIB, "GiB") if stored >= GIB else (GIB >> 10, "MiB")
     return (
-        f"{quantization.kind}: {experts * dtype.itemsize / GIB:.2f} of {stored / GIB:.2f} GiB of the base stay in "
-        f"{kind}, as bitsandbytes packs linear layers and not experts in fused parameters"
+        f"{quantization.kind}: {experts * dtype.itemsize / unit:.2f} of {stored / unit:.2f} {name} of the base stay in "
+        f"{str(dtype).removeprefix('torch.')}, as bitsandbytes packs linear layers and not experts in fused parameters"
     )
 
 
