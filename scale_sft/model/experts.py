@@ -15,9 +15,14 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-_PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+_PROJECTIONS: tuple[str, ...] = ("gate_up_proj", "up_proj", "down_proj")
 _MARKS = ("has_gate", "has_bias", "is_transposed")
 """Attributes that transformers' `use_experts_implementation` gives to every module of a class that it decorates."""
+_OTHERS: dict[str, tuple[tuple[str, ...], bool]] = {
+    "Llama4TextExperts": (_PROJECTIONS, True),
+    "JetMoeParallelExperts": (("weight",), False),
+}
+"""Classes without that decorator: (parameters, whether slices are [I, O]); see `expert_taps`."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,12 @@ class FusedWeight:
         _, rows, columns = shape_of(self.weight)
         return rows, columns
 
+    def why_not(self) -> str | None:
+        """Say why its slices cannot carry deltas; None: they can."""
+        if getattr(self.module, "_is_expert_parallel", False):
+            return "experts spread over processes by transformers"
+        return None
+
     def slice_names(self) -> list[str]:
         """Name the slices, in their order."""
         return [slice_name(self.name, number) for number in range(self.experts)]
@@ -63,12 +74,16 @@ def fused_weights(model: nn.Module) -> Iterator[FusedWeight]:
 
 def fused_in(path: str, module: Any) -> Iterator[FusedWeight]:
     """Find the fused parameters of one module."""
-    if not all(hasattr(module, mark) for mark in _MARKS):
+    if all(hasattr(module, mark) for mark in _MARKS):
+        leaves, transposed = _PROJECTIONS, bool(module.is_transposed)
+    elif type(module).__name__ in _OTHERS:
+        leaves, transposed = _OTHERS[type(module).__name__]
+    else:
         return
-    for leaf in _PROJECTIONS:
+    for leaf in leaves:
         weight = module._parameters.get(leaf)
         if weight is not None and len(shape_of(weight)) == 3:
-            yield FusedWeight(path, module, leaf, module.is_transposed)
+            yield FusedWeight(path, module, leaf, transposed)
 
 
 def shape_of(weight: Any) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ from .resident import ResidentDeltas
 from .sparse_optimizer import SparseOptimizer
 from .sparse_settings import SparseSettings
 from .stepped import Choosing
-from .targets import attach_taps, find_targets
+from .targets import attach_taps, find_targets, parts_of
 from .transient import TransientDeltas, attach_transient_taps
 
 Save = Callable[["SparseModel", Path], None]
@@ -103,7 +103,9 @@ class SparseModel:
         """Collect all quantised weights, and targets that are not, before the packed ones are cut into shards."""
         packed: dict[str, PackedWeight | PlainWeight] = {}
         packed |= packed_weights(model, self.settings.dtype, self.group.device)
-        packed |= {t.name: PlainWeight(t.module, t.transposed) for t in self.targets if t.name not in packed}
+        packed |= {
+            t.name: PlainWeight(t.module, t.transposed, t.fused, t.number) for t in self.targets if t.name not in packed
+        }
         return packed
 
     def _wire(self, model: nn.Module, packed: dict | None) -> ResidentDeltas | TransientDeltas:
@@ -116,7 +118,7 @@ class SparseModel:
             transient = TransientDeltas(store, packed, group.materialize)
             attach_transient_taps(transient, store.names, self._record)
         self.model = group.prepare(model)
-        self.parts = {target.name: group.part_of(target.weight) for target in self.targets}
+        self.parts = parts_of(self.targets, group.part_of)
         self.prints = self.fingerprints(transient)
         return transient or ResidentDeltas(store, self.parts, group.settle, group.written)
 
@@ -252,7 +254,7 @@ class SparseModel:
 
     def expose(self) -> None:
         """List the deltas among the model's parameters, switch dropout off, and open steps automatically."""
-        modules = [tapped.module for tapped in self._tapped]
+        modules = {id(tapped.module): tapped.module for tapped in self._tapped}.values()
         self._exposure = Exposure(self.model, self.parameter, modules, self._note_load)
         self._dropout = DropoutOff(self.model)
         if self.settings.sparse.selection_batches:
@@ -348,8 +350,9 @@ class SparseModel:
         return self.model
 
     def _untap(self) -> None:
+        for module in {id(tapped.module): tapped.module for tapped in self._tapped}.values():
+            remove_tap(module)
         for tapped in self._tapped:
-            remove_tap(tapped.module)
             if isinstance(tapped, PackedWeight):
                 tapped.give_back()
 

@@ -8,6 +8,7 @@
     budgets     how many entries each weight gets
     seeding     seeded generators; random initial indices
     taps        a linear layer whose backward offers its weight gradient (Eq. 5, 7)
+    grouped     the same for products of experts, fused into one parameter
     traced      the taps of compiled layers, as operators
     recorder    what backward passes record; candidates (Eq. 8)
     optimizers  AdamW with one bias correction per cohort; SM3

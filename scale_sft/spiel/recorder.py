@@ -14,17 +14,19 @@ from torch import Tensor
 from .deltas import DeltaStore
 from .indices import Entries, FlatEntries, Part, piece_entries, pieces
 from .schedules import Phase
-from .topk import top_k_magnitude
+from .topk import largest_magnitudes
 
 Select = Callable[[Tensor, int], Tensor]
-"""(gradient [N], C) -> [C] sorted indices of the C largest magnitudes, of the gradient summed over all ranks."""
+"""(gradient [N], C) -> [C] sorted indices of the C largest magnitudes, of the gradient summed over all ranks; [0] if
+all of it is 0."""
 
 Products = Callable[[Tensor, Tensor, Sequence[tuple[Entries, Tensor]]], bool]
 """(left [T, R], right [T, C'], [(entries, out [K]), ...]): adds the entries of left^T right to each `out` and returns
 True; or returns False, doing nothing, if forming the full product is no slower."""
 
 Propose = Callable[[str, Tensor, int], tuple[Tensor, dict[str, Tensor]]]
-"""(name, gradient [O, I], C) -> [C] sorted indices of candidates, and the facts that their ranking needs later."""
+"""(name, gradient [O, I], C) -> [C] sorted indices of candidates, and the facts that their ranking needs later; [0] if
+all of the gradient is 0."""
 
 CANDIDATE_STATE = ("candidate_indices", "candidate_mean", "candidate_mean_square")
 
@@ -96,7 +98,7 @@ class GradientRecorder:
     ):
         self.store, self.counts = store, dict(candidates or {})
         self.dtype, self.products, self.reuse_buffer = dtype, products, reuse_buffer
-        self.estimation_steps, self.propose = estimation_steps, propose or largest(top_k_magnitude)
+        self.estimation_steps, self.propose = estimation_steps, propose or largest(largest_magnitudes)
         self.phase = Phase.OFF
         self.proposing = False  # this step chooses the candidates
         self.candidates: dict[str, Candidates] = {}
@@ -169,6 +171,11 @@ class GradientRecorder:
         self.candidates[name] = Candidates(self.places.of_weight(number, indices), mean, mean_square, facts)
         return self.candidates[name]
 
+    def stand_in(self, name: str) -> None:
+        """Give a weight without candidates its first entries in their place, none of which may grow."""
+        count, number = self.counts[name], self.store.number_of(name)
+        self.places.of_weight(number, torch.arange(count, device=self.store.device))
+
     def record_product(self, name: str, left: Tensor, right: Tensor) -> None:
         """Record the wanted entries of left^T right, the [R, C'] gradient of one weight in one backward pass.
 
@@ -180,6 +187,8 @@ class GradientRecorder:
         """
         if self._watching or (self.phase is not Phase.OFF and name not in self.candidates):
             self.record(name, self._product(left, right))
+            return
+        if not len(left):  # an expert that met no token
             return
         wanted = self._wanted(name)
         if self.products is None or not self.products(left, right, wanted):
@@ -200,13 +209,15 @@ class GradientRecorder:
         if self._watching and name not in self.received and bool(gradient.any()):
             self.received.add(name)
         if self.phase is not Phase.OFF and name not in self.candidates:
-            self._choose(name, *self.propose(name, gradient, self.counts[name]))
+            indices, facts = self.propose(name, gradient, self.counts[name])
+            if len(indices):  # else all of the gradient is 0: the next backward pass proposes
+                self._choose(name, indices, facts)
         pick(gradient, self._wanted(name))
 
     def _wanted(self, name: str) -> list[tuple[Entries, Tensor]]:
         """List the entries of one weight whose gradient is wanted now, and the tensors to add it to."""
         wanted = [(self.store[name].entries, self._active[name])]
-        if self.phase is not Phase.OFF:
+        if self.phase is not Phase.OFF and name in self.candidates:
             wanted.append((self.candidates[name].entries, self._candidate[name]))
         return wanted
 

@@ -17,7 +17,7 @@ from .moments import Moments, float32_moments
 from .optimizers import Growth
 from .recorder import Products, Select
 from .selection.proposals import Proposals
-from .topk import top_k_magnitude
+from .topk import largest_magnitudes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Exchanges(Protocol):
 class Backends:
     """The implementations to compute with, and the dtypes they store. The defaults are plain torch in one process."""
 
-    select: Select = top_k_magnitude
+    select: Select = largest_magnitudes
     """Choose candidates from one weight's gradient, summed over all ranks."""
     proposals: Proposals | None = None
     """Choose and rank candidates by another rule than |gradient|; None: `select` does."""

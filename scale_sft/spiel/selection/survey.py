@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..seeding import random_indices
 from .evidence import margins_of
 from .parts import Parts, ReadWeight
 from .quotas import choose_within
@@ -133,7 +134,10 @@ class Survey:
         n = self.shapes[name][0] * self.shapes[name][1]
         quotas = self.rule.quotas(count, self.shapes[name])
         if quotas is None:
-            return self.parts.choose(keys, n, count)
+            chosen = self.parts.choose(keys, n, count)
+            if count and not len(chosen):  # an expert that met no token
+                chosen = random_indices(self.shapes[name], count, self.rule.seed, name).long().to(keys.device)
+            return chosen
         try:
             return choose_within(self.parts.join(keys, n).view(self.shapes[name]), count, *quotas)
         except ValueError as error:
