@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from scale_sft.adapters.apply import Held, held_weight
+from scale_sft.model.experts import fused_weights, slice_name
 from scale_sft.model.fingerprints import CHUNK_ENTRIES, add_sums, entry_sums, fingerprint
 from scale_sft.model.resident import WeightPart, read_entries, write_entries
 
-from .names import name_on_disk
+from .names import expert_pieces, name_on_disk
 from .patches import SyncError
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -50,9 +52,11 @@ class Place(Protocol):
 
 @dataclass(frozen=True)
 class Plain:
-    """A weight that a parameter holds as it is."""
+    """A weight that a model holds as it is: a parameter, an expert's slice of one, or consecutive rows of either."""
 
-    weight: nn.Parameter
+    weight: Held
+    first: int  # of the entries of the weight that the checkpoint's tensor has
+    last: int
     whole = True
 
     @property
@@ -64,13 +68,17 @@ class Plain:
         return self.weight.device
 
     def read(self, indices: Tensor) -> Tensor:
-        return read_entries(self.weight.data.view(-1), indices)
+        return read_entries(self.entries(), indices)
 
     def write(self, indices: Tensor, values: Tensor) -> None:
-        write_entries(self.weight.data.view(-1), indices, values)
+        write_entries(self.entries(), indices, values)
+
+    def entries(self) -> Tensor:
+        """Return the entries as a 1-D view, in place."""
+        return self.weight.entries[self.first : self.last]
 
     def fingerprint(self) -> tuple[int, int]:
-        return fingerprint(WeightPart.whole(self.weight))
+        return fingerprint(WeightPart(self.entries, 0, self.last - self.first))
 
 
 @dataclass(frozen=True)
@@ -147,7 +155,7 @@ class Places:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._renamed: dict[str, str] | None = None  # name in the state dict, by name on disk
+        self._stored: dict[str, tuple[str, int]] | None = None  # name in the model and first entry, by name on disk
 
     def find(self, shapes: Shapes) -> dict[str, Place]:
         """Find some weights as they are in memory now. One that another process holds all of is left out.
@@ -163,23 +171,30 @@ class Places:
         weights = dict(self._model.named_parameters(remove_duplicate=False))
         found: dict[str, Place] = {}
         for name, shape in shapes.items():
-            weight = weights.get(name)
-            if weight is None:
-                weight = weights.get(self._renames(weights).get(name, ""))
-            if weight is None or tuple(weight.shape) != shape or weight.is_meta or not weight.is_contiguous():
-                has = "none" if weight is None else f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
+            target, first = (name, 0) if name in weights else self._names(weights).get(name, ("", 0))
+            held, last = held_weight(weights, target), first + shape[0] * shape[1]
+            cut = held is not None and held.number is not None  # `_names` has found the rows of an expert
+            fits = held is not None and (cut or held.shape == shape) and held.shape[1:] == shape[1:]
+            if held is None or not fits or held.parameter.is_meta or not held.parameter.is_contiguous():
+                has = "none" if held is None else f"{held.shape} {held.dtype} on {held.device}"
                 raise SyncError(
                     f"sync: got '{name}' of shape {shape}, the receiving model has {has}; expected the model that is "
                     "trained, whole and in memory"
                 )
-            found[name] = Plain(weight)
+            found[name] = Plain(held, first, last)
         return found
 
-    def _renames(self, weights: Mapping[str, nn.Parameter]) -> dict[str, str]:
-        if self._renamed is None:
-            stored = {name: name_on_disk(self._model, name, tuple(weight.shape)) for name, weight in weights.items()}
-            self._renamed = {on_disk: name for name, on_disk in stored.items() if on_disk is not None}
-        return self._renamed
+    def _names(self, weights: Mapping[str, nn.Parameter]) -> dict[str, tuple[str, int]]:
+        if self._stored is None:
+            self._stored = {}
+            fused = {one.name for one in fused_weights(self._model)}
+            for name, weight in weights.items():
+                if name in fused:
+                    for number, pieces in expert_pieces(self._model, name).items():
+                        self._stored |= {piece.name: (slice_name(name, number), piece.first) for piece in pieces}
+                elif (stored := name_on_disk(self._model, name, tuple(weight.shape))) is not None:
+                    self._stored[stored] = name, 0
+        return self._stored
 
 
 class _Watch(TorchFunctionMode):
