@@ -26,6 +26,7 @@ sparse_optimizer  the owner of an optimizer step
 stepped         the interface between the two
 visibility      which deltas survive in a merged model
 exposure        the deltas among a model's parameters
+router_loss     the loss that balances experts
 determinism     deterministic algorithms, while a run lasts
 dropout         dropout and jitter, off while deltas are trained
 loss            cross entropy of the target tokens

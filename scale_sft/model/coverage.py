@@ -119,6 +119,8 @@ def _entries(module: Any, leaf: str, weight: nn.Parameter) -> int:
     """Count the entries of a matrix or larger weight, whole and dequantised; 0 for vectors, whatever their shape."""
     if leaf == "weight" and is_quantized_layer(module):
         return int(module.out_features * module.in_features)
+    if leaf.endswith("bias"):  # of experts: a vector each
+        return 0
     shape = getattr(weight, "ds_shape", weight.shape)
     linear = isinstance(module, nn.Linear) and leaf == "weight"
     if len(shape) < 2 or (not linear and sum(size > 1 for size in shape) < 2):

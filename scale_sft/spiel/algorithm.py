@@ -143,7 +143,7 @@ class SparseFineTuning:
         for part in self._reallocated():
             deltas = [self.store[names[weight]] for weight in part.numbers]
             joined = deltas[0] if self._alone(part) else self.store.together(part)
-            wanted = [self.schedule.replaced(step, delta.active) for delta in deltas]
+            wanted = [self._replaced(step, delta) for delta in deltas]
             scores = drop_scores(joined, self.settings.drop_criterion, self._ages(step))
             exchange = self._exchange(part, scores, wanted)
             self.optimizer.follow(part, exchange, self._estimates(part))
@@ -170,21 +170,29 @@ class SparseFineTuning:
 
     def _reallocated(self) -> Iterator[Part]:
         """Yield the weights to reallocate: all that know what could grow, many at once or one by one."""
-        numbers = [
-            number
-            for number, name in enumerate(self.store.names)
-            if self.method == "ma" or name in self.recorder.candidates  # else no gradient has reached it in the phase
-        ]
-        places = self.store.places
+        names, places = self.store.names, self.store.places
+        numbers = [number for number, name in enumerate(names) if self._may_grow(name)]
         if self.together:
             yield from places.groups(numbers, piece_entries(self.store.device) // (2 if self.method == "ma" else 4))
             return
-        few = [] if self.settings.exchange_if_better else [n for n in numbers if places.counts[n] <= FEW]
-        if len(few) < MANY:  # see `joined_drop_grow`
+        few = [number for number, count in enumerate(places.counts) if count <= FEW]
+        if self.settings.exchange_if_better or len(few) < MANY:
             few = []
+        elif self.method != "ma":
+            for number in few:  # those that cannot grow go with the others, unchanged
+                if not self._may_grow(names[number]):
+                    self.recorder.stand_in(names[number])
         yield from places.groups(few, FEW * MANY)
         small = set(few)
         yield from places.groups([number for number in numbers if number not in small], 1)
+
+    def _may_grow(self, name: str) -> bool:
+        """Return False if no gradient has reached a weight in the phase."""
+        return self.method == "ma" or name in self.recorder.candidates
+
+    def _replaced(self, step: int, delta: SparseDelta) -> int:
+        """Count the entries of a weight that are up for replacement at the end of a step."""
+        return self.schedule.replaced(step, delta.active) if self._may_grow(delta.name) else 0
 
     def _alone(self, part: Part) -> bool:
         """Return True for a part that is one weight, reallocated by itself."""
@@ -226,8 +234,14 @@ class SparseFineTuning:
         """Return values [c] fp32 of which the largest magnitudes grow first, in the reallocation under way."""
         if self.proposals is None:
             return self.recorder.estimates_of(part)[0]
-        deltas = [self.store[self.store.names[number]] for number in part.numbers]
-        return torch.cat([self._rank(delta, self.recorder.candidates[delta.name], self.proposals) for delta in deltas])
+        deltas, known = [self.store[self.store.names[number]] for number in part.numbers], self.recorder.candidates
+        nothing = lambda name: torch.zeros(self.recorder.counts[name], device=self.store.device)
+        return torch.cat(
+            [
+                self._rank(delta, known[delta.name], self.proposals) if delta.name in known else nothing(delta.name)
+                for delta in deltas
+            ]
+        )
 
     def _rank(
         self, delta: SparseDelta, candidates: Candidates, proposals: Proposals, indices: Tensor | None = None

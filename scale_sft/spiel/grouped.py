@@ -111,6 +111,10 @@ class GroupedTap:
         self.__dict__.update(state)
         self.number = enlist(self)
 
+    def groups_of(self, offsets: Tensor, rows: int) -> Groups:
+        """Describe the groups of `rows` rows (S) that end at `offsets` [E]."""
+        return Groups(offsets, rows)
+
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
         """Compute [S, O] from x [S, I], sorted by expert; in the parameter's dtype, as transformers does."""
         x = x.to(getattr(self.module, self.leaf).dtype)

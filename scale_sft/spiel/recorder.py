@@ -171,6 +171,11 @@ class GradientRecorder:
         self.candidates[name] = Candidates(self.places.of_weight(number, indices), mean, mean_square, facts)
         return self.candidates[name]
 
+    def stand_in(self, name: str) -> None:
+        """Give a weight without candidates its first entries in their place, none of which may grow."""
+        count, number = self.counts[name], self.store.number_of(name)
+        self.places.of_weight(number, torch.arange(count, device=self.store.device))
+
     def record_product(self, name: str, left: Tensor, right: Tensor) -> None:
         """Record the wanted entries of left^T right, the [R, C'] gradient of one weight in one backward pass.
 

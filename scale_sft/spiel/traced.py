@@ -102,6 +102,8 @@ _forward.register_autograd(_differentiate, setup_context=_keep)
 class TapOfGroups(Protocol):
     """The part of a `GroupedTap` that the operators use, all of it outside autograd."""
 
+    def groups_of(self, offsets: Tensor, rows: int) -> Any: ...
+
     def output(self, x: Tensor, groups: Any) -> Tensor: ...
 
     def input_gradient(self, dy: Tensor, groups: Any) -> Tensor: ...
@@ -122,16 +124,11 @@ def traced_grouped_output(x: Tensor, offsets: Tensor, anchor: Tensor, number: Te
     return _grouped_forward(x, offsets, None if x.requires_grad else anchor, number, width)
 
 
-def _groups(offsets: Tensor, rows: int) -> Any:
-    from .grouped import Groups
-
-    return Groups(offsets, rows)
-
-
 @torch.library.custom_op("scale_sft::tapped_grouped", mutates_args=())
 def _grouped_forward(x: Tensor, offsets: Tensor, anchor: Tensor | None, number: Tensor, width: int) -> Tensor:
     """Compute Y [S, O] in the dtype of `x`."""
-    return _taps[int(number)].output(x, _groups(offsets, len(x)))
+    tap = _taps[int(number)]
+    return tap.output(x, tap.groups_of(offsets, len(x)))
 
 
 @_grouped_forward.register_fake
@@ -142,7 +139,8 @@ def _(x: Tensor, offsets: Tensor, anchor: Tensor | None, number: Tensor, width: 
 @torch.library.custom_op("scale_sft::tapped_grouped_backward", mutates_args=())
 def _grouped_backward(dy: Tensor, x: Tensor, offsets: Tensor, anchor: Tensor | None, number: Tensor) -> Tensor:
     """Record the factors of each slice's gradient; returns the gradient of `x`, or of the anchor if there is one."""
-    tap, groups, dy = _taps[int(number)], _groups(offsets, len(x)), dy.contiguous()
+    tap, dy = _taps[int(number)], dy.contiguous()
+    groups = tap.groups_of(offsets, len(x))
     gradient = tap.input_gradient(dy, groups) if anchor is None else torch.zeros_like(anchor)
     tap.offer(x, dy, groups)
     return gradient

@@ -41,6 +41,7 @@ from scale_sft.model.loading import (
 )
 from scale_sft.model.quantization import Quantization, refuse_corrupting_storage, resolve_quantization
 from scale_sft.model.reach import refuse_randomness
+from scale_sft.model.router_loss import router_loss_of
 from scale_sft.model.sparse_settings import rule_of
 from scale_sft.model.targets import budget_of, choose_targets
 from scale_sft.planning.footprint import empty_model, entries_of, unpacked_experts
@@ -197,6 +198,7 @@ def _checked_base(config: Config, model_config: Any, ranks: int) -> _Base:
         enable_checkpointing(model)
     if config.data.packing:
         refuse_unpackable(model)
+    router_loss_of(model, config.objective.router_aux_loss)
     shapes = {target.name: target.shape for target in choice.targets}
     return _Base(model, shapes, coverage(model, choice), note)
 
