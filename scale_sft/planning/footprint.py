@@ -18,7 +18,7 @@ from scale_sft.model import empty
 from scale_sft.model.coverage import Coverage, coverage
 from scale_sft.model.experts import fused_weights
 from scale_sft.model.quantization import Quantization
-from scale_sft.model.targets import budget_of, choose_targets
+from scale_sft.model.targets import budget_of, choice_of
 from scale_sft.spiel.indices import bytes_of_entries
 
 GIB = 1 << 30
@@ -66,7 +66,7 @@ def facts_of(config: Config, model_config: Any) -> Facts:
         UserError: targets match nothing.
     """
     model: Any = empty_model(config, model_config)
-    choice = choose_targets(model, config.sparse.target_modules, config.sparse.exclude_modules)
+    choice = choice_of(model, config.sparse)
     entries, packed, experts = entries_of(model)
     return Facts(
         entries=entries,
