@@ -16,17 +16,19 @@ from .indices import Entries, FlatEntries, Part, piece_entries, pieces
 from .row_gradients import Pending, RowGradient, Sum
 from .schedules import Phase
 from .tiles import Tiles
-from .topk import top_k_magnitude
+from .topk import largest_magnitudes
 
 Select = Callable[[Tensor, int], Tensor]
-"""(gradient [N], C) -> [C] sorted indices of the C largest magnitudes, of the gradient summed over all ranks."""
+"""(gradient [N], C) -> [C] sorted indices of the C largest magnitudes, of the gradient summed over all ranks; [0] if
+all of it is 0."""
 
 Products = Callable[[Tensor, Tensor, Sequence[tuple[Entries, Tensor]]], bool]
 """(left [T, R], right [T, C'], [(entries, out [K]), ...]): adds the entries of left^T right to each `out` and returns
 True; or returns False, doing nothing, if forming the full product is no slower."""
 
 Propose = Callable[[str, Tensor | RowGradient, int], tuple[Tensor, dict[str, Tensor]]]
-"""(name, gradient [O, I], C) -> [C] sorted indices of candidates, and the facts that their ranking needs later."""
+"""(name, gradient [O, I], C) -> [C] sorted indices of candidates, and the facts that their ranking needs later; [0] if
+all of the gradient is 0."""
 
 CANDIDATE_STATE = ("candidate_indices", "candidate_mean", "candidate_mean_square")
 
@@ -112,7 +114,7 @@ class GradientRecorder:
     ):
         self.store, self.counts = store, dict(candidates or {})
         self.dtype, self.products, self.reuse_buffer = dtype, products, reuse_buffer
-        self.estimation_steps, self.propose = estimation_steps, propose or largest(top_k_magnitude)
+        self.estimation_steps, self.propose = estimation_steps, propose or largest(largest_magnitudes)
         self.phase = Phase.OFF
         self.proposing = False  # this step chooses the candidates
         self.candidates: dict[str, Candidates] = {}
@@ -188,6 +190,11 @@ class GradientRecorder:
         self.candidates[name] = Candidates(self.places.of_weight(number, indices), mean, mean_square, facts)
         return self.candidates[name]
 
+    def stand_in(self, name: str) -> None:
+        """Give a weight without candidates its first entries in their place, none of which may grow."""
+        count, number = self.counts[name], self.store.number_of(name)
+        self.places.of_weight(number, torch.arange(count, device=self.store.device))
+
     def record_product(self, name: str, left: Tensor, right: Tensor, *, more: bool = False) -> None:
         """Record the wanted entries of left^T right, the [R, C'] gradient of one weight in one backward pass.
 
@@ -209,6 +216,8 @@ class GradientRecorder:
             return
         if self._watching or self._proposes(name):
             self.record(name, self._product(left, right), more=more)
+            return
+        if not len(left):  # an expert that met no token
             return
         wanted = self._wanted(name)
         if self.products is None or not self.products(left, right, wanted):
@@ -260,8 +269,10 @@ class GradientRecorder:
         if isinstance(gradient, Tensor) or more or name in self._pending:
             whole = self._pending.add(name, gradient, more=more)
         if whole is not None:
-            self._choose(name, *self.propose(name, whole, self.counts[name]))
-            pick(whole, [(self.candidates[name].entries, self._candidate[name])])
+            indices, facts = self.propose(name, whole, self.counts[name])
+            if len(indices):  # else all of the gradient is 0: the next backward pass proposes
+                self._choose(name, indices, facts)
+                pick(whole, [(self.candidates[name].entries, self._candidate[name])])
 
     def _proposes(self, name: str) -> bool:
         """Return True if the next gradient of a weight proposes its candidates."""
