@@ -54,6 +54,7 @@ class Facts:
     largest: int  # of one weight of any kind
     shapes: dict[str, tuple[int, int]]  # of the targets
     coverage: Coverage  # what they reach of the blocks
+    largest_gradient: int  # entries of the largest dense gradient of a target; an input embedding has none
     attention: str = "sdpa"  # what `attention: auto` is for this base
 
 
@@ -73,6 +74,7 @@ def facts_of(config: Config, model_config: Any) -> Facts:
         largest=max(weight.numel() for weight in model.parameters()),
         shapes={target.name: target.shape for target in choice.targets},
         coverage=coverage(model, choice),
+        largest_gradient=max((target.numel for target in choice.targets if not target.by_rows), default=0),
         attention=getattr(model.config, "_attn_implementation", None) or "eager",
     )
 
@@ -103,7 +105,7 @@ def footprint(
         base=stored_base(facts, dtype.itemsize, quantization),
         deltas=sum(state_bytes(config, shapes, counts, dtype, 0 if quantization else 1).values()),
         candidates=candidate_bytes(config, sum(counts.values())),
-        weight_gradient=max(o * i for o, i in shapes.values()) * dtype.itemsize,
+        weight_gradient=facts.largest_gradient * dtype.itemsize,
     )
 
 

@@ -162,10 +162,15 @@ def _trace(
         enable_checkpointing(model)
     targets = targets_of(model, sparse)
 
+    pending: dict[str, Tensor] = {}  # gradients that come in parts, while these propose candidates
+
     def record(name: str, left: Tensor, right: Tensor, *, more: bool = False) -> None:
         # of an embedding: the rows that the batch's tokens looked up, at most one for each of them
         gradient = right.float() if left.dim() == 1 else left.t() @ right
-        _record(gradient, active.get(name, 1), proposes and not more)
+        if more and proposes:
+            pending.setdefault(name, gradient)
+        else:
+            _record(pending.pop(name, gradient), active.get(name, 1), proposes)
 
     attach_taps(targets, record)
     ids = torch.zeros(sequences, tokens, dtype=torch.int64, device="meta")

@@ -112,7 +112,8 @@ class Planner:
         step = self._step(config, counts, gpus, dtype)
         gathered = _gathered(config, facts, size, stored) if sharded else 0
         proposal = max(cost.temporaries for cost in proposal_costs(config, facts, counts, gpus)) if candidates else 0
-        dequantised = 2 * largest_target * size if quantization else 0
+        largest_gradient = facts.largest_gradient * size
+        dequantised = 2 * largest_gradient if quantization else 0
         held = 0 if quantization else 1 / gpus if sharded else 1
         state = state_bytes(config, facts.shapes, counts, dtype, held)
         after = _after_step_bytes(active, largest_k)
@@ -123,8 +124,8 @@ class Planner:
             "candidates": candidate_bytes(config, active),
             "activations": step.activations,
             "logits": step.logits,
-            "largest weight gradient": largest_target * size,
-            "other working memory": max(step.working - largest_target * size, 0) + dequantised + proposal,
+            "largest weight gradient": largest_gradient,
+            "other working memory": max(step.working - largest_gradient, 0) + dequantised + proposal,
         }
         idle = sum(rows[name] for name in ("activations", "logits", "largest weight gradient", "other working memory"))
         rows["other working memory"] += max(0, after - idle)
