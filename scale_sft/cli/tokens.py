@@ -1,4 +1,4 @@
-"""`scale-sft add-tokens`: a base with new tokens, before training."""
+"""`scale-sft models add-tokens`: a base with new tokens, before training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_tokens(
     or this base with it. The same command makes the same base, bit for bit.
 
     \b
-    scale-sft add-tokens demo --tokens '<|im_start|>,<|im_end|>' --chat-template chatml --output bases/chat
+    scale-sft models add-tokens demo --tokens '<|im_start|>,<|im_end|>' --chat-template chatml --output bases/chat
     scale-sft train --config new_tokens --base bases/chat
     """
     from scale_sft.data import new_tokens
@@ -45,6 +45,3 @@ def add_tokens(
     listed = ", ".join(f"{token} = {number}" for token, number in added.ids.items())
     click.echo(f"base: {output}: {listed}; {added.rows_before:,} rows of the embeddings before, {added.rows:,} now")
     click.echo("train the new rows: --train_embeddings both (or input, output)")
-
-
-COMMANDS = (add_tokens,)

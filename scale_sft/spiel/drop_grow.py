@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .deltas import SparseDelta, TogetherDelta
-from .indices import Entries
+from .indices import Entries, find_places
 from .topk import bottom_k_sorted, top_k_of_product, top_k_sorted
 
 
@@ -89,8 +89,7 @@ def exchange_by_gradient(indices: Tensor, scores: Tensor, candidates: Tensor, me
         indices: [K] sorted. scores: [K]. candidates: [C] sorted. mean: [C] fp32, estimate of Eq. 8.
     """
     candidates = candidates.to(indices.dtype)
-    place = torch.searchsorted(indices, candidates).clamp_(max=indices.numel() - 1)
-    is_active = indices[place] == candidates  # then `place` is where
+    place, is_active = find_places(indices, candidates)
     k = _growable(scores, place[is_active], candidates.numel(), k)
     kept = torch.ones(indices.shape, dtype=torch.bool, device=indices.device)
     kept[bottom_k_sorted(scores, k)] = False

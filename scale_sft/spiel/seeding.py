@@ -8,6 +8,8 @@ from math import isqrt
 import torch
 from torch import Tensor
 
+from .indices import index_dtype
+
 
 def seeded_generator(seed: int, purpose: str, name: str = "") -> torch.Generator:
     """Make a CPU generator for one purpose: the same on every rank, device and Python process."""
@@ -30,7 +32,7 @@ def _subset(n: int, k: int, generator: torch.Generator) -> Tensor:
     Independent draws treat all numbers alike, so the set of the distinct ones among them is, given its size, a uniform
     set of that size; and so is what remains of it when uniformly chosen members are deleted.
     """
-    dtype = torch.int32 if n <= torch.iinfo(torch.int32).max else torch.int64
+    dtype = index_dtype(n)
     if k == 0:
         return torch.empty(0, dtype=dtype)
     if 2 * k > n:

@@ -10,6 +10,7 @@ Shapes: O rows, I columns of a weight in the checkpoint; K entries.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -142,12 +143,15 @@ class Loaded:
         return add_sums((0, 0), total.tolist())
 
 
+_renamed: weakref.WeakKeyDictionary[nn.Module, tuple[frozenset[str], dict[str, str]]] = weakref.WeakKeyDictionary()
+"""By model: the names of its weights, and those among them that go by another name on disk."""
+
+
 class Places:
     """Finds the places of a model's weights by their names in the checkpoint's files."""
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._renamed: dict[str, str] | None = None  # name in the state dict, by name on disk
 
     def find(self, shapes: Shapes) -> dict[str, Place]:
         """Find some weights as they are in memory now. One that another process holds all of is left out.
@@ -161,11 +165,10 @@ class Places:
         if callable(load):
             return _ask(load, shapes)
         weights = dict(self._model.named_parameters(remove_duplicate=False))
+        renames = {} if shapes.keys() <= weights.keys() else self._renames(weights)
         found: dict[str, Place] = {}
         for name, shape in shapes.items():
-            weight = weights.get(name)
-            if weight is None:
-                weight = weights.get(self._renames(weights).get(name, ""))
+            weight = weights.get(name, weights.get(renames.get(name, "")))
             if weight is None or tuple(weight.shape) != shape or weight.is_meta or not weight.is_contiguous():
                 has = "none" if weight is None else f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
                 raise SyncError(
@@ -176,10 +179,13 @@ class Places:
         return found
 
     def _renames(self, weights: Mapping[str, nn.Parameter]) -> dict[str, str]:
-        if self._renamed is None:
+        """Map names on disk to names in the model: found once, and again where a model has other weights by then."""
+        known, names = _renamed.get(self._model, (None, {}))
+        if known != weights.keys():
             stored = {name: name_on_disk(self._model, name, tuple(weight.shape)) for name, weight in weights.items()}
-            self._renamed = {on_disk: name for name, on_disk in stored.items() if on_disk is not None}
-        return self._renamed
+            names = {on_disk: name for name, on_disk in stored.items() if on_disk is not None}
+            _renamed[self._model] = frozenset(weights), names
+        return names
 
 
 class _Watch(TorchFunctionMode):
