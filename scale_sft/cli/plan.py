@@ -48,7 +48,8 @@ def plan(
         options["base"] = str(_shape_folder(shape))
     config = load(recipe, options)
     model_config = load_model_config(config.model)
-    planner = Planner(model_config, _counts_of_adapter(config, model_config))
+    planner = Planner(model_config)
+    planner.counts = _counts_of_adapter(config, planner)
     found = planner.plan(config, gpus=gpus, gpu_memory_gb=gpu_memory)
     change = (
         None
@@ -65,18 +66,19 @@ def plan(
         sys.exit(1)
 
 
-def _counts_of_adapter(config, model_config) -> dict[str, int] | None:
+def _counts_of_adapter(config, planner) -> dict[str, int] | None:
     """Count the entries per weight of the adapter that the run starts from; None: its budget counts."""
     if config.sparse.start_from is None:
         return None
     from scale_sft.adapters.start import Start
     from scale_sft.model.loading import resolve_dtype
     from scale_sft.model.quantization import resolve_quantization
-    from scale_sft.planning.footprint import facts_of
 
     start = Start.read(config.sparse.start_from, config.sparse.delta_dtype)
-    dtype, quantization = resolve_dtype(config.model, model_config), resolve_quantization(config.model, model_config)
-    start.refuse_misfit(config.sparse, facts_of(config, model_config).shapes, dtype, quantization)
+    dtype = resolve_dtype(config.model, planner.model_config)
+    quantization = resolve_quantization(config.model, planner.model_config)
+    facts = planner.facts(config)
+    start.refuse_misfit(config.sparse, facts.shapes, dtype, quantization, facts.transposed)
     return start.counts
 
 

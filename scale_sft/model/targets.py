@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,12 +19,13 @@ from scale_sft.config.options import SparseConfig
 from scale_sft.errors import UserError
 from scale_sft.spiel.budgets import as_lora_spends, budget
 from scale_sft.spiel.embedding_taps import why_not_embedding
-from scale_sft.spiel.taps import Materialize, Record, WeightTap, attach
+from scale_sft.spiel.taps import Materialize, Needed, Record, WeightTap, attach
 
 from .embeddings import Embeddings, attach_embedding_taps, embeddings_of
 from .linear_kinds import is_conv1d, why_not_linear
 from .packed_weights import is_quantized_layer
 from .reach import NOT_BY_TEXT, candidates, reach_of
+from .tilings import in_whole_tiles, tilings_of
 
 EXCLUDED = "named by exclude_modules"
 
@@ -169,12 +171,19 @@ def _why_nothing(layers: dict[str, nn.Module], chosen: set[str], out: dict[str, 
     )
 
 
-def budget_of(sparse: SparseConfig, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
-    """Compute K of each weight.
+def budget_of(
+    sparse: SparseConfig, shapes: dict[str, tuple[int, int]], transposed: Collection[str] = ()
+) -> dict[str, int]:
+    """Compute K of each weight: of single entries, or of whole columns, rows or blocks.
+
+    Args:
+        sparse: the options.
+        shapes: (O, I) of each target weight by name.
+        transposed: see `tilings_of`.
 
     Raises:
-        UserError: a total that exceeds the targets' entries, or is less than one entry for each; a rank whose LoRA has
-            more parameters than a weight has entries.
+        UserError: see `tilings_of`, `in_whole_tiles`; a total that exceeds the targets' entries, or is less than one
+            entry for each; a rank whose LoRA has more parameters than a weight has entries.
     """
     everything, total = sum(o * i for o, i in shapes.values()), sparse.tunable_weights
     if total and not len(shapes) <= total <= everything:
@@ -196,17 +205,33 @@ def budget_of(sparse: SparseConfig, shapes: dict[str, tuple[int, int]]) -> dict[
         tunable_weights=sparse.tunable_weights,
         rank_equivalent=sparse.rank_equivalent,
     )
-    return as_lora_spends(counts, shapes) if sparse.budget == "rank" else counts
+    counts = as_lora_spends(counts, shapes) if sparse.budget == "rank" else counts
+    tilings = tilings_of(sparse, shapes, transposed)
+    return in_whole_tiles(sparse, counts, tilings) if tilings else counts
 
 
-def attach_taps(targets: list[Target], record: Record, materialize: Materialize = nullcontext) -> None:
+def attach_taps(
+    targets: list[Target], record: Record, materialize: Materialize = nullcontext, needed: Needed | None = None
+) -> None:
     """Route the targets' layers through taps that offer each weight gradient to `record`."""
     for target in targets:
         if isinstance(target.module, nn.Embedding):
             attach_embedding_taps(target.module, target.output, target.name, record, materialize=materialize)
             continue
-        tap = WeightTap(target.module, target.name, record, transposed=target.transposed, materialize=materialize)
+        tap = WeightTap(
+            target.module,
+            target.name,
+            record,
+            transposed=target.transposed,
+            materialize=materialize,
+            needed=needed,
+        )
         attach(tap)
+
+
+def transposed_names(targets: list[Target]) -> frozenset[str]:
+    """Name the weights that are stored as [in, out]."""
+    return frozenset(target.name for target in targets if target.transposed)
 
 
 def _largest_rank(shape: tuple[int, int]) -> int:

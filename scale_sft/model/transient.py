@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.spiel.deltas import DeltaStore, SparseDelta
-from scale_sft.spiel.taps import Materialize, Record, WeightTap, attach
+from scale_sft.spiel.taps import Materialize, Needed, Record, WeightTap, attach
 
 from .embeddings import attach_embedding_taps
 from .packed_weights import PackedWeight, PlainWeight
@@ -110,7 +110,9 @@ class TransientDeltas:
         return {name: self.packed[name].with_state(value) for name, value in prints.items()}
 
 
-def attach_transient_taps(deltas: TransientDeltas, trained: Collection[str], record: Record) -> None:
+def attach_transient_taps(
+    deltas: TransientDeltas, trained: Collection[str], record: Record, needed: Needed | None = None
+) -> None:
     """Route every quantised layer through a tap, even those without a delta.
 
     The model then computes with dequantised weights everywhere, in training and in evaluation. bitsandbytes' own
@@ -135,5 +137,6 @@ def attach_transient_taps(deltas: TransientDeltas, trained: Collection[str], rec
             transposed=packed.transposed,
             materialize=deltas.materialize,
             effective_weight=partial(deltas.effective_weight, name),
+            needed=needed,
         )
         attach(tap)

@@ -24,7 +24,7 @@ from scale_sft.model.quantization import Quantization, resolve_quantization
 from scale_sft.model.targets import budget_of
 from scale_sft.spiel.indices import DEVICE_PIECE_ENTRIES
 
-from .footprint import GIB, Facts, candidate_bytes, facts_of, proposes, state_bytes, stored_base
+from .footprint import GIB, Facts, candidate_bytes, facts_of, largest_gradient, proposes, state_bytes, stored_base
 from .meta_trace import StepMemory, step_memory
 
 DEVICE_RESERVE_BYTES = 1 * GIB
@@ -103,9 +103,10 @@ class Planner:
         facts, sparse = self.facts(config), config.sparse
         dtype = resolve_dtype(config.model, self.model_config)
         size, quantization = dtype.itemsize, resolve_quantization(config.model, self.model_config)
-        counts = self.counts or budget_of(sparse, facts.shapes)
+        counts = self.counts or budget_of(sparse, facts.shapes, facts.transposed)
         active, largest_k = sum(counts.values()), max(counts.values())
         candidates = int(sparse.candidate_ratio * active) if proposes(sparse) else 0
+        gradient = largest_gradient(sparse, facts, counts) * size
         largest_target = max(o * i for o, i in facts.shapes.values())
 
         stored, scales = stored_base(facts, size, quantization), _scales(facts, quantization)
@@ -123,8 +124,8 @@ class Planner:
             "candidates": candidate_bytes(config, active),
             "activations": step.activations,
             "logits": step.logits,
-            "largest weight gradient": largest_target * size,
-            "other working memory": max(step.working - largest_target * size, 0) + dequantised + proposal,
+            "largest weight gradient": gradient,
+            "other working memory": max(step.working - gradient, 0) + dequantised + proposal,
         }
         idle = sum(rows[name] for name in ("activations", "logits", "largest weight gradient", "other working memory"))
         rows["other working memory"] += max(0, after - idle)

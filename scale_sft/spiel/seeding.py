@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .indices import index_dtype
+from .tiles import Tiles, Tiling
 
 
 def seeded_generator(seed: int, purpose: str, name: str = "") -> torch.Generator:
@@ -24,6 +25,11 @@ def random_indices(shape: tuple[int, int], k: int, seed: int, name: str) -> Tens
     integers are computed. Memory is O(k).
     """
     return _subset(shape[0] * shape[1], k, seeded_generator(seed, "initial indices", name))
+
+
+def random_tiles(tiling: Tiling, count: int, seed: int, name: str) -> Tiles:
+    """Choose `count` distinct tiles of a weight, on the CPU, every set of them equally likely; see `random_indices`."""
+    return Tiles(tiling, _subset(tiling.count, count, seeded_generator(seed, "initial tiles", name)).long())
 
 
 def _subset(n: int, k: int, generator: torch.Generator) -> Tensor:
