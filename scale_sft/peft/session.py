@@ -22,8 +22,7 @@ from scale_sft.spiel.algorithm import candidates_of
 from scale_sft.spiel.deltas import DeltaStore, SparseDelta
 from scale_sft.spiel.digests import digest_states
 from scale_sft.spiel.drop_grow import apply_exchange, drop_scores
-from scale_sft.spiel.recorder import Candidates, GradientRecorder, largest
-from scale_sft.spiel.row_gradients import RowGradient
+from scale_sft.spiel.recorder import Candidates, Gradient, GradientRecorder, largest
 from scale_sft.spiel.schedules import Phase, ReallocationSchedule
 
 from .config import SpielOptions
@@ -268,7 +267,7 @@ class Session:
     def _read_weight(self, name: str) -> Iterator[Tensor]:
         yield self.layers[name].weight.detach()
 
-    def _propose(self, name: str, gradient: Tensor | RowGradient, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _propose(self, name: str, gradient: Gradient, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Choose candidates for the next reallocation: the largest gradients, or by the rule of the options."""
         if self.proposals is None:
             return largest(self.group.select_candidates)(name, gradient, count)
