@@ -84,6 +84,7 @@ def _card(adapter: Adapter, run: Path | None, folder: str, form: str, licence: s
         "base model": f"{base}" + (f", revision {info['revision']}" if info.get("revision") else ""),
         "hash of the base's target weights": f"`{info['base_hash'][:16]}`",
         "method": info.get("method"),
+        **({"trained whole": f"{info['granularity']}s"} if "granularity" in info else {}),
         "trained entries": f"{active:,} of {everything:,} in {len(adapter.shapes)} weights ({active / everything:.2%})",
         "dtype of the base": info["dtype"],
         "rounding rule": f"`{info.get('rounding_rule')}`",

@@ -220,7 +220,10 @@ class RunConfig:
         on_resume="free",
     )
     eval_batch_size: int = option(
-        16, "Sequences per forward pass of one rank in evaluation.", check=at_least(1), on_resume="free"
+        16,
+        "Sequences per forward pass of one rank in evaluation; no effect on the held-out loss of preferences.",
+        check=at_least(1),
+        on_resume="free",
     )
     seed: int = option(0, "Seed of the initial indices and of the data order.", check=at_least(0))
     output_dir: str = option(

@@ -75,7 +75,7 @@ class SparseModel:
         self.settings, self.group, self._save, self._find_ranks = settings, group, save, join
         self.targets = targets_of(model, settings.sparse)
         self.shapes = {target.name: target.shape for target in self.targets}
-        self.tuning = make_method(settings, self.shapes, lambda: self.group, weight_reader(self))
+        self.tuning = make_method(settings, self.targets, lambda: self.group, weight_reader(self))
         self.choosing: Choosing | None = None
         """While the entries are chosen, before the first update."""
         self._exposure: Exposure | None = None
@@ -116,12 +116,12 @@ class SparseModel:
     def _wire(self, model: nn.Module, packed: dict | None) -> ResidentDeltas | TransientDeltas:
         """Tap the layers, place the model, take its fingerprints, and put the deltas into it."""
         store, group = self.tuning.store, self.group
-        transient = None
+        transient, needed = None, None if self.settings.sparse.trains_whole == "entry" else self._needed
         if packed is None:
-            attach_taps(self.targets, self._record, group.materialize)
+            attach_taps(self.targets, self._record, group.materialize, needed)
         else:
             transient = TransientDeltas(store, packed, group.materialize)
-            attach_transient_taps(transient, store.names, self._record)
+            attach_transient_taps(transient, store.names, self._record, needed)
         self.model = group.prepare(model)
         self.parts = parts_of(self.targets, group.part_of)
         self.prints = self.fingerprints(transient)
@@ -196,6 +196,10 @@ class SparseModel:
             self._optimizer.receive()
         self.tuning.recorder.record_product(name, left, right, more=more)
 
+    def _needed(self, name: str, factor: Tensor, left: bool) -> Tensor:
+        """Return the columns of a factor that the backward pass needs: see `Needed`."""
+        return factor if self.choosing is not None else self.tuning.recorder.needed(name, factor, left=left)
+
     def load_state(
         self,
         step: int,
@@ -225,7 +229,7 @@ class SparseModel:
     def rebuild(self, active: Mapping[str, Tensor] | Mapping[str, int]) -> None:
         """Start with other entries before the first step: indices by name, or counts at random; the same total."""
         self.carrier.restore()
-        self.tuning = make_method(self.settings, self.shapes, lambda: self.group, weight_reader(self), active)
+        self.tuning = make_method(self.settings, self.targets, lambda: self.group, weight_reader(self), active)
         store = self.tuning.store
         if isinstance(self.carrier, TransientDeltas):
             self.carrier.follow(store)

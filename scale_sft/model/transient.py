@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.spiel.deltas import DeltaStore, SparseDelta
-from scale_sft.spiel.taps import Materialize, Record, WeightTap, attach
+from scale_sft.spiel.taps import Materialize, Needed, Record, WeightTap, attach
 
 from .embeddings import attach_embedding_taps
 from .expert_taps import RouterTap, attach_expert_taps
@@ -141,7 +141,9 @@ class TransientDeltas:
         return {name: self.packed[name].with_state(value) for name, value in prints.items()}
 
 
-def attach_transient_taps(deltas: TransientDeltas, trained: Collection[str], record: Record) -> None:
+def attach_transient_taps(
+    deltas: TransientDeltas, trained: Collection[str], record: Record, needed: Needed | None = None
+) -> None:
     """Route every quantised layer through a tap, even those without a delta.
 
     The model then computes with dequantised weights everywhere, in training and in evaluation. bitsandbytes' own
@@ -174,6 +176,7 @@ def attach_transient_taps(deltas: TransientDeltas, trained: Collection[str], rec
             transposed=packed.transposed,
             materialize=deltas.materialize,
             effective_weight=effective_weight,
+            needed=needed,
         )
         attach(tap)
     attach_expert_taps(experts.values(), trained, record, deltas.materialize, deltas.effective_experts)

@@ -27,7 +27,7 @@ from scale_sft.spiel.schedules import Phase, ReallocationSchedule
 
 from .config import SpielOptions
 from .layer import Linear, require_whole
-from .optimizer_state import follow, group_of, refuse_foreign
+from .optimizer_state import INTERVAL, follow, group_of, refuse_foreign, require_same_interval
 
 STATE_KEY = "spiel"
 """Key in an optimizer's parameter group: what the next step needs in addition, by adapter."""
@@ -336,19 +336,19 @@ class Session:
 
     def state(self) -> dict[str, Any]:
         """Return what the next step needs besides the adapter and the optimizer's own state; tensors are not copied."""
-        candidates = {name: one.state() for name, one in self.recorder.candidates.items()}
-        reference = {d.name: d.reference for d in self.store if d.reference is not None}
         return {
             "steps": self.steps,
             "skipped": self.skipped,
             "chosen": self.chosen,
             "reallocations": list(self.reallocations),
-            "candidates": candidates,
-            "reference": reference,
+            "candidates": {name: one.state() for name, one in self.recorder.candidates.items()},
+            "reference": {d.name: d.reference for d in self.store if d.reference is not None},
+            INTERVAL: self.sparse.update_interval_steps,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Resume from a `state`, of an adapter of the same entries."""
+        require_same_interval(state, self.schedule)
         self.steps, self.skipped = int(state["steps"]), int(state.get("skipped", 0))
         self.chosen = bool(state["chosen"])
         self.reallocations = list(state["reallocations"])

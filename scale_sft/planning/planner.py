@@ -31,6 +31,7 @@ from .footprint import (
     Facts,
     candidate_bytes,
     facts_of,
+    largest_gradient,
     proposes,
     state_bytes,
     stored_base,
@@ -121,9 +122,10 @@ class Planner:
         facts, sparse = self.facts(config), config.sparse
         dtype = resolve_dtype(config.model, self.model_config)
         size, quantization = dtype.itemsize, resolve_quantization(config.model, self.model_config)
-        counts = self.counts or budget_of(sparse, facts.shapes)
+        counts = self.counts or budget_of(sparse, facts.shapes, facts.transposed)
         active, largest_k = sum(counts.values()), max(counts.values())
         candidates = int(sparse.candidate_ratio * active) if proposes(sparse) else 0
+        gradient = largest_gradient(sparse, facts, counts) * size
         largest_target = max(o * i for o, i in facts.shapes.values())
 
         stored, scales = stored_base(facts, size, quantization), _scales(facts, quantization)
@@ -141,8 +143,8 @@ class Planner:
             "candidates": candidate_bytes(config, active),
             "activations": step.activations,
             "logits": step.logits,
-            "largest weight gradient": largest_target * size,
-            "other working memory": max(step.working - largest_target * size, 0) + dequantised + proposal,
+            "largest weight gradient": gradient,
+            "other working memory": max(step.working - gradient, 0) + dequantised + proposal,
         }
         idle = sum(rows[name] for name in ("activations", "logits", "largest weight gradient", "other working memory"))
         rows["other working memory"] += max(0, after - idle)

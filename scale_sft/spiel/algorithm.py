@@ -103,7 +103,7 @@ class SparseFineTuning:
 
     @property
     def method(self) -> str:
-        """`ag`, `ma`, `static` or `random`."""
+        """`ag`, `ma`, `static`, `random` or `columns`."""
         return self.settings.method
 
     def begin_step(self, step: int) -> None:
@@ -329,6 +329,11 @@ class SparseFineTuning:
                 return f"{kind} holds a NaN or an infinite value"
             if kind.endswith("indices") and (wrong := wrong_with_indices(tensor, delta.shape)):
                 return f"{kind}: {wrong}"
+        if delta.tiles is not None:
+            try:
+                delta.tiles.tiling.chosen_in(state["indices"])
+            except ValueError as error:
+                return f"indices: {error}"
         if int(state["cohort"].max()) >= cohorts or int(state["cohort"].min()) < 0:
             return f"an entry has an unknown cohort: there are {cohorts}"
         return None

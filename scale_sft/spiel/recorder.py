@@ -15,6 +15,7 @@ from .deltas import DeltaStore
 from .indices import Entries, FlatEntries, Part, piece_entries, pieces
 from .row_gradients import Pending, RowGradient, Sum
 from .schedules import Phase
+from .tiles import Tiles
 from .topk import largest_magnitudes
 
 Select = Callable[[Tensor, int], Tensor]
@@ -201,13 +202,17 @@ class GradientRecorder:
         first step of a run, to find dead gradients. Of an embedding it never is.
 
         Args:
-            left: [T, R], or [T] int64 of an embedding: see `Record`. right: [T, C'], of the same dtype.
+            left: [T, R], or [T] int64 of an embedding: see `Record`.
+            right: [T, C'], of the same dtype. Of both what `needed` returns is enough.
             more: other parts of this weight's gradient follow in the same backward pass, and candidates are proposed
                 by their sum.
         """
         if left.dim() == 1:
             self.by_rows.add(name)
             self.record(name, RowGradient(left, right, self.store[name].shape[0]), more=more)
+            return
+        if tiles := self.store[name].tiles:
+            self._record_tiles(name, tiles, left, right)
             return
         if self._watching or self._proposes(name):
             self.record(name, self._product(left, right), more=more)
@@ -217,6 +222,25 @@ class GradientRecorder:
         wanted = self._wanted(name)
         if self.products is None or not self.products(left, right, wanted):
             pick(self._product(left, right), wanted)
+
+    def _record_tiles(self, name: str, tiles: Tiles, left: Tensor, right: Tensor) -> None:
+        """Record the gradient of whole tiles by dense products of their size alone; see `record_product`."""
+        if self._watching and name not in self.received:
+            rows, columns = self.store[name].shape
+            whole = [factor for factor, width in ((left, rows), (right, columns)) if factor.shape[1] == width]
+            if all(bool(factor.any()) for factor in whole):
+                self.received.add(name)
+        out = self._active[name]
+        for entries, product in tiles.products(left, right):
+            out[entries] += product.to(out.dtype)
+
+    def needed(self, name: str, factor: Tensor, *, left: bool) -> Tensor:
+        """Return the columns of a factor of one weight's gradient that `record_product` needs: [T, n] of [T, R or C'].
+
+        A forward pass keeps them for its backward pass.
+        """
+        tiles = self.store[name].tiles
+        return factor if tiles is None else tiles.needed(factor, left=left)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         """Form left^T right [R, C'], in the reused buffer if there is one: use it before the next is formed."""

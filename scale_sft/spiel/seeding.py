@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .indices import index_dtype
+from .tiles import Tiles, Tiling
 
 FEW_ENTRIES = 1 << 13
 """The entries of a small weight: if there are many alike, `random_indices_of_many` chooses."""
@@ -54,6 +55,11 @@ def random_indices_of_many(n: int, k: int, seed: int, names: Sequence[str]) -> T
         keys ^= (keys >> 31) & (1 << 33) - 1
         chosen[first : first + rows] = keys.topk(k, dim=1, sorted=False).indices.sort(1).values
     return chosen
+
+
+def random_tiles(tiling: Tiling, count: int, seed: int, name: str) -> Tiles:
+    """Choose `count` distinct tiles of a weight, on the CPU, every set of them equally likely; see `random_indices`."""
+    return Tiles(tiling, _subset(tiling.count, count, seeded_generator(seed, "initial tiles", name)).long())
 
 
 def _subset(n: int, k: int, generator: torch.Generator) -> Tensor:

@@ -17,6 +17,7 @@ METHODS = {
     for checkpointing in (False, True)
 }
 METHODS["random"] = {"method": "random"}
+METHODS["columns"] = {"method": "columns", "selection_batches": 2, "draw": "sample", "max_grad_norm": 0.5}
 METHODS["ag-sampled"] = {"selection_batches": 2, "score": "gradient_weight", "draw": "sample"}
 METHODS["static-sampled"] = {"method": "static", "selection_batches": 2, "score": "balanced", "draw": "sample"}
 METHODS["static-sampled"] |= {"temperature": 0.5, "row_quota": 3.0}
