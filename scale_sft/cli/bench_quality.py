@@ -159,7 +159,7 @@ def quality(
         retained=read_retained(retain, chosen),
         more_rungs=more_rungs,
     )
-    refuse_impossible(settings, of_merging=of_merging)
+    refuse_impossible(settings, of_merging=of_merging, of_drift=of_drift)
     processes = jobs or benchmark.default_processes()
     try:
         rows = benchmark.measure(settings, output, processes=processes, say=click.echo)

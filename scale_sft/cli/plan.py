@@ -23,7 +23,7 @@ _SHAPES = ASSETS / "shapes"
 @click.option("--gpu-memory", type=float, help="Memory of one device in GB, to judge whether the run fits.")
 @click.option(
     "--shape",
-    help="Plan for the shape 3b, 7b, 13b, 70b, 405b (Llama) or 30b-a3b (Qwen3) in place of the recipe's base.",
+    help="Plan for the shape 3b, 7b, 13b, 70b, 405b (Llama) or 30b-a3b (Qwen3) instead of the recipe's base.",
 )
 @click.option("--check", is_flag=True, help="Exit with status 1 if the run does not fit; needs --gpu-memory.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, in bytes.")

@@ -4,10 +4,10 @@ loading         find and load the base and its tokenizer
 empty           the base without its weights: its class and its shapes
 attention       the choice of attention
 targets         the layers to train
+tilings         how options cut weights into columns, rows or blocks
 experts         experts that are fused into one parameter: their slices, by name
 routers         layers that choose experts
 expert_taps     modules of experts and routers under taps
-tilings         how options cut weights into columns, rows or blocks
 embeddings      the input embedding and the output layer as targets
 reach           a probe of what text does with each layer
 linear_kinds    layers that compute what nn.Linear does

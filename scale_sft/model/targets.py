@@ -53,6 +53,11 @@ class Target:
         return [self.module] if self.output is None else [self.module, self.output]
 
     @property
+    def by_rows(self) -> bool:
+        """Return True if the gradient is 0 outside the rows of a batch's tokens, and never dense."""
+        return isinstance(self.module, nn.Embedding) and self.output is None
+
+    @property
     def weight(self) -> nn.Parameter:
         """The layer's weight as stored: whole, in shards or packed; of a slice, the parameter that contains it."""
         return self.fused.weight if self.fused else cast(nn.Parameter, self.module.weight)

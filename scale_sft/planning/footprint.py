@@ -56,6 +56,7 @@ class Facts:
     largest: int  # of one weight of any kind
     shapes: dict[str, tuple[int, int]]  # of the targets
     coverage: Coverage  # what they reach of the blocks
+    largest_gradient: int  # entries of the largest dense gradient of a target; an input embedding has none
     transposed: frozenset[str] = frozenset()  # targets that are stored as [in, out]
     attention: str = "sdpa"  # what `attention: auto` is for this base
 
@@ -76,6 +77,7 @@ def facts_of(config: Config, model_config: Any) -> Facts:
         largest=max(weight.numel() for weight in model.parameters()),
         shapes={target.name: target.shape for target in choice.targets},
         coverage=coverage(model, choice),
+        largest_gradient=max((target.numel for target in choice.targets if not target.by_rows), default=0),
         transposed=transposed_names(choice.targets),
         attention=getattr(model.config, "_attn_implementation", None) or "eager",
     )
@@ -150,7 +152,7 @@ def largest_gradient(sparse: SparseConfig, facts: Facts, counts: Mapping[str, in
     """
     if sparse.trains_whole != "entry" and not sparse.selection_batches:
         return max(counts.values())
-    return max(o * i for o, i in facts.shapes.values())
+    return facts.largest_gradient
 
 
 def state_bytes(

@@ -132,7 +132,7 @@ class Planner:
         step = self._step(config, counts, gpus, dtype)
         gathered = _gathered(config, facts, size, stored) if sharded else 0
         proposal = max(cost.temporaries for cost in proposal_costs(config, facts, counts, gpus)) if candidates else 0
-        dequantised = max(2 * largest_target, _largest_fused(facts)) * size if quantization else 0
+        dequantised = max(2 * facts.largest_gradient, _largest_fused(facts)) * size if quantization else 0
         held = 0 if quantization else 1 / gpus if sharded else 1
         state = state_bytes(config, facts.shapes, counts, dtype, held)
         after = _after_step_bytes(active, largest_k)

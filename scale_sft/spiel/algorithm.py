@@ -19,8 +19,7 @@ from .drop_grow import Exchange, apply_exchange, drop_scores, keep_unless_better
 from .indices import Part, on_device, piece_entries, wrong_with_indices
 from .joined_drop_grow import exchange_by_accumulators, exchange_by_gradient
 from .optimizers import SM3, AdamW, Optimizer
-from .recorder import CANDIDATE_STATE, Candidates, GradientRecorder, largest
-from .row_gradients import RowGradient
+from .recorder import CANDIDATE_STATE, Candidates, Gradient, GradientRecorder, largest
 from .schedules import Phase, ReallocationSchedule
 from .selection.proposals import Proposals
 from .selection.spread import update_rates
@@ -240,7 +239,7 @@ class SparseFineTuning:
         promised = mean if self.proposals is None else self._rank(delta, own, self.proposals, indices[leaving])
         return keep_unless_better(exchange, indices, promised.abs(), ranking[exchange.grown_candidates].abs())
 
-    def _propose(self, name: str, gradient: Tensor | RowGradient, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _propose(self, name: str, gradient: Gradient, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Choose candidates for the next reallocation by the rule of `proposals`."""
         assert self.proposals is not None
         return self.proposals.propose(name, gradient, count, len(self.cohort_steps))

@@ -26,7 +26,10 @@ Products = Callable[[Tensor, Tensor, Sequence[tuple[Entries, Tensor]]], bool]
 """(left [T, R], right [T, C'], [(entries, out [K]), ...]): adds the entries of left^T right to each `out` and returns
 True; or returns False, doing nothing, if forming the full product is no slower."""
 
-Propose = Callable[[str, Tensor | RowGradient, int], tuple[Tensor, dict[str, Tensor]]]
+Gradient = Tensor | RowGradient
+"""Of one weight: dense [O, I], or the rows that are not 0."""
+
+Propose = Callable[[str, Gradient, int], tuple[Tensor, dict[str, Tensor]]]
 """(name, gradient [O, I], C) -> [C] sorted indices of candidates, and the facts that their ranking needs later; [0] if
 all of the gradient is 0."""
 
@@ -41,7 +44,7 @@ def largest(select: Select, sum_: Sum = lambda flat: None) -> Propose:
         sum_: over the same ranks.
     """
 
-    def propose(name: str, gradient: Tensor | RowGradient, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def propose(name: str, gradient: Gradient, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         if isinstance(gradient, RowGradient):
             return gradient.union(sum_).choose(select, count), {}
         return select(gradient.reshape(-1), count), {}
@@ -54,7 +57,7 @@ def dense_products(left: Tensor, right: Tensor, wanted: Sequence[tuple[Entries, 
     pick(left.t() @ right, wanted)
 
 
-def pick(gradient: Tensor | RowGradient, wanted: Sequence[tuple[Entries, Tensor]]) -> None:
+def pick(gradient: Gradient, wanted: Sequence[tuple[Entries, Tensor]]) -> None:
     """Add the entries of a gradient [R, C'] to each `out` [K]."""
     if isinstance(gradient, RowGradient):
         gradient.pick(wanted)
@@ -252,7 +255,7 @@ class GradientRecorder:
             self._buffer = torch.empty(largest, dtype=left.dtype, device=left.device)
         return torch.mm(left.t(), right, out=self._buffer[:size].view(left.shape[1], right.shape[1]))
 
-    def record(self, name: str, gradient: Tensor | RowGradient, *, more: bool = False) -> None:
+    def record(self, name: str, gradient: Gradient, *, more: bool = False) -> None:
         """Record the wanted entries of the [O, I] gradient of one weight in one backward pass, or of a part of it.
 
         Args:
@@ -265,7 +268,7 @@ class GradientRecorder:
             pick(gradient, self._wanted(name))
             return
         pick(gradient, [(self.store[name].entries, self._active[name])])
-        whole: Tensor | RowGradient | None = gradient
+        whole: Gradient | None = gradient
         if isinstance(gradient, Tensor) or more or name in self._pending:
             whole = self._pending.add(name, gradient, more=more)
         if whole is not None:

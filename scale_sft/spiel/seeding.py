@@ -33,6 +33,11 @@ def random_indices(shape: tuple[int, int], k: int, seed: int, name: str) -> Tens
     return _subset(shape[0] * shape[1], k, seeded_generator(seed, "initial indices", name))
 
 
+def random_tiles(tiling: Tiling, count: int, seed: int, name: str) -> Tiles:
+    """Choose `count` distinct tiles of a weight, on the CPU, every set of them equally likely; see `random_indices`."""
+    return Tiles(tiling, _subset(tiling.count, count, seeded_generator(seed, "initial tiles", name)).long())
+
+
 def slice_of_many(name: str) -> bool:
     """Return True for the name of one of many alike weights: `...experts.up_proj.17`."""
     return name.rpartition(".")[2].isdigit()
@@ -55,11 +60,6 @@ def random_indices_of_many(n: int, k: int, seed: int, names: Sequence[str]) -> T
         keys ^= (keys >> 31) & (1 << 33) - 1
         chosen[first : first + rows] = keys.topk(k, dim=1, sorted=False).indices.sort(1).values
     return chosen
-
-
-def random_tiles(tiling: Tiling, count: int, seed: int, name: str) -> Tiles:
-    """Choose `count` distinct tiles of a weight, on the CPU, every set of them equally likely; see `random_indices`."""
-    return Tiles(tiling, _subset(tiling.count, count, seeded_generator(seed, "initial tiles", name)).long())
 
 
 def _subset(n: int, k: int, generator: torch.Generator) -> Tensor:

@@ -17,8 +17,16 @@ from .measure import Settings, threads_of
 from .summary import groups_of, reason_of, settings_key, summaries
 
 
-def refuse_impossible(settings: Settings, *, of_merging: bool) -> None:
+def refuse_impossible(settings: Settings, *, of_merging: bool, of_drift: bool) -> None:
     """Raise UserError if a report cannot be made."""
+    asked = "--merging" if of_merging else "--drift"
+    for task in settings.tasks if of_merging or of_drift else ():
+        quantization = settings.job(task, BASE).config().model.quantization
+        if quantization != "none":
+            raise UserError(
+                f"{asked}: got a base in {quantization}, expected one that is not quantised, to whose weights updates "
+                "can be added. Fix: leave out --quantization"
+            )
     if of_merging and len(settings.tasks) < 2:
         raise UserError(
             f"--merging: got {len(settings.tasks)} task, expected two or more, whose adapters are added. Fix: name "

@@ -91,7 +91,14 @@ def test_the_command_merges_and_drifts_at_the_best_rates(tmp_path, tiny_model, p
     assert "drift: 4 of 4 runs are done already" in again.output
 
 
-def test_merging_one_task_is_refused_before_anything_runs(tmp_path):
-    result = CliRunner().invoke(main, ["bench", "quality", "--merging", "--output", str(tmp_path / "out")])
-    assert result.exit_code == 1 and "--merging: got 1 task, expected two or more" in result.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--merging"], "--merging: got 1 task, expected two or more"),
+        (["--drift", "--quantization", "nf4"], "--drift: got a base in nf4, expected one that is not quantised"),
+    ],
+)
+def test_a_report_that_cannot_be_made_is_refused_before_anything_runs(tmp_path, arguments, message):
+    result = CliRunner().invoke(main, ["bench", "quality", *arguments, "--output", str(tmp_path / "out")])
+    assert result.exit_code == 1 and message in result.stderr
     assert not (tmp_path / "out").exists()
