@@ -18,7 +18,7 @@ from torch import nn
 from scale_sft.config.options import SparseConfig
 from scale_sft.errors import UserError
 from scale_sft.spiel.budgets import as_lora_spends, budget
-from scale_sft.spiel.taps import Materialize, Record, WeightTap, attach
+from scale_sft.spiel.taps import Materialize, Record, RecordMany, WeightTap, attach
 
 from .expert_taps import RouterTap, attach_expert_taps
 from .experts import FusedWeight, fused_in, shape_of, slice_name
@@ -253,8 +253,13 @@ def unreached(targets: Iterable[Target], received: Container[str]) -> list[str]:
     return missing
 
 
-def attach_taps(targets: Sequence[Target], record: Record, materialize: Materialize = nullcontext) -> None:
-    """Route the targets' layers through taps that offer each weight gradient to `record`."""
+def attach_taps(
+    targets: Sequence[Target],
+    record: Record,
+    materialize: Materialize = nullcontext,
+    record_many: RecordMany | None = None,
+) -> None:
+    """Route the targets' layers through taps that offer each weight gradient to `record`, or to `record_many`."""
     experts: dict[int, tuple[str, nn.Module]] = {}
     for target in targets:
         if target.fused is not None:
@@ -265,7 +270,7 @@ def attach_taps(targets: Sequence[Target], record: Record, materialize: Material
             tap = WeightTap(target.module, target.name, record, transposed=target.transposed, materialize=materialize)
             attach(tap)
     trained = [target.name for target in targets if target.fused is not None]
-    attach_expert_taps(experts.values(), trained, record, materialize)
+    attach_expert_taps(experts.values(), trained, record, materialize, record_many=record_many)
 
 
 def _largest_rank(shape: tuple[int, int]) -> int:

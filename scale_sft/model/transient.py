@@ -13,7 +13,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from scale_sft.spiel.deltas import DeltaStore, SparseDelta
-from scale_sft.spiel.taps import Materialize, Record, WeightTap, attach
+from scale_sft.spiel.taps import Materialize, Record, RecordMany, WeightTap, attach
 
 from .expert_taps import RouterTap, attach_expert_taps
 from .experts import FusedWeight
@@ -124,7 +124,9 @@ class TransientDeltas:
         return {name: self.packed[name].with_state(value) for name, value in prints.items()}
 
 
-def attach_transient_taps(deltas: TransientDeltas, trained: Collection[str], record: Record) -> None:
+def attach_transient_taps(
+    deltas: TransientDeltas, trained: Collection[str], record: Record, record_many: RecordMany | None = None
+) -> None:
     """Route every quantised layer through a tap, even those without a delta.
 
     The model then computes with dequantised weights everywhere, in training and in evaluation. bitsandbytes' own
@@ -148,4 +150,4 @@ def attach_transient_taps(deltas: TransientDeltas, trained: Collection[str], rec
             effective_weight=effective_weight,
         )
         attach(tap)
-    attach_expert_taps(experts.values(), trained, record, deltas.materialize, deltas.effective_experts)
+    attach_expert_taps(experts.values(), trained, record, deltas.materialize, deltas.effective_experts, record_many)

@@ -9,7 +9,7 @@ Shapes: T tokens (all leading dimensions), I in, O out.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
 
@@ -21,6 +21,9 @@ from .traced import enlist, traced_output
 
 Record = Callable[[str, Tensor, Tensor], None]
 """(name, left [T, R], right [T, C]): the gradient of the weight [R, C] is left^T right."""
+
+RecordMany = Callable[[Sequence[str], Tensor, Tensor, Sequence[tuple[int, int]]], None]
+"""(names, left [S, R], right [S, C], bounds): the same for weights that follow each other, of rows a to b of each."""
 
 Materialize = Callable[[nn.Parameter], AbstractContextManager[Tensor]]
 """Yields the whole weight for the length of a `with` block, even if it is stored in shards."""
