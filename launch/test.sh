@@ -52,14 +52,16 @@ if [ -n "$checks" ]; then
     SCALE_SFT_VENV=$venv "$root/launch/check.sh" || { failed=1; remark='; checks failed'; }
 fi
 
-# Every test is in one of these groups. Those that start several processes come one at a time.
+# Every test is in one of these groups. Tests of several ranks share runs with the others of their file, so a worker
+# takes a file at a time; their ranks wait for each other much of the time, and use what another worker leaves.
 workers=$("$python" -c 'import os; print(min(4, os.cpu_count() or 1))')
 if [ "$part" = fast ]; then
     run_group "fast tests" -n "$workers" --dist worksteal "$@"
 else
     run_group "tests in parallel" -n "$workers" --dist worksteal "$@" \
         -m "not (distributed or slurm or hardware or interpreter or gpu)"
-    run_group "tests of several ranks" -n 0 "$@" -m "(distributed or slurm) and not (hardware or interpreter or gpu)"
+    run_group "tests of several ranks" -n "$workers" --dist loadfile "$@" \
+        -m "(distributed or slurm) and not (hardware or interpreter or gpu)"
     if [ "$part" = all ]; then
         run_group "races and interpreter" -n 0 "$@" -m "(hardware or interpreter) and not gpu"
     fi

@@ -26,7 +26,7 @@ from scale_sft.model.packed_weights import is_quantized_layer
 from scale_sft.model.quantization import Quantization, resolve_quantization
 from scale_sft.model.sparse_model import Save, SparseModel
 from scale_sft.model.sparse_settings import SparseSettings
-from scale_sft.model.targets import find_targets
+from scale_sft.model.targets import targets_of
 from scale_sft.model.visibility import visible_fraction
 
 BUDGETS = ("density", "tunable_weights", "rank_equivalent")
@@ -156,7 +156,7 @@ def _usable_targets(model: nn.Module, sparse: SparseConfig) -> list:
         )
     if carries_adapter(model):
         raise UserError("attach: got a model that carries a live adapter. Fix: undo() it first, or use start_from")
-    targets = find_targets(model, sparse.target_modules, sparse.exclude_modules)
+    targets = targets_of(model, sparse)
     away = next((target.name for target in targets if target.weight.is_meta), None)
     if away:
         raise UserError(

@@ -73,6 +73,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under `--dist loadfile`, tests that need Slurm stay together too: all of their files share one Slurm."""
+    if config.option.dist != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneSlurm(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
+
+    return OneSlurm(config, log)
+
+
 def pytest_unconfigure() -> None:
     """Remove what the libraries have cached."""
     shutil.rmtree(_HF_HOME, ignore_errors=True)
@@ -218,8 +232,8 @@ def run_options(tiny_model: Callable[..., Path], pairs_file: Path, tmp_path: Pat
     """Options of a run of a few seconds: 6 steps of 4 sequences, reallocation at steps 2, 4 and 6."""
     return {
         "base": str(tiny_model("llama")), "train_data": str(pairs_file), "output_dir": str(tmp_path / "run"),
-        "density": 0.05, "steps": 6, "global_batch_size": 4, "update_interval_steps": 2, "estimation_steps": 2,
-        "learning_rate": 0.01, "max_length": 32, "base_placement": "replicate",
+        "method": "ag", "density": 0.05, "steps": 6, "global_batch_size": 4, "update_interval_steps": 2,
+        "estimation_steps": 2, "learning_rate": 0.01, "max_length": 32, "base_placement": "replicate",
     }  # fmt: skip
 
 

@@ -19,25 +19,25 @@ _SIZES = {
     "initializer_range": 0.1,
 }  # fmt: skip
 _KINDS = {
-    "mixtral": {"num_local_experts": 12, "intermediate_size": 12},
-    "qwen3_moe": {"num_experts": 12, "moe_intermediate_size": 12, "intermediate_size": 24, "head_dim": 8},
+    "mixtral": {"num_local_experts": 12, "intermediate_size": 24},
+    "qwen3_moe": {"num_experts": 12, "moe_intermediate_size": 24, "intermediate_size": 24, "head_dim": 8},
     "deepseek_v3": {
-        "n_routed_experts": 12, "moe_intermediate_size": 12, "intermediate_size": 24, "n_shared_experts": 1,
+        "n_routed_experts": 12, "moe_intermediate_size": 24, "intermediate_size": 24, "n_shared_experts": 1,
         "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8,
         "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4, "first_k_dense_replace": 1,
         "num_key_value_heads": 2,
     },
     "ernie4_5_moe": {
-        "moe_num_experts": 12, "moe_intermediate_size": 12, "intermediate_size": 24, "moe_k": 2,
+        "moe_num_experts": 12, "moe_intermediate_size": 24, "intermediate_size": 24, "moe_k": 2,
         "moe_layer_start_index": 1,
     },
     "nemotron_h": {
-        "layers_block_type": ["moe", "attention"], "n_routed_experts": 12, "moe_intermediate_size": 12,
+        "layers_block_type": ["moe", "attention"], "n_routed_experts": 12, "moe_intermediate_size": 24,
         "num_experts_per_tok": 2, "moe_latent_size": None, "head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 8,
-        "ssm_state_size": 8, "n_groups": 1, "intermediate_size": 24, "moe_shared_expert_intermediate_size": 12,
+        "ssm_state_size": 8, "n_groups": 1, "intermediate_size": 24, "moe_shared_expert_intermediate_size": 24,
     },
-    "gpt_oss": {"num_local_experts": 12, "intermediate_size": 12, "head_dim": 8, "num_experts_per_tok": 2},
-    "granitemoe": {"num_local_experts": 12, "intermediate_size": 12, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 12, "intermediate_size": 24, "head_dim": 8, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 12, "intermediate_size": 24, "num_experts_per_tok": 2},
 }  # fmt: skip
 ONE_BY_ONE = ("mixtral", "qwen3_moe", "deepseek_v3", "ernie4_5_moe", "nemotron_h")
 """Types whose files hold a tensor, or two, per expert; those of the others hold the fused ones."""

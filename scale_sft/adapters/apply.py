@@ -82,7 +82,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     Raises:
         UserError: a weight is missing or of another shape or dtype, or the base is not the adapter's.
     """
-    weights = require_fit(dict(model.named_parameters()), adapter)
+    weights = require_fit(dict(model.named_parameters(remove_duplicate=False)), adapter)
     require_base(fingerprints_of(parts_held(weights)), adapter)
     kept = {}
     for name, indices in adapter.indices.items():
@@ -122,7 +122,7 @@ def require_fit(parameters: Mapping[str, nn.Parameter], adapter: Adapter) -> dic
 
 def undo_adapter(model: nn.Module, adapter: Adapter, kept: Mapping[str, Tensor]) -> None:
     """Write the base values that `apply_adapter` returned back into the weights."""
-    weights = require_fit(dict(model.named_parameters()), adapter)
+    weights = require_fit(dict(model.named_parameters(remove_duplicate=False)), adapter)
     for name, values in kept.items():
         entries = weights[name].entries
         write_entries(entries, adapter.indices[name].to(entries.device), values)

@@ -17,6 +17,7 @@ from torch import Tensor
 from scale_sft.data.turn_ends import INFO_KEY
 from scale_sft.errors import UserError
 from scale_sft.model.fingerprints import combine_fingerprints
+from scale_sft.spiel.indices import index_dtype
 from scale_sft.spiel.topk import in_sorted, top_k_sorted
 
 from .format import Adapter
@@ -109,9 +110,8 @@ def _combine(operation: str, adapters: Sequence[Adapter], combine: Combine, **se
     indices, deltas = {}, {}
     for name, (rows, columns) in shapes.items():
         found = [(a.indices[name], a.deltas[name]) if name in a.shapes else empty for a in adapters]
-        dtype = torch.int32 if rows * columns <= torch.iinfo(torch.int32).max else torch.int64
         places, values = combine(found)
-        indices[name], deltas[name] = places.to(dtype), values.float()
+        indices[name], deltas[name] = places.to(index_dtype(rows * columns)), values.float()
     return Adapter(indices, deltas, shapes, info)
 
 

@@ -22,7 +22,15 @@ from scale_sft.model.loading import base_location, load_model_config
 
 from .format import Adapter
 from .safetensors_writer import TensorReader, TensorWriter
-from .stored_names import Source, check_conversion, converted_back, expert_sources, sources_of
+from .stored_names import (
+    Source,
+    check_conversion,
+    converted_back,
+    expert_sources,
+    sources_of,
+    tied_names,
+    with_copies,
+)
 
 INDEX_FILE = "model.safetensors.index.json"
 _SMALL_FILES = (".json", ".jinja", ".model", ".txt", ".py")
@@ -81,7 +89,9 @@ class BaseFiles:
         Raises:
             UserError: a weight is missing, of another shape, or stored in a way that a merge could not write again.
         """
-        known = self._known_sources(model)
+        model = self._known_model() if model is None else model
+        known = sources_of(model, self._file_of) if hasattr(model, "base_model_prefix") else {}
+        others = {} if model is None else tied_names(model)
         by_parameter: dict[str, list[Source]] = {}
         found: dict[str, Source] = {}
         for name in shapes:
@@ -90,6 +100,8 @@ class BaseFiles:
                 source = known.get(parameter)
                 if source is None and (stored := self.find(parameter)) is not None:
                     source = Source([stored], parameter)
+                copies = [known[other] for other in others.get(parameter, ()) if other in known]
+                source = with_copies(source, parameter, copies)
                 if source is None:
                     raise UserError(f"base: the files of '{self.folder}' hold no tensor for '{name}'")
                 by_parameter[parameter] = [source] if parameter == name else expert_sources(source)
@@ -108,14 +120,12 @@ class BaseFiles:
                 )
         return found
 
-    def _known_sources(self, model: Any) -> dict[str, Source]:
-        """Ask transformers how it would load these files; nothing for a model whose code is not its own."""
-        if model is None:
-            try:
-                model = empty_model(load_model_config(ModelConfig(base=str(self.folder))))
-            except UserError:
-                return {}
-        return sources_of(model, self._file_of) if hasattr(model, "base_model_prefix") else {}
+    def _known_model(self) -> Any:
+        """Build the model of these files on the meta device; None where transformers does not know its code."""
+        try:
+            return empty_model(load_model_config(ModelConfig(base=str(self.folder))))
+        except UserError:
+            return None
 
     def find(self, name: str) -> str | None:
         """Find the name in the files of a weight or buffer, with or without the prefix of the model class."""
@@ -156,7 +166,7 @@ class BaseFiles:
         """
         dtypes = _dtypes(sources, adapter)
         prints: dict[str, tuple[int, int]] = {}
-        group_of = {stored: group for group in _grouped(sources) for stored in group[0].stored}
+        group_of = {stored: group for group in _grouped(sources) for stored in _written(group[0])}
         ready: dict[str, Tensor] = {}  # tensors of a conversion that are changed and wait for their turn
         for file, reader in self.readers.items():
             specs = _new_specs(reader, dtypes)
@@ -176,12 +186,16 @@ class BaseFiles:
         """Change the weights of one source; returns its tensors by stored name, and fingerprints by weight name."""
         tensors = {stored: self.tensor(stored).to(dtype) for stored in source.stored}
         weights = {name: weight.contiguous() for name, weight in source.to_memory(tensors).items()}
+        copies = {stored: self.tensor(stored).to(dtype) for stored in source.copies}
+        tied = [stored for stored, copy in copies.items() if torch.equal(copy, tensors[source.stored[0]])]
         if source.conversion is not None:
             converted_back(source, tensors, weights, self.folder)
             weights = {name: weight.clone() for name, weight in weights.items()}
         parts = {name: source.part(weights, name) for name in names}
         prints = {name: change(name, part.view(-1)) for name, part in parts.items() if part is not None}
-        return source.to_files(weights), prints
+        written = source.to_files(weights)
+        # a copy that differs is none: transformers does not tie them either
+        return written | copies | dict.fromkeys(tied, written[source.stored[0]]), prints
 
     def copy_small_files(self, target: Path, dtype: str) -> None:
         """Copy configuration and tokenizer; config.json names the dtype that the adapter was trained in."""
@@ -237,7 +251,12 @@ def _grouped(sources: Sources) -> list[tuple[Source, list[str]]]:
 
 def _dtypes(sources: Sources, adapter: Adapter) -> dict[str, torch.dtype]:
     """List the dtypes of the tensors that change, by stored name."""
-    return {stored: adapter.dtype_of(name) for name, source in sources.items() for stored in source.stored}
+    return {stored: adapter.dtype_of(name) for name, source in sources.items() for stored in _written(source)}
+
+
+def _written(source: Source) -> list[str]:
+    """List the tensors of the files that change with the weights of a source."""
+    return [*source.stored, *source.copies]
 
 
 def _new_specs(reader: TensorReader, dtypes: Mapping[str, torch.dtype]) -> Specs:

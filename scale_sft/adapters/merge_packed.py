@@ -19,6 +19,7 @@ from scale_sft.config.options import ModelConfig
 from scale_sft.errors import UserError
 from scale_sft.files import require_free_bytes, write_atomically, write_json
 from scale_sft.model.empty import empty_model
+from scale_sft.model.experts import parse_slice
 from scale_sft.model.fingerprints import combine_fingerprints, fingerprints_of
 from scale_sft.model.loading import base_location, load_base, load_model_config
 from scale_sft.model.packed_weights import PackedWeight, PlainWeight, packed_weights
@@ -118,9 +119,12 @@ def _load_packed(config: ModelConfig, adapter: Adapter, device: torch.device):
         raise UserError(f"merge: '{config.base}' is not quantised, but the adapter's base was, on disk; give that base")
     model = load_base(config, model_config, device, quantization)
     weights: dict[str, Any] = packed_weights(model, adapter.dtype, device)
-    paths = tuple(name.removesuffix(".weight") for name in adapter.shapes)
-    for target in find_targets(model, paths):
-        weights.setdefault(target.name, PlainWeight(target.module, target.transposed, target.fused, target.number))
+    paths = dict.fromkeys((parse_slice(name) or (name.removesuffix(".weight"),))[0] for name in adapter.shapes)
+    for target in find_targets(model, tuple(paths)):
+        if target.fused is not None and target.name not in adapter.shapes:
+            continue  # another expert of the same parameter
+        plain = PlainWeight(target.module, target.transposed, fused=target.fused, number=target.number)
+        weights.setdefault(target.name, plain)
         if adapter.shapes.get(target.name) != target.shape:
             raise UserError(
                 f"merge: weight '{target.name}' is {target.shape} in '{config.base}', the adapter says "

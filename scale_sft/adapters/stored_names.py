@@ -28,6 +28,7 @@ class Source:
     model: Any = None  # on the meta device, for the conversion
     renamed: dict[str, tuple[str, str]] = field(default_factory=dict)  # (name, pattern) by stored name, as it enters
     expert: int | None = None  # the tensors are those of one expert, and `weight` has its slice alone: [1, R, C]
+    copies: list[str] = field(default_factory=list)  # names in the files of the same weight again, where it is tied
 
     def to_memory(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert tensors of the files, by stored name, into weights of the model by name; see `part` for slices."""
@@ -149,6 +150,33 @@ def expert_sources(source: Source) -> list[Source]:
         )
         for number, names in enumerate(zip(*by_pattern.values(), strict=True))
     ]
+
+
+def tied_names(model: Any) -> dict[str, list[str]]:
+    """List the other names of each weight that several modules share."""
+    names: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
+    shared = [group for group in names.values() if len(group) > 1]
+    return {name: [other for other in group if other != name] for group in shared for name in group}
+
+
+def with_copies(source: Source | None, name: str, others: Iterable[Source]) -> Source | None:
+    """Add what files hold under a tied weight's other names; they may hold it there alone.
+
+    Args:
+        source: of the weight under its own name, if there is one.
+        name: of the weight.
+        others: of its other names.
+    """
+    for other in others:
+        if other.conversion is not None or (source is not None and source.conversion is not None):
+            continue
+        if source is None:
+            source = Source(list(other.stored), name)
+        else:
+            source.copies += [stored for stored in other.stored if stored not in (*source.stored, *source.copies)]
+    return source
 
 
 def check_conversion(source: Source, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple]) -> str | None:

@@ -52,7 +52,9 @@ def markdown_of(folder: Path, target: Path) -> str:
 def _section(table: Table) -> str:
     """Render a table under its title, with its commands and, if measured, the pieces of its steps."""
     blocks = [f"### {table.title}\n"] if table.title else []
-    blocks += [_made_by(table), _table(table.columns, table.rows, words=table.words)]
+    blocks += [_made_by(table)] if table.sources else []
+    blocks += [_table(table.columns, table.rows, words=table.words)]
+    blocks += [f"{fill(_escaped(table.note), 120, break_on_hyphens=False)}\n"] if table.note else []
     timed = [row for row in table.sources if "breakdown" in row["result"]]
     if timed:
         blocks += ["Pieces of a step:\n", _table(*breakdown_table(timed))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,10 @@ class Table:
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    sources: Sequence[Row]  # the rows of results behind it
+    sources: Sequence[Row]  # the rows of results behind it; empty: those of the table before
     title: str = ""
     words: bool = False  # its cells are text, aligned left
+    note: str = ""  # below it
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,11 @@ def _part_of(rows: list[Row], benchmark: str, path: Path) -> Markup:
 
 def _html(part: Part) -> Markup:
     parts = [titled(part.title, "", part.text)]
-    for one in part.tables:
-        parts += [titled(one.title, table(one.columns, one.rows), level=3), pairs(origin(one.sources))]
+    sources: Sequence[Row] = ()
+    for one, following in zip_longest(part.tables, part.tables[1:]):
+        sources = one.sources or sources
+        parts.append(titled(one.title, table(one.columns, one.rows), text=one.note, level=3))
+        parts += [pairs(origin(sources))] if following is None or following.sources else []
     return Markup("").join([*parts, *(picture(plot) for plot in part.plots)])
 
 

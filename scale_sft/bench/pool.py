@@ -50,11 +50,15 @@ class Pool:
         self._idle, self._busy = [], {}
 
     def results(self, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        """Yield (item, result) as they are ready; the result of failed work is its exception."""
-        if self.processes == 1:
-            yield from ((item, _attempt(self.work, item)) for item in items)
-            return
-        waiting = deque(items)
+        """Yield (item, result) as they are ready; the result of failed work is its exception.
+
+        Args:
+            items: to work on; a deque is emptied, and may be given more after each result.
+        """
+        waiting = items if isinstance(items, deque) else deque(items)
+        while waiting and self.processes == 1:
+            item = waiting.popleft()
+            yield item, _attempt(self.work, item)
         while waiting or self._busy:
             while waiting and len(self._busy) < self.processes:
                 connection, process = self._idle.pop() if self._idle else self._start()

@@ -8,6 +8,7 @@ arithmetic    add, scale, negate, intersect, difference, prune, overlap
 bench         benchmarks: bench_step, bench_cost, bench_quality, bench_gpu; bench_options: what they share
 checkpoints   checkpoint ls, verify
 data          preprocess, data show, eval
+models        models check
 plan          plan
 recipes       recipes, schema
 commands      shared by every group of commands: one-line errors, suggestions, whole descriptions

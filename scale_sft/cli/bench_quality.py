@@ -19,7 +19,7 @@ from .bench_options import OUTPUT
     "variants",
     metavar="NAME=METHOD,KEY=VALUE,...",
     multiple=True,
-    help="Another contestant: one of our methods with other training options, such as ag-8bit=ours-ag,moments=int8. "
+    help="Another contestant: one of our methods with other training options, such as ag-8bit=ag,moments=int8. "
     "Can be repeated.",
 )
 @option(
@@ -29,6 +29,29 @@ from .bench_options import OUTPUT
     metavar="METHOD=A,B,...",
     multiple=True,
     help="Another grid of learning rates for one contestant. Can be repeated.",
+)
+@option(
+    "--more_rungs",
+    also=["--more-rungs"],
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    help="Rates by which a grid may grow while its best rate is the first or last; a grid of one rate never grows.",
+)
+@click.option(
+    "--task",
+    "tasks",
+    metavar="NAME=TRAIN,EVAL,KEY=VALUE,...",
+    multiple=True,
+    help="A task to learn: training data, held-out data, and options of its own. Can be repeated: each task has "
+    "its own grids and table. Default: one task, by train_data and eval_data.",
+)
+@click.option(
+    "--retain",
+    metavar="NAME=DATA,KEY=VALUE,...",
+    multiple=True,
+    help="Also measure the loss on other data, before and after training: what the model still knows. In plain text "
+    "all tokens count. NAME alone: the held-out data of another --task. Can be repeated.",
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Runs at the best rate.")
 @click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of a run; default: 150, or the recipe's.")
@@ -60,7 +83,9 @@ from .bench_options import OUTPUT
     help="Training examples held back to choose the learning rates.",
 )
 @click.option(
-    "--jobs", type=click.IntRange(min=1), help="Simultaneous runs; default: one per core, at most 4; 1 on a GPU."
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Simultaneous runs, which share the cores or the GPU; default: one per core, at most 4; 1 on a GPU.",
 )
 @OUTPUT
 @with_options_of("model", "data")
@@ -68,6 +93,9 @@ def quality(
     methods: str | None,
     variants: tuple[str, ...],
     grids: tuple[str, ...],
+    more_rungs: int,
+    tasks: tuple[str, ...],
+    retain: tuple[str, ...],
     seeds: int,
     validation_examples: int,
     jobs: int | None,
@@ -75,44 +103,56 @@ def quality(
     recipe: str | None,
     **options: str | int | None,
 ) -> None:
-    r"""Compare the quality of methods: held-out loss and exact match, each at its best learning rate.
+    r"""Compare the quality of methods, each at its best learning rate: what they learn, and what the model still knows.
 
-    Contestants: ours-ag, ours-ma, ours-static; random-mask, entries drawn once; peft-lora on the same layers, all of
-    equal trained weights; peft-ia3; and full, the same layers densely. All see the same batches, the same loss and the
-    same schedule of the learning rate. Each tries a grid of rates with one seed; the best, by the loss on
+    Contestants: random, entries from the seed; static-sampled, fixed entries sampled by balanced score (temperature
+    0.5); ag-sampled, SFT-AG that samples its first choice and its growth, with moments from 0; ag, ma and static, as in
+    the paper; lora and lora-rs (rank-stabilised) on the same layers, all of equal trained weights; ia3; and full, the
+    same layers densely. All see the same batches, the same loss and the same schedule of the learning rate.
+
+    Each tries a grid of rates with one seed, which grows while the best rate is at its end. The best, by the loss on
     --validation_examples held back from the training data, runs with the other seeds. Reported figures come from the
-    eval data, which are not used for any choice. The report warns of a best rate at the edge of its grid.
+    eval data, which are not used for any choice.
 
-    Without options it trains the small model on the task that ships, in float32: about 10 minutes on two cores.
+    Without options it trains the small model on the task that ships, in float32: about 20 minutes on two cores.
 
     \b
     scale-sft bench quality
     scale-sft bench quality --base models/a --train_data a.jsonl --eval_data b.jsonl --rank_equivalent 16 --steps 500
-    scale-sft bench quality --methods ours-ag,peft-lora --variant ag-8bit=ours-ag,moments=int8
+    scale-sft bench quality --methods ag,lora --variant ag-8bit=ag,moments=int8
+    scale-sft bench quality --base models/a --task maths=a.jsonl,b.jsonl --task qa=c.jsonl,d.jsonl,max_length=256 \
+        --retain maths --retain qa --retain news=news.txt
 
     Every finished run is a row in OUTPUT_DIR/quality.jsonl and is not repeated: after Ctrl-C the same command resumes.
-    Runs share the cores, so compare their seconds only with each other.
+    quality.csv holds the tables. Runs share the machine, so compare their seconds only with each other.
     """
     from scale_sft.bench.page import write_page
     from scale_sft.bench.quality import measure as benchmark
     from scale_sft.bench.quality.contestants import choose
+    from scale_sft.bench.quality.tasks import read_retained, read_tasks
 
+    chosen = read_tasks(tasks)
     settings = benchmark.Settings(
         contestants=choose(methods.split(",") if methods else [], variants, grids),
         recipe=recipe,
         options=options,
         seeds=seeds,
         validation_examples=validation_examples,
+        tasks=chosen,
+        retained=read_retained(retain, chosen),
+        more_rungs=more_rungs,
     )
     try:
         rows = benchmark.measure(settings, output, processes=jobs or benchmark.default_processes(), say=click.echo)
     except KeyboardInterrupt:
         raise UserError(f"interrupted; finished runs are in {output}: the same command resumes") from None
-    table, remarks = benchmark.report(rows)
-    _print(table)
-    for remark in remarks:
-        click.echo(remark)
-    click.echo(f"page: {write_page(output)}")
+    for task, tables, remarks in benchmark.report(rows):
+        for number, (columns, lines) in enumerate(tables):
+            click.echo(f"\n{task}" if task and not number else "")
+            _print([columns, *lines])
+        for remark in remarks:
+            click.echo(remark)
+    click.echo(f"page: {write_page(output)}, table: {benchmark.write_csv(output)}")
 
 
 def _print(lines: list[list[str]]) -> None:

@@ -11,12 +11,12 @@ import click
 from scale_sft.errors import UserError
 from scale_sft.version import __version__
 
-from . import adapters, arithmetic, bench, chat, checkpoints, data, launch_files, plan, recipes, train
+from . import adapters, arithmetic, bench, chat, checkpoints, data, launch_files, models, plan, recipes, train
 from .commands import Commands
 
 _SECTIONS = {
     "Train": ["train", "recipes", "schema"],
-    "Before training": ["plan", "preprocess", "data", "launch-files"],
+    "Before training": ["plan", "preprocess", "data", "models", "launch-files"],
     "During and after a run": ["report", "checkpoint", "eval"],
     "The result, an adapter": ["chat", "merge", "export", "inspect"],
     "Arithmetic with adapters": ["add", "scale", "negate", "intersect", "difference", "prune", "overlap"],
@@ -39,7 +39,7 @@ def main() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 
-for _commands in (train, chat, adapters, arithmetic, recipes, plan, bench, checkpoints, data, launch_files):
+for _commands in (train, chat, adapters, arithmetic, recipes, plan, bench, checkpoints, data, models, launch_files):
     for _command in _commands.COMMANDS:
         main.add_command(_command)
 

@@ -2,6 +2,7 @@
 
 fields         how an option is declared, and its checks
 options        the dataclasses: default, help, check
+methods        what belongs to the name of a method
 objective_options  of these, the section of the objective: sft, or preferences
 sparse_options     of these, the section of the sparse deltas
 loading        recipe + command line -> Config

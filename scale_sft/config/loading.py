@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from .options import OPTIONS, SECTIONS, Config, ConfigError
+from .methods import with_method
+from .options import OPTIONS, SECTIONS, Config, ConfigError, SparseConfig
 from .plain_yaml import read_yaml
 from .recipes import path_of
 from .rules import broken_rules
@@ -77,6 +78,7 @@ def _read_sections(
             mistakes.append(unknown(f"option --{name}", name, OPTIONS))
         else:
             values[name] = value
+    values = with_method(values, SparseConfig.method)
     return {section: _section(kind, values, mistakes) for section, kind in SECTIONS.items()}
 
 

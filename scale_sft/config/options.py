@@ -92,11 +92,12 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The update of the deltas: AdamW for ag and static, SM3 for ma."""
+    """The update of the deltas: AdamW, or SM3 for ma."""
 
     learning_rate: float = option(
-        1e-3,
-        "Peak learning rate. Sparse deltas need far higher rates than dense fine-tuning.",
+        1e-2,
+        "Peak learning rate. Sparse deltas need far higher rates than dense fine-tuning. With methods ag and ma, whose "
+        "entries crowd: 0.001.",
         check=between(0, 1e6, open_low=True),
     )
     betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay rates of the two moments.", check=two_betas)

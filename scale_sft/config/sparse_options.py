@@ -12,30 +12,34 @@ class SparseConfig:
     """The sparse deltas: which method, how many, where, and how they move."""
 
     method: str = option(
-        "ag",
-        "ag: grow by accumulated gradients (SFT-AG); ma: grow by SM3 momentum approximation (SFT-MA, least memory); "
-        "static: choose once, then keep; random: choose once from the seed alone, then keep (no candidates, ever).",
-        choices=("ag", "ma", "static", "random"),
+        "random",
+        "random: choose once from the seed alone, then keep; static: choose once by gradients (sampled by balanced "
+        "score^0.5 of 20 batches), then keep; ag: the paper's SFT-AG, which drops and grows by accumulated gradients; "
+        "ma: its SFT-MA, which grows by SM3's accumulators and takes the least memory.",
+        choices=("random", "static", "ag", "ma"),
     )
     score: str = option(
         "gradient",
         "How much an entry promises: gradient (|mean gradient|), snr (mean over rms of batches), balanced (gradient "
         "over sqrt(rms of row x rms of column): spread), weight (|weight|), gradient_weight (|gradient x weight|), "
-        "random, or one of your own (docs/selection.md).",
+        "random, or one of your own (docs/selection.md). With method static: balanced.",
     )
     draw: str = option(
         "top",
-        "top: train the entries with the highest scores; sample: draw them in proportion to score^temperature.",
+        "top: train the entries with the highest scores; sample: draw them in proportion to score^temperature. With "
+        "method static: sample.",
         choices=("top", "sample"),
     )
     temperature: float = option(
-        1.0, "With draw sample: 0 draws uniformly; the higher, the closer to draw top.", check=between(0, 1e6)
+        1.0,
+        "With draw sample: 0 draws uniformly; the higher, the closer to draw top. With method static: 0.5.",
+        check=between(0, 1e6),
     )
     selection_batches: int = option(
         0,
         "Global batches whose gradients choose the entries before the first update. 0: as in the paper, start from "
         "random entries and replace all of them after estimation_steps updates. Until then the ranks together hold 4 "
-        "bytes per entry of the target weights (snr: 12).",
+        "bytes per entry of the target weights (snr: 12). With method static: 20.",
         check=at_least(0),
     )
     budget: str = option(
@@ -90,6 +94,13 @@ class SparseConfig:
     )
     exclude_modules: tuple[str, ...] | str | None = option(
         None, "Layers not to train, written like target_modules, which it overrides.", on_resume="by_effect"
+    )
+    train_embeddings: str = option(
+        "none",
+        "Train the input embedding, the output layer or both, in addition to the other layers: for new tokens. Tied "
+        "ones are one weight, trained by both of its uses. target_modules may also name them (embed_tokens, lm_head).",
+        choices=("none", "input", "output", "both"),
+        on_resume="by_effect",
     )
     update_interval_steps: int = option(20, "S: optimizer steps between reallocations.", check=at_least(1))
     estimation_steps: int = option(

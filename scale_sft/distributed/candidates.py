@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scale_sft.kernels.cpu.topk import top_k_magnitude
-from scale_sft.spiel.indices import pieces
+from scale_sft.spiel.indices import index_dtype, pieces
 from scale_sft.spiel.topk import unless_zero
 
 from .agreement import Ranks
@@ -97,7 +97,7 @@ def join_parts(ranks: Ranks, keys: Tensor, n: int) -> Tensor:
 
 def _select(ranks: Ranks, values: Tensor, n: int, count: int) -> Tensor:
     """Choose the C entries of largest magnitude from the ranks' parts of N values, which are overwritten."""
-    part, integers = _part_entries(n, ranks.size), _integers(n)
+    part, integers = _part_entries(n, ranks.size), index_dtype(n)
     chosen, offset = _chosen(ranks, _keys(values), count, integers)
     most = min(len(values), count)
     del values  # before memory is taken for the exchange
@@ -141,7 +141,7 @@ def proposal_cost(n: int, count: int, world: int) -> ProposalCost:
     """
     if world == 1:
         return ProposalCost(0, 0, 0, 0, 0)
-    part, item = _part_entries(n, world), _integers(n).itemsize
+    part, item = _part_entries(n, world), index_dtype(n).itemsize
     *summed, last = (1 << bits for bits in _DIGITS)
     chunk, most = min(part, _CHUNK_ENTRIES), min(part, count)
     counted = 64 * max(summed) + 24 * world * (last + 1)  # histograms; the last one of every rank, in several forms
@@ -291,8 +291,3 @@ def _cut_entries(world: int) -> int:
 def _cuts(part: int, world: int) -> list[slice]:
     """Slices of a part [P], each of which is summed at once in all parts."""
     return list(pieces(part, _cut_entries(world)))
-
-
-def _integers(n: int) -> torch.dtype:
-    """Choose the integers that count N entries and hold their indices while these are exchanged."""
-    return torch.int32 if n <= torch.iinfo(torch.int32).max else torch.int64

@@ -7,6 +7,7 @@ targets         the layers to train
 experts         experts that are fused into one parameter: their slices, by name
 routers         layers that choose experts
 expert_taps     modules of experts and routers under taps
+embeddings      the input embedding and the output layer as targets
 reach           a probe of what text does with each layer
 linear_kinds    layers that compute what nn.Linear does
 coverage        the share of the blocks that is trained, and why not the rest

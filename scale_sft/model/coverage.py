@@ -14,7 +14,7 @@ from scale_sft.config.options import SparseConfig
 from .experts import fused_in
 from .linear_kinds import why_not_linear
 from .packed_weights import is_quantized_layer
-from .targets import Choice, choose_targets, in_a_block
+from .targets import Choice, Target, choice_of, in_a_block
 
 FUSED_EXPERTS = "experts fused in a way of their own, which cannot carry deltas yet"
 NOT_CHOSEN = "not named by target_modules"
@@ -38,6 +38,7 @@ class Coverage:
     entries: int
     reached: int
     rest: tuple[Rest, ...]  # the largest first
+    outside: tuple[str, ...] = ()  # the names of targets that are not in a block: embed_tokens, lm_head
 
     @property
     def share(self) -> float:
@@ -47,6 +48,7 @@ class Coverage:
     def line(self) -> str:
         """Say it in one line: "61.3 % are targets; not trained: 38.2 % experts.down_proj (why), ..."."""
         said = f"{_percent(self.share)} of the weights in the blocks are targets"
+        said += f", and {' and '.join(self.outside)}" if self.outside else ""
         if not self.rest:
             return said
         by_reason: dict[str, list[Rest]] = defaultdict(list)
@@ -62,12 +64,19 @@ class Coverage:
 
     def document(self) -> dict[str, Any]:
         """Describe it as plain JSON."""
-        return {"entries": self.entries, "reached": self.reached, "rest": [dict(vars(one)) for one in self.rest]}
+        outside = {"outside": list(self.outside)} if self.outside else {}
+        rest = [dict(vars(one)) for one in self.rest]
+        return {"entries": self.entries, "reached": self.reached, "rest": rest} | outside
 
     @classmethod
     def of_document(cls, document: dict[str, Any]) -> Coverage:
         """Undo `document`."""
-        return cls(document["entries"], document["reached"], tuple(Rest(**one) for one in document["rest"]))
+        return cls(
+            document["entries"],
+            document["reached"],
+            tuple(Rest(**one) for one in document["rest"]),
+            tuple(document.get("outside", ())),
+        )
 
 
 def coverage_of(model: nn.Module, sparse: SparseConfig) -> Coverage:
@@ -76,7 +85,7 @@ def coverage_of(model: nn.Module, sparse: SparseConfig) -> Coverage:
     Raises:
         UserError: see `choose_targets`.
     """
-    return coverage(model, choose_targets(model, sparse.target_modules, sparse.exclude_modules))
+    return coverage(model, choice_of(model, sparse))
 
 
 def coverage(model: nn.Module, choice: Choice) -> Coverage:
@@ -112,7 +121,14 @@ def coverage(model: nn.Module, choice: Choice) -> Coverage:
             else:
                 leave(_kind(path, leaf), _reason(path, leaf, module, weight, choice), entries)
     listed = [Rest(kind, reason, *counts) for (kind, reason), counts in rest.items()]
-    return Coverage(everything, reached, tuple(sorted(listed, key=lambda one: -one.entries)))
+    outside = tuple(_end_of(target) for target in choice.targets if not in_a_block(target.name))
+    return Coverage(everything, reached, tuple(sorted(listed, key=lambda one: -one.entries)), outside)
+
+
+def _end_of(target: Target) -> str:
+    """Name a target outside the blocks by the last part of its path."""
+    tied = " (tied to the output layer)" if target.output is not None else ""
+    return target.name.removesuffix(".weight").rpartition(".")[2] + tied
 
 
 def _entries(module: Any, leaf: str, weight: nn.Parameter) -> int:

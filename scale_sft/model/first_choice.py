@@ -61,13 +61,13 @@ class FirstChoice:
         """True once all batches have been seen."""
         return self.survey.batches >= self.batches
 
-    def record(self, name: str, left: Tensor, right: Tensor) -> None:
-        """Receive the factors of one weight's gradient in a backward pass."""
+    def record(self, name: str, left: Tensor, right: Tensor, *, more: bool = False) -> None:
+        """Receive the factors of one weight's gradient in a backward pass: see `Record`."""
         if not self.received and not self.survey.batches:
             self.sparse.join()
             self.survey.parts = self.sparse.group
         self.received = True
-        self.survey.record(name, left, right)
+        self.survey.record(name, left, right, more=more)
 
     def end_batch(self) -> None:
         """Close a global batch.

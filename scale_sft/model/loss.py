@@ -39,7 +39,7 @@ def losses_at(model: nn.Module, inputs: dict[str, Tensor], places: Tensor, targe
     device = inputs["input_ids"].device
     places, targets = (found.to(device, non_blocking=True) for found in (places, targets))
     layer = output_layer(model)
-    if isinstance(layer, OutputLayer) and layer.frozen:
+    if isinstance(layer, OutputLayer) and not layer.needs_all_logits:
         return layer.losses(model, inputs, places, targets, over)
     logits = model(**inputs, use_cache=False).logits
     return cross_entropies(logits.flatten(0, 1), places, targets)
@@ -62,4 +62,4 @@ def why_all_logits(model: nn.Module) -> str | None:
     layer = output_layer(model)
     if isinstance(layer, str):
         return layer
-    return None if layer.frozen else "the output layer is trained"
+    return "the output layer is trained by autograd" if layer.needs_all_logits else None

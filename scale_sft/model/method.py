@@ -58,6 +58,7 @@ def make_method(
         )
     backends = Backends(
         select=lambda gradient, count: group().select_candidates(gradient, count),
+        sum_=lambda flat: group().sum_(flat, "proposal"),
         proposals=None if plain else ModelProposals(rule, group, read_weight, schedule.estimation_steps),
         products=products_of(device, settings.kernels),
         exchanges=exchanges_of(device, settings.kernels),

@@ -3,8 +3,9 @@
 The model runs as it is, with its own code around its output layer; only the layer's forward is replaced, for the length
 of one call. It gets the last hidden states and forms, for a chunk of the tokens that predict a target, their logits,
 their cross entropies, and the gradient of each cross entropy in its own hidden state. That gradient is kept: it is as
-small as the hidden states, while forming it in the backward pass would cost one product with the whole weight more. The
-layer is frozen: there is no other gradient.
+small as the hidden states, while forming it in the backward pass would cost one product with the whole weight more. A
+layer that is trained pays for that product: its backward pass makes the logits again, chunk by chunk, and hands each
+chunk's factors of the weight gradient to the layer's tap.
 
 What a model does to its logits afterwards (scales, soft caps) is known for those in transformers and proven by a probe
 before it is relied on; models that fail it have all their logits at once.
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.spiel.indices import pieces
+from scale_sft.spiel.taps import WeightTap
 
 from .cross_entropy import cross_entropies
 from .empty import text_config
@@ -112,12 +114,9 @@ class OutputLayer:
     vocabulary: int  # V
 
     @property
-    def frozen(self) -> bool:
-        """Whether nothing waits for the gradient of its weight: no tap, and not autograd."""
-        tap = getattr(self.module.forward, "tap", None)
-        if tap is not None and tap.record is not None:
-            return False
-        return not any(weight.requires_grad for weight in self.module.parameters())
+    def needs_all_logits(self) -> bool:
+        """Whether autograd waits for the gradient of its weight, which only all logits give it."""
+        return any(weight.requires_grad for weight in self.module.parameters())
 
     def losses(
         self, model: nn.Module, inputs: Mapping[str, Any], places: Tensor, targets: Tensor, over: float = 1
@@ -160,6 +159,9 @@ class OutputLayer:
 
     def _losses(self, forward: Operation, hidden: Tensor, places: Tensor, targets: Tensor, over: float) -> Tensor:
         """[N] fp32 from hidden states [N, H], 0 where there is no target; even a sharded weight is whole meanwhile."""
+        tap = getattr(forward, "tap", None)
+        if tap is not None and tap.record is not None and torch.is_grad_enabled():
+            return _Trained.apply(hidden, tap.anchor, tap, self, places, targets)
         learns = torch.is_grad_enabled() and hidden.requires_grad
         losses = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         share = torch.ones((), device=hidden.device) / over
@@ -172,6 +174,17 @@ class OutputLayer:
             if learns:
                 (slopes[part],) = torch.autograd.grad(of_part, rows, share.expand_as(of_part))
         return _Formed.apply(hidden, losses, slopes, places, share) if learns else losses
+
+    def slope(self, logits: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
+        """Compute the gradient [T, V] of losses in the layer's own logits, from theirs, [T]."""
+        with torch.enable_grad():
+            own = logits.detach().requires_grad_()
+            losses = cross_entropies(self.afterwards(own), torch.arange(len(own), device=own.device), targets)
+        return torch.autograd.grad(losses, own, gradient)[0]
+
+    def chunks(self, targets: Tensor) -> list[slice]:
+        """Cut targets [T] into chunks, at least one: every rank offers a gradient, even one without targets."""
+        return list(pieces(len(targets), self.rows_at_once(targets.device))) or [slice(0, 0)]
 
     def rows_at_once(self, device: torch.device) -> int:
         """Tokens of one chunk."""
@@ -192,6 +205,44 @@ class _Formed(torch.autograd.Function):
         slopes, places, share = ctx.saved_tensors
         of_hidden = slopes.new_zeros(ctx.shape).index_copy_(0, places, slopes)
         return of_hidden.mul_((gradient / share)[:, None]), None, None, None, None
+
+
+class _Trained(torch.autograd.Function):
+    """Losses [N] of a layer whose weight is trained, 0 where there is no target; only the hidden states are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        anchor: Tensor,
+        tap: WeightTap,
+        layer: OutputLayer,
+        places: Tensor,
+        targets: Tensor,
+    ) -> Tensor:
+        # `anchor` requires a gradient and gets none: it makes backward run even if nothing before the layer is trained
+        ctx.tap, ctx.layer = tap, layer
+        ctx.save_for_backward(hidden, places, targets)
+        losses = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
+        for part in layer.chunks(targets):
+            logits = layer.afterwards(tap.output(hidden.index_select(0, places[part])))
+            every = torch.arange(len(logits), device=logits.device)
+            losses.index_copy_(0, places[part], cross_entropies(logits, every, targets[part]))
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        hidden, places, targets = ctx.saved_tensors
+        tap, layer, slopes = ctx.tap, ctx.layer, torch.zeros_like(hidden)
+        chunks = layer.chunks(targets)
+        with tap.materialize(tap.module.weight):
+            for number, part in enumerate(chunks, start=1):
+                rows = hidden.index_select(0, places[part])
+                of_logits = layer.slope(tap.output(rows), targets[part], gradient.index_select(0, places[part]))
+                slopes.index_copy_(0, places[part], tap.input_gradient(of_logits))
+                tap.offer(rows, of_logits, more=number < len(chunks))
+                del of_logits  # before the next chunk's
+        return slopes, None, None, None, None, None
 
 
 @contextmanager

@@ -161,8 +161,17 @@ class PlainWeight:
 
     state_bytes = 0
 
-    def __init__(self, module: Any, transposed: bool, fused: FusedWeight | None = None, number: int = 0):
+    def __init__(
+        self,
+        module: Any,
+        transposed: bool,
+        *,
+        fused: FusedWeight | None = None,
+        number: int = 0,
+        output: nn.Module | None = None,
+    ):
         self.module, self.transposed, self.fused, self.number = module, transposed, fused, number
+        self.output = output  # see `Target`
 
     @property
     def weight(self) -> nn.Parameter:

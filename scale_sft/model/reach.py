@@ -18,9 +18,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scale_sft.errors import UserError, first_line
+from scale_sft.spiel.embedding_taps import EmbeddingTap, attach_embedding, why_not_embedding
 from scale_sft.spiel.taps import WeightTap, attach, detach
 
 from .dropout import switch_off_randomness
+from .embeddings import embeddings_of
 from .empty import text_config
 from .experts import fused_in
 from .linear_kinds import is_conv1d, why_not_linear
@@ -94,12 +96,21 @@ def _run(model: Any, masked: bool) -> Reach:
     layers = {path: module for path, module in candidates(model) if why_not_linear(module) is None}
     device = next(model.parameters()).device
     reached: set[str] = set()
+
+    def record(name: str, left: Any, right: Any, *, more: bool = False) -> None:
+        reached.add(name)
+
     for path, module in layers.items():
         module.weight.requires_grad_(True)
-        attach(WeightTap(module, path, lambda name, *_: reached.add(name), transposed=is_conv1d(module)))
+        attach(WeightTap(module, path, record, transposed=is_conv1d(module)))
     experts = {path: module for path, module in model.named_modules() if any(fused_in(path, module))}
     called: set[str] = set()
     hooks = [module.register_forward_hook(_noting(path, called)) for path, module in experts.items()]
+    ends = embeddings_of(model)
+    if ends.input and ends.embedding is not None and why_not_embedding(ends.embedding) is None:
+        layers = {ends.input: ends.embedding} | layers
+        ends.embedding.weight.requires_grad_(True)
+        attach_embedding(EmbeddingTap(ends.embedding, ends.input, record))
     try:
         ids = torch.arange(PROBE_TOKENS[0] * PROBE_TOKENS[1], device=device).view(PROBE_TOKENS) + 3
         ids = ids.remainder(text_config(model.config).vocab_size)
@@ -115,8 +126,8 @@ def _run(model: Any, masked: bool) -> Reach:
     owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     faults = {path: NOT_BY_TEXT for path in experts if path not in called}
     for path, module in layers.items():
-        if owners[id(module.weight)] > 1:
-            continue  # tied, and refused as such
+        if owners[id(module.weight)] > 1 and not (ends.tied and path in (ends.input, ends.output)):
+            continue  # refused as tied
         if module.weight.grad is not None:
             faults[path] = PAST_ITS_FORWARD
         elif path not in reached and _EXPERT not in path:

@@ -27,7 +27,7 @@ from .resident import ResidentDeltas
 from .sparse_optimizer import SparseOptimizer
 from .sparse_settings import SparseSettings
 from .stepped import Choosing
-from .targets import attach_taps, find_targets, parts_of
+from .targets import attach_taps, parts_of, targets_of
 from .transient import TransientDeltas, attach_transient_taps
 
 Save = Callable[["SparseModel", Path], None]
@@ -71,7 +71,7 @@ class SparseModel:
         join: Join | None = None,
     ):
         self.settings, self.group, self._save, self._find_ranks = settings, group, save, join
-        self.targets = find_targets(model, settings.sparse.target_modules, settings.sparse.exclude_modules)
+        self.targets = targets_of(model, settings.sparse)
         self.shapes = {target.name: target.shape for target in self.targets}
         self.tuning = make_method(settings, self.shapes, lambda: self.group, weight_reader(self))
         self.choosing: Choosing | None = None
@@ -84,7 +84,10 @@ class SparseModel:
         """Whether the model has loaded weights other than the base's with these deltas."""
         self._trained = [weight for weight in model.parameters() if weight.requires_grad]
         packed = self._packed(model) if settings.quantization else None
-        self._tapped = list(packed.values()) if packed else self.targets
+        tapped = [one.module for one in packed.values()] if packed else []
+        tapped += [module for target in self.targets for module in target.modules]
+        self._tapped: list[nn.Module] = list({id(module): module for module in tapped}.values())
+        self._packed_weights = [one for one in packed.values() if isinstance(one, PackedWeight)] if packed else []
         model.requires_grad_(False)
         try:
             self.carrier = self._wire(model, packed)
@@ -102,7 +105,9 @@ class SparseModel:
         packed: dict[str, PackedWeight | PlainWeight] = {}
         packed |= packed_weights(model, self.settings.dtype, self.group.device)
         packed |= {
-            t.name: PlainWeight(t.module, t.transposed, t.fused, t.number) for t in self.targets if t.name not in packed
+            t.name: PlainWeight(t.module, t.transposed, fused=t.fused, number=t.number, output=t.output)
+            for t in self.targets
+            if t.name not in packed
         }
         return packed
 
@@ -175,13 +180,13 @@ class SparseModel:
         self._optimizer = SparseOptimizer(self, self.settings.learning_rates if lr is None else lr)
         return self._optimizer
 
-    def _record(self, name: str, left: Tensor, right: Tensor) -> None:
+    def _record(self, name: str, left: Tensor, right: Tensor, *, more: bool = False) -> None:
         """Receive the factors of one weight's gradient in a backward pass: see `Record`."""
         self._receive()
         if self.choosing is not None:
-            self.choosing.record(name, left, right)
+            self.choosing.record(name, left, right, more=more)
         else:
-            self.tuning.recorder.record_product(name, left, right)
+            self.tuning.recorder.record_product(name, left, right, more=more)
 
     def _record_many(
         self, names: Sequence[str], left: Tensor, right: Tensor, bounds: Sequence[tuple[int, int]]
@@ -266,8 +271,7 @@ class SparseModel:
 
     def expose(self) -> None:
         """List the deltas among the model's parameters, switch dropout off, and open steps automatically."""
-        modules = {id(tapped.module): tapped.module for tapped in self._tapped}.values()
-        self._exposure = Exposure(self.model, self.parameter, modules, self._note_load)
+        self._exposure = Exposure(self.model, self.parameter, self._tapped, self._note_load)
         self._dropout = DropoutOff(self.model)
         if self.settings.sparse.selection_batches:
             self.choosing = FirstChoice(self)
@@ -362,11 +366,10 @@ class SparseModel:
         return self.model
 
     def _untap(self) -> None:
-        for module in {id(tapped.module): tapped.module for tapped in self._tapped}.values():
+        for module in self._tapped:
             remove_tap(module)
-        for tapped in self._tapped:
-            if isinstance(tapped, PackedWeight):
-                tapped.give_back()
+        for packed in self._packed_weights:
+            packed.give_back()
 
     def _thaw(self) -> None:
         """Make parameters trainable again that were so before."""

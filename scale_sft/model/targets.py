@@ -1,7 +1,7 @@
 """Find the layers to train and route them through taps.
 
 Supported: `nn.Linear` and subclasses that compute the same, GPT-2's `Conv1D` (transposed weight), either of them
-quantised by bitsandbytes; each expert's slice of a fused parameter; and routers, where they are named.
+quantised by bitsandbytes; each expert's slice of a fused parameter; the input embedding; and routers, if named.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from torch import nn
 from scale_sft.config.options import SparseConfig
 from scale_sft.errors import UserError
 from scale_sft.spiel.budgets import as_lora_spends, budget
+from scale_sft.spiel.embedding_taps import why_not_embedding
 from scale_sft.spiel.taps import Materialize, Record, RecordMany, WeightTap, attach
 
+from .embeddings import Embeddings, attach_embedding_taps, embeddings_of
 from .expert_taps import RouterTap, attach_expert_taps
 from .experts import FusedWeight, fused_in, shape_of, slice_name
 from .linear_kinds import is_conv1d, why_not_linear
@@ -42,6 +44,12 @@ class Target:
     transposed: bool
     fused: FusedWeight | None = None  # the parameter that the weight is a slice of
     number: int = 0  # of the slice
+    output: nn.Module | None = None  # the output layer, if it shares the weight of this embedding
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """List the layers that use the weight."""
+        return [self.module] if self.output is None else [self.module, self.output]
 
     @property
     def weight(self) -> nn.Parameter:
@@ -65,31 +73,49 @@ class Choice:
     left_out: dict[str, str]  # reason by path
 
 
-def find_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None) -> list[Target]:
+def find_targets(
+    model: nn.Module, wanted: Wanted, excluded: Wanted = None, train_embeddings: str = "none"
+) -> list[Target]:
     """Find the layers to train, in the model's order; see `choose_targets`."""
-    return choose_targets(model, wanted, excluded).targets
+    return choose_targets(model, wanted, excluded, train_embeddings).targets
 
 
-def choose_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None) -> Choice:
+def targets_of(model: nn.Module, sparse: SparseConfig) -> list[Target]:
+    """Find the layers that options choose; see `choose_targets`."""
+    return choice_of(model, sparse).targets
+
+
+def choice_of(model: nn.Module, sparse: SparseConfig) -> Choice:
+    """Choose layers by options; see `choose_targets`."""
+    return choose_targets(model, sparse.target_modules, sparse.exclude_modules, sparse.train_embeddings)
+
+
+def choose_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None, train_embeddings: str = "none") -> Choice:
     """Choose the layers to train, in the model's order.
 
     Args:
         wanted: None for all linear layers inside the transformer blocks that can be trained.
         excluded: layers to leave out, even if `wanted` names them.
+        train_embeddings: input, output or both in addition to `wanted`. If they share a weight, it is one target under
+            the name of the input embedding.
 
     Raises:
-        UserError: a name matches nothing, a layer that was named cannot carry a delta, or a weight is shared (tied).
+        UserError: a name matches nothing, a layer that was named cannot carry a delta, or a weight is shared (tied)
+            otherwise.
     """
-    layers = _layers(model)
+    ends = embeddings_of(model)
+    layers = _layers(model, ends)
     chosen = set(_choose(layers, wanted, "target_modules") if wanted is not None else filter(in_a_block, layers))
+    asked = set(ends.chosen_by(train_embeddings))
     out = dict.fromkeys(_choose(layers, excluded, "exclude_modules") if excluded is not None else (), EXCLUDED)
     reach = reach_of(model).faults
     faults = {path: why for path, layer in layers.items() if (why := layer.why_not(reach))}
     if wanted is None:
         frozen = dict.fromkeys((path for path, layer in layers.items() if layer.router), ROUTER)
-        out = {path: why for path, why in (faults | frozen).items() if path in chosen} | out
+        out = {path: why for path, why in (faults | frozen).items() if path in chosen and path not in asked} | out
     else:
         out |= {path: NOT_BY_TEXT for path in chosen if faults.get(path) == NOT_BY_TEXT and path not in out}
+    chosen |= asked
     taken = {path: layer for path, layer in layers.items() if path in chosen and path not in out}
     if not taken:
         raise UserError(_why_nothing(layers, chosen, out))
@@ -97,16 +123,41 @@ def choose_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None) ->
     if bad:
         raise UserError(
             f"target_modules: got '{bad}' ({faults[bad]}), expected layers that can carry a delta: nn.Linear and "
-            f"Conv1D, as they are or in 4 or 8 bits of bitsandbytes. Fix: --exclude_modules {layers[bad].kind}"
+            "Conv1D, as they are or in 4 or 8 bits of bitsandbytes, or the input embedding. "
+            f"Fix: --exclude_modules {layers[bad].kind}"
         )
     owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    targets: dict[str, Target] = {}
     for path, layer in taken.items():
-        if owners[id(layer.weight)] > 1:
+        tied = ends.tied and path in (ends.input, ends.output)
+        if owners[id(layer.weight)] > (2 if tied else 1):
             raise UserError(
-                f"target_modules: the weight of '{path}' is tied to another layer (usually the embeddings), which "
-                "would change with it. Fix: leave it out"
+                f"target_modules: the weight of '{path}' is tied to another layer, which would change with it. Fix: "
+                "leave it out"
             )
-    return Choice([layer.target() for layer in taken.values()], out)
+        target = _tied(ends, out) if tied else layer.target()
+        targets[target.name] = target
+    return Choice(list(targets.values()), out)
+
+
+def _tied(ends: Embeddings, out: dict[str, str]) -> Target:
+    """Make one target of an input embedding and the output layer that shares its weight."""
+    path, module, output = ends.input, ends.embedding, ends.layer
+    assert path is not None and module is not None and output is not None
+    if why := why_not_linear(output):
+        raise UserError(f"target_modules: got '{path}', which shares its weight with '{ends.output}' ({why})")
+    left = next((end for end in (path, ends.output) if end in out), None)
+    if left:
+        raise UserError(
+            f"exclude_modules: got '{left}', which shares its weight with a target ('{path}' and '{ends.output}' are "
+            "tied). Fix: leave out both, or neither"
+        )
+    return Target(f"{path}.weight", module, _shape(module), is_conv1d(module), output=output)
+
+
+def why_no_target(module: nn.Module) -> str | None:
+    """Say why a layer cannot carry a delta; None: it can."""
+    return why_not_embedding(module) if isinstance(module, nn.Embedding) else why_not_linear(module)
 
 
 @dataclass(frozen=True)
@@ -139,7 +190,7 @@ class _Layer:
         """Say why it cannot carry a delta; None: it can."""
         if self.fused is not None:
             return self.fused.why_not() or reach.get(self.fused.path)
-        return (None if self.router else why_not_linear(self.module)) or reach.get(self.path)
+        return (None if self.router else why_no_target(self.module)) or reach.get(self.path)
 
     def target(self) -> Target:
         if self.fused is not None:
@@ -148,9 +199,9 @@ class _Layer:
         return Target(f"{self.path}.weight", self.module, _shape(self.module), is_conv1d(self.module))
 
 
-def _layers(model: nn.Module) -> dict[str, _Layer]:
+def _layers(model: nn.Module, ends: Embeddings) -> dict[str, _Layer]:
     """Find the weights that may be trained, by path, in the model's order."""
-    found: dict[str, _Layer] = {}
+    found = {ends.input: _Layer(ends.input, ends.embedding)} if ends.input and ends.embedding is not None else {}
     routing = routers(model)
     for path, module in model.named_modules():
         fused = list(fused_in(path, module))
@@ -264,6 +315,8 @@ def attach_taps(
     for target in targets:
         if target.fused is not None:
             experts[id(target.module)] = (target.fused.path, target.module)
+        elif isinstance(target.module, nn.Embedding):
+            attach_embedding_taps(target.module, target.output, target.name, record, materialize=materialize)
         elif is_free_router(target.module):
             attach(RouterTap(target.module, target.name, record))
         else:

@@ -10,11 +10,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from scale_sft.spiel.deltas import DeltaStore, SparseDelta
 from scale_sft.spiel.taps import Materialize, Record, RecordMany, WeightTap, attach
 
+from .embeddings import attach_embedding_taps
 from .expert_taps import RouterTap, attach_expert_taps
 from .experts import FusedWeight
 from .packed_weights import PackedWeight, PlainWeight
@@ -88,6 +90,21 @@ class TransientDeltas:
             add_delta_(weight, index, self._store.flat[part.entries])
         return weight
 
+    def effective_rows(self, name: str, ids: Tensor) -> Tensor:
+        """Look up effective rows [..., I] of an unquantised weight by number [...], without a copy of the rest."""
+        found, delta = ids.reshape(-1).long(), self._deltas.get(name)
+        with self.materialize(self.packed[name].module.weight) as stored:
+            met = torch.zeros(len(stored), dtype=torch.bool, device=ids.device).index_fill_(0, found, True)
+            rows = stored.detach()[met]
+        place = met.cumsum(0).sub_(1)
+        if delta is not None:
+            indices = delta.indices.long()
+            row = torch.div(indices, delta.shape[1], rounding_mode="floor")
+            inside = met.index_select(0, row).nonzero().squeeze(1)
+            row, indices = row[inside], indices[inside]
+            add_delta_(rows, indices + (place[row] - row) * delta.shape[1], delta.deltas[inside])
+        return rows.index_select(0, place.index_select(0, found)).view(*ids.shape, -1)
+
     def settle(self) -> None:
         """Do nothing: weights are never written, so their location does not matter."""
 
@@ -134,10 +151,21 @@ def attach_transient_taps(
     """
     experts: dict[int, tuple[str, nn.Module]] = {}
     for name, packed in deltas.packed.items():
-        effective_weight, receive = partial(deltas.effective_weight, name), record if name in trained else None
         if packed.fused is not None:
             experts[id(packed.module)] = (packed.fused.path, packed.module)
             continue
+        if isinstance(packed, PlainWeight) and isinstance(packed.module, nn.Embedding):
+            attach_embedding_taps(
+                packed.module,
+                packed.output,
+                name,
+                record,
+                materialize=deltas.materialize,
+                look_up=partial(deltas.effective_rows, name),
+                effective_weight=partial(deltas.effective_weight, name),
+            )
+            continue
+        effective_weight, receive = partial(deltas.effective_weight, name), record if name in trained else None
         if is_free_router(packed.module):
             attach(RouterTap(packed.module, name, receive, effective_weight))
             continue

@@ -88,7 +88,7 @@ class ReferenceWeights:
             return self._identity
         sparse, group = self.sparse, self.sparse.group
         with sparse.carrier.without():
-            weights = dict(sparse.model.named_parameters())
+            weights = dict(sparse.model.named_parameters(remove_duplicate=False))
             prints = group.fingerprints({name: group.part_of(weight) for name, weight in weights.items()})
         sha = hashlib.sha256(sparse.base_hash.encode())
         sha.update(combine_fingerprints(prints, dict.fromkeys(prints, (0, 0))).encode())

@@ -17,7 +17,7 @@ from scale_sft.model.sparse_settings import rule_of
 
 BUDGETS = ("density", "tunable_weights", "rank_equivalent")
 DEFAULT_DENSITY = 0.01
-METHODS = ("ag", "static", "random")
+METHODS = ("random", "static", "ag")
 OPTIMIZER_STATES = ("carry", "reset")
 KERNELS = ("off", "cpu", "auto")
 
@@ -47,10 +47,10 @@ class SpielOptions(PeftConfig):
     """
 
     method: str = field(
-        default="ag",
+        default=SparseConfig.method,
         metadata={
-            "help": "ag: drop and grow by accumulated gradients; static: choose once by gradient, then keep; random: "
-            "keep the random first entries. The last one needs no number of steps and no callback."
+            "help": "random: keep the entries drawn from the seed, which needs no number of steps and no callback; "
+            "static: choose once, after the first estimation phase; ag: drop and grow by accumulated gradients."
         },
     )
     score: str = SparseConfig.score
@@ -134,6 +134,7 @@ class SpielOptions(PeftConfig):
             one.name for one in dataclasses.fields(SpielOptions)
         }
         options = {name: getattr(self, name) for name in shared - {"target_modules", "exclude_modules"}}
+        options["selection_batches"] = 0  # a Trainer has no pass before its first step
         if not given:
             options["density"] = DEFAULT_DENSITY
         sparse = load_sections(None, options)["sparse"]

@@ -18,7 +18,7 @@ from scale_sft.model import empty
 from scale_sft.model.coverage import Coverage, coverage
 from scale_sft.model.experts import fused_weights
 from scale_sft.model.quantization import Quantization
-from scale_sft.model.targets import budget_of, choose_targets
+from scale_sft.model.targets import budget_of, choice_of
 from scale_sft.spiel.indices import bytes_of_entries
 
 GIB = 1 << 30
@@ -66,7 +66,7 @@ def facts_of(config: Config, model_config: Any) -> Facts:
         UserError: targets match nothing.
     """
     model: Any = empty_model(config, model_config)
-    choice = choose_targets(model, config.sparse.target_modules, config.sparse.exclude_modules)
+    choice = choice_of(model, config.sparse)
     entries, packed, experts = entries_of(model)
     return Facts(
         entries=entries,
@@ -104,10 +104,10 @@ def unpacked_experts(
     if quantization is None or not experts:
         return None
     stored = packed * quantization.bytes_per_entry + (whole - packed) * dtype.itemsize
-    kind = str(dtype).removeprefix("torch.")
+    unit, name = (GIB, "GiB") if stored >= GIB else (GIB >> 10, "MiB")
     return (
-        f"{quantization.kind}: {experts * dtype.itemsize / GIB:.2f} of {stored / GIB:.2f} GiB of the base stay in "
-        f"{kind}, as bitsandbytes packs linear layers and not experts in fused parameters"
+        f"{quantization.kind}: {experts * dtype.itemsize / unit:.2f} of {stored / unit:.2f} {name} of the base stay in "
+        f"{str(dtype).removeprefix('torch.')}, as bitsandbytes packs linear layers and not experts in fused parameters"
     )
 
 

@@ -25,7 +25,7 @@ from scale_sft.model.empty import empty_model
 from scale_sft.model.loading import enable_checkpointing
 from scale_sft.model.loss import predictions
 from scale_sft.model.output_layer import assumed_output_layer
-from scale_sft.model.targets import attach_taps, find_targets
+from scale_sft.model.targets import attach_taps, targets_of
 from scale_sft.spiel.topk import CHUNK_ENTRIES
 
 _ATTENTION = "scale_sft_plan"
@@ -160,14 +160,20 @@ def _trace(
     model = model.to(dtype).requires_grad_(False).train()
     if checkpointing:
         enable_checkpointing(model)
-    targets = find_targets(model, sparse.target_modules, sparse.exclude_modules)
-    attach_taps(targets, lambda name, left, right: _record(left.t() @ right, active.get(name, 1), proposes))
+    targets = targets_of(model, sparse)
+
+    def record(name: str, left: Tensor, right: Tensor, *, more: bool = False) -> None:
+        # of an embedding: the rows that the batch's tokens looked up, at most one for each of them
+        gradient = right.float() if left.dim() == 1 else left.t() @ right
+        _record(gradient, active.get(name, 1), proposes and not more)
+
+    attach_taps(targets, record)
     ids = torch.zeros(sequences, tokens, dtype=torch.int64, device="meta")
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     places, wanted = (found.to("meta") for found in predictions(torch.zeros(sequences, tokens, dtype=torch.int64)))
     layer = assumed_output_layer(model)
     with LiveBytes(model) as count, torch.device("meta"):
-        if layer is not None and layer.frozen:
+        if layer is not None:
             loss = layer.losses(model, inputs, places, wanted).sum()
         else:
             logits = model(**inputs, use_cache=False).logits

@@ -111,7 +111,8 @@ class Planner:
 
     def facts(self, config: Config) -> Facts:
         """Read the facts of the base that a run's options decide on."""
-        key = (config.sparse.target_modules, config.sparse.exclude_modules, config.model.attention)
+        sparse = config.sparse
+        key = (sparse.target_modules, sparse.exclude_modules, sparse.train_embeddings, config.model.attention)
         if key not in self._facts:
             self._facts[key] = facts_of(config, self.model_config)
         return self._facts[key]

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from .deltas import DeltaStore, SparseDelta
 from .digests import digest_states
-from .drop_grow import Exchange, apply_exchange, drop_scores, keep_unless_better
+from .drop_grow import Exchange, apply_exchange, drop_scores, keep_unless_better, positive_products
 from .indices import Part, on_device, piece_entries, wrong_with_indices
 from .joined_drop_grow import exchange_by_accumulators, exchange_by_gradient
 from .optimizers import SM3, AdamW, Optimizer
 from .recorder import CANDIDATE_STATE, Candidates, GradientRecorder, largest
+from .row_gradients import RowGradient
 from .schedules import Phase, ReallocationSchedule
 from .selection.proposals import Proposals
 from .selection.spread import update_rates
@@ -94,7 +95,7 @@ class SparseFineTuning:
             store,
             candidates_of(store, settings.candidate_ratio),
             estimation_steps=schedule.estimation_steps,
-            propose=self._propose if backends.proposals else largest(backends.select),
+            propose=self._propose if backends.proposals else largest(backends.select, backends.sum_),
             dtype=backends.gradient_dtype,
             products=backends.products,
             reuse_buffer=backends.reuse_buffer,
@@ -156,6 +157,24 @@ class SparseFineTuning:
         self._rates = None
         return Turnover(number, step, self.store.active, int(sum(replaced)), int(sum(dropped)))
 
+    def _replaced(self, step: int, delta: SparseDelta) -> int:
+        """Count the entries of a weight to replace: as scheduled, but no more than have a gradient.
+
+        An expert that met no token has none. Of an embedding, rows of tokens that no batch had have none.
+        """
+        if not self._may_grow(delta.name):
+            return 0
+        wanted = self.schedule.replaced(step, delta.active)
+        if delta.name not in self.recorder.by_rows:
+            return wanted
+        if isinstance(self.optimizer, SM3):
+            state = self.optimizer.state_of(delta.name)
+            return min(wanted, positive_products(delta.entries, state["row"], state["col"]))
+        number = self.store.number_of(delta.name)
+        ranking = self._ranking(self.store.places.part_of(slice(number, number + 1)))
+        joining = ~torch.isin(self.recorder.candidates[delta.name].indices, delta.indices)
+        return min(wanted, int((joining & (ranking != 0)).sum()))
+
     def _ages(self, step: int) -> Tensor | None:
         """Count the steps since each cohort was grown, [cohorts] fp32, at least 1; None: nothing is dropped by age."""
         if self.settings.drop_criterion != "age":
@@ -190,10 +209,6 @@ class SparseFineTuning:
         """Return False if no gradient has reached a weight in the phase."""
         return self.method == "ma" or name in self.recorder.candidates
 
-    def _replaced(self, step: int, delta: SparseDelta) -> int:
-        """Count the entries of a weight that are up for replacement at the end of a step."""
-        return self.schedule.replaced(step, delta.active) if self._may_grow(delta.name) else 0
-
     def _alone(self, part: Part) -> bool:
         """Return True for a part that is one weight, reallocated by itself."""
         return not self.together and len(part.numbers) == 1
@@ -225,7 +240,7 @@ class SparseFineTuning:
         promised = mean if self.proposals is None else self._rank(delta, own, self.proposals, indices[leaving])
         return keep_unless_better(exchange, indices, promised.abs(), ranking[exchange.grown_candidates].abs())
 
-    def _propose(self, name: str, gradient: Tensor, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _propose(self, name: str, gradient: Tensor | RowGradient, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Choose candidates for the next reallocation by the rule of `proposals`."""
         assert self.proposals is not None
         return self.proposals.propose(name, gradient, count, len(self.cohort_steps))

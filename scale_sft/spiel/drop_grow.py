@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .deltas import SparseDelta, TogetherDelta
+from .indices import Entries, find_places
 from .topk import bottom_k_sorted, top_k_of_product, top_k_sorted
 
 
@@ -88,8 +89,7 @@ def exchange_by_gradient(indices: Tensor, scores: Tensor, candidates: Tensor, me
         indices: [K] sorted. scores: [K]. candidates: [C] sorted. mean: [C] fp32, estimate of Eq. 8.
     """
     candidates = candidates.to(indices.dtype)
-    place = torch.searchsorted(indices, candidates).clamp_(max=indices.numel() - 1)
-    is_active = indices[place] == candidates  # then `place` is where
+    place, is_active = find_places(indices, candidates)
     k = _growable(scores, place[is_active], candidates.numel(), k)
     kept = torch.ones(indices.shape, dtype=torch.bool, device=indices.device)
     kept[bottom_k_sorted(scores, k)] = False
@@ -129,6 +129,16 @@ def exchange_by_accumulators(indices: Tensor, scores: Tensor, row: Tensor, col: 
     kept = torch.ones(indices.shape, dtype=torch.bool, device=indices.device)
     kept[bottom_k_sorted(scores, k)] = False
     return _exchange(indices, kept, top_k_of_product(row, col, k, excluded=indices), None)
+
+
+def positive_products(entries: Entries, row: Tensor, col: Tensor) -> int:
+    """Count the inactive entries with row[i] * col[j] > 0: those that accumulators can let grow.
+
+    Args:
+        entries: the active ones. row: [O], col: [I], not negative.
+    """
+    every = int((row > 0).sum()) * int((col > 0).sum())
+    return every - sum(int(((row[i] > 0) & (col[j] > 0)).sum()) for _, i, j in entries.coordinates())
 
 
 def _exchange(indices: Tensor, kept: Tensor, grown: Tensor, grown_candidates: Tensor | None) -> Exchange:

@@ -45,7 +45,7 @@ class Entries:
     """
 
     def __init__(self, indices: Tensor | None, shape: tuple[int, int], into: tuple[Tensor, Tensor] | None = None):
-        self.shape, self.dtype = shape, _dtype_of_indices(*shape)
+        self.shape, self.dtype = shape, index_dtype(shape[0] * shape[1])
         if into is None:
             if indices is None:
                 raise ValueError("entries: got neither indices nor tensors, expected one of them")
@@ -237,7 +237,7 @@ class FlatEntries:
         row = self.row_of_each(part)
         if len(part.numbers) == 1:
             height, width = self.rows.shapes[part.weights.start]
-            dtype = _dtype_of_indices(height, width)
+            dtype = index_dtype(height * width)
             found = row.to(dtype).mul_(width).add_(self._columns[part.entries].to(dtype))
             shift = shifts[0] if shifts else 0
             if height * width + shift > torch.iinfo(dtype).max:
@@ -322,12 +322,26 @@ def _dtype_of_columns(width: int) -> torch.dtype:
     return torch.uint16 if width <= _NARROW else torch.int32
 
 
-def _dtype_of_indices(rows: int, columns: int) -> torch.dtype:
-    return torch.int32 if rows * columns <= torch.iinfo(torch.int32).max else torch.int64
+def index_dtype(count: int) -> torch.dtype:
+    """Return the dtype for `count` and the indices of as many entries: int32, or int64 where that is too small."""
+    return torch.int32 if count <= torch.iinfo(torch.int32).max else torch.int64
 
 
 def _offsets(sizes: Sequence[int]) -> list[int]:
     return list(accumulate(sizes, initial=0))
+
+
+def find_places(sorted_: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Find members of a sorted set.
+
+    Args:
+        sorted_: [K] with K > 0, sorted and unique. wanted: [M] of the same dtype.
+
+    Returns:
+        ([M] int64, [M] bool): places in the set, and whether each is that of an equal member.
+    """
+    places = torch.searchsorted(sorted_, wanted).clamp_(max=sorted_.numel() - 1)
+    return places, sorted_[places] == wanted
 
 
 def merge_places(sorted_: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .deltas import DeltaStore
 from .indices import Entries, FlatEntries, Part, piece_entries, pieces
+from .row_gradients import Pending, RowGradient, Sum
 from .schedules import Phase
 from .topk import largest_magnitudes
 
@@ -24,7 +25,7 @@ Products = Callable[[Tensor, Tensor, Sequence[tuple[Entries, Tensor]]], bool]
 """(left [T, R], right [T, C'], [(entries, out [K]), ...]): adds the entries of left^T right to each `out` and returns
 True; or returns False, doing nothing, if forming the full product is no slower."""
 
-Propose = Callable[[str, Tensor, int], tuple[Tensor, dict[str, Tensor]]]
+Propose = Callable[[str, Tensor | RowGradient, int], tuple[Tensor, dict[str, Tensor]]]
 """(name, gradient [O, I], C) -> [C] sorted indices of candidates, and the facts that their ranking needs later; [0] if
 all of the gradient is 0."""
 
@@ -34,9 +35,20 @@ PICKED_TOGETHER, PICKED_TOGETHER_ON_DEVICE = 1 << 17, 1 << 25
 CANDIDATE_STATE = ("candidate_indices", "candidate_mean", "candidate_mean_square")
 
 
-def largest(select: Select) -> Propose:
-    """Propose the largest gradients, as in the paper; their ranking needs no other facts."""
-    return lambda name, gradient, count: (select(gradient.reshape(-1), count), {})
+def largest(select: Select, sum_: Sum = lambda flat: None) -> Propose:
+    """Propose the largest gradients, as in the paper; their ranking needs no other facts.
+
+    Args:
+        select: see `Select`.
+        sum_: over the same ranks.
+    """
+
+    def propose(name: str, gradient: Tensor | RowGradient, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if isinstance(gradient, RowGradient):
+            return gradient.union(sum_).choose(select, count), {}
+        return select(gradient.reshape(-1), count), {}
+
+    return propose
 
 
 def dense_products(left: Tensor, right: Tensor, wanted: Sequence[tuple[Entries, Tensor]]) -> None:
@@ -44,8 +56,11 @@ def dense_products(left: Tensor, right: Tensor, wanted: Sequence[tuple[Entries, 
     pick(left.t() @ right, wanted)
 
 
-def pick(gradient: Tensor, wanted: Sequence[tuple[Entries, Tensor]]) -> None:
-    """Add the entries of a dense gradient [R, C'] to each `out` [K]."""
+def pick(gradient: Tensor | RowGradient, wanted: Sequence[tuple[Entries, Tensor]]) -> None:
+    """Add the entries of a gradient [R, C'] to each `out` [K]."""
+    if isinstance(gradient, RowGradient):
+        gradient.pick(wanted)
+        return
     for entries, out in wanted:
         out += gradient.view(-1).index_select(0, entries.flat()).to(out.dtype)
 
@@ -106,6 +121,8 @@ class GradientRecorder:
         self.proposing = False  # this step chooses the candidates
         self.candidates: dict[str, Candidates] = {}
         self.received: set[str] = set()  # weights that received a gradient that is not all zero
+        self.by_rows: set[str] = set()  # embeddings: all of the gradient may be 0 outside of some rows
+        self._pending = Pending()
         self._watching = False  # this step looks for dead gradients
         self._buffer: Tensor | None = None  # for one dense gradient after the other, during a step
         self._allocate(0)
@@ -138,6 +155,7 @@ class GradientRecorder:
             watch: collect the weights that get a gradient in `received`; this forms every full product.
         """
         self.phase, self._watching = phase, watch
+        self._pending.clear()
         self.proposing = phase is Phase.PROPOSE or (phase is Phase.ESTIMATE and not self.candidates)
         if self.proposing:
             self.open_estimation()
@@ -179,17 +197,23 @@ class GradientRecorder:
         count, number = self.counts[name], self.store.number_of(name)
         self.places.of_weight(number, torch.arange(count, device=self.store.device))
 
-    def record_product(self, name: str, left: Tensor, right: Tensor) -> None:
+    def record_product(self, name: str, left: Tensor, right: Tensor, *, more: bool = False) -> None:
         """Record the wanted entries of left^T right, the [R, C'] gradient of one weight in one backward pass.
 
         The full product is formed only where every entry is needed: to propose candidates (section 3.2), and in the
-        first step of a run, to find dead gradients.
+        first step of a run, to find dead gradients. Of an embedding it never is.
 
         Args:
-            left: [T, R]. right: [T, C'], of the same dtype.
+            left: [T, R], or [T] int64 of an embedding: see `Record`. right: [T, C'], of the same dtype.
+            more: other parts of this weight's gradient follow in the same backward pass, and candidates are proposed
+                by their sum.
         """
-        if self._watching or (self.phase is not Phase.OFF and name not in self.candidates):
-            self.record(name, self._product(left, right))
+        if left.dim() == 1:
+            self.by_rows.add(name)
+            self.record(name, RowGradient(left, right, self.store[name].shape[0]), more=more)
+            return
+        if self._watching or self._proposes(name):
+            self.record(name, self._product(left, right), more=more)
             return
         if not len(left):  # an expert that met no token
             return
@@ -242,15 +266,31 @@ class GradientRecorder:
             self._buffer = torch.empty(largest, dtype=left.dtype, device=left.device)
         return torch.mm(left.t(), right, out=self._buffer[:size].view(left.shape[1], right.shape[1]))
 
-    def record(self, name: str, gradient: Tensor) -> None:
-        """Record the wanted entries of `gradient`, the dense [O, I] gradient of one weight in one backward pass."""
+    def record(self, name: str, gradient: Tensor | RowGradient, *, more: bool = False) -> None:
+        """Record the wanted entries of the [O, I] gradient of one weight in one backward pass, or of a part of it.
+
+        Args:
+            gradient: dense, or the rows that are not 0.
+            more: see `record_product`.
+        """
         if self._watching and name not in self.received and bool(gradient.any()):
             self.received.add(name)
-        if self.phase is not Phase.OFF and name not in self.candidates:
-            indices, facts = self.propose(name, gradient, self.counts[name])
+        if not self._proposes(name):
+            pick(gradient, self._wanted(name))
+            return
+        pick(gradient, [(self.store[name].entries, self._active[name])])
+        whole: Tensor | RowGradient | None = gradient
+        if isinstance(gradient, Tensor) or more or name in self._pending:
+            whole = self._pending.add(name, gradient, more=more)
+        if whole is not None:
+            indices, facts = self.propose(name, whole, self.counts[name])
             if len(indices):  # else all of the gradient is 0: the next backward pass proposes
                 self._choose(name, indices, facts)
-        pick(gradient, self._wanted(name))
+                pick(whole, [(self.candidates[name].entries, self._candidate[name])])
+
+    def _proposes(self, name: str) -> bool:
+        """Return True if the next gradient of a weight proposes its candidates."""
+        return self.phase is not Phase.OFF and name not in self.candidates
 
     def _wanted(self, name: str) -> list[tuple[Entries, Tensor]]:
         """List the entries of one weight whose gradient is wanted now, and the tensors to add it to."""

@@ -9,6 +9,8 @@ from math import isqrt
 import torch
 from torch import Tensor
 
+from .indices import index_dtype
+
 FEW_ENTRIES = 1 << 13
 """The entries of a small weight: if there are many alike, `random_indices_of_many` chooses."""
 MANY_KEYS = 1 << 20
@@ -60,7 +62,7 @@ def _subset(n: int, k: int, generator: torch.Generator) -> Tensor:
     Independent draws treat all numbers alike, so the set of the distinct ones among them is, given its size, a uniform
     set of that size; and so is what remains of it when uniformly chosen members are deleted.
     """
-    dtype = torch.int32 if n <= torch.iinfo(torch.int32).max else torch.int64
+    dtype = index_dtype(n)
     if k == 0:
         return torch.empty(0, dtype=dtype)
     if 2 * k > n:

@@ -16,6 +16,7 @@ from .drop_grow import Exchange
 from .moments import Moments, float32_moments
 from .optimizers import Growth
 from .recorder import Products, Select
+from .row_gradients import Sum
 from .selection.proposals import Proposals
 from .topk import largest_magnitudes
 
@@ -65,6 +66,8 @@ class Backends:
 
     select: Select = largest_magnitudes
     """Choose candidates from one weight's gradient, summed over all ranks."""
+    sum_: Sum = lambda flat: None
+    """Sum over all ranks, for embeddings: which rows their batches have met."""
     proposals: Proposals | None = None
     """Choose and rank candidates by another rule than |gradient|; None: `select` does."""
     products: Products | None = None

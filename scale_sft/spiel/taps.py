@@ -19,8 +19,17 @@ from torch.nn import functional
 
 from .traced import enlist, traced_output
 
-Record = Callable[[str, Tensor, Tensor], None]
-"""(name, left [T, R], right [T, C]): the gradient of the weight [R, C] is left^T right."""
+
+class Record(Protocol):
+    """Receives the factors of a weight's gradient in a backward pass."""
+
+    def __call__(self, name: str, left: Tensor, right: Tensor, *, more: bool = False) -> None:
+        """Receive left [T, R] and right [T, C]: the gradient of the weight [R, C], or a part of it, is left^T right.
+
+        Embeddings give `left` as [T] int64, the places of the ones of a one-hot factor. `more`: other parts of this
+        weight's gradient follow in the same backward pass.
+        """
+
 
 RecordMany = Callable[[Sequence[str], Tensor, Tensor, Sequence[tuple[int, int]]], None]
 """(names, left [S, R], right [S, C], bounds): the same for weights that follow each other, of rows a to b of each."""
@@ -97,10 +106,19 @@ class WeightTap:
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         return (x, dy) if self.transposed else (dy, x)
 
-    def offer(self, x: Tensor, dy: Tensor) -> None:
-        """Hand the factors of dW to the recorder, if the weight is trained. Shapes: see `factors`."""
+    def offer(self, x: Tensor, dy: Tensor, *, more: bool = False) -> None:
+        """Hand the factors of dW, or of a part of it, to the recorder, if the weight is trained: see `Record`.
+
+        Args:
+            x: [..., I]. dy: [..., O].
+            more: other parts follow in the same backward pass.
+        """
         if self.record is not None:
-            self.record(self.name, *self.factors(x, dy))
+            left, right = self.factors(x, dy)
+            if more:
+                self.record(self.name, left, right, more=True)
+            else:
+                self.record(self.name, left, right)
 
 
 class _TappedLinear(torch.autograd.Function):
@@ -143,8 +161,13 @@ def attach(tap: WeightTap | Tap) -> None:
     def forward(module: nn.Module, *inputs: Any, **options: Any) -> Any:
         return tap.forward(*inputs, **options)
 
-    forward.before = tap.module.__dict__.get("forward")  # type: ignore[attr-defined]
-    forward.tap = tap  # type: ignore[attr-defined]
+    install(tap, forward)
+
+
+def install(tap: Any, forward: Any) -> None:
+    """Make a function (module, ...) the forward of a tap's module, until `detach`."""
+    forward.before = tap.module.__dict__.get("forward")
+    forward.tap = tap
     tap.module.forward = types.MethodType(forward, tap.module)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .indices import find_places
+
 CHUNK_ENTRIES = 1 << 22
 SAMPLE_ENTRIES = 1 << 15
 
@@ -135,9 +137,7 @@ def in_sorted(needles: Tensor, haystack: Tensor) -> Tensor:
     """Mark the `needles` [k] that occur in `haystack` [E], sorted ascending: [k] bool."""
     if haystack.numel() == 0:
         return torch.zeros(needles.shape, dtype=torch.bool, device=needles.device)
-    needles = needles.to(haystack.dtype)
-    place = torch.searchsorted(haystack, needles).clamp_(max=haystack.numel() - 1)
-    return haystack[place] == needles
+    return find_places(haystack, needles.to(haystack.dtype))[1]
 
 
 def top_k_of_product(row: Tensor, col: Tensor, k: int, excluded: Tensor) -> Tensor:

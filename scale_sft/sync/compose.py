@@ -18,7 +18,7 @@ from torch import Tensor
 from scale_sft.errors import UserError
 from scale_sft.model.fingerprints import add_sums, change_sums, combine_fingerprints
 from scale_sft.model.resident import bits_of
-from scale_sft.spiel.indices import merge_places
+from scale_sft.spiel.indices import find_places, merge_places
 
 from .names import Piece, pieces_on_disk, unwrapped
 from .patches import Patches, Prints, Snapshot, WeightPatch
@@ -147,8 +147,7 @@ def _difference(old: TrainedWeight | None, new: TrainedWeight) -> tuple[Tensor, 
         return _where_different(new.indices, new.values, new.base)
     if old.indices is new.indices or torch.equal(old.indices, new.indices):
         return _where_different(new.indices, new.values, old.values)
-    place = torch.searchsorted(old.indices, new.indices).clamp_(max=old.indices.numel() - 1)
-    kept = old.indices[place] == new.indices
+    place, kept = find_places(old.indices, new.indices)
     stayed = _where_different(new.indices, new.values, torch.where(kept, old.values[place], new.base))
     gone = torch.ones_like(old.indices, dtype=torch.bool)
     gone[place[kept]] = False

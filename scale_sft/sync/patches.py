@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scale_sft.errors import UserError
 from scale_sft.model.resident import bits_of
-from scale_sft.spiel.indices import wrong_with_indices
+from scale_sft.spiel.indices import index_dtype, wrong_with_indices
 
 from .source import TrainedWeight
 
@@ -198,7 +198,7 @@ def _facts(data: bytes) -> dict[str, Any]:
 
 
 def _checked(name: str, shape: tuple[int, int], indices: Tensor, values: Tensor) -> WeightPatch:
-    wide = torch.int32 if shape[0] * shape[1] <= torch.iinfo(torch.int32).max else torch.int64
+    wide = index_dtype(shape[0] * shape[1])
     wrong = wrong_with_indices(indices, shape)
     if indices.dtype is not wide:
         wrong = f"indices are {indices.dtype}, expected {wide}"

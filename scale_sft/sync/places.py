@@ -10,6 +10,7 @@ Shapes: O rows, I columns of a weight in the checkpoint; K entries.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -150,12 +151,17 @@ class Loaded:
         return add_sums((0, 0), total.tolist())
 
 
+_Names = dict[str, tuple[str, int]]
+"""By name on disk: the weight in the model, and which entry of it is the first on disk."""
+_renamed: weakref.WeakKeyDictionary[nn.Module, tuple[frozenset[str], _Names]] = weakref.WeakKeyDictionary()
+"""By model: the names of its weights, and what they are on disk."""
+
+
 class Places:
     """Finds the places of a model's weights by their names in the checkpoint's files."""
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._stored: dict[str, tuple[str, int]] | None = None  # name in the model and first entry, by name on disk
 
     def find(self, shapes: Shapes) -> dict[str, Place]:
         """Find some weights as they are in memory now. One that another process holds all of is left out.
@@ -169,11 +175,12 @@ class Places:
         if callable(load):
             return _ask(load, shapes)
         weights = dict(self._model.named_parameters(remove_duplicate=False))
+        renames = {} if shapes.keys() <= weights.keys() else self._renames(weights)
         found: dict[str, Place] = {}
         for name, shape in shapes.items():
-            target, first = (name, 0) if name in weights else self._names(weights).get(name, ("", 0))
+            target, first = (name, 0) if name in weights else renames.get(name, ("", 0))
             held, last = held_weight(weights, target), first + shape[0] * shape[1]
-            cut = held is not None and held.number is not None  # `_names` has found the rows of an expert
+            cut = held is not None and held.number is not None  # `_renames` has found the rows of an expert
             fits = held is not None and (cut or held.shape == shape) and held.shape[1:] == shape[1:]
             if held is None or not fits or held.parameter.is_meta or not held.parameter.is_contiguous():
                 has = "none" if held is None else f"{held.shape} {held.dtype} on {held.device}"
@@ -184,17 +191,23 @@ class Places:
             found[name] = Plain(held, first, last)
         return found
 
-    def _names(self, weights: Mapping[str, nn.Parameter]) -> dict[str, tuple[str, int]]:
-        if self._stored is None:
-            self._stored = {}
+    def _renames(self, weights: Mapping[str, nn.Parameter]) -> _Names:
+        """Map names on disk to names in the model and the first entry that they hold of it.
+
+        Found once, and again where a model has other weights by then.
+        """
+        known, names = _renamed.get(self._model, (None, {}))
+        if known != weights.keys():
+            names = {}
             fused = {one.name for one in fused_weights(self._model)}
             for name, weight in weights.items():
                 if name in fused:
                     for number, pieces in expert_pieces(self._model, name).items():
-                        self._stored |= {piece.name: (slice_name(name, number), piece.first) for piece in pieces}
+                        names |= {piece.name: (slice_name(name, number), piece.first) for piece in pieces}
                 elif (stored := name_on_disk(self._model, name, tuple(weight.shape))) is not None:
-                    self._stored[stored] = name, 0
-        return self._stored
+                    names[stored] = name, 0
+            _renamed[self._model] = frozenset(weights), names
+        return names
 
 
 class _Watch(TorchFunctionMode):

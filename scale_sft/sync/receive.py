@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from scale_sft.errors import UserError
 from scale_sft.model.fingerprints import combine_fingerprints
 from scale_sft.model.resident import bits_of
-from scale_sft.spiel.indices import merge_places
+from scale_sft.spiel.indices import find_places, merge_places
 
 from .compose import merged, moved
 from .names import unwrapped
@@ -193,8 +193,8 @@ def _old_values(patch: WeightPatch, place: Place, state: _Received, full: bool) 
     old = place.read(patch.indices)
     if full and patch.name in state.kept:
         indices, base = state.kept[patch.name]
-        where = torch.searchsorted(indices, patch.indices).clamp_(max=indices.numel() - 1)
-        old = torch.where(indices[where] == patch.indices, base[where], old)
+        where, known = find_places(indices, patch.indices)
+        old = torch.where(known, base[where], old)
     return old
 
 
@@ -222,8 +222,7 @@ def _keep(state: _Received, patch: WeightPatch, old: Tensor) -> None:
     if not indices.numel():
         state.kept[patch.name] = patch.indices, old
         return
-    where = torch.searchsorted(indices, patch.indices).clamp_(max=indices.numel() - 1)
-    known = indices[where] == patch.indices
+    where, known = find_places(indices, patch.indices)
     back = where[(known & (bits_of(patch.values) == bits_of(base[where]))).nonzero().squeeze(1)]
     if back.numel():
         stay = torch.ones_like(indices, dtype=torch.bool)

@@ -15,7 +15,7 @@ from scale_sft.model.memory import PeakMemory
 from scale_sft.model.quantization import staging_device
 from scale_sft.model.sparse_model import SparseModel
 from scale_sft.model.sparse_settings import SparseSettings
-from scale_sft.model.targets import find_targets
+from scale_sft.model.targets import targets_of
 
 from .inputs import Inputs
 from .objectives import objective_of
@@ -75,7 +75,7 @@ def _check_hub_base(inputs: Inputs) -> None:
     if Path(base_location(config.model.base)).is_dir():
         return
     model = empty_model(inputs.model_config, trust_remote_code=config.model.trust_remote_code)
-    targets = find_targets(model, config.sparse.target_modules, config.sparse.exclude_modules)
+    targets = targets_of(model, config.sparse)
     require_mergeable(config.model, model, {target.name: target.shape for target in targets}, loaded=True)
 
 

@@ -43,7 +43,7 @@ from scale_sft.model.quantization import Quantization, refuse_corrupting_storage
 from scale_sft.model.reach import refuse_randomness
 from scale_sft.model.router_loss import router_loss_of
 from scale_sft.model.sparse_settings import rule_of
-from scale_sft.model.targets import budget_of, choose_targets
+from scale_sft.model.targets import budget_of, choice_of
 from scale_sft.planning.footprint import empty_model, entries_of, unpacked_experts
 from scale_sft.planning.placement import Placement, choose_placement
 
@@ -190,7 +190,7 @@ class _Base:
 def _checked_base(config: Config, model_config: Any, ranks: int) -> _Base:
     """Refuse targets that the base cannot have, and what it cannot do, before any weight is loaded."""
     model: Any = empty_model(config, model_config)
-    choice = choose_targets(model, config.sparse.target_modules, config.sparse.exclude_modules)
+    choice = choice_of(model, config.sparse)
     if ranks > 1:
         refuse_experts([target.name for target in choice.targets])
     note = refuse_randomness(model, allowed=config.model.allow_randomness)

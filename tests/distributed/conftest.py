@@ -20,9 +20,7 @@ STRICT = "ds_configs/zero3_cpu.json"
 COMMON = {
     "base": "demo",
     "dtype": "float32",
-    "eval_data": "demo",
     "max_train_examples": 200,
-    "max_eval_examples": 24,
     "density": 0.03,
     "learning_rate": 1e-2,
     "steps": 11,

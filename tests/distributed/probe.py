@@ -70,10 +70,10 @@ def broken(folder: str) -> None:
     """Half of each gradient of rank 1 is NaN while candidates are proposed."""
     done, record = [0], GradientRecorder.record
 
-    def damaged(recorder, name, gradient):
+    def damaged(recorder, name, gradient, **more):
         if World.from_environment().rank == 1 and done[0] == 3:
             gradient.view(-1)[: gradient.numel() // 2] = torch.nan
-        record(recorder, name, gradient)
+        record(recorder, name, gradient, **more)
 
     class Counting(NullMetrics):
         def step(self, step, **values):

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 def test_compiled_blocks_change_no_bit_of_a_run_on_two_ranks(on_ranks, tmp_path):
     """Micro-batches of two: some have padding and a mask, on one rank or on both, and others have none."""
-    options = COMMON | {"base_placement": "replicate", "steps": 6, "micro_batch_size": 2, "eval_data": None}
+    options = COMMON | {"base_placement": "replicate", "steps": 6, "micro_batch_size": 2}
     plan = [options | {"output_dir": str(tmp_path / choice), "compile": choice} for choice in ("off", "blocks")]
     statuses, text = on_ranks(2, False, worker.run_all_with_their_own_operations, plan, False)
     assert statuses == [0, 0], text[-9000:]

@@ -10,7 +10,7 @@ from .conftest import STRICT
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
-PACKED = {"packing": True, "max_length": 128, "steps": 6, "eval_data": None}
+PACKED = {"packing": True, "max_length": 128, "steps": 6}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,14 @@ from .test_same_on_any_ranks import assert_same_run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
-SHORT = {"objective": "dpo", "train_data": "demo", "steps": 6, "max_eval_examples": 9, "max_length": 96}
+SHORT = {
+    "objective": "dpo",
+    "train_data": "demo",
+    "eval_data": "demo",
+    "steps": 6,
+    "max_eval_examples": 9,
+    "max_length": 96,
+}
 RUNS = {
     "dpo": SHORT | {"packing": True, "method": "ma", "proposal_batch_size": 2},
     "swapped": SHORT | {"reference": "swapped", "proposal_batch_size": 2, "max_train_examples": 29, "global_batch_size": 12},

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.quantized, pytest.mark.timeou
 
 KINDS = ("nf4", "fp4", "int8")
 # Evaluates after every step, by loss and by generation: native layers would repack their weights then.
-OPTIONS = {"steps": 11, "max_train_examples": 60, "max_eval_examples": 4, "eval_every_steps": 1}
+OPTIONS = {"steps": 11, "max_train_examples": 60, "eval_data": "demo", "max_eval_examples": 4, "eval_every_steps": 1}
 ANSWERS = {"exact_match_examples": 2, "max_new_tokens": 2}
 
 

@@ -22,9 +22,10 @@ def held_out(run):
 @pytest.fixture(scope="module")
 def single(launch_runs, tmp_path_factory):
     """The runs of one process, each from the same adapter; and the options of such runs."""
-    (first,) = launch_runs(1, False, [{}])
+    held = {"eval_data": "demo", "max_eval_examples": 24}
+    (first,) = launch_runs(1, False, [held])
     adapter = shutil.copytree(first / "adapter", tmp_path_factory.mktemp("start") / "adapter")
-    further = {"start_from": str(adapter), "density": "none", "save_every_steps": 4, "keep_last": 9}
+    further = held | {"start_from": str(adapter), "density": "none", "save_every_steps": 4, "keep_last": 9}
     options = [further | {"method": method} for method in METHODS]
     runs = launch_runs(1, False, options)
     assert all(held_out(run)[0] == pytest.approx(held_out(first)[11], rel=1e-6) for run in runs)

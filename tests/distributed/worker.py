@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import sys
+from typing import Any, NoReturn
 
 import torch
 
@@ -39,6 +41,16 @@ def run_all_with_their_own_operations(plan: list[dict[str, Any]], report: bool) 
     run_all(plan, report)
 
 
+def end_at_once() -> NoReturn:
+    """End a process whose group another library has started: `end_process`, which knows the groups of runs only.
+
+    To return would destroy the last references to the group, while a thread of it may wait for the interpreter.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
+
+
 def run_command(arguments: list[str]) -> None:
     """Run `scale-sft` with these arguments."""
     from scale_sft.cli.main import main
@@ -57,7 +69,6 @@ def replay_trace(arguments: list[str]) -> None:
 
 def plain_loop(method: str, folder: str) -> None:
     """A loop over `scale_sft.attach`: this rank's share of each batch, and what came of it into a file."""
-    import os
     from pathlib import Path
 
     from transformers import AutoModelForCausalLM
@@ -92,12 +103,11 @@ def plain_loop(method: str, folder: str) -> None:
     torch.save(found, Path(folder) / f"{rank}of{size}.pt")
     if size > 1:
         torch.distributed.destroy_process_group()
-    end_process()
+    end_at_once()
 
 
 def under_library(library: str, late: bool, folder: str) -> None:
     """Train under another library's launcher, attached before or after it initialises torch.distributed."""
-    import os
     from pathlib import Path
 
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -151,12 +161,11 @@ def under_library(library: str, late: bool, folder: str) -> None:
     sparse.detach()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    end_process()
+    end_at_once()
 
 
 def under_peft(folder: str) -> None:
     """Train a SpIEL adapter of PEFT under TRL; leave this rank's entries."""
-    import os
     from pathlib import Path
 
     from datasets import Dataset
@@ -192,7 +201,7 @@ def under_peft(folder: str) -> None:
     torch.save(found, Path(folder) / f"{rank}of{size}.pt")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    end_process()
+    end_at_once()
 
 
 def peft_in_shards(folder: str) -> None:
@@ -218,4 +227,4 @@ def peft_in_shards(folder: str) -> None:
     except UserError as error:
         (Path(folder) / f"{torch.distributed.get_rank()}.txt").write_text(str(error))
     torch.distributed.destroy_process_group()
-    end_process()
+    end_at_once()

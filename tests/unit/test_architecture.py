@@ -75,8 +75,9 @@ def test_only_kernels_know_triton(file: str) -> None:
 
 
 MAY_IMPORT_TRAIN = ("__init__.py", "train.py", "cli/train.py", "bench/quality/worker.py", "bench/gpu/training.py")
-"""`scale_sft.train` and `scale-sft train` start a run. Benchmarks train as a user would, some many times in one process: a
-comparison must go through the real loop."""
+MAY_IMPORT_TRAIN += ("model_check/checks.py", "model_check/processes.py", "model_check/ranks.py")
+"""`scale_sft.train` and `scale-sft train` start a run. Benchmarks and the check of models train as a user would, some many
+times in one process: they must go through the real loop."""
 
 
 @pytest.mark.parametrize("file", [name for name in FILES if name not in MAY_IMPORT_TRAIN])

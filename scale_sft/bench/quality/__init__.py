@@ -1,9 +1,13 @@
-"""`scale-sft bench quality`: held-out quality of each method at its best learning rate.
+"""`scale-sft bench quality`: held-out quality of each method at its best learning rate, and what the model retains.
 
-measure      the grid of methods, rates and seeds
+measure      the tasks, their grids of methods and rates, and the seeds
 contestants  the methods compared
+tasks        what to learn, and the data that show what is retained
+search       the rates of one contestant: a grid that grows, then seeds
 peers        PEFT's adapters and dense fine-tuning, trained alike
 worker       one run
-summary      best rates and spreads
+updates      norms of what training has changed, and the share that a merge keeps
+summary      best rates, means and intervals
+table        tables and CSV
 page         tables and plots
 """

@@ -17,7 +17,7 @@ class Contestant:
     """A way of fine-tuning, and the learning rates to try with it."""
 
     name: str
-    kind: str  # base, ours, peft-lora, peft-ia3 or full
+    kind: str  # base, ours, peft-lora, peft-lora-rs, peft-ia3 or full
     learning_rates: tuple[float, ...]
     options: Mapping[str, str] = field(default_factory=dict)  # of the configuration, for kind `ours`
 
@@ -29,27 +29,45 @@ class Contestant:
 BASE = Contestant("base", "base", ())
 """The untrained model, the starting point of all."""
 
+_CHOICE = {"selection_batches": "20", "score": "balanced", "draw": "sample"}
+"""The first choice of the sampled contestants: balanced scores of 20 batches."""
+
+_LARGEST = {"selection_batches": "0", "score": "gradient", "draw": "top"}
+"""Those of the largest gradients after the first estimation phase."""
+
 METHODS = {
     contestant.name: contestant
     for contestant in (
-        Contestant("ours-ag", "ours", (3e-3, 1e-2, 3e-2, 1e-1), {"method": "ag"}),
-        Contestant("ours-ma", "ours", (1e-2, 3e-2, 1e-1, 3e-1), {"method": "ma"}),
-        Contestant("ours-static", "ours", (3e-3, 1e-2, 3e-2, 1e-1), {"method": "static"}),
-        # Keeps the random initial indices: the first reallocation would come after the end of the run.
+        Contestant("random", "ours", (5e-3, 1e-2, 2e-2), {"method": "random"}),
+        Contestant("static-sampled", "ours", (5e-3, 1e-2, 2e-2), {"method": "static", **_CHOICE, "temperature": "0.5"}),
         Contestant(
-            "random-mask",
+            "ag-sampled",
             "ours",
-            (3e-3, 1e-2, 3e-2, 1e-1),
-            {"method": "ag", "update_interval_steps": str(_NEVER), "estimation_steps": str(_NEVER)},
+            (5e-3, 1e-2, 2e-2),
+            {"method": "ag", **_CHOICE, "temperature": "1", "seed_moments": "false"},
         ),
-        Contestant("peft-lora", "peft-lora", (3e-3, 1e-2, 3e-2, 1e-1)),
-        Contestant("peft-ia3", "peft-ia3", (1e-2, 3e-2, 1e-1, 3e-1)),
-        Contestant("full", "full", (3e-4, 1e-3, 3e-3, 1e-2)),
+        Contestant("ag", "ours", (3e-3, 1e-2, 3e-2), {"method": "ag"}),
+        Contestant("ma", "ours", (3e-2, 1e-1, 3e-1), {"method": "ma"}),
+        Contestant("static", "ours", (3e-3, 1e-2, 3e-2), {"method": "static", **_LARGEST}),
+        Contestant("lora", "peft-lora", (2e-3, 5e-3, 1e-2)),
+        Contestant("lora-rs", "peft-lora-rs", (2e-3, 5e-3, 1e-2)),
+        Contestant("ia3", "peft-ia3", (3e-2, 1e-1, 3e-1)),
+        Contestant("full", "full", (3e-4, 1e-3, 3e-3)),
     )
 }
-"""Default contestants with their default grids: a sparse delta needs far higher rates than a dense weight."""
+"""Default contestants with the start of their grids: a sparse delta needs far higher rates than a dense weight."""
 
-_SET_BY_THE_BENCH = (
+EARLIER_NAMES = {
+    "ours-ag": "ag",
+    "ours-ma": "ma",
+    "ours-static": "static",
+    "random-mask": "random",
+    "peft-lora": "lora",
+    "peft-ia3": "ia3",
+}
+"""Names of contestants before, which the command still takes."""
+
+SET_BY_THE_BENCH = (
     *("learning_rate", "seed", "steps", "epochs", "density", "tunable_weights", "start_from", "output_dir", "resume"),
 )
 """Options that a variant cannot set: they form the grid, or are the same for all."""
@@ -66,30 +84,38 @@ def choose(methods: Sequence[str], variants: Sequence[str], grids: Sequence[str]
     Raises:
         UserError: a name or option is unknown, a name is taken, or a rate is invalid.
     """
+    methods = [present_name(name) for name in methods]
     for name in methods:
         if name not in METHODS:
             raise UserError(f"--methods: {unknown(f'method {name!r}', name, METHODS)}")
     found = {name: METHODS[name] for name in methods or METHODS}
     for text in variants:
         variant = _variant(text)
-        if variant.name in METHODS or variant.name in found or variant.name == BASE.name:
+        if variant.name in (*METHODS, *EARLIER_NAMES) or variant.name in found or variant.name == BASE.name:
             raise UserError(f"--variant: the name '{variant.name}' is taken; choose another")
         found[variant.name] = variant
     for text in grids:
         name, _, rates = text.partition("=")
+        name = name if name in found else present_name(name)
         if name not in found:
             raise UserError(f"--learning_rates: {unknown(f'method {name!r}', name, found)}")
         found[name] = replace(found[name], learning_rates=_rates(name, rates))
     return list(found.values())
 
 
+def present_name(name: str) -> str:
+    """Return what a contestant is called now."""
+    return EARLIER_NAMES.get(name, name)
+
+
 def _variant(text: str) -> Contestant:
     """Parse `NAME=METHOD,option=value,...`, one of our methods with other options."""
     name, _, rest = text.partition("=")
     method, *settings = rest.split(",")
+    method = present_name(method)
     if not name or not settings:
         raise UserError(
-            f"--variant: got '{text}', expected NAME=METHOD,option=value such as slim=ours-ag,candidate_ratio=0.5"
+            f"--variant: got '{text}', expected NAME=METHOD,option=value such as slim=ag,candidate_ratio=0.5"
         )
     if method not in METHODS:
         raise UserError(f"--variant {name}: {unknown(f'method {method!r}', method, METHODS)}")
@@ -100,9 +126,9 @@ def _variant(text: str) -> Contestant:
         option, equals, value = setting.partition("=")
         if option not in OPTIONS:
             raise UserError(f"--variant {name}: {unknown(f'option {option!r}', option, OPTIONS)}")
-        if not equals or option in _SET_BY_THE_BENCH:
+        if not equals or option in SET_BY_THE_BENCH:
             raise UserError(
-                f"--variant {name}: got '{setting}', expected option=value, none of {', '.join(_SET_BY_THE_BENCH)}"
+                f"--variant {name}: got '{setting}', expected option=value, none of {', '.join(SET_BY_THE_BENCH)}"
             )
         options[option] = value
     return Contestant(name, "ours", METHODS[method].learning_rates, options)

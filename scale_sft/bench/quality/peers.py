@@ -25,12 +25,12 @@ def require_peft() -> None:
         import peft  # noqa: F401
     except ImportError:
         raise UserError(
-            "bench: peft-* need peft: pip install 'scale_sft[bench]', or choose --methods without"
+            "bench: LoRA and IA3 need peft: pip install 'scale_sft[bench]', or choose --methods without"
         ) from None
 
 
 def build(kind: str, inputs: Inputs, cluster: Cluster) -> tuple[nn.Module, list[nn.Parameter]]:
-    """Load the base and set up the parameters that `kind` (peft-lora, peft-ia3, full) trains; all else is frozen.
+    """Load the base and set up the parameters that `kind` (peft-..., full) trains; all else is frozen.
 
     Raises:
         UserError: PEFT is missing, or the base is quantised and cannot be trained densely.
@@ -49,15 +49,22 @@ def build(kind: str, inputs: Inputs, cluster: Cluster) -> tuple[nn.Module, list[
 
 
 def _with_peft(kind: str, model: nn.Module, targets: list[Target], rank: int | None, seed: int) -> nn.Module:
-    """Add LoRA to the same linear layers (alpha twice the rank, no dropout), or IA3 where PEFT puts it."""
+    """Add LoRA to the same linear layers, without dropout, or IA3 where PEFT puts it.
+
+    LoRA's update is scaled by 2 (alpha twice the rank), rank-stabilised by sqrt(rank) (alpha the rank).
+    """
     require_peft()
     from peft import IA3Config, LoraConfig, get_peft_model
 
-    if kind == "peft-lora":
+    if kind.startswith("peft-lora"):
         if rank is None:
             raise UserError("rank_equivalent: got none, expected LoRA's rank. Fix: give rank_equivalent")
         layers = [target.name.removesuffix(".weight") for target in targets]
-        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, task_type="CAUSAL_LM")
+        stabilised = kind == "peft-lora-rs"
+        alpha = rank if stabilised else 2 * rank
+        adapter = LoraConfig(
+            r=rank, lora_alpha=alpha, use_rslora=stabilised, target_modules=layers, task_type="CAUSAL_LM"
+        )
     else:
         adapter = IA3Config(task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

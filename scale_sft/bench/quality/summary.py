@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from .contestants import BASE
+from scale_sft.config.options import SECTIONS
+
+from .contestants import BASE, present_name
 
 Row = dict[str, Any]
 
-COLUMNS = (
-    "method", "trained weights", "learning rate", "seeds", "held-out loss", "exact match", "seconds", "tokens/s",
-    "peak above base",
-)  # fmt: skip
+# Two-sided 95 % quantiles of Student's t distribution, by degrees of freedom from 1; beyond, by interpolation in 1/df.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+      2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
+_NORMAL = 1.960
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Some values over seeds: their mean, and half the width of its 95 % confidence interval (t distribution)."""
+
+    mean: float
+    half_width: float | None  # None: a single value
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Figure | None:
+        """Summarise values; None without any."""
+        if not values:
+            return None
+        if len(values) == 1:
+            return cls(values[0], None, 1)
+        return cls(mean(values), t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values)), len(values))
+
+
+def t_quantile(degrees: int) -> float:
+    """Return the two-sided 95 % quantile of Student's t distribution for `degrees` of freedom, from 1."""
+    if degrees <= len(_T):
+        return _T[degrees - 1]
+    return _NORMAL + (_T[-1] - _NORMAL) * len(_T) / degrees
 
 
 @dataclass(frozen=True)
@@ -27,9 +56,20 @@ class Summary:
     failures: Mapping[float, str]  # learning rate -> the reason that this run of the grid has no loss
     best_rate: float | None  # None: nothing is trained, or no run of the grid has finished
     runs: Sequence[Row]  # finished, at the best rate, by seed
+    of_grid: Sequence[Row] = ()  # the runs of the grid, ascending rates
 
     def values(self, key: str) -> list[float]:
-        return [row["result"][key] for row in self.runs if row["result"].get(key) is not None]
+        """Return a result of each run at the best rate; `retained.NAME` for a loss on other data."""
+        return [value for row in self.runs if (value := value_of(row, key)) is not None]
+
+    def figure(self, key: str) -> Figure | None:
+        return Figure.of(self.values(key))
+
+    def difference(self, other: Summary, key: str) -> Figure | None:
+        """Compare with another contestant, seed by seed: the same seed means the same batches."""
+        theirs = {row["settings"]["seed"]: value_of(row, key) for row in other.runs}
+        pairs = [(value_of(row, key), theirs.get(row["settings"]["seed"])) for row in self.runs]
+        return Figure.of([mine - its for mine, its in pairs if mine is not None and its is not None])
 
     def remark(self) -> str | None:
         """Warn of anything that casts doubt on the best rate; None if nothing does."""
@@ -50,41 +90,59 @@ class Summary:
             f"--learning_rates {self.name}={','.join(f'{rate:g}' for rate in more)}"
         )
 
-    def cells(self) -> list[str]:
-        """Format its line of the table, under COLUMNS."""
-        if not self.runs:
-            return [self.name, "", "", "0", *[""] * (len(COLUMNS) - 4)]
-        trained = self.name != BASE.name
-        return [
-            self.name,
-            f"{self.runs[0]['result']['trainable']:,}",
-            f"{self.best_rate:g}" if trained else "",
-            str(len(self.runs)) if trained else "",
-            spread(self.values("held_out_loss"), "{:.4f}".format),
-            spread([100 * value for value in self.values("exact_match")], "{:.1f} %".format),
-            spread(self.values("seconds"), "{:.1f}".format, with_spread=False),
-            spread(self.values("tokens_per_second"), "{:,.0f}".format, with_spread=False),
-            spread([value / 2**20 for value in self.values("peak_bytes")], "{:,.1f} MiB".format, with_spread=False),
-        ]
+
+def value_of(row: Row, key: str) -> float | None:
+    """Return a figure of a run's result; `retained.NAME` for a loss on other data; None if the row has none."""
+    group, _, name = key.rpartition(".")
+    found = row["result"].get(group, {}).get(name) if group else row["result"].get(key)
+    return None if found is None else float(found)
 
 
-def spread(values: Sequence[float], shown: Callable[[float], str], *, with_spread: bool = True) -> str:
-    """Format mean and sample standard deviation of some values; empty if there are none."""
-    if not values:
-        return ""
-    return shown(mean(values)) + (f" ± {shown(stdev(values))}" if with_spread and len(values) > 1 else "")
+def retained_names(rows: Sequence[Row]) -> list[str]:
+    """Name the data of which a loss was measured in addition, in the order of first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row["result"].get("retained", {})))
+
+
+def present(row: Row) -> Row:
+    """Return a row under the present name of its contestant."""
+    settings = row["settings"]
+    known = settings["method"] != "random-mask"  # other entries than `random`: it keeps its name
+    name = present_name(settings["method"]) if known else settings["method"]
+    return row if name == settings["method"] else {**row, "settings": {**settings, "method": name}}
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:
-    """Return a text that is equal for equal settings, from a file or from Python."""
-    return json.dumps(settings, sort_keys=True)
+    """Return a text that is equal for equal settings, from a file or from Python.
+
+    Shared options at their present defaults are left out: a version that has more options resumes what another began.
+    """
+    return json.dumps({**settings, "shared": _essential(settings["shared"])}, sort_keys=True)
 
 
-def comparable(rows: Sequence[Row]) -> list[Row]:
-    """Select, from rows of all invocations, oldest first, those comparable with the newest: each run's newest row."""
-    shared = settings_key(rows[-1]["settings"]["shared"])
-    newest = {settings_key(row["settings"]): row for row in rows if settings_key(row["settings"]["shared"]) == shared}
-    return list(newest.values())
+def _essential(shared: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in shared.items() if name not in _DEFAULTS or value != _DEFAULTS[name]}
+
+
+def _defaults() -> dict[str, Any]:
+    fields = [field for kind in SECTIONS.values() for field in dataclasses.fields(kind)]
+    return json.loads(json.dumps({field.name: field.default for field in fields}))
+
+
+_DEFAULTS = _defaults()
+
+
+def groups_of(rows: Sequence[Row]) -> list[list[Row]]:
+    """Group comparable rows, each run's newest row; the group with the newest row first.
+
+    Args:
+        rows: of all invocations, oldest first.
+    """
+    newest: dict[str, dict[str, Row]] = {}
+    for row in map(present, rows):
+        shared = json.dumps(_essential(row["settings"]["shared"]), sort_keys=True)
+        group = newest.pop(shared, {})
+        newest[shared] = group | {settings_key(row["settings"]): row}
+    return [list(group.values()) for group in reversed(newest.values())]
 
 
 def best_rate(grid: Mapping[float, float]) -> float | None:
@@ -93,7 +151,7 @@ def best_rate(grid: Mapping[float, float]) -> float | None:
 
 
 def summaries(rows: Sequence[Row]) -> list[Summary]:
-    """Make one summary per contestant, in the order of first appearance; rows as from `comparable`."""
+    """Make one summary per contestant, in the order of first appearance; rows as from `groups_of`."""
     return [_summary(name, rows) for name in dict.fromkeys(row["settings"]["method"] for row in rows)]
 
 
@@ -119,6 +177,7 @@ def _summary(name: str, rows: Sequence[Row]) -> Summary:
         },
         best_rate=best,
         runs=sorted(runs, key=lambda row: row["settings"]["seed"]),
+        of_grid=of_grid,
     )
 
 

@@ -6,9 +6,10 @@ import ctypes
 import gc
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 from scale_sft.errors import UserError
 
 from .contestants import Contestant
+from .tasks import Retained, retained_examples
+from .updates import Update, dense_updates, figures, peft_updates, sparse_updates
 
 CURVE_POINTS = 40
 
@@ -30,6 +33,8 @@ class Job:
     recipe: str | None
     options: Mapping[str, Any]  # of the configuration
     validation_examples: int
+    retained: Sequence[Retained] = ()
+    task: str = ""  # its name
 
     def config(self) -> Any:
         """Build the run's configuration.
@@ -71,8 +76,9 @@ def run_job(job: Job) -> dict[str, Any]:
     """Train and evaluate; returns the results as JSON. A run that diverges is a result too: {"failed": why}.
 
     Losses are means over target tokens in nats; `validation_loss` is on examples kept out of the training data,
-    `held_out_loss` and `exact_match` (a fraction) are on `eval_data`. `seconds` is the loop alone; `peak_bytes` is the
-    peak memory above the base's weights.
+    `held_out_loss` and `exact_match` (a fraction) are on `eval_data`, `retained` holds the losses on other data by
+    name. `seconds` is the loop alone, with the choice of entries; `peak_bytes` is the peak memory of training above
+    the base's weights. For the figures of the update see `updates.figures`.
     """
     from scale_sft.distributed.cluster import Cluster
     from scale_sft.training.inputs import read_inputs
@@ -81,8 +87,11 @@ def run_job(job: Job) -> dict[str, Any]:
     inputs, validation = split(read_inputs(job.config()), job.validation_examples)
     with Cluster.start(sharded=False, dtype=inputs.dtype) as cluster:
         try:
-            model, result = _trained(job.contestant, replace(inputs, eval=None), cluster)
-            result |= evaluated(model, inputs, validation, cluster)
+            trained, result = train_one(job.contestant, replace(inputs, eval=None), cluster)
+            result |= evaluated(trained.model, inputs, validation, cluster)
+            result |= _retained(trained.model, job.retained, inputs, cluster)
+            if trained.updates is not None:
+                result |= figures(trained.updates())
         except UserError as error:
             return {"failed": str(error).split(";")[0]}
     losses = result["validation_loss"], result["held_out_loss"]
@@ -110,29 +119,43 @@ def split(inputs: Any, count: int) -> tuple[Any, Any]:
     return left, inputs.train.subset(sorted(order[:count]))
 
 
-def _trained(contestant: Contestant, inputs: Any, cluster: Any) -> tuple[Any, dict[str, Any]]:
-    """Train; returns the model and the figures of its training."""
+@dataclass(frozen=True)
+class Trained:
+    """A model after training."""
+
+    model: Any
+    trainable: int  # weights
+    seconds: float | None  # None: nothing was trained
+    updates: Callable[[], Iterator[Update]] | None  # what training has changed; None: nothing
+
+
+def train_one(contestant: Contestant, inputs: Any, cluster: Any) -> tuple[Trained, dict[str, Any]]:
+    """Train; returns the model and the figures of its training.
+
+    Raises:
+        UserError: the run diverges, or the base cannot be trained in this way.
+    """
     from scale_sft.model.memory import PeakMemory, memory_bytes, take_peak_bytes
 
     take_peak_bytes(cluster.device)
     progress, before = Progress(inputs.steps), memory_bytes(cluster.device)
     with PeakMemory(cluster.device) as peak:
-        model, trainable, seconds = _WAYS[contestant.kind](contestant.kind, inputs, cluster, progress)
-    if seconds is None:
-        return model, {"trainable": 0}
+        trained = _WAYS[contestant.kind](contestant.kind, inputs, cluster, progress)
+    if trained.seconds is None:
+        return trained, {"trainable": 0}
     tokens = sum(inputs.train.all_tokens(inputs.order.batch(step)) for step in range(1, inputs.steps + 1))
     # each of our steps reports and resets a GPU's peak; on a CPU its figure adds nothing to the samples
     added = max(peak.added, progress.peak_bytes - before)
-    return model, {
-        "trainable": trainable,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "peak_bytes": max(0, added - _base_bytes(model)),
+    return trained, {
+        "trainable": trained.trainable,
+        "seconds": trained.seconds,
+        "tokens_per_second": tokens / trained.seconds,
+        "peak_bytes": max(0, added - _base_bytes(trained.model)),
         "curve": progress.curve,
     }
 
 
-def _train_ours(kind: str, inputs: Any, cluster: Any, progress: Progress) -> tuple[Any, int, float]:
+def _train_ours(kind: str, inputs: Any, cluster: Any, progress: Progress) -> Trained:
     """Train through `train.train`, as in a run, with its files in a temporary folder."""
     from scale_sft.reporting.metrics import NullMetrics
     from scale_sft.train import train
@@ -148,39 +171,63 @@ def _train_ours(kind: str, inputs: Any, cluster: Any, progress: Progress) -> tup
     with TemporaryDirectory() as folder:
         began = time.perf_counter()
         train(session, Metrics(), Checkpoints(session, RunFolder(Path(folder) / "run")))
-        return session.model, session.tuning.store.active, time.perf_counter() - began
+        seconds = time.perf_counter() - began
+    return Trained(session.model, session.tuning.store.active, seconds, partial(sparse_updates, session.sparse))
 
 
-def _train_peer(kind: str, inputs: Any, cluster: Any, progress: Progress) -> tuple[Any, int, float]:
+def _train_peer(kind: str, inputs: Any, cluster: Any, progress: Progress) -> Trained:
+    from scale_sft.model.loading import load_base
+
     from .peers import build, train_peer
 
     model, weights = build(kind, inputs, cluster)
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
     began = time.perf_counter()
     train_peer(model, weights, inputs, cluster, progress.step)
-    return model, sum(weight.numel() for weight in weights), time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    config, trainable = inputs.config.model, sum(weight.numel() for weight in weights)
+    base = partial(load_base, config, inputs.model_config, cluster.device, inputs.quantization)
+    updates = partial(dense_updates, model, names, base) if kind == "full" else partial(peft_updates, model)
+    return Trained(model, trainable, seconds, updates)
 
 
-def _train_nothing(kind: str, inputs: Any, cluster: Any, progress: Progress) -> tuple[Any, int, None]:
+def _train_nothing(kind: str, inputs: Any, cluster: Any, progress: Progress) -> Trained:
     from scale_sft.model.loading import load_base
 
     model = load_base(inputs.config.model, inputs.model_config, cluster.device, inputs.quantization)
-    return model, 0, None
+    return Trained(model, 0, None, None)
 
 
-_WAYS = {
-    "base": _train_nothing, "ours": _train_ours, "peft-lora": _train_peer, "peft-ia3": _train_peer, "full": _train_peer,
+_WAYS: dict[str, Callable[..., Trained]] = {
+    "base": _train_nothing, "ours": _train_ours, "peft-lora": _train_peer, "peft-lora-rs": _train_peer,
+    "peft-ia3": _train_peer, "full": _train_peer,
 }  # fmt: skip
+
+
+def loss_on(model: Any, examples: Any, inputs: Any, cluster: Any) -> float:
+    """Compute the mean loss per target token."""
+    from scale_sft.evaluation.held_out import held_out_loss
+
+    size, pad = inputs.config.run.eval_batch_size, inputs.tokenizer.pad_token_id
+    return held_out_loss(model, examples, cluster, size, pad).loss
+
+
+def _retained(model: Any, retained: Sequence[Retained], inputs: Any, cluster: Any) -> dict[str, dict[str, float]]:
+    """Measure the loss on each of the data that the model should still know; empty without any."""
+    found = {one.name: loss_on(model, retained_examples(one, inputs), inputs, cluster) for one in retained}
+    return {"retained": found} if found else {}
 
 
 def evaluated(model: Any, inputs: Any, validation: Any, cluster: Any) -> dict[str, float]:
     """Measure losses on both held-out parts, and exact match on the second if the configuration requests it."""
     from scale_sft.evaluation.answers import exact_match, greedy_answers
-    from scale_sft.evaluation.held_out import held_out_loss
 
-    config, pad = inputs.config, inputs.tokenizer.pad_token_id
+    config = inputs.config
     size, count = config.run.eval_batch_size, config.data.exact_match_examples
-    loss = lambda examples: held_out_loss(model, examples, cluster, size, pad).loss
-    result = {"validation_loss": loss(validation), "held_out_loss": loss(inputs.eval)}
+    result = {
+        "validation_loss": loss_on(model, validation, inputs, cluster),
+        "held_out_loss": loss_on(model, inputs.eval, inputs, cluster),
+    }
     if count:
         answers = greedy_answers(
             model,

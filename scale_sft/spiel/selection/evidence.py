@@ -32,6 +32,11 @@ class Margins:
     rows: Tensor
     columns: Tensor
 
+    def among(self, numbers: Tensor, rows: int) -> Margins:
+        """Take these as the margins of some rows, numbers [m] int64, of a weight of so many whose others are 0."""
+        spread = self.rows.new_zeros(rows).index_copy_(0, numbers, self.rows)
+        return Margins(spread, self.columns * (numbers.numel() / rows) ** 0.5)
+
 
 def margins_of(part: Tensor, start: int, shape: tuple[int, int], sum_: Callable[[Tensor], None]) -> Margins:
     """Compute the margins of a whole weight, of which this process holds entries [start, start + n).

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ..row_gradients import RowGradient
 from .evidence import Margins, margins_of
 from .parts import Parts, ReadWeight
 from .rule import SelectionRule
@@ -38,36 +40,50 @@ class Proposals:
     read_weight: ReadWeight
     estimation_steps: int
 
-    def propose(self, name: str, gradient: Tensor, count: int, round_number: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def propose(
+        self, name: str, gradient: Tensor | RowGradient, count: int, round_number: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Choose candidates of a weight from its gradient [O, I], this process's summand.
+
+        Of an embedding's, only rows that have a gradient are looked at, unless the score reads none.
 
         Returns:
             Flat indices [C] int64, sorted; and the facts that `rank` needs: see `facts`.
         """
         parts, score = self.parts(), self.rule.of(batches=1)
-        rows, columns = gradient.shape
+        shape, met = tuple(gradient.shape), None
         reads = score.reads | self.rule.of(batches=self.estimation_steps).reads
-        places, facts = parts.range_of(rows * columns), {}
+        if isinstance(gradient, RowGradient):
+            if "gradient" in score.reads:
+                met = gradient.union(lambda flat: parts.sum_(flat, "proposal"))
+            gradient = met.values if met else gradient.dense()
+        entries, facts = gradient.numel(), {}
+        places = parts.range_of(entries)
         part = parts.own_part(gradient.reshape(-1)).float()
+        indices: Tensor | slice = places
+        if met:
+            indices = met.flat(torch.arange(places.start, places.stop, device=part.device))
         margins = weight = None
         if "margins" in reads:
-            margins = margins_of(part, places.start, (rows, columns), parts.sum_)
+            margins = margins_of(part, places.start, (gradient.shape[0], shape[1]), parts.sum_)
+            margins = margins.among(met.rows, shape[0]) if met else margins
             facts = {ROW_RMS: margins.rows, COLUMN_RMS: margins.columns}
         with self.read_weight(name) if "weight" in reads else nullcontext() as whole:
             if whole is not None:
-                weight = whole.reshape(-1)[places].float()
+                weight = whole.reshape(-1)[indices].float()
             keys = self.rule.keys(
                 name,
-                columns,
+                shape[1],
                 round_number,
-                places,
+                indices,
                 score=score,
                 mean=part,
                 mean_square=part.square() if "squares" in score.reads else None,
                 margins=margins,
                 weight=weight,
             )
-            chosen = parts.choose(keys, rows * columns, count)
+            choose = lambda keys, wanted: parts.choose(keys, entries, wanted)
+            chosen = met.choose(choose, count, keys) if met else choose(keys, count)
             if whole is not None:
                 facts[WEIGHT] = whole.reshape(-1).index_select(0, chosen).float()
         return chosen, facts

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..row_gradients import Pending, RowGradient
 from ..seeding import random_indices
 from .evidence import margins_of
 from .parts import Parts, ReadWeight
@@ -47,15 +48,27 @@ class Survey:
         self._sums: dict[str, Tensor] = {}
         self._squares: dict[str, Tensor] = {}
         self._open: dict[str, Tensor] = {}  # of the batch in progress, where squares are needed
+        self._pending = Pending()
 
     @property
     def needs_batches(self) -> bool:
         """Return True if the score reads gradients, so that batches must be recorded before `choose`."""
         return bool(self.rule.of(batches=2).reads - {"weight"})
 
-    def record(self, name: str, left: Tensor, right: Tensor) -> None:
-        """Add left^T right, the gradient [O, I] of one weight in one backward pass: left [T, O], right [T, I]."""
-        part = self.parts.own_part((left.t() @ right).view(-1))
+    def record(self, name: str, left: Tensor, right: Tensor, *, more: bool = False) -> None:
+        """Add left^T right, the gradient [O, I] of one weight in one backward pass: left [T, O], right [T, I].
+
+        An embedding's left is [T] int64, and its gradient is made whole here: sums over batches fill it anyway.
+
+        Args:
+            more: other parts of this gradient follow, which the processes exchange together.
+        """
+        rows = left.dim() == 1
+        gradient = RowGradient(left, right, self.shapes[name][0]) if rows else left.t() @ right
+        whole = self._pending.add(name, gradient, more=more)
+        if whole is None:
+            return
+        part = self.parts.own_part(whole.view(-1))
         into = self._open if "squares" in self.rule.of(batches=2).reads else self._sums
         if name in into:
             into[name] += part

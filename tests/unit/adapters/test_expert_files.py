@@ -1,18 +1,23 @@
 """An expert's slice is a weight like any other: files that hold experts one by one or fused, models, and reports."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from adapter_factory import load
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import scale_sft
 from scale_sft.adapters.apply import apply_adapter, undo_adapter
 from scale_sft.adapters.base_files import BaseFiles, require_mergeable
+from scale_sft.adapters.export import export
 from scale_sft.adapters.format import Adapter
 from scale_sft.adapters.merge import merge, unmerge
+from scale_sft.adapters.verify import verify
+from scale_sft.cli.main import main
 from scale_sft.config.options import ModelConfig
 from scale_sft.errors import UserError
 from scale_sft.model.experts import named_weights
@@ -101,8 +106,8 @@ def _part(adapter: Adapter, names: list[str]) -> Adapter:
     ("kind", "damage"),
     [
         ("mixtral", lambda t: t.pop("model.layers.1.block_sparse_moe.experts.7.w3.weight")),
-        ("qwen3_moe", lambda t: t.update({"model.layers.0.mlp.experts.11.down_proj.weight": torch.zeros(16, 13)})),
-        ("gpt_oss", lambda t: t.update({"model.layers.0.mlp.experts.down_proj": torch.zeros(11, 12, 16)})),
+        ("qwen3_moe", lambda t: t.update({"model.layers.0.mlp.experts.11.down_proj.weight": torch.zeros(16, 25)})),
+        ("gpt_oss", lambda t: t.update({"model.layers.0.mlp.experts.down_proj": torch.zeros(11, 24, 16)})),
     ],
 )
 def test_files_that_a_merge_could_not_write_are_refused_before_training(base_of, tmp_path, kind, damage) -> None:
@@ -183,3 +188,46 @@ def test_inspection_shows_the_experts_of_a_layer_together(base_of, tmp_path) -> 
     assert "model.layers.1.mlp.experts.down_proj" in page
     alone = {name: float(adapter.deltas[name].abs().max()) for name in adapter.shapes}
     assert {name: one.largest for name, one in found.by_weight.items()} == pytest.approx(alone)
+
+
+@pytest.fixture
+def trained(base_of, train_run, tokenizer):
+    """(type, option=value, ...) -> the adapter of a short run with experts among its targets."""
+
+    def run(kind: str, **options) -> Path:
+        base = base_of(kind, torch.bfloat16)
+        tokenizer.save_pretrained(base)
+        return train_run(base=str(base), dtype="bfloat16", density=0.2, steps=2, max_length=32, **options) / "adapter"
+
+    return run
+
+
+def test_a_run_over_experts_is_merged_exported_and_verified(trained, tmp_path) -> None:
+    adapter = trained("mixtral")
+    assert any(".experts." in name for name in Adapter.load(adapter).shapes)
+    export(adapter, "merged", tmp_path / "merged")
+    assert verify(adapter, "merged", tmp_path / "merged").identical
+    for to in ("shira", "supertuning"):
+        with pytest.raises(UserError, match=r"export: got 48 experts of fused parameters .* Fix: --to merged"):
+            export(adapter, to, tmp_path / to)
+        assert not (tmp_path / to).exists()
+    answer = CliRunner().invoke(
+        main, ["chat", str(adapter), "--prompt", "{}", "--max_new_tokens", "2"], input="1 + 1 =\n"
+    )
+    assert answer.exit_code == 0, answer.output
+
+
+@pytest.mark.quantized
+def test_a_base_in_four_bits_keeps_its_experts_and_merges_with_their_deltas(trained, base_of, tmp_path, capsys) -> None:
+    adapter = trained("mixtral", quantization="nf4", learning_rate=0.1)
+    assert re.search(r"nf4: 0\.\d\d of 0\.\d\d MiB of the base stay in bfloat16", capsys.readouterr().out)
+    content = Adapter.load(adapter)
+    merged = named_weights(load(merge(adapter, tmp_path / "merged"), torch.bfloat16))
+    base, changed = named_weights(load(base_of("mixtral", torch.bfloat16), torch.bfloat16)), 0
+    for name in (name for name in content.shapes if ".experts." in name):
+        wanted = base[name].clone().view(-1)
+        places, deltas = content.indices[name].long(), content.deltas[name]
+        wanted[places] = (wanted[places].float() + deltas).to(torch.bfloat16)
+        changed += int((wanted != base[name].view(-1)).sum())
+        assert torch.equal(merged[name].view(-1), wanted)
+    assert changed > 100

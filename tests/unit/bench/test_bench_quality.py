@@ -14,6 +14,7 @@ from scale_sft.bench.pool import Died, Pool
 from scale_sft.bench.quality import measure as quality
 from scale_sft.bench.quality.contestants import BASE, METHODS, choose
 from scale_sft.bench.quality.summary import summaries
+from scale_sft.bench.quality.tasks import Task, read_retained, read_tasks
 from scale_sft.bench.quality.worker import run_job, split
 from scale_sft.cli.main import main
 from scale_sft.errors import UserError
@@ -23,7 +24,7 @@ from scale_sft.errors import UserError
 def settings(tiny_model, pairs_file):
     """(methods, option=value, ...) -> settings of runs of a second."""
 
-    def make(methods=("ours-ag", "peft-lora"), grids=(), variants=(), seeds=1, **options):
+    def make(methods=("ag", "lora"), grids=(), variants=(), seeds=1, tasks=(), retain=(), more_rungs=0, **options):
         small = {
             "base": str(tiny_model("llama")), "train_data": str(pairs_file), "eval_data": str(pairs_file), "steps": 4,
             "global_batch_size": 4, "rank_equivalent": 2, "dtype": "float32", "exact_match_examples": 2,
@@ -35,6 +36,9 @@ def settings(tiny_model, pairs_file):
             options={**small, **options},
             seeds=seeds,
             validation_examples=8,
+            tasks=read_tasks(tasks),
+            retained=read_retained(retain, read_tasks(tasks)),
+            more_rungs=more_rungs,
         )
 
     return make
@@ -52,59 +56,62 @@ def measure(tmp_path):
 
 
 def test_every_rate_is_tried_and_the_best_is_run_with_the_other_seeds(settings, measure, tmp_path):
-    wanted = settings(grids=("ours-ag=0.001,0.01", "peft-lora=0.001,0.01"), seeds=2)
+    wanted = settings(grids=("ag=0.001,0.01", "lora=0.001,0.01"), seeds=2)
     found, said = measure(wanted)
     runs = [(row["settings"]["method"], row["settings"]["learning_rate"], row["settings"]["seed"]) for row in found]
-    assert runs[:5] == [("base", None, 0)] + [
-        (name, rate, 0) for rate in (1e-3, 1e-2) for name in ("ours-ag", "peft-lora")
-    ]
+    assert runs[:5] == [("base", None, 0)] + [(name, rate, 0) for rate in (1e-3, 1e-2) for name in ("ag", "lora")]
     for summary in summaries(found)[1:]:
         assert summary.best_rate == min(summary.grid, key=summary.grid.get)
         assert [row["settings"]["seed"] for row in summary.runs] == [0, 1]
     assert len(runs) == 7 and len(said) == 7
-    table, _ = quality.report(found)
-    assert [line[0] for line in table] == ["method", "base", "ours-ag", "peft-lora"] and "±" in table[2][4]
+    ((_, (learned, costs), _),) = quality.report(found)
+    assert [line[0] for line in learned[1]] == ["base", "ag", "lora"] and "±" in learned[1][1][3]
+    assert [line[0] for line in costs[1]] == ["ag", "lora"] and not any("-" in line[2:] for line in costs[1])
     again, said = measure(wanted)
-    assert [row["result"] for row in again] == [row["result"] for row in found]
-    assert said == ["5 of 5 runs are done already", "2 of 2 runs are done already"]
+    by_settings = lambda some: {json.dumps(row["settings"]): row["result"] for row in some}
+    assert by_settings(again) == by_settings(found)
+    assert said == ["7 of 7 runs are done already"]
     assert len(rows.read_rows(tmp_path, "quality")) == 7
 
 
-def test_sparse_methods_and_lora_train_equally_many_weights(settings, measure):
-    names = ("ours-ag", "ours-ma", "ours-static", "random-mask", "peft-lora")
-    found, _ = measure(settings(names, [f"{name}=0.01" for name in names], steps=1, exact_match_examples=0))
-    assert len({row["result"]["trainable"] for row in found[1:]}) == 1
-    assert "exact_match" not in found[0]["result"]
+def test_every_contestant_of_the_command_trains_and_measures_its_update(settings, measure):
+    found, _ = measure(settings(METHODS, [f"{name}=0.01" for name in METHODS], steps=1, exact_match_examples=0))
+    assert [row["settings"]["method"] for row in found] == ["base", *METHODS]
+    for row in found[1:]:
+        assert row["result"]["update_frobenius"] >= row["result"]["update_spectral"] > 0
+        assert 0.5 < row["result"]["visible_fraction"] <= 1
+    spared = {row["settings"]["method"]: row["result"]["trainable"] for row in found[1:]}
+    assert len({count for name, count in spared.items() if name not in ("ia3", "full")}) == 1
 
 
 def test_all_contestants_see_the_same_batches_and_none_sees_what_chooses_the_rate(settings):
     from scale_sft.training.inputs import read_inputs
 
-    inputs = read_inputs(settings().job(BASE).config())
+    inputs = read_inputs(settings().job(Task(), BASE).config())
     left, validation = split(inputs, 8)
     texts = lambda examples: {tuple(examples.tokens(n)[0]) for n in range(len(examples))}
     assert len(left.train) == 16 and len(validation) == 8 and left.order.examples == 16
     assert texts(left.train) | texts(validation) == texts(inputs.train)
     assert not texts(left.train) & texts(validation)
-    other, _ = split(read_inputs(settings().job(METHODS["full"], 0.1).config()), 8)
+    other, _ = split(read_inputs(settings().job(Task(), METHODS["full"], 0.1).config()), 8)
     assert other.train.digest() == left.train.digest() and other.order == left.order
 
 
-def test_a_random_mask_is_never_reallocated_and_static_once(settings, monkeypatch):
+def test_random_entries_are_never_reallocated_and_static_ones_once(settings, monkeypatch):
     from scale_sft import train
 
     steps = []
     monkeypatch.setattr(train, "reallocate", lambda session, metrics, step: steps.append(step))
     options = {"steps": 12, "exact_match_examples": 0}
-    run_job(settings(["random-mask"], **options).job(METHODS["random-mask"], 0.01))
+    run_job(settings(["random"], **options).job(Task(), METHODS["random"], 0.01))
     assert steps == []
-    run_job(settings(["ours-static"], **options).job(METHODS["ours-static"], 0.01))
+    run_job(settings(["static"], **options).job(Task(), METHODS["static"], 0.01))
     assert steps == [5]
 
 
 def test_methods_are_the_same_until_the_first_reallocation(settings):
-    wanted = settings(["ours-ag", "ours-static", "random-mask"], steps=4, exact_match_examples=0)
-    first, *others = (run_job(wanted.job(contestant, 0.01))["curve"] for contestant in wanted.contestants)
+    wanted = settings(["ag", "static", "random"], steps=4, exact_match_examples=0)
+    first, *others = (run_job(wanted.job(Task(), contestant, 0.01))["curve"] for contestant in wanted.contestants)
     for curve in others:  # one that proposes candidates keeps its batch in order: sums are rounded otherwise
         assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in first], rel=1e-5)
 
@@ -112,18 +119,18 @@ def test_methods_are_the_same_until_the_first_reallocation(settings):
 def test_dense_training_lowers_the_loss_in_both_dtypes(settings):
     for dtype in ("float32", "bfloat16"):
         wanted = settings(["full"], steps=12, dtype=dtype, exact_match_examples=0)
-        before = run_job(wanted.job(BASE))
-        after = run_job(wanted.job(METHODS["full"], 0.003))
+        before = run_job(wanted.job(Task(), BASE))
+        after = run_job(wanted.job(Task(), METHODS["full"], 0.003))
         assert after["held_out_loss"] < before["held_out_loss"] - 0.3
         assert after["curve"][-1][0] == 12 and after["curve"][-1][1] < after["curve"][0][1]
 
 
 def test_the_peers_loop_is_that_of_ours_where_all_entries_are_trained(settings):
     """AdamW on every entry of the target weights, dense or as deltas: one and the same training."""
-    wanted = settings(["full", "ours-ag"], steps=3, exact_match_examples=0)
-    mask = METHODS["random-mask"]
+    wanted = settings(["full", "ag"], steps=3, exact_match_examples=0)
+    mask = METHODS["random"]
     whole = replace(mask, options={**mask.options, "rank_equivalent": "none", "density": "1"})
-    dense, sparse = (run_job(wanted.job(contestant, 1e-3)) for contestant in (METHODS["full"], whole))
+    dense, sparse = (run_job(wanted.job(Task(), contestant, 1e-3)) for contestant in (METHODS["full"], whole))
     assert dense["trainable"] == sparse["trainable"]
     assert sparse["held_out_loss"] == pytest.approx(dense["held_out_loss"], rel=1e-5)
     assert [loss for _, loss in sparse["curve"]] == pytest.approx([loss for _, loss in dense["curve"]], rel=1e-5)
@@ -139,13 +146,13 @@ def test_a_run_that_diverges_is_a_row_and_the_others_go_on(settings, measure, mo
 
     monkeypatch.setattr(quality_peers, "token_loss_sum", fragile)
     monkeypatch.setattr("scale_sft.model.loss.token_loss_sum", fragile)
-    names = ("ours-ag", "full")
+    names = ("ag", "full")
     found, _ = measure(settings(names, [f"{name}=1e-3,1e5" for name in names], exact_match_examples=0))
     for row in found[3:]:
         assert row["result"]["failed"].startswith("step 2: the loss is nan")
     for summary in summaries(found)[1:]:
         assert summary.best_rate == 1e-3 and list(summary.failures) == [1e5]
-    _, remarks = quality.report(found)
+    ((_, _, remarks),) = quality.report(found)
     assert "full: learning rate 100000: step 2: the loss is nan" in " ".join(remarks)
 
 
@@ -157,8 +164,8 @@ def test_a_run_that_crashed_is_tried_again(settings, measure, monkeypatch):
     monkeypatch.setattr(quality, "run_job", broken)
     found, _ = measure(wanted)
     assert {row["result"]["crashed"] for row in found} == {"RuntimeError: out of memory"}
-    table, remarks = quality.report(found)
-    assert "no learning rate of 0.001 led to a result" in remarks[0] and table[2][0] == "full"
+    ((_, tables, remarks),) = quality.report(found)
+    assert "no learning rate of 0.001 led to a result" in remarks[0] and tables[0][1][1][:2] == ["full", "-"]
     monkeypatch.undo()
     found, said = measure(wanted)
     assert "held_out_loss" in found[1]["result"] and len(said) == 2
@@ -178,47 +185,56 @@ def made_up_row(method, rate, seed=0, loss=1.0, **result):
 
 def test_a_best_rate_at_the_edge_of_its_grid_is_pointed_out(tmp_path):
     results = rows.Results(tmp_path, "quality")
-    for method, losses in (("ours-ag", (3, 1, 2)), ("ours-ma", (3, 2, 1)), ("full", (1, 2, 3)), ("peft-lora", (1,))):
+    for method, losses in (("ag", (3, 1, 2)), ("ma", (3, 2, 1)), ("full", (1, 2, 3)), ("lora", (1,))):
         for rate, loss in zip((0.01, 0.03, 0.1), losses, strict=False):
             settings, figures = made_up_row(method, rate, loss=float(loss))
             results.add(settings, **figures)
-    _, remarks = quality.report(rows.read_rows(tmp_path, "quality"))
+    ((_, _, remarks),) = quality.report(rows.read_rows(tmp_path, "quality"))
     assert len(remarks) == 3
-    assert "ours-ma: the best rate, 0.1, is the highest" in remarks[0] and "ours-ma=0.01,0.03,0.1,0.3" in remarks[0]
+    assert "ma: the best rate, 0.1, is the highest" in remarks[0] and "ma=0.01,0.03,0.1,0.3" in remarks[0]
     assert "full: the best rate, 0.01, is the lowest" in remarks[1] and "full=0.003,0.01" in remarks[1]
     assert "only one learning rate was tried" in remarks[2]
 
 
-def test_the_page_shows_the_newest_settings_and_the_newest_row_of_each_run(tmp_path):
+def test_the_page_shows_each_group_of_settings_and_the_newest_row_of_each_run(tmp_path):
     results = rows.Results(tmp_path, "quality")
     old, figures = made_up_row("ours-ag", 0.01, loss=9.0)
     results.add({**old, "shared": {**old["shared"], "steps": 1}}, **figures)
     results.add(old, crashed="RuntimeError: out of memory")
-    results.add(*[made_up_row("base", None, trainable=0)[0]], **made_up_row("base", None, trainable=0)[1])
+    results.add(made_up_row("base", None)[0], **made_up_row("base", None, trainable=0, retained={"news": 3.0})[1])
     for rate, seed, loss in ((0.01, 0, 1.0), (0.1, 0, 2.0), (0.01, 1, 1.0)):
-        settings, figures = made_up_row("ours-ag", rate, seed, loss)
+        settings, figures = made_up_row("ag", rate, seed, loss, retained={"news": 3.5}, visible_fraction=0.25)
         results.add(settings, **figures)
     results.add(made_up_row("full", 0.1)[0], failed="step 2: the loss is nan")
     part = quality.part(rows.read_rows(tmp_path, "quality"))
-    line = next(cells for cells in part.tables[0].rows if cells[0] == "ours-ag")
-    assert line[2:5] == ["0.01", "2", "1.0050 ± 0.0071"] and "2 steps of 4 sequences" in part.text
+    learned, costs, before, _ = part.tables
+    assert "2 steps of 4 sequences" in learned.title and "1 steps of 4 sequences" in before.title
+    lines = {cells[0]: dict(zip(learned.columns, cells, strict=True)) for cells in learned.rows}
+    assert (lines["ag"]["rate"], lines["ag"]["seeds"]) == ("0.01", "2")
+    assert lines["ag"]["held-out loss"] == "1.0050 ± 0.0635"  # 12.706 * 0.00707 / sqrt(2)
+    assert (lines["base"]["loss on news"], lines["ag"]["loss on news"]) == ("3.000", "3.500 ± 0.000")
+    assert lines["full"]["loss on news"] == "-"
+    assert dict(zip(costs.columns, costs.rows[0], strict=True))["visible in bf16"] == "25.0 %"
+    assert before.rows[0][:2] == ["ag", "0.01"] and "9.0000" in before.rows[0]
     text = page.write_page(tmp_path).read_text()
-    assert text.count("<svg") == 3 and "the loss is nan" in text and "9.0" not in part.text
+    assert text.count("<svg") == 4 + 3 and "the loss is nan" in text
+    lines = quality.write_csv(tmp_path).read_text().splitlines()
+    assert len(lines) == 4 and lines[0].startswith("task,base,") and "retained.news,retained.news ci95" in lines[0]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "our-ag"], "did you mean 'ours-ag'?"),
-        (["--learning-rates", "ours-gg=1"], "did you mean 'ours-"),
+        (["--methods", "randon"], "did you mean 'random'?"),
+        (["--learning-rates", "stattic=1"], "did you mean 'static'?"),
         (["--learning_rates", "full=fast"], "--learning_rates full: got 'fast', expected numbers above 0"),
-        (["--variant", "slim=peft-lora,method=ma"], "got peft-lora, expected one of our methods"),
-        (["--variant", "slim=ours-ag,candidate_ratios=0.5"], "did you mean 'candidate_ratio'?"),
-        (["--variant", "slim=ours-ag,candidate_ratio=much"], "slim: 1 mistake"),
+        (["--variant", "slim=lora,method=ma"], "got lora, expected one of our methods"),
+        (["--variant", "slim=ag,candidate_ratios=0.5"], "did you mean 'candidate_ratio'?"),
+        (["--variant", "slim=ag,candidate_ratio=much"], "slim: 1 mistake"),
         (["--learning-rates", "full=1e9"], "learning_rate: got 1000000000.0"),
-        (["--variant", "slim=ours-ag,learning_rate=1"], "expected option=value"),
-        (["--variant", "slim=ours-ag,start_from=runs/a/adapter"], "expected option=value"),
-        (["--variant", "full=ours-ag,candidate_ratio=1"], "the name 'full' is taken"),
+        (["--variant", "slim=ag,learning_rate=1"], "expected option=value"),
+        (["--variant", "slim=ag,start_from=runs/a/adapter"], "expected option=value"),
+        (["--variant", "full=ag,candidate_ratio=1"], "the name 'full' is taken"),
         (["--variant", "slim"], "expected NAME=METHOD,option=value"),
         (["--validation_examples", "4000"], "--validation_examples: got 4000, but the training data are 2500 examples"),
     ],
@@ -239,7 +255,7 @@ def test_a_missing_peft_names_the_extra_before_anything_runs(settings, measure, 
 
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"scale_sft\[bench\]"):
-        measure(settings(["full", "peft-lora"]))
+        measure(settings(["full", "lora"]))
 
 
 def test_a_recipe_gives_what_the_command_does_not_and_must_have_an_equal_budget(settings, tmp_path):
@@ -252,7 +268,7 @@ def test_a_recipe_gives_what_the_command_does_not_and_must_have_an_equal_budget(
         seeds=1,
         validation_examples=8,
     )
-    config = wanted.job(METHODS["full"], 0.5, seed=3).config()
+    config = wanted.job(Task(), METHODS["full"], 0.5, seed=3).config()
     assert (config.run.steps, config.run.global_batch_size, config.run.seed) == (7, 8, 3)
     assert (config.sparse.rank_equivalent, config.sparse.density) == (2, None)
     without = quality.Settings(**{**vars(wanted), "options": {}})
@@ -261,9 +277,9 @@ def test_a_recipe_gives_what_the_command_does_not_and_must_have_an_equal_budget(
 
 
 def test_a_variant_has_its_own_line_with_its_options(settings, measure):
-    wanted = settings(["ours-ag"], ["ours-ag=0.01", "slim=0.01"], ["slim=ours-ag,delta_dtype=bfloat16"])
+    wanted = settings(["ag"], ["ag=0.01", "slim=0.01"], ["slim=ag,delta_dtype=bfloat16"])
     found, _ = measure(wanted)
-    assert [row["settings"]["method"] for row in found] == ["base", "ours-ag", "slim"]
+    assert [row["settings"]["method"] for row in found] == ["base", "ag", "slim"]
     assert found[2]["settings"]["options"]["delta_dtype"] == "bfloat16"
     assert found[1]["result"]["held_out_loss"] != found[2]["result"]["held_out_loss"]
 
@@ -299,26 +315,26 @@ def test_a_process_that_dies_takes_only_its_own_work_along():
         assert dict(pool.results([3]))[3].args and isinstance(dict(pool.results([3]))[3], Died)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_the_command_compares_all_methods_on_the_demo(tmp_path):
-    grids = [argument for name in METHODS for argument in ("--learning-rates", f"{name}=0.01")]
-    arguments = ["--steps", "2", "--seeds", "1", "--exact_match_examples", "2", "--max_new_tokens", "2", *grids]
-    arguments += [
-        "--max_eval_examples",
-        "16",
-        "--validation-examples",
-        "16",
-        "--global-batch-size",
-        "4",
-        "--jobs",
-        "2",
-        "--output",
-        str(tmp_path),
+def test_the_command_compares_methods_on_two_tasks(tmp_path, tiny_model, pairs_file):
+    news = tmp_path / "news.txt"
+    news.write_text("It rained on Tuesday.\nThe sun shone on Wednesday.\n")
+    names = ("random", "lora")
+    grids = [argument for name in names for argument in ("--learning-rates", f"{name}=0.01")]
+    arguments = [
+        *("--base", str(tiny_model("llama")), "--dtype", "float32", "--steps", "1", "--seeds", "1", *grids),
+        *("--methods", ",".join(names)),
+        *("--task", f"sums={pairs_file},{pairs_file},exact_match_examples=1,max_new_tokens=1"),
+        *("--task", f"long={pairs_file},{pairs_file},max_length=32", "--retain", "sums", "--retain", f"news={news}"),
+        *("--global-batch-size", "2", "--validation-examples", "4", "--jobs", "1", "--output", str(tmp_path)),
     ]
     result = CliRunner().invoke(main, ["bench", "quality", *arguments])
     assert result.exit_code == 0, result.output
     found = [json.loads(line) for line in (tmp_path / "quality.jsonl").read_text().splitlines()]
-    assert {row["settings"]["method"] for row in found} == {"base", *METHODS}
+    assert {row["settings"]["method"] for row in found} == {"base", *names}
+    for task, kept in (("sums", {"news"}), ("long", {"sums", "news"})):
+        own = [row for row in found if row["settings"]["shared"]["task"] == task]
+        assert len(own) == 1 + len(names) and all(set(row["result"]["retained"]) == kept for row in own)
+        assert all(0 <= row["result"].get("exact_match", -1) <= 1 for row in own) == (task == "sums")
     assert all(row["result"]["held_out_loss"] > 0 for row in found)
-    assert (tmp_path / "bench.html").is_file()
+    assert "1 runs are done" not in result.output and "\nsums\n" in result.output and "\nlong\n" in result.output
+    assert (tmp_path / "bench.html").is_file() and (tmp_path / "quality.csv").is_file()

@@ -110,7 +110,7 @@ def test_exactly_one_budget_must_be_given(options: dict, got: str) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"method": "agg"}, "method: unknown 'agg'; did you mean 'ag'? Known: ag, ma, static"),
+        ({"method": "agg"}, "method: unknown 'agg'; did you mean 'ag'? Known: random, static, ag, ma"),
         ({"kernels": "cuda"}, "kernels: unknown 'cuda'; did you mean 'cpu'? Known: off, cpu, auto"),
         ({"target_modules": []}, "target_modules: got [], expected at least one item"),
         ({"steps": "ten"}, "steps: got 'ten', expected a whole number"),
@@ -260,7 +260,23 @@ def test_what_a_resumed_run_may_change_is_a_promise() -> None:
     """
     by_effect = """
         base revision train_data eval_data steps epochs density tunable_weights rank_equivalent target_modules
-        chat_template start_from attention exclude_modules reference_adapter
+        chat_template start_from attention exclude_modules reference_adapter train_embeddings
     """
     assert set(free.split()) == FREE
     assert {*free.split(), *by_effect.split()} == MAY_CHANGE
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("random", "gradient", 0, 1e-2)),
+        ({"method": "static"}, ("static", "balanced", 20, 1e-2)),
+        ({"method": "static", "score": "snr", "learning_rate": "0.1"}, ("static", "snr", 20, 0.1)),
+        ({"method": "static", "start_from": "."}, ("static", "gradient", 0, 1e-2)),
+        ({"method": "ag"}, ("ag", "gradient", 0, 1e-3)),
+    ],
+)
+def test_a_method_brings_its_own_options_and_those_that_are_given_win(options, expected) -> None:
+    config = load(None, {"density": 0.1, **options})
+    sparse = config.sparse
+    assert (sparse.method, sparse.score, sparse.selection_batches, config.optimizer.learning_rate) == expected

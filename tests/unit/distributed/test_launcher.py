@@ -1,5 +1,6 @@
 """The quiet launcher: one line for what went wrong, the trainer's own status, signals passed on."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from scale_sft.distributed import launcher
 from scale_sft.errors import UserError
+from tests.forked import begin, finish
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -22,7 +24,7 @@ if sys.argv[1] == "save":
     open(f"ready-{rank}", "w")
     time.sleep(60)
 print("error: what the trainer says", file=sys.stderr, flush=True)
-time.sleep(5 * rank)
+time.sleep(3 * rank)
 if sys.argv[1] == "die":
     os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(int(sys.argv[1]))
@@ -44,18 +46,28 @@ def start(tmp_path):
     return run
 
 
+def launch_in(folder: Path, *arguments: str) -> None:
+    """Be the launcher, in a forked process: it says on `output` and `errors` of the folder what it says."""
+    for number, name in ((1, "output"), (2, "errors")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(folder)
+    sys.exit(launcher.launch(arguments))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["single_gpu.yaml", "cpu_2proc.yaml"])
 @pytest.mark.parametrize(
     ("argument", "status", "more"),
     [("0", 0, None), ("1", 1, None), ("75", 75, None), ("die", 137, "was ended by SIGKILL (often: out of memory)")],
 )
-def test_the_status_is_the_trainers_and_nothing_is_added_to_its_words(start, config, argument, status, more) -> None:
-    process = start(config, argument)
-    output, errors = process.communicate(timeout=100)
-    assert process.returncode == status, errors
-    added = [line for line in errors.replace("error: what the trainer says", "").splitlines() if line]
-    assert output == "" and len(added) == (1 if more else 0), errors
+def test_the_status_is_the_trainers_and_nothing_is_added_to_its_words(tmp_path, config, argument, status, more) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    words = ["--config_file", str(ROOT / "launch" / config), "program.py", argument]
+    process = begin(launch_in, tmp_path, *words, log=tmp_path / "log")
+    assert finish(process, 100) == status, (tmp_path / "errors").read_text()
+    errors = (tmp_path / "errors").read_text().replace("error: what the trainer says", "")
+    added = [line for line in errors.splitlines() if line]
+    assert (tmp_path / "output").read_text() == "" and len(added) == (1 if more else 0), errors
     assert not more or more in added[0]
 
 

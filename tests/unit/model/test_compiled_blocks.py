@@ -70,7 +70,9 @@ def test_in_a_loop_of_ones_own_blocks_compile_after_attach() -> None:
     digests = []
     for compiled in (False, True):
         model = llama(2)
-        sparse = scale_sft.attach(model, density=0.05, total_steps=6, update_interval_steps=2, estimation_steps=2)
+        sparse = scale_sft.attach(
+            model, method="ag", density=0.05, total_steps=6, update_interval_steps=2, estimation_steps=2
+        )
         optimizer = sparse.optimizer(lr=1e-2)
         if compiled:
             for block in model.model.layers:

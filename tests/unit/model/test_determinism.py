@@ -15,6 +15,7 @@ from scale_sft.errors import UserError
 from scale_sft.model.determinism import deterministic, refuse_unrepeatable
 from scale_sft.model.first_choice import choose_entries
 from tests.faults.comparing import losses
+from tests.methods import ESTIMATED
 from tests.thread_ranks import on_threads
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -197,7 +198,7 @@ def test_what_it_allows_it_does_not_count() -> None:
 CYCLES = {
     "ag": {"method": "ag"},
     "ma": {"method": "ma", "base": "gpt2"},
-    "static": {"method": "static", "base": "gpt2"},
+    "static": ESTIMATED | {"base": "gpt2"},
     "chosen": {"score": "snr", "draw": "sample", "selection_batches": 2, "budget": "global"},
 }
 

@@ -12,6 +12,7 @@ from scale_sft.spiel.schedules import Phase
 from scale_sft.spiel.seeding import random_indices
 from scale_sft.spiel.selection import scores
 from scale_sft.spiel.topk import top_k_magnitude
+from tests.methods import ESTIMATED
 
 
 def indices(sparse) -> dict:
@@ -24,7 +25,7 @@ def test_the_first_steps_choose_the_entries_of_the_largest_mean_gradient_and_mov
         dense(**batch(number)).loss.backward()  # adds up
     model = load()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    sparse = scale_sft.attach(model, method="static", selection_batches=2, **SCHEDULE)
+    sparse = scale_sft.attach(model, **SCHEDULE | ESTIMATED | {"selection_batches": 2})
     optimizer = sparse.optimizer(lr=1e-2)
     train(model, optimizer, 1, 2)
     assert optimizer.steps == 0 and same(before, model.state_dict())
@@ -49,7 +50,7 @@ def test_after_a_first_choice_ag_replaces_a_part_and_not_all(load) -> None:
 
 def test_random_entries_come_from_the_seed_alone_and_no_step_makes_candidates(load) -> None:
     model = load()
-    sparse = scale_sft.attach(model, method="random", seed=5, **SCHEDULE)
+    sparse = scale_sft.attach(model, seed=5, **SCHEDULE | {"method": "random"})
     optimizer, recorder = sparse.optimizer(lr=1e-2), sparse.tuning.recorder
     for number in range(1, 10):
         train(model, optimizer, number, number)
@@ -112,15 +113,15 @@ def test_the_best_by_gradient_drawn_at_the_highest_temperature_are_the_papers(lo
 
 @pytest.mark.parametrize("budget", ["weight", "global"])
 def test_a_resumed_optimizer_does_not_choose_again(load, budget) -> None:
-    model, choice = load(), {"method": "static", "selection_batches": 2, "budget": budget}
-    sparse = scale_sft.attach(model, **choice, **SCHEDULE)
+    model, choice = load(), SCHEDULE | ESTIMATED | {"selection_batches": 2, "budget": budget}
+    sparse = scale_sft.attach(model, **choice)
     optimizer = sparse.optimizer(lr=1e-2)
     train(model, optimizer, 1, 1)
     with pytest.raises(UserError, match="expected selection_batches steps before"):
         optimizer.state_dict()
     train(model, optimizer, 2, 4)
     other = load()
-    again = scale_sft.attach(other, **choice, **SCHEDULE)
+    again = scale_sft.attach(other, **choice)
     resumed = again.optimizer(lr=1e-2)
     resumed.load_state_dict(optimizer.state_dict())
     train(model, optimizer, 5, 6)

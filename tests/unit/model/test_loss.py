@@ -191,8 +191,9 @@ def test_tokens_without_a_target_never_reach_the_output_layer(batch, monkeypatch
     assert nothing == 0 and sum(rows) == len(found) and not gradient_of(nothing, embedded).any()
 
 
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_beyond_the_hidden_states_is_their_gradient_and_one_chunk(dtype, monkeypatch):
+def test_memory_beyond_the_hidden_states_is_their_gradient_and_one_chunk(dtype, trained, monkeypatch):
     """At the chunk of a GPU, 8,192 tokens of 4,096 numbers and a vocabulary of 128k: below 1.1 GB."""
     bound = lambda tokens, width, chunk, rows: (2 * chunk + 3 * tokens * width) * dtype.itemsize + rows * 4 * 3
     assert bound(8192, 4096, output_layer.GPU_CHUNK, cross_entropy.GPU_LOGITS) < 1.1e9
@@ -202,30 +203,48 @@ def test_memory_beyond_the_hidden_states_is_their_gradient_and_one_chunk(dtype, 
     head = nn.Linear(16, vocabulary, bias=False, dtype=dtype).requires_grad_(False)
     hidden = torch.randn(tokens, 16, dtype=dtype, requires_grad=True)
     layer = OutputLayer(head, lambda logits: logits, vocabulary)
+    if trained:
+        attach(WeightTap(head, "w", lambda *_, more=False: None))
     with LiveBytes(head) as count:
         layer._losses(head.forward, hidden, torch.arange(tokens), torch.arange(tokens), 7).sum().backward()
     small = 64 * tokens  # places, targets, losses
     assert chunk * dtype.itemsize < count.peak < bound(tokens, 16, chunk, piece) + small < tokens * vocabulary
 
 
-def test_a_trained_output_layer_gets_its_gradient_from_all_logits(batch):
-    """By autograd, or by a tap as where target_modules names it."""
+def test_a_layer_that_autograd_trains_gets_all_logits(batch):
     model, _ = made(CONFIGS["llama"]())
-    head = model.get_output_embeddings()
     assert loss.why_all_logits(model) is None
-    head.weight.requires_grad_(True)
+    model.get_output_embeddings().weight.requires_grad_(True)
     assert "is trained" in loss.why_all_logits(model)
-    loss.token_loss_sum(model, batch).backward()
-    wanted = head.weight.grad
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2, tied", "gemma2, capped", "cohere, scaled"])
+@pytest.mark.parametrize("chunk", [1, 2 * VOCABULARY, output_layer.CPU_CHUNK])
+def test_a_trained_output_layer_gets_its_gradient_in_chunks(kind, chunk, batch, monkeypatch):
+    """And the hidden states theirs, whatever the caller weighs the losses by."""
+    model, embedded = made(CONFIGS[kind]())
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone())  # untied
+    weights = torch.linspace(-1, 2, int((batch["labels"][:, 1:] != IGNORED).sum()))
+    expected = of_torch(model, batch)
+    wanted = torch.autograd.grad((expected * weights).sum(), [head.weight, embedded[-1]])
+    no_whole_logits(monkeypatch)
+    monkeypatch.setattr(output_layer, "CPU_CHUNK", chunk)
     head.weight.requires_grad_(False)
     recorded = []
-    attach(WeightTap(head, "lm_head.weight", lambda name, left, right: recorded.append(left.t() @ right)))
-    assert "is trained" in loss.why_all_logits(model)
-    loss.token_loss_sum(model, batch).backward()
-    torch.testing.assert_close(recorded[0], wanted)
-    assert len(recorded) == 1
-    detach(head)
+    attach(WeightTap(head, "w", lambda name, left, right, more=False: recorded.append((left.t() @ right, more))))
     assert loss.why_all_logits(model) is None
+    found = loss.token_losses(model, batch)
+    torch.testing.assert_close(found, expected.detach())
+    (of_hidden,) = torch.autograd.grad((found * weights).sum(), embedded[-1])
+    torch.testing.assert_close(of_hidden, wanted[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(sum(part for part, _ in recorded), wanted[0], rtol=1e-4, atol=1e-6)
+    assert [more for _, more in recorded] == [True] * (len(recorded) - 1) + [False]
+    assert len(recorded) == {1: len(weights), 2 * VOCABULARY: -(-len(weights) // 2)}.get(chunk, 1)
+    batch["labels"][:] = IGNORED  # ranks meet when candidates are proposed: one without targets must come too
+    recorded.clear()
+    loss.token_losses(model, batch).sum().backward()
+    assert len(recorded) == 1 and not recorded[0][0].any()
 
 
 def test_a_tap_that_only_adds_a_delta_is_gone_through(batch, monkeypatch):

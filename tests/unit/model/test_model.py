@@ -120,12 +120,6 @@ def test_layers_can_be_excluded_by_name_or_regular_expression(load) -> None:
         find_targets(model, ("up_proj",), ("up_proj",))
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "qwen2", "opt"])
-def test_a_tied_weight_is_no_target(load, architecture: str) -> None:
-    with pytest.raises(UserError, match="'lm_head' is tied to another layer"):
-        find_targets(load(architecture), ("lm_head",))
-
-
 def test_a_model_without_linear_layers_in_blocks_is_refused() -> None:
     with pytest.raises(UserError, match="no linear layers in its blocks"):
         find_targets(nn.Sequential(nn.Linear(2, 2)), None)

@@ -127,7 +127,7 @@ def test_auto_attention_is_what_a_model_has_and_a_cpu_does_fast() -> None:
 
 @pytest.mark.parametrize("kind", ["gptj", "bloom", "gpt_oss"])
 def test_a_model_without_sdpa_gets_eager_and_is_refused_sdpa_by_name(kind: str) -> None:
-    from tools.models_check.tiny import tiny_config
+    from scale_sft.model_check.tiny import tiny_config
 
     config = tiny_config(kind)
     assert choose_attention("auto", empty_model(config), torch.float32, 64, "cpu").name == "eager"

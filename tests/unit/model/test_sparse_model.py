@@ -15,6 +15,7 @@ from scale_sft.adapters.format import Adapter
 from scale_sft.adapters.merge import merge
 from scale_sft.errors import UserError
 from scale_sft.model.exposure import ANCHOR, PARAMETER
+from tests.methods import ESTIMATED
 
 
 def weights(model) -> dict:
@@ -27,7 +28,7 @@ def weights(model) -> dict:
 @pytest.mark.parametrize("method", ["ag", "ma", "static"])
 def test_a_plain_loop_lowers_the_loss_and_reallocates_on_schedule(load, method) -> None:
     model = load()
-    sparse = scale_sft.attach(model, method=method, **SCHEDULE)
+    sparse = scale_sft.attach(model, **SCHEDULE | (ESTIMATED if method == "static" else {"method": method}))
     optimizer = sparse.optimizer(lr=1e-2)
     before = model(**batch(1)).loss.item()
     for _ in range(9):
@@ -40,7 +41,13 @@ def test_a_plain_loop_lowers_the_loss_and_reallocates_on_schedule(load, method) 
 
 def test_the_loop_is_the_trainers_step_bit_for_bit(load, session) -> None:
     """The API and the trainer share their middle: same batches, same bits."""
-    options = {"update_interval_steps": 2, "estimation_steps": 2, "learning_rate": 0.01, "density": 0.05}
+    options = {
+        "update_interval_steps": 2,
+        "estimation_steps": 2,
+        "learning_rate": 0.01,
+        "density": 0.05,
+        "method": "ag",
+    }
     run = session()
     model = load()
     sparse = scale_sft.attach(model, total_steps=6, **options)
@@ -66,7 +73,7 @@ def test_accumulated_micro_batches_are_one_batch(load) -> None:
     found = []
     for micro in (1, 4):
         model = load()
-        sparse = scale_sft.attach(model, method="ma", **SCHEDULE)
+        sparse = scale_sft.attach(model, **SCHEDULE | {"method": "ma"})
         train(model, sparse.optimizer(lr=1e-2), 1, 4, micro)
         found.append(sparse.tuning.store)
     for one, other in zip(*found, strict=True):
@@ -180,16 +187,16 @@ def test_a_weight_that_no_gradient_reaches_is_named_at_the_first_step(load) -> N
 @pytest.mark.parametrize("stop", [1, 4, 6])  # proposed; in a phase; between phases
 def test_an_interrupted_loop_goes_on_bit_for_bit(load, tmp_path, method, dtype, stop) -> None:
     straight = load(dtype)
-    whole = scale_sft.attach(straight, method=method, **SCHEDULE)
+    whole = scale_sft.attach(straight, **SCHEDULE | {"method": method})
     train(straight, whole.optimizer(lr=1e-2), 1, 9)
 
     first = load(dtype)
-    optimizer = scale_sft.attach(first, method=method, **SCHEDULE).optimizer(lr=1e-2)
+    optimizer = scale_sft.attach(first, **SCHEDULE | {"method": method}).optimizer(lr=1e-2)
     train(first, optimizer, 1, stop)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
 
     second = load(dtype)
-    sparse = scale_sft.attach(second, method=method, **SCHEDULE)
+    sparse = scale_sft.attach(second, **SCHEDULE | {"method": method})
     optimizer = sparse.optimizer(lr=0.5)
     optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     assert same(weights(second), weights(first))
@@ -626,7 +633,7 @@ def test_an_attached_model_is_not_copied(load) -> None:
 
 def test_a_sparse_model_says_what_it_trains(load) -> None:
     model = load()
-    sparse = scale_sft.attach(model, method="ma", **SCHEDULE)
+    sparse = scale_sft.attach(model, **SCHEDULE | {"method": "ma"})
     train(model, sparse.optimizer(lr=1e-2), 1, 2)
     assert repr(sparse) == (
         "<SparseModel: ma, 760 of 15,360 entries (4.948%) in 14 weights of LlamaForCausalLM, step 2 of 9>"

@@ -2,7 +2,7 @@
 
 import torch
 
-SCHEDULE = {"update_interval_steps": 3, "estimation_steps": 2, "total_steps": 9, "density": 0.05}
+SCHEDULE = {"method": "ag", "update_interval_steps": 3, "estimation_steps": 2, "total_steps": 9, "density": 0.05}
 
 
 def batch(number: int, rows: int = 4) -> dict:

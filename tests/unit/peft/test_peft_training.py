@@ -15,6 +15,7 @@ from scale_sft.errors import UserError
 from scale_sft.model.resident import effective_values
 from scale_sft.peft import resume, write
 from scale_sft.peft.session import Session
+from tests.methods import ESTIMATED
 
 ADAMW = {"lr": 1e-2, "weight_decay": 0.0, "foreach": False, "fused": False}
 
@@ -45,9 +46,10 @@ def holds_its_deltas(model, base: dict[str, torch.Tensor]) -> bool:
     ],
 )
 def test_a_training_is_that_of_attach_until_cohorts_differ(method, equal_steps, rule, dtype) -> None:
-    options = {"density": 0.05, "total_steps": 10, "kernels": "off", **SCHEDULE, **rule}
-    plain, model = tiny(dtype), wrapped(tiny(dtype), method=method, **options)
-    sparse = scale_sft.attach(plain, method=method, **options, moments="float32")
+    options = SCHEDULE | {"density": 0.05, "total_steps": 10, "kernels": "off", "method": method} | rule
+    plain, model = tiny(dtype), wrapped(tiny(dtype), **options)
+    own = ESTIMATED | rule if method == "static" else {}
+    sparse = scale_sft.attach(plain, **options | own, moments="float32")
     optimizer, other = sparse.optimizer(lr=1e-2), torch.optim.AdamW(model.parameters(), **ADAMW)
     for number, batch in enumerate(batches(10), start=1):
         losses = []

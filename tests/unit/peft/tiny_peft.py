@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from scale_sft.peft import SpielConfig
 
-SCHEDULE = {"update_interval_steps": 4, "estimation_steps": 2}
+SCHEDULE = {"method": "ag", "update_interval_steps": 4, "estimation_steps": 2}
 
 
 def tiny(dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: int) -> LlamaForCausalLM:

@@ -135,8 +135,8 @@ MEASURED = {
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads RssAnon from /proc")
 def test_plans_are_within_a_tenth_of_the_measured_peak(tmp_path, tokenizer, tiny_model) -> None:
     """The base is stored in the other dtype, so that all of it is private memory once it is converted."""
-    bases = {"llama": LlamaConfig(**LLAMA), "gpt2": GPT2Config(
-        vocab_size=4096, n_embd=512, n_layer=6, n_head=8, n_positions=512, bos_token_id=256, eos_token_id=257
+    bases = {"llama": LlamaConfig(**LLAMA | {"num_hidden_layers": 4}), "gpt2": GPT2Config(
+        vocab_size=4096, n_embd=512, n_layer=4, n_head=8, n_positions=512, bos_token_id=256, eos_token_id=257
     )}  # fmt: skip
     data = tmp_path / "long.jsonl"
     data.write_text((json.dumps({"prompt": "x", "completion": "abc" * 200}) + "\n") * 8)

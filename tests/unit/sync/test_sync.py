@@ -20,7 +20,7 @@ from scale_sft.model.fingerprints import combine_fingerprints, fingerprint
 from scale_sft.model.group import OneProcess
 from scale_sft.model.resident import WeightPart
 from scale_sft.model.sparse_model import SparseModel
-from scale_sft.sync import names
+from scale_sft.sync import names, places
 from scale_sft.sync.patches import Patches, SyncError
 
 
@@ -114,7 +114,7 @@ def test_a_receiver_that_lags_is_served_from_the_version_it_has(base, trainer) -
         sync.changed(Trainer(base).sparse, since=seen.snapshot)
 
 
-def test_names_are_those_of_the_checkpoints_files(base, tmp_path) -> None:
+def test_names_are_those_of_the_checkpoints_files_and_found_once(base, tmp_path, monkeypatch) -> None:
     trainer, receiver = Trainer(base), load(base)
     for model in (trainer.model, receiver):
         model._weight_conversions = [WeightRenaming(r"language_model\.layers", r"model.layers")]
@@ -124,6 +124,9 @@ def test_names_are_those_of_the_checkpoints_files(base, tmp_path) -> None:
     assert {patch.name for patch in patches} <= set(load_file(tmp_path / "model.safetensors"))
     assert any(patch.name.startswith("language_model.layers.0") for patch in patches)
     sync.apply(receiver, patches)
+    monkeypatch.setattr(places, "name_on_disk", None)
+    trainer.step()
+    sync.apply(receiver, sync.changed(trainer.sparse))
     assert same_weights(receiver, trainer.model)
 
 

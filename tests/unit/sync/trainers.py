@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import scale_sft
 from scale_sft.model.resident import bits_of
 
-SCHEDULE = {"density": 0.05, "total_steps": 200, "update_interval_steps": 2, "estimation_steps": 1}
+SCHEDULE = {"method": "ag", "density": 0.05, "total_steps": 200, "update_interval_steps": 2, "estimation_steps": 1}
 IDS = torch.tensor([[7, 3, 200, 45]])
 
 

@@ -19,7 +19,7 @@ def test_the_seed_alone_rebuilds_the_entries_of_a_random_run(train_run):
 
 @pytest.mark.parametrize("score", ["balanced", "gradient_weight"])
 def test_a_quantised_base_chooses_as_well(score, train_run, capsys):
-    run = train_run(method="static", selection_batches=2, score=score, quantization="nf4")
+    run = train_run(method="static", selection_batches=2, score=score, draw="top", quantization="nf4")
     records = read_metrics(run / "metrics.jsonl")
     losses = [record["loss"] for record in records if record["event"] == "step"]
     assert losses[-1] < losses[0]

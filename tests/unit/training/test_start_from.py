@@ -262,7 +262,8 @@ def test_attach_starts_from_an_adapter_and_detach_gives_the_base_back(first, tin
     fresh = lambda: AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
     model, tuned, base = fresh(), fresh(), fresh()
     apply_adapter(tuned, adapter)
-    sparse = scale_sft.attach(model, start_from=folder, total_steps=4, update_interval_steps=2, estimation_steps=2)
+    options = {"method": "ag", "total_steps": 4, "update_interval_steps": 2, "estimation_steps": 2}
+    sparse = scale_sft.attach(model, start_from=folder, **options)
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in tuned.state_dict().items())
     optimizer = sparse.optimizer(lr=1e-2)
     ids = torch.randint(0, 256, (4, 12), generator=torch.Generator().manual_seed(0))

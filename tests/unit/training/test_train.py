@@ -18,6 +18,7 @@ from scale_sft.spiel.algorithm import SparseFineTuning
 from scale_sft.training import assemble
 from scale_sft.training.checkpoints import Checkpoints
 from scale_sft.training.run_folder import RunFolder
+from tests.methods import ESTIMATED
 
 
 def adapter_tensors(run: Path) -> dict[str, Tensor]:
@@ -118,7 +119,7 @@ def test_the_number_of_active_entries_is_the_same_at_every_reallocation(train_ru
 
 
 def test_static_selection_reallocates_once(train_run) -> None:
-    assert [record["step"] for record in records(train_run(method="static"), "reallocation")] == [2]
+    assert [record["step"] for record in records(train_run(**ESTIMATED), "reallocation")] == [2]
 
 
 def test_a_run_writes_what_it_promises(train_run, pairs_file) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import math
+import re
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,40 +16,26 @@ from torch import nn
 
 from scale_sft.errors import UserError, first_line
 
-from .tiny import tiny_config
+from .findings import ANSWERS, EXPERTS, FAILED, REACHED, TRAINS, Findings, code_version
+from .tiny import byte_tokenizer
 
 SENTENCES = [{"prompt": f"{n} + {n * n} = ", "completion": str(n + n * n)} for n in range(24)]
 GRADIENT_TOLERANCE = 1e-4
 """Largest difference of a gradient from autograd's, over the largest entry of its weight's gradient."""
 
 
-@dataclass
-class Findings:
-    """What was found for one type: columns of the table by name."""
-
-    model_type: str
-    cells: dict[str, str] = field(default_factory=dict)
-    remark: str = ""
-    seconds: float = 0.0
-
-    @property
-    def failures(self) -> list[str]:
-        """Columns in which something went wrong that is no clear refusal."""
-        return [name for name, cell in self.cells.items() if cell.startswith("FAILED")]
-
-
 class Checker:
-    """The checks of one type, in a folder of its own.
+    """The checks of one model, in a folder of its own.
 
     Args:
-        model_type: of transformers.
+        name: of the type, for the findings.
         folder: for its model and its runs.
-        tokenizer: of bytes, with 259 tokens.
+        tiny: makes its configuration.
     """
 
-    def __init__(self, model_type: str, folder: Path, tokenizer: Any):
-        self.found = Findings(model_type)
-        self.folder, self.tokenizer = folder, tokenizer
+    def __init__(self, name: str, folder: Path, tiny: Callable[[], Any]):
+        self.found = Findings(name, code=code_version())
+        self.folder, self.tiny, self.tokenizer = folder, tiny, byte_tokenizer()
         self.base = folder / "base"
 
     def run(self, chosen: Collection[str] | None = None) -> Findings:
@@ -61,24 +47,23 @@ class Checker:
             "checkpointing": self._checkpointing,
             "packing": self._packing,
             "4 bits": self._four_bits,
-            "answers": self._answers,
+            ANSWERS: self._answers,
         }
-        if self._check("trains", self.make) and self._check("trains", self.train):
+        if self._check(TRAINS, self.make) and self._check(TRAINS, self.train):
             for name, check in checks.items():
                 if chosen is None or name in chosen:
                     self._check(name, check)
-        self.found.seconds = time.perf_counter() - began
+        self.found.seconds = round(time.perf_counter() - began, 1)
         return self.found
 
     def _check(self, name: str, check: Callable[[], str]) -> bool:
         try:
             self.found.cells[name] = check()
         except UserError as error:
-            self.found.cells[name] = "refused"
-            self.found.remark += f"{name}: {error} "
+            self.found.refuse(name, error)
             return False
         except Exception as error:
-            self.found.cells[name] = f"FAILED: {type(error).__name__}: {first_line(error)}"
+            self.found.cells[name] = f"{FAILED}: {type(error).__name__}: {first_line(error)}"
             return False
         return True
 
@@ -88,11 +73,11 @@ class Checker:
         """Write a random model and the tokenizer, and sentences to learn."""
         from scale_sft.model.empty import model_class
 
-        config = tiny_config(self.found.model_type)
+        config = self.tiny()
         torch.manual_seed(0)
         model = model_class(config).from_config(config)
-        for name, weight in model.named_parameters():  # biases of a fresh model are zero: nothing to test
-            if name.endswith("bias"):
+        for name, weight in model.named_parameters():  # zero in a fresh model: no gradient would pass, as it later does
+            if name.endswith("bias") or not weight.any():
                 nn.init.normal_(weight, std=0.1)
         model.save_pretrained(self.base)
         self.tokenizer.save_pretrained(self.base)
@@ -102,13 +87,7 @@ class Checker:
     def _config(self, **options: Any) -> Any:
         from scale_sft.config.loading import load
 
-        data = str(self.folder / "data.jsonl")
-        given = {
-            "base": str(self.base), "train_data": data, "output_dir": str(self.folder / "run"), "density": 0.1,
-            "steps": 2, "global_batch_size": 4, "update_interval_steps": 1, "estimation_steps": 1, "max_length": 32,
-            "learning_rate": 0.05, "base_placement": "replicate", "kernels": "off", "save_every_steps": None,
-        }  # fmt: skip
-        return load(None, {**given, **options})
+        return load(None, options_of(self.folder, **options))
 
     def _run(self, **options: Any) -> None:
         """Run the whole trainer, but for the report."""
@@ -128,14 +107,24 @@ class Checker:
                 raise
             allowed = {"allow_randomness": True}
             self._run(**allowed)
-        info = json.loads((self.folder / "run" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+        self._reach()
+        return "with allow_randomness" if allowed else "yes"
+
+    def _reach(self) -> None:
+        """Note the shares of the blocks and of the experts that are targets, and why the rest is not."""
         from scale_sft.model.coverage import Coverage
 
+        adapter = self.folder / "run" / "adapter"
+        info = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         reach = Coverage.of_document(info["block_weights"])
-        self.found.cells["reached"] = f"{reach.share:.0%}"
+        self.found.cells[REACHED] = f"{reach.share:.0%}"
         if reach.rest:
             self.found.remark = "; ".join(dict.fromkeys(f"{one.kind}: {one.reason}" for one in reach.rest[:4])) + ". "
-        return "with allow_randomness" if allowed else "yes"
+        weights = dict(self._load(self.base).named_parameters())
+        experts = sum(weight.numel() for name, weight in weights.items() if _of_experts(name) and weight.dim() > 1)
+        if experts:
+            reached = sum(math.prod(shape) for name, shape in info["shapes"].items() if _of_experts(name))
+            self.found.cells[EXPERTS] = f"{reached / experts:.0%}"
 
     def _session(self, **options: Any) -> Any:
         from scale_sft.distributed.cluster import Cluster
@@ -180,7 +169,7 @@ class Checker:
         torch.manual_seed(0)
         token_loss_sum(stock, batch).backward()
         worst = max(_difference(value, weights[name].grad) for name, value in self.gradients.items())
-        if worst > GRADIENT_TOLERANCE and not self.found.cells["trains"].startswith("with"):
+        if worst > GRADIENT_TOLERANCE and not self.found.cells[TRAINS].startswith("with"):
             raise ValueError(f"differs by {worst:.1e}")
         return f"{worst:.0e}"
 
@@ -222,7 +211,7 @@ class Checker:
         _, gradients, _ = self._recorded(gradient_checkpointing=True)
         self._cluster.close()
         worst = max(_difference(value, self.gradients[name]) for name, value in gradients.items())
-        if worst > GRADIENT_TOLERANCE and not self.found.cells["trains"].startswith("with"):
+        if worst > GRADIENT_TOLERANCE and not self.found.cells[TRAINS].startswith("with"):
             raise ValueError(f"gradients differ by {worst:.1e}")
         return "yes"
 
@@ -262,6 +251,21 @@ class Checker:
         return "one at a time" if alone else "in batches"
 
 
+def options_of(folder: Path, **options: Any) -> dict[str, Any]:
+    """Return the options of a run of two steps, with drop and grow, on the model and the sentences in a folder."""
+    return {
+        "base": str(folder / "base"), "train_data": str(folder / "data.jsonl"), "output_dir": str(folder / "run"),
+        "density": 0.1, "steps": 2, "global_batch_size": 4, "update_interval_steps": 1, "estimation_steps": 1,
+        "max_length": 32, "learning_rate": 0.05, "base_placement": "replicate", "kernels": "off",
+        "log_every_steps": 1, "save_every_steps": None, **options,
+    }  # fmt: skip
+
+
+def _of_experts(name: str) -> bool:
+    """Return True for a weight of routed experts, by its name (the second is JetMoe's)."""
+    return re.search(r"\.experts\.(?!router)(?!.*bias)|\.mlp\.(input|output)_linear\.", name) is not None
+
+
 def _difference(found: torch.Tensor, wanted: torch.Tensor | None) -> float:
     """Return the largest difference over the largest entry of `wanted`; a gradient that is missing counts as 0."""
     wanted = torch.zeros_like(found) if wanted is None else wanted.float()
@@ -273,8 +277,3 @@ def _difference(found: torch.Tensor, wanted: torch.Tensor | None) -> float:
 def _logits(model: Any) -> torch.Tensor:
     ids = (torch.arange(24).view(2, 12) * 5 + 1) % 250
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-
-
-def as_row(found: Findings) -> dict[str, Any]:
-    """Describe findings as plain JSON."""
-    return dataclasses.asdict(found)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from scale_sft.errors import UserError, first_line
 
 VOCABULARY = 259  # all bytes and three special tokens: the tokenizer of the check
 
@@ -24,7 +26,7 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "kv_n_heads"), 2),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "top_k", "moe_k", "num_experts_per_token"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts"), 1),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts", "first_k_dense_replace"), 1),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"), 128),
     "vocab_size": VOCABULARY,
     "pad_token_id": 258, "bos_token_id": 256, "eos_token_id": 257, "decoder_start_token_id": 256,
@@ -48,9 +50,14 @@ _SECTIONS = {"rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2]}}  # halves
 _VISION = {"out_hidden_size": 64, "embed_dim": 64, "projection_dim": 64, "spatial_merge_size": 2}
 
 _SPECIAL: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+    },
+    "dots3_note": {
+        "vision_config": {"per_layer_config": {}, "adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64, "downsample_hidden_size": 32},
     },
     "gemma3n_text": {
         "num_hidden_layers": 4, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "laurel_rank": 8,
@@ -63,6 +70,10 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "longcat_flash": {"num_layers": 2, "head_dim": 8, "zero_expert_num": 2, "moe_topk": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "xglm": {"pad_token_id": 1},
+    "zamba": {
+        "num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 2,
+    },
     "zamba2": {
         "num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "num_mem_blocks": 1,
         "hybrid_layer_ids": [1], "mamba_ngroups": 1, "mamba_headdim": 16, "n_mamba_heads": 8, "adapter_rank": 8,
@@ -116,6 +127,10 @@ _NOT_CHECKED = (
 """Encoders, decoders that belong to an encoder, and helpers of other models; or they do not get small."""
 
 
+_OWN_VALUES = ("model_type", "dtype", "torch_dtype", "name_or_path", "initializer_range", "init_std")
+_LAYER_KINDS = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types")
+
+
 def types() -> list[str]:
     """List the model types to check: every decoder of text, and the wrappers."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -132,7 +147,30 @@ def tiny_config(model_type: str) -> Any:
     return kind(**_arguments(kind, _SPECIAL.get(model_type, {})))
 
 
-def _arguments(kind: Any, special: Mapping[str, Any]) -> dict[str, Any]:
+def tiny_like(config: Any) -> Any:
+    """Make a small configuration with the switches of another: all but its sizes.
+
+    Raises:
+        UserError: the model runs code of its own, or does not get small.
+    """
+    kind = type(config)
+    if getattr(config, "auto_map", None):
+        raise UserError(
+            f"base: got a model with code of its own ({kind.__name__}), expected a type of transformers. Fix: train it "
+            "for one step: --steps 1"
+        )
+    special = _SPECIAL.get(config.model_type, {})
+    try:
+        return kind(**_arguments(kind, special, config))
+    except Exception as error:  # a configuration's own checks
+        raise UserError(
+            f"base: a tiny model like {kind.__name__} cannot be built: {first_line(error)}. Fix: check its type, "
+            f"without these settings: scale-sft models check {config.model_type}"
+        ) from None
+
+
+def _arguments(kind: Any, special: Mapping[str, Any], like: Any = None) -> dict[str, Any]:
+    """Choose the arguments of a configuration's class; `like`: a configuration whose switches are taken."""
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
     fields = set(inspect.signature(kind.__init__).parameters)
@@ -140,16 +178,51 @@ def _arguments(kind: Any, special: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in {**_SMALL, **(_VISION if own else {})}.items() if name in fields}
     if "kv_lora_rank" in given and "num_key_value_heads" in given:
         given["num_key_value_heads"] = given["num_attention_heads"]
+    if like is not None:
+        given |= _switches(given, special, like, fields)
     for name, sub in getattr(kind, "sub_configs", {}).items():
-        wanted = special.get(name, {})
-        if "model_type" in wanted:
+        wanted = dict(special.get(name, {}))
+        mine = getattr(like, name, None)
+        if mine is not None:
+            sub = type(mine)
+            if wanted.pop("model_type", mine.model_type) != mine.model_type:  # made for another part
+                wanted = {}
+            wanted = {"model_type": mine.model_type, **wanted}
+        elif "model_type" in wanted:
             sub = CONFIG_MAPPING[wanted["model_type"]]
         if name in fields and inspect.isclass(sub) and issubclass(sub, PretrainedConfig):
-            given[name] = {**_arguments(sub, wanted), **wanted}
+            given[name] = {**_arguments(sub, wanted, mine), **wanted}
     return {
         **given,
         **{name: value for name, value in special.items() if name not in given or name not in kind.sub_configs},
     }
+
+
+def _switches(given: Mapping[str, Any], special: Mapping[str, Any], like: Any, fields: Iterable[str]) -> dict[str, Any]:
+    """Take what is not a size from `like`: flags, names, factors, parts that it lacks, one layer of each kind."""
+    taken: dict[str, Any] = {}
+    for name in sorted({*fields} - {*special} - {*_OWN_VALUES}):
+        value = getattr(like, name, given)
+        if (value is None and name in given) or isinstance(value, bool | str) or _is_factor(name, value):
+            taken[name] = value
+    heads, shared = (getattr(like, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if "num_key_value_heads" in taken.keys() | given.keys() and shared in (1, heads):
+        taken["num_key_value_heads"] = 1 if shared == 1 else given.get("num_attention_heads", 4)
+    kinds = next((name for name in _LAYER_KINDS if isinstance(getattr(like, name, None), list)), "")
+    if kinds in fields and not any("layer" in name for name in special):
+        layers = getattr(like, kinds)
+        chosen = [layers.index(kind) for kind in dict.fromkeys(layers)]
+        chosen += [len(layers) - 1] * (len(chosen) == 1)
+        for name in fields:
+            per_layer = getattr(like, name, None)
+            if isinstance(per_layer, list) and len(per_layer) == len(layers):
+                taken[name] = [per_layer[layer] for layer in chosen]
+        taken["num_hidden_layers"] = len(chosen)
+    return taken
+
+
+def _is_factor(name: str, value: Any) -> bool:
+    return isinstance(value, float) and name not in _SMALL
 
 
 def byte_tokenizer() -> Any:

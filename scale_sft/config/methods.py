@@ -1,0 +1,34 @@
+"""What each method means: the options that belong to its name, and hold where they are not given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+STATIC = {"score": "balanced", "draw": "sample", "temperature": 0.5, "selection_batches": 20}
+"""The best fixed entries that were measured (docs/selection.md): drawn by the root of a balanced score."""
+
+COMBINATIONS: Mapping[str, Mapping[str, Any]] = {
+    "random": {},
+    "static": STATIC,
+    "ag": {"learning_rate": 1e-3},
+    "ma": {"learning_rate": 1e-3},
+}
+"""Options by method. What is missing here has the default of its field."""
+
+_OF_THE_FIRST_CHOICE = frozenset(STATIC)
+
+
+def with_method(values: Mapping[str, Any], default: str) -> dict[str, Any]:
+    """Complete the options that are given by those of their method.
+
+    A run that starts from an adapter has its entries already, so that those of the first choice stay out.
+
+    Args:
+        values: option name -> value as given.
+        default: the method where none is given.
+    """
+    own = dict(COMBINATIONS.get(str(values.get("method", default)), {}))
+    if values.get("start_from") is not None:
+        own = {name: value for name, value in own.items() if name not in _OF_THE_FIRST_CHOICE}
+    return {**own, **values}
