@@ -26,7 +26,7 @@ from scale_sft.model.packed_weights import is_quantized_layer
 from scale_sft.model.quantization import Quantization, resolve_quantization
 from scale_sft.model.sparse_model import Save, SparseModel
 from scale_sft.model.sparse_settings import SparseSettings
-from scale_sft.model.targets import targets_of
+from scale_sft.model.targets import targets_of, transposed_names
 from scale_sft.model.visibility import visible_fraction
 
 BUDGETS = ("density", "tunable_weights", "rank_equivalent")
@@ -82,7 +82,8 @@ def attach(
     dtype = _compute_dtype(model) if quantization else weight.dtype
     start = Start.read(sparse.start_from, sparse.delta_dtype) if sparse.start_from else None
     if start:
-        start.refuse_misfit(sparse, {target.name: target.shape for target in targets}, dtype, quantization)
+        shapes, transposed = {target.name: target.shape for target in targets}, transposed_names(targets)
+        start.refuse_misfit(sparse, shapes, dtype, quantization, transposed)
     settings = SparseSettings(
         sparse=sparse,
         optimizer=optimizer,

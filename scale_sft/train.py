@@ -131,9 +131,10 @@ def select_entries(session, metrics) -> None:
     with metrics.phase("choosing entries"):
         choose_entries(session.sparse, (partial(run, number) for number in range(1, count + 1)))
     how = "the best" if sparse.draw == "top" else f"sampled at temperature {sparse.temperature:g}"
-    seconds = time.perf_counter() - began
+    seconds, kind = time.perf_counter() - began, sparse.trains_whole
+    what = "entries" if kind == "entry" else f"{kind}s"
     metrics.note(
-        f"entries: {how} by {sparse.score} (selection_batches {count}), before the first update: {seconds:.1f} s"
+        f"{what}: {how} by {sparse.score} (selection_batches {count}), before the first update: {seconds:.1f} s"
     )
 
 

@@ -71,6 +71,7 @@ def facts(found: Inspection) -> dict[str, str]:
         "dtype of the base": info["dtype"],
         **_reach(info),
         "method": info.get("method"),
+        "granularity": f"whole {info['granularity']}s" if "granularity" in info else None,
         "made from": info.get("made_from"),
         "scale_sft": info.get("scale_sft_version"),
         "entries": f"{total.active:,} of {total.numel:,} in {total.weights} weights ({total.density:.3%})",

@@ -156,6 +156,11 @@ class LiveAdapter:
             with self._gate.alone():
                 self._write(ready)
 
+    @property
+    def applied(self) -> Prepared | None:
+        """The adapter that the model carries, ready for another swap to it; None: the base."""
+        return self._applied
+
     def __repr__(self) -> str:
         model, applied = self._model(), self._applied
         on = type(model).__name__ if model is not None else "a model that is gone"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,8 @@ from scale_sft.errors import UserError
 from scale_sft.model.quantization import Quantization
 from scale_sft.model.sparse_model import SparseModel
 from scale_sft.model.targets import budget_of
+from scale_sft.model.tilings import tilings_of
+from scale_sft.spiel.tiles import Tiling
 
 from .format import Adapter
 
@@ -63,7 +65,12 @@ class Start:
         return cls(folder, adapter.shapes, counts, sha.hexdigest(), adapter.info)
 
     def refuse_misfit(
-        self, sparse: SparseConfig, shapes: Shapes, dtype: torch.dtype, quantization: Quantization | None
+        self,
+        sparse: SparseConfig,
+        shapes: Shapes,
+        dtype: torch.dtype,
+        quantization: Quantization | None,
+        transposed: Collection[str] = (),
     ) -> None:
         """Check all that can be checked without the base's weights.
 
@@ -72,12 +79,19 @@ class Start:
             shapes: (O, I) of each target weight.
             dtype: of the computation.
             quantization: how the base is kept.
+            transposed: see `tilings_of`.
 
         Raises:
-            UserError: targets, shapes, budget, dtype or quantisation are not the adapter's.
+            UserError: targets, shapes, budget, dtype or quantisation are not the adapter's; or its entries are not
+                whole columns, rows or blocks where these are to be trained.
         """
         self.refuse_other_weights(shapes, dtype, quantization)
-        self._refuse_budget(sparse, shapes)
+        self._refuse_budget(sparse, shapes, transposed)
+        tilings = tilings_of(sparse, shapes, transposed)
+        if tilings and self.info:
+            with Adapter.open(self.folder) as adapter:
+                for name, tiling in tilings.items():
+                    self._refuse_parts(sparse, name, tiling, adapter.indices[name])
 
     def refuse_other_weights(self, shapes: Shapes, dtype: torch.dtype, quantization: Quantization | None) -> None:
         """Check all of `refuse_misfit` but the budget.
@@ -108,11 +122,20 @@ class Start:
             f"in {where}){base}. Fix: train the adapter's weights of its base, such as --target_modules {kinds}"
         )
 
-    def _refuse_budget(self, sparse: SparseConfig, shapes: Shapes) -> None:
+    def _refuse_parts(self, sparse: SparseConfig, name: str, tiling: Tiling, indices: torch.Tensor) -> None:
+        try:
+            tiling.chosen_in(indices)
+        except ValueError:
+            raise UserError(
+                f"start_from: got entries of '{name}' in {self.folder} that are not whole {sparse.trains_whole}s, "
+                f"expected them for granularity {sparse.trains_whole}. Fix: --method static trains any entries further"
+            ) from None
+
+    def _refuse_budget(self, sparse: SparseConfig, shapes: Shapes, transposed: Collection[str]) -> None:
         given = [name for name in ("density", "tunable_weights", "rank_equivalent") if getattr(sparse, name)]
         if not given:
             return
-        counts = budget_of(sparse, dict(shapes))
+        counts = budget_of(sparse, dict(shapes), transposed)
         odd = next((name for name in shapes if counts[name] != self.counts[name]), None)
         if odd:
             raise UserError(

@@ -33,6 +33,8 @@ def trained_adapter(
         "method": settings.sparse.method,
         "block_weights": coverage_of(sparse.model, settings.sparse).document(),
     }
+    if (kind := settings.sparse.trains_whole) != "entry":
+        info["granularity"] = kind
     odd = {
         target.name: str(target.weight.dtype).removeprefix("torch.")
         for target in sparse.targets

@@ -231,6 +231,7 @@ CONTESTANTS: dict[str, Callable[[Base], Contestant]] = {
     "ours-ag": lambda base: Sparse(base, "ag"),
     "ours-ma": lambda base: Sparse(base, "ma"),
     "ours-static": lambda base: Sparse(base, "static"),
+    "ours-columns": lambda base: Sparse(base, "columns"),
     "peft-lora": _lora,  # PEFT's default: adapters and their computation in float32
     "peft-lora-bf16": lambda base: _lora(base, cast=False),
     "peft-ia3": lambda base: _peft(base, "IA3Config"),

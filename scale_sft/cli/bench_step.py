@@ -26,7 +26,7 @@ from .bench_options import OUTPUT, cases_from, with_cases
     "names",
     type=Several(click.STRING),
     multiple=True,
-    help="Choose from ours-ag, ours-ma, ours-static, peft-lora, peft-lora-bf16, peft-ia3, peft-shira, "
+    help="Choose from ours-ag, ours-ma, ours-static, ours-columns, peft-lora, peft-lora-bf16, peft-ia3, peft-shira, "
     "peft-supertuning, spiel-peft, full, full-adamw, frozen; of dpo from ours-sft, ours-dpo, ours-dpo-packed, "
     "ours-dpo-swapped, trl-dpo, trl-dpo-swapped; separate several with commas.  [default: all]",
 )

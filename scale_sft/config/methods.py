@@ -11,6 +11,7 @@ STATIC = {"score": "balanced", "draw": "sample", "temperature": 0.5, "selection_
 COMBINATIONS: Mapping[str, Mapping[str, Any]] = {
     "random": {},
     "static": STATIC,
+    "columns": {},
     "ag": {"learning_rate": 1e-3},
     "ma": {"learning_rate": 1e-3},
 }

@@ -104,7 +104,7 @@ def broken_selection(sparse: SparseConfig) -> list[str]:
     given += ["budget"] * (sparse.budget == "global")
     growth = ("exchange_if_better", "seed_moments", "growth_warmup_steps")
     moved = next((name for name in growth if getattr(sparse, name) != getattr(default, name)), None)
-    if moved and sparse.method in ("ma", "random"):
+    if moved and sparse.method in ("ma", "random", "columns"):
         mistakes.append(
             f"{moved}: got {getattr(sparse, moved)} with method {sparse.method}, expected ag or static: "
             "only they keep moments of entries that grow by gradient"
@@ -121,6 +121,12 @@ def broken_selection(sparse: SparseConfig) -> list[str]:
         )
         return mistakes
     first = sparse.selection_batches > 0
+    if sparse.method == "columns" and given and not first:
+        mistakes.append(
+            f"{given[0]}: got {getattr(sparse, given[0])} with method columns, which without selection_batches draws "
+            "columns from the seed alone. Fix: --selection_batches 20, or leave it out"
+        )
+    mistakes += _broken_granularity(sparse)
     if sparse.method == "ma" and given and not first:
         mistakes.append(
             f"{given[0]}: got {getattr(sparse, given[0])} with method ma, which grows by its accumulators, expected "
@@ -140,4 +146,37 @@ def broken_selection(sparse: SparseConfig) -> list[str]:
             "row_quota and column_quota: got one below 2, which together may not hold the budget, expected at least 2 "
             "each, or one of them"
         )
+    return mistakes
+
+
+def _broken_granularity(sparse: SparseConfig) -> list[str]:
+    """Say which options contradict training whole columns, rows or blocks."""
+    kind, mistakes = sparse.trains_whole, []
+    if sparse.method == "columns" and kind != "column":
+        mistakes.append(
+            f"granularity: got {kind} with method columns, expected column. Fix: leave it out, or --method random"
+        )
+    if kind == "entry":
+        return mistakes
+    if sparse.method not in ("columns", "random", "static"):
+        mistakes.append(
+            f"granularity: got {kind} with method {sparse.method}, which moves single entries. Fix: --method columns, "
+            "random, or static with selection_batches"
+        )
+    elif sparse.method == "static" and not (sparse.selection_batches or sparse.start_from):
+        mistakes.append(
+            f"granularity: got {kind} with method static without selection_batches, which replaces single entries. "
+            "Fix: --selection_batches 20, or --method random"
+        )
+    if sparse.budget == "global":
+        mistakes.append(
+            f"budget: got global with granularity {kind}, expected weight or rank: one ranking of all weights holds "
+            "for single entries"
+        )
+    for quota in ("row_quota", "column_quota"):
+        if getattr(sparse, quota) is not None:
+            mistakes.append(
+                f"{quota}: got {getattr(sparse, quota)} with granularity {kind}, whose entries crowd by design. Fix: "
+                "leave it out"
+            )
     return mistakes

@@ -14,9 +14,10 @@ class SparseConfig:
     method: str = option(
         "random",
         "random: choose once from the seed alone, then keep; static: choose once by gradients (sampled by balanced "
-        "score^0.5 of 20 batches), then keep; ag: the paper's SFT-AG, which drops and grows by accumulated gradients; "
-        "ma: its SFT-MA, which grows by SM3's accumulators and takes the least memory.",
-        choices=("random", "static", "ag", "ma"),
+        "score^0.5 of 20 batches), then keep; columns: train whole columns, chosen once from the seed or by "
+        "selection_batches, then keep (the fastest step); ag: the paper's SFT-AG, which drops and grows by accumulated "
+        "gradients; ma: its SFT-MA, which grows by SM3's accumulators and takes the least memory.",
+        choices=("random", "static", "columns", "ag", "ma"),
     )
     score: str = option(
         "gradient",
@@ -59,6 +60,16 @@ class SparseConfig:
         check=at_least(1),
     )
     column_quota: float | None = option(None, "The same for columns.", check=at_least(1))
+    granularity: str = option(
+        "auto",
+        "What is trained whole or not at all: entry (single entries), column (all weights of one input), row (all of "
+        "one output), block (squares of block_size); all but entry need entries that stay: method columns, random, or "
+        "static with selection_batches. auto: column with method columns, otherwise entry.",
+        choices=("auto", "entry", "column", "row", "block"),
+    )
+    block_size: int = option(
+        16, "With granularity block: rows and columns of a block; must divide each weight.", check=at_least(1)
+    )
     density: float | None = option(
         None,
         "Fraction of each target weight that is trained. Exactly one budget must be given (none is needed with "
@@ -146,3 +157,10 @@ class SparseConfig:
         "micro-step of all ranks. If set, candidates do not depend on how batches are cut into micro-batches.",
         check=at_least(1),
     )
+
+    @property
+    def trains_whole(self) -> str:
+        """The granularity in effect: entry, column, row or block."""
+        if self.granularity != "auto":
+            return self.granularity
+        return "column" if self.method == "columns" else "entry"

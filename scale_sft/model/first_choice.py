@@ -16,7 +16,8 @@ from scale_sft.spiel.selection.parts import ReadWeight
 from scale_sft.spiel.selection.survey import Survey
 
 from .stepped import Sparse
-from .targets import Target, budget_of
+from .targets import Target, budget_of, transposed_names
+from .tilings import tilings_of
 from .transient import TransientDeltas
 
 
@@ -50,7 +51,10 @@ class FirstChoice:
     def __init__(self, sparse: Sparse):
         self.sparse, self.batches = sparse, sparse.settings.sparse.selection_batches
         group = sparse.group
-        self.survey = Survey(sparse.shapes, sparse.settings.rule, group, weight_reader(sparse), group.device)
+        self.transposed = transposed_names(sparse.targets)
+        tilings = tilings_of(sparse.settings.sparse, sparse.shapes, self.transposed)
+        read = weight_reader(sparse)
+        self.survey = Survey(sparse.shapes, sparse.settings.rule, group, read, group.device, tilings)
         self.received = False
         """Whether the batch in progress has had a backward pass."""
         if not self.survey.needs_batches:
@@ -99,7 +103,7 @@ class FirstChoice:
             UserError: a gradient or a score is not finite, a quota does not hold the budget, or processes differ.
         """
         sparse, options = self.sparse, self.sparse.settings.sparse
-        counts = budget_of(options, sparse.shapes)
+        counts = budget_of(options, sparse.shapes, self.transposed)
         try:
             chosen = self.survey.choose(
                 counts, floor_fraction=options.budget_floor if options.budget == "global" else None

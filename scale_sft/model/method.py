@@ -15,19 +15,22 @@ from scale_sft.errors import UserError
 from scale_sft.kernels.backends import exchanges_of, products_of
 from scale_sft.kernels.moments import moments_of, resolve_moments
 from scale_sft.spiel.algorithm import SparseFineTuning
-from scale_sft.spiel.deltas import DeltaStore
+from scale_sft.spiel.deltas import Active, DeltaStore
+from scale_sft.spiel.seeding import random_tiles
 from scale_sft.spiel.selection.parts import ReadWeight
 from scale_sft.spiel.selection.proposals import Proposals
 from scale_sft.spiel.settings import Backends
+from scale_sft.spiel.tiles import Tiles, Tiling
 
 from .group import Group
 from .sparse_settings import SparseSettings
-from .targets import budget_of
+from .targets import Target, budget_of, transposed_names
+from .tilings import tilings_of
 
 
 def make_method(
     settings: SparseSettings,
-    shapes: Mapping[str, tuple[int, int]],
+    targets: list[Target],
     group: Callable[[], Group],
     read_weight: ReadWeight,
     active: Mapping[str, Tensor] | Mapping[str, int] | None = None,
@@ -36,15 +39,18 @@ def make_method(
 
     Args:
         settings: what to do.
-        shapes: (O, I) of each target weight by name.
+        targets: the layers to train.
         group: returns the processes that train together, which may grow in number.
         read_weight: see `ReadWeight`.
         active: initial indices of each weight, or K of each at random indices; None: K by the settings.
     """
     sparse, schedule, device = settings.sparse, settings.reallocations, group().device
+    shapes, transposed = {target.name: target.shape for target in targets}, transposed_names(targets)
+    tilings = tilings_of(sparse, shapes, transposed)
+    chosen: Active = active or settings.start or settings.counts or budget_of(sparse, shapes, transposed)
     store = DeltaStore(
         shapes,
-        active or settings.start or settings.counts or budget_of(sparse, dict(shapes)),
+        _whole(chosen, tilings, settings.seed) if tilings else chosen,
         seed=settings.seed,
         device=device,
         cohorts=len(schedule.reallocations()),
@@ -67,6 +73,27 @@ def make_method(
         reuse_buffer=settings.quantization is None,  # next to a dequantised copy, memory is for one gradient only
     )
     return SparseFineTuning(store, settings.method, schedule, backends)
+
+
+def _whole(active: Active, tilings: Mapping[str, Tiling], seed: int) -> dict[str, Tiles]:
+    """Turn counts into as many random tiles, and indices into the tiles that they make up.
+
+    Raises:
+        UserError: counts or indices are not those of whole tiles.
+    """
+    found = {}
+    for name, tiling in tilings.items():
+        given = active[name]
+        if isinstance(given, Tensor):
+            found[name] = tiling.chosen_in(given)
+        elif isinstance(given, int) and given % tiling.size == 0:
+            found[name] = random_tiles(tiling, given // tiling.size, seed, name)
+        else:
+            raise UserError(
+                f"granularity: got {given} entries for '{name}', expected whole tiles of {tiling.size}. Fix: "
+                "--granularity entry with method static"
+            )
+    return found
 
 
 class ModelProposals(Proposals):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError
+from scale_sft.spiel.taps import Bounds
 from scale_sft.spiel.taps import detach as remove_tap
 
 from . import fused_step
@@ -73,7 +74,7 @@ class SparseModel:
         self.settings, self.group, self._save, self._find_ranks = settings, group, save, join
         self.targets = targets_of(model, settings.sparse)
         self.shapes = {target.name: target.shape for target in self.targets}
-        self.tuning = make_method(settings, self.shapes, lambda: self.group, weight_reader(self))
+        self.tuning = make_method(settings, self.targets, lambda: self.group, weight_reader(self))
         self.choosing: Choosing | None = None
         """While the entries are chosen, before the first update."""
         self._exposure: Exposure | None = None
@@ -114,12 +115,12 @@ class SparseModel:
     def _wire(self, model: nn.Module, packed: dict | None) -> ResidentDeltas | TransientDeltas:
         """Tap the layers, place the model, take its fingerprints, and put the deltas into it."""
         store, group = self.tuning.store, self.group
-        transient = None
+        transient, needed = None, None if self.settings.sparse.trains_whole == "entry" else self._needed
         if packed is None:
-            attach_taps(self.targets, self._record, group.materialize, self._record_many)
+            attach_taps(self.targets, self._record, group.materialize, needed, self._record_many)
         else:
             transient = TransientDeltas(store, packed, group.materialize)
-            attach_transient_taps(transient, store.names, self._record, self._record_many)
+            attach_transient_taps(transient, store.names, self._record, needed, self._record_many)
         self.model = group.prepare(model)
         self.parts = parts_of(self.targets, group.part_of)
         self.prints = self.fingerprints(transient)
@@ -149,11 +150,7 @@ class SparseModel:
         return combine_fingerprints(self.prints, self.shapes)
 
     def check_base(self, what: str) -> None:
-        """Prove that the weights without their deltas are still the base's.
-
-        Raises:
-            UserError: they are not; the message is `what` and the two hashes.
-        """
+        """Raise UserError, with `what` and two hashes, unless the weights without their deltas are the base's."""
         transient = self.carrier if isinstance(self.carrier, TransientDeltas) else None
         found = combine_fingerprints(self.fingerprints(transient), self.shapes)
         if found != self.base_hash:
@@ -188,16 +185,14 @@ class SparseModel:
         else:
             self.tuning.recorder.record_product(name, left, right, more=more)
 
-    def _record_many(
-        self, names: Sequence[str], left: Tensor, right: Tensor, bounds: Sequence[tuple[int, int]]
-    ) -> None:
+    def _record_many(self, names: Sequence[str], left: Tensor, right: Tensor, bounds: Bounds) -> None:
         """Receive the factors of several weights' gradients: see `RecordMany`."""
         self._receive()
         if self.choosing is None:
             self.tuning.recorder.record_many(names, left, right, bounds)
-            return
-        for name, (start, stop) in zip(names, bounds, strict=True):
-            self.choosing.record(name, left[start:stop], right[start:stop])
+        else:
+            for name, (start, stop) in zip(names, bounds, strict=True):
+                self.choosing.record(name, left[start:stop], right[start:stop])
 
     def _receive(self) -> None:
         """Check that deltas are trained, and open a step where steps open automatically."""
@@ -207,6 +202,10 @@ class SparseModel:
             if self._optimizer is None:
                 raise UserError("backward: got no optimizer. Fix: call sparse.optimizer(lr=...) before the first step")
             self._optimizer.receive()
+
+    def _needed(self, name: str, factor: Tensor, left: bool) -> Tensor:
+        """Return the columns of a factor that the backward pass needs: see `Needed`."""
+        return factor if self.choosing is not None else self.tuning.recorder.needed(name, factor, left=left)
 
     def load_state(
         self,
@@ -237,7 +236,7 @@ class SparseModel:
     def rebuild(self, active: Mapping[str, Tensor] | Mapping[str, int]) -> None:
         """Start with other entries before the first step: indices by name, or counts at random; the same total."""
         self.carrier.restore()
-        self.tuning = make_method(self.settings, self.shapes, lambda: self.group, weight_reader(self), active)
+        self.tuning = make_method(self.settings, self.targets, lambda: self.group, weight_reader(self), active)
         store = self.tuning.store
         if isinstance(self.carrier, TransientDeltas):
             self.carrier.follow(store)

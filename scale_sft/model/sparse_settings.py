@@ -47,9 +47,11 @@ class SparseSettings:
             estimation_steps=self.sparse.estimation_steps,
             initial_replacement_fraction=self.sparse.initial_replacement_fraction,
             replacement_schedule=self.sparse.replacement_schedule,
-            only_first=self.sparse.method in ("static", "random"),
+            only_first=self.sparse.method in ("static", "random", "columns"),
             estimates=self.sparse.method != "ma",
-            chosen=self.start is not None or self.sparse.method == "random" or self.sparse.selection_batches > 0,
+            chosen=self.start is not None
+            or self.sparse.method in ("random", "columns")
+            or self.sparse.selection_batches > 0,
         )
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,7 +19,7 @@ from scale_sft.config.options import SparseConfig
 from scale_sft.errors import UserError
 from scale_sft.spiel.budgets import as_lora_spends, budget
 from scale_sft.spiel.embedding_taps import why_not_embedding
-from scale_sft.spiel.taps import Materialize, Record, RecordMany, WeightTap, attach
+from scale_sft.spiel.taps import Materialize, Needed, Record, RecordMany, WeightTap, attach
 
 from .embeddings import Embeddings, attach_embedding_taps, embeddings_of
 from .expert_taps import RouterTap, attach_expert_taps
@@ -29,6 +29,7 @@ from .packed_weights import is_quantized_layer
 from .reach import NOT_BY_TEXT, candidate, reach_of
 from .resident import WeightPart
 from .routers import is_free_router, routers
+from .tilings import in_whole_tiles, tilings_of
 
 EXCLUDED = "named by exclude_modules"
 ROUTER = "a router, frozen unless it is named"
@@ -50,6 +51,11 @@ class Target:
     def modules(self) -> list[nn.Module]:
         """List the layers that use the weight."""
         return [self.module] if self.output is None else [self.module, self.output]
+
+    @property
+    def by_rows(self) -> bool:
+        """Return True if the gradient is 0 outside the rows of a batch's tokens, and never dense."""
+        return isinstance(self.module, nn.Embedding) and self.output is None
 
     @property
     def weight(self) -> nn.Parameter:
@@ -231,12 +237,19 @@ def _why_nothing(layers: dict[str, _Layer], chosen: set[str], out: dict[str, str
     )
 
 
-def budget_of(sparse: SparseConfig, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
-    """Compute K of each weight.
+def budget_of(
+    sparse: SparseConfig, shapes: dict[str, tuple[int, int]], transposed: Collection[str] = ()
+) -> dict[str, int]:
+    """Compute K of each weight: of single entries, or of whole columns, rows or blocks.
+
+    Args:
+        sparse: the options.
+        shapes: (O, I) of each target weight by name.
+        transposed: see `tilings_of`.
 
     Raises:
-        UserError: a total that exceeds the targets' entries, or is less than one entry for each; a rank whose LoRA has
-            more parameters than a weight has entries.
+        UserError: see `tilings_of`, `in_whole_tiles`; a total that exceeds the targets' entries, or is less than one
+            entry for each; a rank whose LoRA has more parameters than a weight has entries.
     """
     everything, total = sum(o * i for o, i in shapes.values()), sparse.tunable_weights
     if total and not len(shapes) <= total <= everything:
@@ -258,7 +271,9 @@ def budget_of(sparse: SparseConfig, shapes: dict[str, tuple[int, int]]) -> dict[
         tunable_weights=sparse.tunable_weights,
         rank_equivalent=sparse.rank_equivalent,
     )
-    return as_lora_spends(counts, shapes) if sparse.budget == "rank" else counts
+    counts = as_lora_spends(counts, shapes) if sparse.budget == "rank" else counts
+    tilings = tilings_of(sparse, shapes, transposed)
+    return in_whole_tiles(sparse, counts, tilings) if tilings else counts
 
 
 def parts_of(targets: Iterable[Target], part_of: Callable[[nn.Parameter], WeightPart]) -> dict[str, WeightPart]:
@@ -308,6 +323,7 @@ def attach_taps(
     targets: Sequence[Target],
     record: Record,
     materialize: Materialize = nullcontext,
+    needed: Needed | None = None,
     record_many: RecordMany | None = None,
 ) -> None:
     """Route the targets' layers through taps that offer each weight gradient to `record`, or to `record_many`."""
@@ -320,10 +336,22 @@ def attach_taps(
         elif is_free_router(target.module):
             attach(RouterTap(target.module, target.name, record))
         else:
-            tap = WeightTap(target.module, target.name, record, transposed=target.transposed, materialize=materialize)
+            tap = WeightTap(
+                target.module,
+                target.name,
+                record,
+                transposed=target.transposed,
+                materialize=materialize,
+                needed=needed,
+            )
             attach(tap)
     trained = [target.name for target in targets if target.fused is not None]
     attach_expert_taps(experts.values(), trained, record, materialize, record_many=record_many)
+
+
+def transposed_names(targets: list[Target]) -> frozenset[str]:
+    """Name the weights that are stored as [in, out]."""
+    return frozenset(target.name for target in targets if target.transposed)
 
 
 def _largest_rank(shape: tuple[int, int]) -> int:

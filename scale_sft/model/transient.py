@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.spiel.deltas import DeltaStore, SparseDelta
-from scale_sft.spiel.taps import Materialize, Record, RecordMany, WeightTap, attach
+from scale_sft.spiel.taps import Materialize, Needed, Record, RecordMany, WeightTap, attach
 
 from .embeddings import attach_embedding_taps
 from .expert_taps import RouterTap, attach_expert_taps
@@ -142,7 +142,11 @@ class TransientDeltas:
 
 
 def attach_transient_taps(
-    deltas: TransientDeltas, trained: Collection[str], record: Record, record_many: RecordMany | None = None
+    deltas: TransientDeltas,
+    trained: Collection[str],
+    record: Record,
+    needed: Needed | None = None,
+    record_many: RecordMany | None = None,
 ) -> None:
     """Route every quantised layer through a tap, even those without a delta.
 
@@ -176,6 +180,7 @@ def attach_transient_taps(
             transposed=packed.transposed,
             materialize=deltas.materialize,
             effective_weight=effective_weight,
+            needed=needed,
         )
         attach(tap)
     attach_expert_taps(experts.values(), trained, record, deltas.materialize, deltas.effective_experts, record_many)

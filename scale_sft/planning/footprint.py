@@ -18,7 +18,7 @@ from scale_sft.model import empty
 from scale_sft.model.coverage import Coverage, coverage
 from scale_sft.model.experts import fused_weights
 from scale_sft.model.quantization import Quantization
-from scale_sft.model.targets import budget_of, choice_of
+from scale_sft.model.targets import budget_of, choice_of, transposed_names
 from scale_sft.spiel.indices import bytes_of_entries
 
 GIB = 1 << 30
@@ -56,6 +56,8 @@ class Facts:
     largest: int  # of one weight of any kind
     shapes: dict[str, tuple[int, int]]  # of the targets
     coverage: Coverage  # what they reach of the blocks
+    largest_gradient: int  # entries of the largest dense gradient of a target; an input embedding has none
+    transposed: frozenset[str] = frozenset()  # targets that are stored as [in, out]
     attention: str = "sdpa"  # what `attention: auto` is for this base
 
 
@@ -75,6 +77,8 @@ def facts_of(config: Config, model_config: Any) -> Facts:
         largest=max(weight.numel() for weight in model.parameters()),
         shapes={target.name: target.shape for target in choice.targets},
         coverage=coverage(model, choice),
+        largest_gradient=max((target.numel for target in choice.targets if not target.by_rows), default=0),
+        transposed=transposed_names(choice.targets),
         attention=getattr(model.config, "_attn_implementation", None) or "eager",
     )
 
@@ -132,13 +136,23 @@ def footprint(
     """
     facts = facts_of(config, model_config)
     shapes = facts.shapes
-    counts = counts or budget_of(config.sparse, shapes)
+    counts = counts or budget_of(config.sparse, shapes, facts.transposed)
     return Footprint(
         base=stored_base(facts, dtype.itemsize, quantization),
         deltas=sum(state_bytes(config, shapes, counts, dtype, 0 if quantization else 1).values()),
         candidates=candidate_bytes(config, sum(counts.values())),
-        weight_gradient=max(o * i for o, i in shapes.values()) * dtype.itemsize,
+        weight_gradient=largest_gradient(config.sparse, facts, counts) * dtype.itemsize,
     )
+
+
+def largest_gradient(sparse: SparseConfig, facts: Facts, counts: Mapping[str, int]) -> int:
+    """Count the entries of the largest gradient that is formed at once: of a weight, or of its trained tiles alone.
+
+    A first choice by selection_batches forms whole gradients, whatever is trained later.
+    """
+    if sparse.trains_whole != "entry" and not sparse.selection_batches:
+        return max(counts.values())
+    return facts.largest_gradient
 
 
 def state_bytes(

@@ -25,7 +25,9 @@ from scale_sft.model.empty import empty_model
 from scale_sft.model.loading import enable_checkpointing
 from scale_sft.model.loss import predictions
 from scale_sft.model.output_layer import assumed_output_layer
-from scale_sft.model.targets import attach_taps, targets_of
+from scale_sft.model.targets import Target, attach_taps, targets_of, transposed_names
+from scale_sft.model.tilings import tilings_of
+from scale_sft.spiel.tiles import Tiles, Tiling
 from scale_sft.spiel.topk import CHUNK_ENTRIES
 
 _ATTENTION = "scale_sft_plan"
@@ -161,13 +163,22 @@ def _trace(
     if checkpointing:
         enable_checkpointing(model)
     targets = targets_of(model, sparse)
+    tilings = tilings_of(sparse, {target.name: target.shape for target in targets}, transposed_names(targets))
+
+    pending: dict[str, Tensor] = {}  # gradients that come in parts, while these propose candidates
 
     def record(name: str, left: Tensor, right: Tensor, *, more: bool = False) -> None:
         # of an embedding: the rows that the batch's tokens looked up, at most one for each of them
         gradient = right.float() if left.dim() == 1 else left.t() @ right
-        _record(gradient, active.get(name, 1), proposes and not more)
+        if more and proposes:
+            pending.setdefault(name, gradient)
+        else:
+            _record(pending.pop(name, gradient), active.get(name, 1), proposes)
 
-    attach_taps(targets, record)
+    if tilings and active and not sparse.selection_batches:
+        _trace_tiles(targets, tilings, active)
+    else:
+        attach_taps(targets, record)
     ids = torch.zeros(sequences, tokens, dtype=torch.int64, device="meta")
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     places, wanted = (found.to("meta") for found in predictions(torch.zeros(sequences, tokens, dtype=torch.int64)))
@@ -183,6 +194,24 @@ def _trace(
         count.peak = count.live
         loss.backward()
     return StepMemory(activations, max(0, before - count.peak), max(before, count.peak))
+
+
+def _trace_tiles(targets: list[Target], tilings: Mapping[str, Tiling], active: Mapping[str, int]) -> None:
+    """Tap layers of which whole columns, rows or blocks are trained; which ones makes no difference to memory.
+
+    The products of blocks, one after the other, are too small to count.
+    """
+    first = {name: torch.arange(active[name] // tiling.size, device="meta") for name, tiling in tilings.items()}
+    tiles = {name: Tiles(tiling, first[name]) for name, tiling in tilings.items() if tiling.is_band}
+
+    def record(name: str, left: Tensor, right: Tensor, *, more: bool = False) -> None:
+        for _, product in tiles[name].products(left, right) if name in tiles and left.dim() > 1 else ():
+            del product
+
+    def needed(name: str, factor: Tensor, left: bool) -> Tensor:
+        return tiles[name].needed(factor, left=left) if name in tiles else factor
+
+    attach_taps(targets, record, needed=needed)
 
 
 def _record(gradient: Tensor, active: int, proposes: bool) -> None:

@@ -31,6 +31,7 @@ from .footprint import (
     Facts,
     candidate_bytes,
     facts_of,
+    largest_gradient,
     proposes,
     state_bytes,
     stored_base,
@@ -121,16 +122,17 @@ class Planner:
         facts, sparse = self.facts(config), config.sparse
         dtype = resolve_dtype(config.model, self.model_config)
         size, quantization = dtype.itemsize, resolve_quantization(config.model, self.model_config)
-        counts = self.counts or budget_of(sparse, facts.shapes)
+        counts = self.counts or budget_of(sparse, facts.shapes, facts.transposed)
         active, largest_k = sum(counts.values()), max(counts.values())
         candidates = int(sparse.candidate_ratio * active) if proposes(sparse) else 0
+        gradient = largest_gradient(sparse, facts, counts) * size
         largest_target = max(o * i for o, i in facts.shapes.values())
 
         stored, scales = stored_base(facts, size, quantization), _scales(facts, quantization)
         step = self._step(config, counts, gpus, dtype)
         gathered = _gathered(config, facts, size, stored) if sharded else 0
         proposal = max(cost.temporaries for cost in proposal_costs(config, facts, counts, gpus)) if candidates else 0
-        dequantised = max(2 * largest_target, _largest_fused(facts)) * size if quantization else 0
+        dequantised = max(2 * facts.largest_gradient, _largest_fused(facts)) * size if quantization else 0
         held = 0 if quantization else 1 / gpus if sharded else 1
         state = state_bytes(config, facts.shapes, counts, dtype, held)
         after = _after_step_bytes(active, largest_k)
@@ -141,8 +143,8 @@ class Planner:
             "candidates": candidate_bytes(config, active),
             "activations": step.activations,
             "logits": step.logits,
-            "largest weight gradient": largest_target * size,
-            "other working memory": max(step.working - largest_target * size, 0) + dequantised + proposal,
+            "largest weight gradient": gradient,
+            "other working memory": max(step.working - gradient, 0) + dequantised + proposal,
         }
         idle = sum(rows[name] for name in ("activations", "logits", "largest weight gradient", "other working memory"))
         rows["other working memory"] += max(0, after - idle)

@@ -119,7 +119,7 @@ def overview(run: Run) -> dict[str, str]:
         "Base": run.option("model", "base"),
         "Started from": run.option("sparse", "start_from"),
         "Objective": _objective(run),
-        "Method": _method(run.option("sparse", "method")),
+        "Method": _method(run.option("sparse", "method"), run.option("sparse", "granularity")),
         "Budget": _budget(run),
         "Active entries": f"{active:,}{share}" if active else None,
         "Optimizer steps": steps + resumed,
@@ -175,14 +175,18 @@ def _objective(run: Run) -> str | None:
     return f"{name}, beta {beta:g}" + (f", reference: base + {adapter}" if adapter else "")
 
 
-def _method(method: str | None) -> str | None:
+def _method(method: str | None, granularity: str | None) -> str | None:
     names = {
         "ag": "SFT-AG (accumulated gradients)",
         "ma": "SFT-MA (momentum approximation)",
         "static": "static (selected once, then fixed)",
         "random": "random (drawn once from the seed, then fixed)",
+        "columns": "whole columns (chosen once, then fixed)",
     }
-    return names.get(method, method) if method else None
+    if not method:
+        return None
+    whole = f", whole {granularity}s" if granularity in ("row", "column", "block") and method != "columns" else ""
+    return names.get(method, method) + whole
 
 
 def _budget(run: Run) -> str | None:

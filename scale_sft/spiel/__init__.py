@@ -5,6 +5,7 @@
     deltas      the sparse delta of one weight, and the store of all (section 3.1)
     digests     what tells ranks whether they hold the same state
     indices     which entries are active, in 2 bytes each
+    tiles       columns, rows or blocks that are trained whole
     budgets     how many entries each weight gets
     seeding     seeded generators; random initial indices
     taps        a linear layer whose backward offers its weight gradient (Eq. 5, 7)

@@ -19,8 +19,7 @@ from .drop_grow import Exchange, apply_exchange, drop_scores, keep_unless_better
 from .indices import Part, on_device, piece_entries, wrong_with_indices
 from .joined_drop_grow import exchange_by_accumulators, exchange_by_gradient
 from .optimizers import SM3, AdamW, Optimizer
-from .recorder import CANDIDATE_STATE, Candidates, GradientRecorder, largest
-from .row_gradients import RowGradient
+from .recorder import CANDIDATE_STATE, Candidates, Gradient, GradientRecorder, largest
 from .schedules import Phase, ReallocationSchedule
 from .selection.proposals import Proposals
 from .selection.spread import update_rates
@@ -103,7 +102,7 @@ class SparseFineTuning:
 
     @property
     def method(self) -> str:
-        """`ag`, `ma`, `static` or `random`."""
+        """`ag`, `ma`, `static`, `random` or `columns`."""
         return self.settings.method
 
     def begin_step(self, step: int) -> None:
@@ -240,7 +239,7 @@ class SparseFineTuning:
         promised = mean if self.proposals is None else self._rank(delta, own, self.proposals, indices[leaving])
         return keep_unless_better(exchange, indices, promised.abs(), ranking[exchange.grown_candidates].abs())
 
-    def _propose(self, name: str, gradient: Tensor | RowGradient, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _propose(self, name: str, gradient: Gradient, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Choose candidates for the next reallocation by the rule of `proposals`."""
         assert self.proposals is not None
         return self.proposals.propose(name, gradient, count, len(self.cohort_steps))
@@ -329,6 +328,11 @@ class SparseFineTuning:
                 return f"{kind} holds a NaN or an infinite value"
             if kind.endswith("indices") and (wrong := wrong_with_indices(tensor, delta.shape)):
                 return f"{kind}: {wrong}"
+        if delta.tiles is not None:
+            try:
+                delta.tiles.tiling.chosen_in(state["indices"])
+            except ValueError as error:
+                return f"indices: {error}"
         if int(state["cohort"].max()) >= cohorts or int(state["cohort"].min()) < 0:
             return f"an entry has an unknown cohort: there are {cohorts}"
         return None

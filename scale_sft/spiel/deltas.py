@@ -13,8 +13,12 @@ from torch import Tensor
 
 from .indices import Entries, FlatEntries, JoinedEntries, Part, Rows, on_device, piece_entries, pieces
 from .seeding import FEW_ENTRIES, random_indices, random_indices_of_many, slice_of_many
+from .tiles import Tiles
 
 INITIAL_COHORT = 0
+
+Active = Mapping[str, int] | Mapping[str, Tensor] | Mapping[str, Tiles]
+"""By weight: how many entries, at random indices; or their indices; or the tiles that they make up."""
 
 
 @dataclass
@@ -32,6 +36,7 @@ class SparseDelta:
     deltas: Tensor  # [K] fp32 or bf16
     cohort: Tensor  # [K] uint8 or int16
     reference: Tensor | None = None  # [K] as deltas: those at the last reallocation, for drop_criterion `change` only
+    tiles: Tiles | None = None  # that the entries make up, where whole tiles are trained
 
     @property
     def numel(self) -> int:
@@ -48,6 +53,8 @@ class SparseDelta:
 
     @indices.setter
     def indices(self, indices: Tensor) -> None:
+        if self.tiles is not None:
+            self.tiles = self.tiles.tiling.chosen_in(indices)
         self.entries.replace(indices)
 
     @property
@@ -86,7 +93,7 @@ class DeltaStore:
     Args:
         shapes: (O, I) of each target weight by name.
         active: K of each weight, 1 <= K <= O * I, at random indices; or its initial indices [K], any integer type,
-            sorted, unique.
+            sorted, unique; or tiles, which are trained whole.
         seed: of the random initial indices; each weight has a generator of its own, seeded by (seed, purpose, name).
         device: where the state lives.
         cohorts: how many reallocations the run can have at most (decides the width of the cohort tensor).
@@ -97,7 +104,7 @@ class DeltaStore:
     def __init__(
         self,
         shapes: Mapping[str, tuple[int, int]],
-        active: Mapping[str, int] | Mapping[str, Tensor],
+        active: Active,
         *,
         seed: int = 0,
         device: torch.device | str = "cpu",
@@ -105,8 +112,7 @@ class DeltaStore:
         keep_reference: bool = False,
         dtype: torch.dtype = torch.float32,
     ):
-        wanted = [active[name] for name in shapes]
-        counts = [given.numel() if isinstance(given, Tensor) else given for given in wanted]
+        counts = [_count(active[name]) for name in shapes]
         self.places = FlatEntries(Rows(list(shapes.values()), torch.device(device)), counts)
         self.flat = torch.zeros(sum(counts), dtype=dtype, device=device)
         cohort_dtype = torch.uint8 if cohorts <= 255 else torch.int16
@@ -115,7 +121,7 @@ class DeltaStore:
         self._deltas: dict[str, SparseDelta] = {}
         self._numbers = {name: number for number, name in enumerate(shapes)}
         for name, shape in shapes.items():
-            number = self._numbers[name]
+            given, number = active[name], self._numbers[name]
             entries = self.places.range_of(number)
             self._deltas[name] = SparseDelta(
                 name=name,
@@ -124,12 +130,11 @@ class DeltaStore:
                 deltas=self.flat[entries],
                 cohort=self.cohort[entries],
                 reference=self.reference[entries] if self.reference is not None else None,
+                tiles=given.to(device) if isinstance(given, Tiles) else None,
             )
         self._choose(shapes, active, seed)
 
-    def _choose(
-        self, shapes: Mapping[str, tuple[int, int]], active: Mapping[str, int] | Mapping[str, Tensor], seed: int
-    ) -> None:
+    def _choose(self, shapes: Mapping[str, tuple[int, int]], active: Active, seed: int) -> None:
         """Make the initial indices active."""
         alike: dict[tuple[tuple[int, int], int], list[str]] = {}
         chosen: dict[str, Tensor] = {}
@@ -137,6 +142,8 @@ class DeltaStore:
             given = active[name]
             if isinstance(given, Tensor):
                 chosen[name] = given
+            elif isinstance(given, Tiles):
+                chosen[name] = given.indices()
             elif slice_of_many(name) and shape[0] * shape[1] <= FEW_ENTRIES:
                 alike.setdefault((shape, given), []).append(name)
             else:
@@ -200,3 +207,10 @@ class DeltaStore:
         for part in pieces(self.active, piece_entries(self.device)):
             counts += torch.bincount(self.cohort[part].int(), minlength=cohorts)
         return counts.tolist()
+
+
+def _count(active: int | Tensor | Tiles) -> int:
+    """Count the entries that one weight of `Active` has."""
+    if isinstance(active, Tiles):
+        return active.numbers.numel() * active.tiling.size
+    return active.numel() if isinstance(active, Tensor) else active

@@ -15,6 +15,7 @@ from .deltas import DeltaStore
 from .indices import Entries, FlatEntries, Part, piece_entries, pieces
 from .row_gradients import Pending, RowGradient, Sum
 from .schedules import Phase
+from .tiles import Tiles
 from .topk import largest_magnitudes
 
 Select = Callable[[Tensor, int], Tensor]
@@ -25,7 +26,10 @@ Products = Callable[[Tensor, Tensor, Sequence[tuple[Entries, Tensor]]], bool]
 """(left [T, R], right [T, C'], [(entries, out [K]), ...]): adds the entries of left^T right to each `out` and returns
 True; or returns False, doing nothing, if forming the full product is no slower."""
 
-Propose = Callable[[str, Tensor | RowGradient, int], tuple[Tensor, dict[str, Tensor]]]
+Gradient = Tensor | RowGradient
+"""Of one weight: dense [O, I], or the rows that are not 0."""
+
+Propose = Callable[[str, Gradient, int], tuple[Tensor, dict[str, Tensor]]]
 """(name, gradient [O, I], C) -> [C] sorted indices of candidates, and the facts that their ranking needs later; [0] if
 all of the gradient is 0."""
 
@@ -43,7 +47,7 @@ def largest(select: Select, sum_: Sum = lambda flat: None) -> Propose:
         sum_: over the same ranks.
     """
 
-    def propose(name: str, gradient: Tensor | RowGradient, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def propose(name: str, gradient: Gradient, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         if isinstance(gradient, RowGradient):
             return gradient.union(sum_).choose(select, count), {}
         return select(gradient.reshape(-1), count), {}
@@ -56,7 +60,7 @@ def dense_products(left: Tensor, right: Tensor, wanted: Sequence[tuple[Entries, 
     pick(left.t() @ right, wanted)
 
 
-def pick(gradient: Tensor | RowGradient, wanted: Sequence[tuple[Entries, Tensor]]) -> None:
+def pick(gradient: Gradient, wanted: Sequence[tuple[Entries, Tensor]]) -> None:
     """Add the entries of a gradient [R, C'] to each `out` [K]."""
     if isinstance(gradient, RowGradient):
         gradient.pick(wanted)
@@ -204,13 +208,17 @@ class GradientRecorder:
         first step of a run, to find dead gradients. Of an embedding it never is.
 
         Args:
-            left: [T, R], or [T] int64 of an embedding: see `Record`. right: [T, C'], of the same dtype.
+            left: [T, R], or [T] int64 of an embedding: see `Record`.
+            right: [T, C'], of the same dtype. Of both what `needed` returns is enough.
             more: other parts of this weight's gradient follow in the same backward pass, and candidates are proposed
                 by their sum.
         """
         if left.dim() == 1:
             self.by_rows.add(name)
             self.record(name, RowGradient(left, right, self.store[name].shape[0]), more=more)
+            return
+        if tiles := self.store[name].tiles:
+            self._record_tiles(name, tiles, left, right)
             return
         if self._watching or self._proposes(name):
             self.record(name, self._product(left, right), more=more)
@@ -234,7 +242,8 @@ class GradientRecorder:
         rows, columns = left.shape[1], right.shape[1]
         few = PICKED_TOGETHER if left.device.type == "cpu" else PICKED_TOGETHER_ON_DEVICE
         estimating = self.phase is not Phase.OFF
-        if self._watching or rows * columns > few // 4 or (estimating and not self.candidates.keys() >= set(names)):
+        alone = self._watching or self.store[names[0]].tiles is not None or rows * columns > few // 4
+        if alone or (estimating and not self.candidates.keys() >= set(names)):
             for name, (start, stop) in zip(names, bounds, strict=True):
                 self.record_product(name, left[start:stop], right[start:stop])
             return
@@ -256,6 +265,25 @@ class GradientRecorder:
         picked = products.view(-1).index_select(0, places.joined(part))
         out[part.entries] += picked.to(out.dtype)
 
+    def _record_tiles(self, name: str, tiles: Tiles, left: Tensor, right: Tensor) -> None:
+        """Record the gradient of whole tiles by dense products of their size alone; see `record_product`."""
+        if self._watching and name not in self.received:
+            rows, columns = self.store[name].shape
+            whole = [factor for factor, width in ((left, rows), (right, columns)) if factor.shape[1] == width]
+            if all(bool(factor.any()) for factor in whole):
+                self.received.add(name)
+        out = self._active[name]
+        for entries, product in tiles.products(left, right):
+            out[entries] += product.to(out.dtype)
+
+    def needed(self, name: str, factor: Tensor, *, left: bool) -> Tensor:
+        """Return the columns of a factor of one weight's gradient that `record_product` needs: [T, n] of [T, R or C'].
+
+        A forward pass keeps them for its backward pass.
+        """
+        tiles = self.store[name].tiles
+        return factor if tiles is None else tiles.needed(factor, left=left)
+
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         """Form left^T right [R, C'], in the reused buffer if there is one: use it before the next is formed."""
         if not self.reuse_buffer:
@@ -266,7 +294,7 @@ class GradientRecorder:
             self._buffer = torch.empty(largest, dtype=left.dtype, device=left.device)
         return torch.mm(left.t(), right, out=self._buffer[:size].view(left.shape[1], right.shape[1]))
 
-    def record(self, name: str, gradient: Tensor | RowGradient, *, more: bool = False) -> None:
+    def record(self, name: str, gradient: Gradient, *, more: bool = False) -> None:
         """Record the wanted entries of the [O, I] gradient of one weight in one backward pass, or of a part of it.
 
         Args:
@@ -279,7 +307,7 @@ class GradientRecorder:
             pick(gradient, self._wanted(name))
             return
         pick(gradient, [(self.store[name].entries, self._active[name])])
-        whole: Tensor | RowGradient | None = gradient
+        whole: Gradient | None = gradient
         if isinstance(gradient, Tensor) or more or name in self._pending:
             whole = self._pending.add(name, gradient, more=more)
         if whole is not None:

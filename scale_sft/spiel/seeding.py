@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .indices import index_dtype
+from .tiles import Tiles, Tiling
 
 FEW_ENTRIES = 1 << 13
 """The entries of a small weight: if there are many alike, `random_indices_of_many` chooses."""
@@ -30,6 +31,11 @@ def random_indices(shape: tuple[int, int], k: int, seed: int, name: str) -> Tens
     integers are computed. Memory is O(k).
     """
     return _subset(shape[0] * shape[1], k, seeded_generator(seed, "initial indices", name))
+
+
+def random_tiles(tiling: Tiling, count: int, seed: int, name: str) -> Tiles:
+    """Choose `count` distinct tiles of a weight, on the CPU, every set of them equally likely; see `random_indices`."""
+    return Tiles(tiling, _subset(tiling.count, count, seeded_generator(seed, "initial tiles", name)).long())
 
 
 def slice_of_many(name: str) -> bool:

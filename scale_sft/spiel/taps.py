@@ -31,8 +31,14 @@ class Record(Protocol):
         """
 
 
-RecordMany = Callable[[Sequence[str], Tensor, Tensor, Sequence[tuple[int, int]]], None]
+Bounds = Sequence[tuple[int, int]]
+"""Of each weight, its first row and the one after its last, among the rows of all."""
+
+RecordMany = Callable[[Sequence[str], Tensor, Tensor, Bounds], None]
 """(names, left [S, R], right [S, C], bounds): the same for weights that follow each other, of rows a to b of each."""
+
+Needed = Callable[[str, Tensor, bool], Tensor]
+"""(name, factor [T, n], whether it is the left one): the columns of it [T, m] that `Record` needs."""
 
 Materialize = Callable[[nn.Parameter], AbstractContextManager[Tensor]]
 """Yields the whole weight for the length of a `with` block, even if it is stored in shards."""
@@ -49,6 +55,7 @@ class WeightTap:
         materialize: see `Materialize`.
         effective_weight: makes a copy of the whole weight with its delta added, which the tap holds for one product
             only; None: the module's weight contains the delta.
+        needed: see `Needed`: what the forward pass keeps of its input; None: all.
     """
 
     def __init__(
@@ -60,7 +67,9 @@ class WeightTap:
         transposed: bool = False,
         materialize: Materialize = nullcontext,
         effective_weight: Callable[[], Tensor] | None = None,
+        needed: Needed | None = None,
     ):
+        self.needed = needed
         self.module, self.name, self.record, self.transposed = module, name, record, transposed
         self.materialize, self.effective_weight = materialize, effective_weight
         self.stock_forward = module.forward
@@ -106,11 +115,16 @@ class WeightTap:
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         return (x, dy) if self.transposed else (dy, x)
 
+    def kept(self, x: Tensor) -> Tensor:
+        """Return what the backward pass needs of the input [..., I]: itself, or some of its columns [T, n]."""
+        return x if self.needed is None else self.needed(self.name, x.reshape(-1, x.shape[-1]), self.transposed)
+
     def offer(self, x: Tensor, dy: Tensor, *, more: bool = False) -> None:
         """Hand the factors of dW, or of a part of it, to the recorder, if the weight is trained: see `Record`.
 
         Args:
-            x: [..., I]. dy: [..., O].
+            x: [..., I], or what `kept` returned of it.
+            dy: [..., O].
             more: other parts follow in the same backward pass.
         """
         if self.record is not None:
@@ -122,7 +136,7 @@ class WeightTap:
 
 
 class _TappedLinear(torch.autograd.Function):
-    """The layer's forward under autograd. Only the input is kept: never the weight, nor anything of its size.
+    """The layer's forward under autograd. Only the input is kept, or a part of it: never anything of the weight's size.
 
     Under torch.autocast the product is of another dtype than input and weight: the input is kept in that dtype, and
     the backward pass, which autocast does not reach, computes in it too.
@@ -134,7 +148,7 @@ class _TappedLinear(torch.autograd.Function):
         ctx.tap, ctx.dtype = tap, x.dtype
         y = tap.output(x)
         if tap.record is not None:
-            ctx.save_for_backward(x.to(y.dtype))
+            ctx.save_for_backward(tap.kept(x).to(y.dtype))
         return y
 
     @staticmethod

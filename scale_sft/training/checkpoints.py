@@ -57,6 +57,8 @@ _BEFORE = {
     "draw": "top",
     "temperature": 1.0,
     "selection_batches": 0,
+    "granularity": "auto",
+    "block_size": 16,
     "budget": "weight",
     "budget_floor": 0.1,
     "compile": "off",

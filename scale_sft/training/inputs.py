@@ -43,7 +43,7 @@ from scale_sft.model.quantization import Quantization, refuse_corrupting_storage
 from scale_sft.model.reach import refuse_randomness
 from scale_sft.model.router_loss import router_loss_of
 from scale_sft.model.sparse_settings import rule_of
-from scale_sft.model.targets import budget_of, choice_of
+from scale_sft.model.targets import budget_of, choice_of, transposed_names
 from scale_sft.planning.footprint import empty_model, entries_of, unpacked_experts
 from scale_sft.planning.placement import Placement, choose_placement
 
@@ -126,9 +126,9 @@ def read_inputs(config: Config) -> Inputs:
         require_mergeable(config.model, base.model, shapes, loaded=False)
     start = start_of(config)
     if start:
-        start.refuse_misfit(config.sparse, shapes, dtype, quantization)
+        start.refuse_misfit(config.sparse, shapes, dtype, quantization, base.transposed)
     else:
-        budget_of(config.sparse, shapes)
+        budget_of(config.sparse, shapes, base.transposed)
     counts = start.counts if start else None
     placement = choose_placement(config, model_config, dtype, world, quantization, counts)
     if config.model.compile == "blocks":
@@ -183,6 +183,7 @@ class _Base:
 
     model: Any  # on the meta device
     shapes: dict[str, tuple[int, int]]  # (O, I) of the targets
+    transposed: frozenset[str]  # targets that are stored as [in, out]
     coverage: Coverage
     note: str | None
 
@@ -200,7 +201,7 @@ def _checked_base(config: Config, model_config: Any, ranks: int) -> _Base:
         refuse_unpackable(model)
     router_loss_of(model, config.objective.router_aux_loss)
     shapes = {target.name: target.shape for target in choice.targets}
-    return _Base(model, shapes, coverage(model, choice), note)
+    return _Base(model, shapes, transposed_names(choice.targets), coverage(model, choice), note)
 
 
 def refuse_experts(names: Sequence[str]) -> None:

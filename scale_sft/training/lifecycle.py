@@ -61,6 +61,7 @@ def describe(session: Session, metrics: Metrics | NullMetrics) -> None:
         "placement": f"{inputs.placement.name} ({inputs.placement.reason})",
         "loading": f"{max(load_peaks) / 2**20:,.0f} MiB at the peak, on the rank with most",
         "method": config.sparse.method,
+        **({"granularity": f"whole {kind}s"} if (kind := config.sparse.trains_whole) != "entry" else {}),
         "active entries": f"{store.active:,} of {entries:,} in {len(store)} weights ({store.active / entries:.2%})",
         "block weights": inputs.coverage.line(),
         "attention": inputs.attention.name,

@@ -39,12 +39,22 @@ class Entrant:
 def step(lab: Lab) -> None:
     """Race one ordinary step of every kind of training, ours also without kernels."""
     plain = Entrant("ours-ag", "ours-ag, kernels cpu", {"kernels": "cpu"})
-    race(lab, [*_entrants("ours-ag", "ours-ma"), plain, *_entrants("peft-lora", "peft-lora-bf16", "full", FLOOR)], 15)
+    race(
+        lab,
+        [
+            *_entrants("ours-ag", "ours-ma", "ours-columns"),
+            plain,
+            *_entrants("peft-lora", "peft-lora-bf16", "full", FLOOR),
+        ],
+        15,
+    )
 
 
 def low_density(lab: Lab) -> None:
     """Race a step with as many trained entries as LoRA of rank 16."""
-    race(lab, _entrants("ours-ag", "ours-ma", "peft-lora-bf16", FLOOR), 10, density=lab.sizes.low_density)
+    race(
+        lab, _entrants("ours-ag", "ours-ma", "ours-columns", "peft-lora-bf16", FLOOR), 10, density=lab.sizes.low_density
+    )
 
 
 def four_bits(lab: Lab) -> None:
@@ -130,7 +140,7 @@ def cycle(lab: Lab) -> None:
     A cycle has ordinary steps, the steps of the estimation phase, the first of which proposes, and one that drops and
     grows: each counts as often as it happens.
     """
-    names = [name for name in CONTESTANTS if name.startswith("ours-") and name != "ours-static"]
+    names = [name for name in CONTESTANTS if name in ("ours-ag", "ours-ma")]
     with undisturbed():
         ready, batches = _made(lab, _entrants(*names, FLOOR), {})
         floor = ready.pop(FLOOR)

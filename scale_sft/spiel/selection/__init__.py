@@ -7,6 +7,7 @@
     parts      the processes that choose together
     survey     gradients of several batches before the first update, and the choice made from them
     proposals  candidates for growth by any rule, in the paper's loop
+    tile_keys  columns, rows or blocks chosen by the norm of their scores
     quotas     caps for each row and column
     spread     how evenly entries are spread over rows and columns
     shares     one ranking across weights, with floors

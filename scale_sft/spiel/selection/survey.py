@@ -6,18 +6,23 @@ may have fewer); K entries to choose.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..row_gradients import Pending, RowGradient
 from ..seeding import random_indices
+from ..tiles import Tiles, Tiling
+from ..topk import top_k_magnitude
 from .evidence import margins_of
 from .parts import Parts, ReadWeight
 from .quotas import choose_within
 from .rule import SelectionRule
 from .shares import global_shares
+from .tile_keys import random_tile_keys, tile_keys
 
 
 class Survey:
@@ -31,6 +36,7 @@ class Survey:
         parts: the processes that choose together.
         read_weight: see `ReadWeight`; called only if the score reads weights.
         device: where gradients are, and where the processes can exchange tensors.
+        tilings: of each weight, if whole tiles are to be chosen.
     """
 
     def __init__(
@@ -40,9 +46,10 @@ class Survey:
         parts: Parts,
         read_weight: ReadWeight,
         device: torch.device | None = None,
+        tilings: Mapping[str, Tiling] | None = None,
     ):
         self.shapes, self.rule, self.parts, self.read_weight = shapes, rule, parts, read_weight
-        self.device = device
+        self.device, self.tilings = device, tilings or {}
         self.batches = 0
         """Complete batches so far."""
         self._sums: dict[str, Tensor] = {}
@@ -87,7 +94,7 @@ class Survey:
         """Choose entries of each weight, and free the sums as they are used.
 
         Args:
-            counts: K of each weight.
+            counts: K of each weight; with tiles a multiple of their size.
             floor_fraction: rank the entries of all weights together, and give each weight at least this fraction of
                 its count; None: each weight gets its count.
 
@@ -106,7 +113,7 @@ class Survey:
         return {name: self._choose(name, keys.pop(name), shares[name]) for name in self.shapes}
 
     def _keys(self, name: str) -> Tensor:
-        """Compute the keys [n] of one weight's part, and free its sums."""
+        """Compute the keys [n] of one weight's part, or of all its tiles, and free its sums."""
         score = self.rule.of(batches=self.batches)
         rows, columns = self.shapes[name]
         places = self.parts.range_of(rows * columns)
@@ -115,12 +122,15 @@ class Survey:
             if name not in self._sums:
                 raise ValueError(f"no gradient reached '{name}' in {self.batches} batches. Fix: leave it out")
             mean, squares = self._sums.pop(name).div_(self.batches), self._squares.pop(name, None)
+        if name in self.tilings and score.name == "random":
+            return random_tile_keys(self.rule, name, self.tilings[name], self.device)
         if "margins" in score.reads and mean is not None:
             margins = margins_of(mean, places.start, (rows, columns), self.parts.sum_)
         if "weight" in score.reads:
             with self.read_weight(name) as whole:
                 weight = whole.reshape(-1)[places].float()
-        keys = self.rule.keys(
+        rule = replace(self.rule, temperature=math.inf) if name in self.tilings else self.rule  # keys are scores
+        keys = rule.keys(
             name,
             columns,
             0,
@@ -141,9 +151,14 @@ class Survey:
             )
         if scores:
             raise ValueError(f"score '{score.name}': got NaN or a negative number for {scores} entries of '{name}'")
+        if name in self.tilings:
+            return tile_keys(self.rule, name, self.tilings[name], keys, places.start, self.parts.sum_)
         return keys
 
     def _choose(self, name: str, keys: Tensor, count: int) -> Tensor:
+        if name in self.tilings:
+            tiling = self.tilings[name]
+            return Tiles(tiling, top_k_magnitude(keys, count // tiling.size).sort().values).indices()
         n = self.shapes[name][0] * self.shapes[name][1]
         quotas = self.rule.quotas(count, self.shapes[name])
         if quotas is None:

@@ -18,7 +18,7 @@ from scale_sft.model.attention import EAGER_TOKENS, choose_attention
 from scale_sft.model.coverage import Coverage, coverage_of
 from scale_sft.model.dropout import DropoutOff, switch_off_randomness
 from scale_sft.model.empty import empty_model, model_class
-from scale_sft.model.loading import enable_checkpointing
+from scale_sft.model.loading import enable_checkpointing, kept_whole
 from scale_sft.model.reach import NOT_BY_TEXT, PAST_ITS_FORWARD, reach_of, refuse_randomness
 from scale_sft.model.targets import EXCLUDED, ROUTER, find_targets
 
@@ -45,6 +45,16 @@ def test_a_weight_that_is_used_past_its_forward_is_left_out_and_named() -> None:
     assert not any("dt_proj" in target.name for target in find_targets(model, None))
     with pytest.raises(UserError, match=r"dt_proj' \(used past its module's forward\).*Fix: --exclude_modules dt_proj"):
         find_targets(model, ("dt_proj",))
+
+
+def test_a_layer_whose_dtype_or_data_other_code_reads_stays_whole_in_4_bits() -> None:
+    from scale_sft.model_check.tiny import tiny_config
+
+    config = tiny_config("dots3_note_text")  # hidden_states.to(self.weights_proj.weight.dtype)
+    paths = [f"model.layers.{n}.self_attn.indexer.weights_proj" for n in (0, 1)]
+    assert list(reach_of(empty_model(config)).read) == paths and kept_whole(config) == ["lm_head", *paths]
+    clamped = kept_whole(tiny_config("gemma3n_text")) or []  # self.prediction_coefs.weight.data.clamp_()
+    assert "model.layers.0.altup.prediction_coefs" in clamped and kept_whole(MIXTRAL) is None
 
 
 def test_of_a_vision_language_model_the_text_part_is_trained() -> None:

@@ -52,6 +52,12 @@ def test_checkpointing_keeps_one_activation_per_block() -> None:
     assert recomputed > LLAMA["num_hidden_layers"] * 2 * 128 * LLAMA["hidden_size"] * 4
 
 
+def test_whole_columns_keep_less_for_the_backward_pass_and_form_no_gradient_of_a_weights_size() -> None:
+    chosen = {method: plan("7b", "--method", method)["rows"] for method in ("random", "columns")}
+    assert chosen["columns"]["activations"] < 0.85 * chosen["random"]["activations"]
+    assert chosen["columns"]["largest weight gradient"] < 0.02 * chosen["random"]["largest weight gradient"]
+
+
 def test_eager_attention_keeps_its_square_matrices() -> None:
     config = LlamaConfig(**LLAMA)
     fused = step_memory(config, torch.float32, sequences=1, tokens=256).activations
@@ -140,7 +146,7 @@ def test_plans_are_within_a_tenth_of_the_measured_peak(tmp_path, tokenizer, tiny
     )}  # fmt: skip
     data = tmp_path / "long.jsonl"
     data.write_text((json.dumps({"prompt": "x", "completion": "abc" * 200}) + "\n") * 8)
-    common = {"train_data": str(data), "loss_on": "all", "steps": 1, "update_interval_steps": 1, "estimation_steps": 1,
+    common = {"train_data": str(data), "method": "ag", "loss_on": "all", "steps": 1, "update_interval_steps": 1, "estimation_steps": 1,
               "base_placement": "replicate", "max_length": 256}  # fmt: skip
     runs, planned = [], []
     for number, options in enumerate(MEASURED.values()):

@@ -78,6 +78,7 @@ OPTIONS = {
     "static, with a quota": SAMPLED | {"method": "static", "row_quota": 2.0},
     "global ranking": {"method": "static", "selection_batches": 1, "budget": "global"},
     "random": {"method": "random"},
+    "columns": {"method": "columns"},
 }
 
 

@@ -17,13 +17,16 @@ def test_the_seed_alone_rebuilds_the_entries_of_a_random_run(train_run):
     assert not [record for record in read_metrics(run / "metrics.jsonl") if record["event"] == "reallocation"]
 
 
-@pytest.mark.parametrize("score", ["balanced", "gradient_weight"])
-def test_a_quantised_base_chooses_as_well(score, train_run, capsys):
-    run = train_run(method="static", selection_batches=2, score=score, draw="top", quantization="nf4")
+@pytest.mark.parametrize(
+    ("method", "score", "what"),
+    [("static", "balanced", "entries"), ("static", "gradient_weight", "entries"), ("columns", "balanced", "columns")],
+)
+def test_a_quantised_base_chooses_as_well(method, score, what, train_run, capsys):
+    run = train_run(method=method, selection_batches=2, score=score, draw="top", quantization="nf4")
     records = read_metrics(run / "metrics.jsonl")
     losses = [record["loss"] for record in records if record["event"] == "step"]
     assert losses[-1] < losses[0]
-    assert f"entries: the best by {score} (selection_batches 2), before the first update" in capsys.readouterr().out
+    assert f"{what}: the best by {score} (selection_batches 2), before the first update" in capsys.readouterr().out
 
 
 def test_lora_like_shares_give_each_weight_its_rows_and_columns(train_run):

@@ -1,0 +1,162 @@
+"""Whole columns, rows and blocks of a model's weights: chosen, trained, saved and resumed."""
+
+import json
+
+import pytest
+import torch
+from tiny_loop import batch, same, train
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import scale_sft
+from scale_sft.config.loading import load as load_config
+from scale_sft.errors import UserError
+from scale_sft.model import compiled_blocks
+from scale_sft.model.compiled_blocks import compile_blocks, decoder_blocks
+from scale_sft.model.targets import budget_of
+from scale_sft.spiel.schedules import Phase
+from scale_sft.spiel.taps import WeightTap, attach
+
+RUN = {"density": 0.07, "total_steps": 6}
+KINDS = {
+    "columns": {"method": "columns"},
+    "chosen columns": {"method": "columns", "selection_batches": 1, "score": "balanced", "draw": "sample"},
+    "rows": {"method": "random", "granularity": "row"},
+    "blocks": {"method": "static", "granularity": "block", "block_size": 4, "selection_batches": 1},
+}
+
+
+def by_inputs(sparse, name: str) -> torch.Tensor:
+    """Which entries are active, [out, in], however the layer stores its weight."""
+    delta = sparse.tuning.store[name]
+    mask = torch.zeros(delta.numel, dtype=torch.bool)
+    mask[delta.indices.long()] = True
+    transposed = next(target.transposed for target in sparse.targets if target.name == name)
+    return mask.view(delta.shape).t() if transposed else mask.view(delta.shape)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_autograd_and_no_step_makes_candidates(load, architecture, kind) -> None:
+    dense, model = load(architecture=architecture), load(architecture=architecture)
+    sparse = scale_sft.attach(model, **RUN, **KINDS[kind])
+    optimizer, recorder = sparse.optimizer(lr=1e-2), sparse.tuning.recorder
+    while optimizer.steps < 1:
+        train(model, optimizer, 1, 1)
+        recorder = sparse.tuning.recorder
+    for name in sparse.shapes:
+        mask = by_inputs(sparse, name)
+        lines = mask.all(1) if kind == "rows" else mask.all(0)
+        if kind != "blocks":
+            assert torch.equal(mask, lines[:, None].expand_as(mask) if kind == "rows" else lines.expand_as(mask))
+    dense.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    for one in (dense, model):
+        one(**batch(2)).loss.backward()
+    assert recorder.phase is Phase.OFF and not recorder.candidates and recorder.flat.numel() == recorder.store.active
+    gradients = dict(dense.named_parameters())
+    for delta in recorder.store:
+        expected = gradients[delta.name].grad.view(-1)[delta.indices.long()]
+        torch.testing.assert_close(
+            recorder.gradients[recorder.store.entries_of(delta.name)], expected, rtol=1e-4, atol=1e-6
+        )
+
+
+def test_a_column_holds_the_weights_of_one_input_and_the_forward_pass_keeps_no_other_input() -> None:
+    layer, saved = nn.Linear(10, 6).requires_grad_(False), []
+    wanted = torch.tensor([1, 8])
+    record = lambda name, left, right: saved.append((left.shape, right.shape))
+    attach(WeightTap(layer, "w", record, needed=lambda name, x, left: x.index_select(1, wanted)))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
+        out = layer(torch.randn(2, 3, 10, requires_grad=True))
+    out.sum().backward()
+    assert kept == [(6, 2)] and saved == [((6, 6), (6, 2))]
+
+
+@pytest.mark.parametrize("kind", ["columns", "blocks"])
+def test_an_interrupted_loop_resumes_bit_for_bit(load, kind) -> None:
+    straight = load("bfloat16")
+    whole = scale_sft.attach(straight, **RUN, **KINDS[kind])
+    optimizer = whole.optimizer(lr=1e-2)
+    train(straight, optimizer, 1, 3)
+    state = optimizer.state_dict()
+    train(straight, optimizer, 4, 6)
+    again = load("bfloat16")
+    resumed = scale_sft.attach(again, **RUN, **KINDS[kind], seed=9)  # the state's columns replace those of the seed
+    optimizer = resumed.optimizer(lr=1e-2)
+    optimizer.load_state_dict(state)
+    train(again, optimizer, 4, 6)
+    assert whole.tuning.digests() == resumed.tuning.digests() and same(straight.state_dict(), again.state_dict())
+    name = resumed.tuning.store.names[0]
+    indices = state["state"]["weights"][name]["indices"]
+    indices.copy_(torch.arange(len(indices)))
+    with pytest.raises(UserError, match="are not whole tiles"):
+        optimizer.load_state_dict(state)
+
+
+def test_compiled_blocks_train_as_plain_ones_do(load, monkeypatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled_blocks, "BACKEND", CompileCounterWithBackend("eager"))
+    found = []
+    for compiled in (False, True):
+        model = load().train()
+        model.config.use_cache = False
+        sparse = scale_sft.attach(model, **RUN, method="columns")
+        if compiled:
+            compile_blocks(decoder_blocks(model, sparse.shapes))
+        train(model, sparse.optimizer(lr=1e-2), 1, 3)
+        found.append(sparse.tuning.digests())
+    assert found[0] == found[1] and compiled_blocks.BACKEND.frame_count
+
+
+def test_an_adapter_of_columns_says_so_and_trains_further_only_as_columns(load, tmp_path) -> None:
+    model = load()
+    sparse = scale_sft.attach(model, **RUN, method="columns")
+    train(model, sparse.optimizer(lr=1e-2), 1, 2)
+    info = json.loads((sparse.save(tmp_path / "columns") / "adapter_config.json").read_text())
+    assert (info["method"], info["granularity"]) == ("columns", "column")
+    deltas = sparse.tuning.store.flat.clone()
+    sparse.detach()
+    further = scale_sft.attach(model, start_from=str(tmp_path / "columns"), method="columns", total_steps=2)
+    assert torch.equal(further.tuning.store.flat, deltas)
+    train(model, further.optimizer(lr=1e-2), 1, 1)
+    further.detach()
+    entries = scale_sft.attach(model, **RUN, method="random")
+    entries.save(tmp_path / "entries")
+    entries.detach()
+    with pytest.raises(UserError, match="start_from: got entries of '.*' in .* that are not whole columns"):
+        scale_sft.attach(model, start_from=str(tmp_path / "entries"), method="columns", total_steps=2)
+
+
+def test_budgets_are_whole_columns_and_together_less_than_one_below_what_was_asked_for() -> None:
+    shapes = {"a.weight": (10, 30), "b.weight": (20, 30), "c.weight": (30, 10)}
+    sparse = load_config(None, {"method": "columns", "density": 0.05, "base": "demo", "steps": 1}).sparse
+    counts = budget_of(sparse, shapes, {"c.weight"})
+    assert counts == {"a.weight": 10, "b.weight": 20, "c.weight": 30}  # asked for: 15, 30, 15; the last is [in, out]
+    with pytest.raises(UserError, match=r"got 4 entries for 'a.weight' of 10 x 30, expected at least 10: a whole col"):
+        budget_of(load_config(None, {"method": "columns", "density": 0.015, "steps": 1}).sparse, shapes)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"granularity": "column", "method": "ag"}, "granularity: got column with method ag"),
+        ({"granularity": "row", "method": "columns"}, "granularity: got row with method columns"),
+        (
+            {"granularity": "block", "method": "static", "selection_batches": 0},
+            "granularity: got block with method static without selection",
+        ),
+        ({"method": "columns", "selection_batches": 1, "row_quota": 2.0}, "row_quota: got 2.0 with granularity column"),
+        ({"method": "columns", "selection_batches": 1, "budget": "global"}, "budget: got global with granularity col"),
+        ({"method": "columns", "score": "snr"}, "score: got snr with method columns, which without selection_batches"),
+        ({"method": "columns", "seed_moments": False}, "seed_moments: got False with method columns"),
+        ({"granularity": "colum"}, "granularity: .*colum.*did you mean 'column'"),
+        ({"method": "random", "granularity": "block", "block_size": 7}, "block_size: got 7, but '.*does not divide"),
+        ({"method": "columns", "density": 1e-4}, r"budget: got 1 entries for '.*expected at least .*: a whole column"),
+    ],
+)
+def test_what_contradicts_itself_is_one_error_that_says_what_to_do(load, options, says) -> None:
+    model = load()
+    with pytest.raises(UserError, match=says):
+        scale_sft.attach(model, **{**RUN, **options})
+    scale_sft.attach(model, **RUN).detach()
