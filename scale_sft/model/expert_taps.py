@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.spiel.grouped import GroupedTap, Groups
-from scale_sft.spiel.taps import Materialize, Record, attach
+from scale_sft.spiel.taps import Materialize, Record, RecordMany, attach
 
 from .experts import FusedWeight, fused_in
 
@@ -114,6 +114,7 @@ def attach_expert_taps(
     record: Record,
     materialize: Materialize = nullcontext,
     effective_weight: EffectiveWeight | None = None,
+    record_many: RecordMany | None = None,
 ) -> None:
     """Route modules of experts through taps.
 
@@ -123,6 +124,7 @@ def attach_expert_taps(
         record: receives the gradients' factors of these, each by its name.
         materialize: see `Materialize`.
         effective_weight: adds deltas to a copy of a parameter; None: the parameters contain them.
+        record_many: receives all slices of a parameter at once, instead of `record`.
     """
     wanted = set(trained)
     for path, module in modules:
@@ -136,6 +138,7 @@ def attach_expert_taps(
                 record,
                 transposed=fused.transposed,
                 materialize=materialize,
+                record_many=record_many,
                 effective_weight=_bound(effective_weight, fused),
             )
         attach(ExpertsTap(module, products))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .taps import Materialize, Record
+from .taps import Materialize, Record, RecordMany
 from .traced import enlist, traced_grouped_output
 
 _ALIGNED_BYTES = 16
@@ -84,6 +84,7 @@ class GroupedTap:
             so all ranks make the same calls.
         transposed: slices are [I, O].
         materialize: see `Materialize`.
+        record_many: takes all trained slices at once, instead of `record`.
         effective_weight: makes a copy of the whole parameter with its deltas added, for one product; None: the
             parameter contains the deltas.
     """
@@ -97,9 +98,11 @@ class GroupedTap:
         *,
         transposed: bool = False,
         materialize: Materialize = nullcontext,
+        record_many: RecordMany | None = None,
         effective_weight: Callable[[], Tensor] | None = None,
     ):
-        self.module, self.leaf, self.names, self.record = module, leaf, tuple(names), record
+        self.module, self.leaf, self.record, self.record_many = module, leaf, record, record_many
+        self.names = {number: name for number, name in enumerate(names) if name is not None}
         self.transposed, self.materialize, self.effective_weight = transposed, materialize, effective_weight
         self.anchor = torch.zeros((), requires_grad=True)
         self.number = enlist(self)
@@ -143,9 +146,12 @@ class GroupedTap:
     def offer(self, x: Tensor, dy: Tensor, groups: Groups) -> None:
         """Hand the factors of each slice's gradient to the recorder: x [S, I], dy [S, O]."""
         left, right = (x, dy) if self.transposed else (dy, x)
-        for name, (start, stop) in zip(self.names, groups.bounds, strict=True):
-            if name is not None:
-                self.record(name, left[start:stop], right[start:stop])
+        bounds = [groups.bounds[number] for number in self.names]
+        if self.record_many is not None and self.names:
+            self.record_many(list(self.names.values()), left, right, bounds)
+            return
+        for name, (start, stop) in zip(self.names.values(), bounds, strict=True):
+            self.record(name, left[start:stop], right[start:stop])
 
 
 class _TappedProduct(torch.autograd.Function):
