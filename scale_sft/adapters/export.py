@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from scale_sft.errors import UserError, first_line
 from scale_sft.files import new_folder
 from scale_sft.model.empty import empty_model
+from scale_sft.model.experts import parse_slice
 from scale_sft.model.fingerprints import fingerprint
 from scale_sft.model.loading import base_location
 from scale_sft.model.resident import WeightPart, read_entries
@@ -43,13 +44,16 @@ def export(
         merge(adapter, output, base, licence=licence)
         with opened(adapter) as source:
             return Exported(source.active(), 0)
+    from transformers import AutoConfig
+
     with opened(adapter) as source, new_folder(output, "export") as work:
         refuse_quantised(source, f"--to {to}")
         folder = locate_base(source, base)
-        require_linear(source, folder, to)
+        model = empty_model(AutoConfig.from_pretrained(folder))
+        require_linear(source, model, folder, to)
         named = absolute_base(base_location(base or source.info["base"]))
         with BaseFiles(folder) as files:
-            values = BaseValues(files, source)
+            values = BaseValues(files, source, model)
             values.require_same_base()
             if to == "shira":
                 written = write_shira(source, work, named, values)
@@ -60,11 +64,17 @@ def export(
 
 
 class BaseValues(Mapping):
-    """[K] by weight name: the base at the active entries, read from its files at each access."""
+    """[K] by weight name: the base at the active entries, read from its files at each access.
 
-    def __init__(self, files: BaseFiles, adapter: Adapter):
+    Args:
+        files: of the base.
+        adapter: its entries.
+        model: the base on the meta device.
+    """
+
+    def __init__(self, files: BaseFiles, adapter: Adapter, model: nn.Module):
         self._files, self._adapter = files, adapter
-        self._sources = files.sources_of(adapter.shapes)
+        self._sources = files.sources_of(adapter.shapes, model)
 
     def __getitem__(self, name: str) -> Tensor:
         return read_entries(self._entries(name), self._adapter.indices[name])
@@ -101,12 +111,15 @@ def refuse_quantised(adapter: Adapter, what: str) -> None:
         )
 
 
-def require_linear(adapter: Adapter, source: Path, to: str) -> None:
+def require_linear(adapter: Adapter, model: nn.Module, source: Path, to: str) -> None:
     """Raise UserError if a weight belongs to no `nn.Linear`: peft knows these formats for nothing else."""
-    from transformers import AutoConfig
-
-    model = empty_model(AutoConfig.from_pretrained(source))
     layers = dict(model.named_modules())
+    experts = [name for name in adapter.shapes if parse_slice(name)]
+    if experts:
+        raise UserError(
+            f"export: got {len(experts):,} experts of fused parameters ('{experts[0]}', ...), expected weights of "
+            f"nn.Linear: peft's {to} has no such layer. Fix: --to merged"
+        )
     for name in adapter.shapes:
         layer = layers.get(name.removesuffix(".weight"))
         if layer is None:

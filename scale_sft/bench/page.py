@@ -26,6 +26,8 @@ BENCHMARKS = {
     "reallocate": "reallocate",
     "scale": "scale.page",
     "quality": "quality.page",
+    "merging": "quality.merging",
+    "drift": "quality.drift",
     "sync": "sync",
     "gpu": "gpu.page",
 }

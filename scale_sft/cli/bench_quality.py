@@ -53,6 +53,19 @@ from .bench_options import OUTPUT
     help="Also measure the loss on other data, before and after training: what the model still knows. In plain text "
     "all tokens count. NAME alone: the held-out data of another --task. Can be repeated.",
 )
+@click.option(
+    "--merging",
+    "of_merging",
+    is_flag=True,
+    help="Then add the adapters of each pair of tasks, and measure both losses of the sum; trains them again.",
+)
+@click.option(
+    "--drift",
+    "of_drift",
+    is_flag=True,
+    help="Then merge each adapter into the base in bfloat16 and unmerge it, 1,000 times, and measure how far the "
+    "weights move; trains one run of each again.",
+)
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Runs at the best rate.")
 @click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of a run; default: 150, or the recipe's.")
 @option(
@@ -96,6 +109,8 @@ def quality(
     more_rungs: int,
     tasks: tuple[str, ...],
     retain: tuple[str, ...],
+    of_merging: bool,
+    of_drift: bool,
     seeds: int,
     validation_examples: int,
     jobs: int | None,
@@ -123,12 +138,14 @@ def quality(
     scale-sft bench quality --base models/a --task maths=a.jsonl,b.jsonl --task qa=c.jsonl,d.jsonl,max_length=256 \
         --retain maths --retain qa --retain news=news.txt
 
-    Every finished run is a row in OUTPUT_DIR/quality.jsonl and is not repeated: after Ctrl-C the same command resumes.
-    quality.csv holds the tables. Runs share the machine, so compare their seconds only with each other.
+    Every finished run is a row in OUTPUT_DIR/quality.jsonl (merging.jsonl, drift.jsonl) and is not repeated: after
+    Ctrl-C the same command resumes. quality.csv holds the tables. Runs share the machine, so compare their seconds only
+    with each other.
     """
     from scale_sft.bench.page import write_page
     from scale_sft.bench.quality import measure as benchmark
     from scale_sft.bench.quality.contestants import choose
+    from scale_sft.bench.quality.extras import measure_extras, refuse_impossible
     from scale_sft.bench.quality.tasks import read_retained, read_tasks
 
     chosen = read_tasks(tasks)
@@ -142,8 +159,13 @@ def quality(
         retained=read_retained(retain, chosen),
         more_rungs=more_rungs,
     )
+    refuse_impossible(settings, of_merging=of_merging, of_drift=of_drift)
+    processes = jobs or benchmark.default_processes()
     try:
-        rows = benchmark.measure(settings, output, processes=jobs or benchmark.default_processes(), say=click.echo)
+        rows = benchmark.measure(settings, output, processes=processes, say=click.echo)
+        measure_extras(
+            settings, rows, output, of_merging=of_merging, of_drift=of_drift, processes=processes, say=click.echo
+        )
     except KeyboardInterrupt:
         raise UserError(f"interrupted; finished runs are in {output}: the same command resumes") from None
     for task, tables, remarks in benchmark.report(rows):

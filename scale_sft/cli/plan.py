@@ -21,7 +21,10 @@ _SHAPES = ASSETS / "shapes"
 @click.argument("recipe", required=False)
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Devices, one rank on each.")
 @click.option("--gpu-memory", type=float, help="Memory of one device in GB, to judge whether the run fits.")
-@click.option("--shape", help="Plan for the shape 7b, 13b, 70b or 405b (Llama) in place of the recipe's base.")
+@click.option(
+    "--shape",
+    help="Plan for the shape 3b, 7b, 13b, 70b, 405b (Llama) or 30b-a3b (Qwen3) instead of the recipe's base.",
+)
 @click.option("--check", is_flag=True, help="Exit with status 1 if the run does not fit; needs --gpu-memory.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, in bytes.")
 @with_field_options
@@ -48,7 +51,8 @@ def plan(
         options["base"] = str(_shape_folder(shape))
     config = load(recipe, options)
     model_config = load_model_config(config.model)
-    planner = Planner(model_config, _counts_of_adapter(config, model_config))
+    planner = Planner(model_config)
+    planner.counts = _counts_of_adapter(config, planner)
     found = planner.plan(config, gpus=gpus, gpu_memory_gb=gpu_memory)
     change = (
         None
@@ -61,22 +65,24 @@ def plan(
     else:
         _print(found, change, gpus, gpu_memory)
         click.echo(planner.facts(config).coverage.line())
+        if note := planner.note(config):
+            click.echo(note)
     if check and not found.fits:
         sys.exit(1)
 
 
-def _counts_of_adapter(config, model_config) -> dict[str, int] | None:
+def _counts_of_adapter(config, planner) -> dict[str, int] | None:
     """Count the entries per weight of the adapter that the run starts from; None: its budget counts."""
     if config.sparse.start_from is None:
         return None
     from scale_sft.adapters.start import Start
     from scale_sft.model.loading import resolve_dtype
     from scale_sft.model.quantization import resolve_quantization
-    from scale_sft.planning.footprint import facts_of
 
     start = Start.read(config.sparse.start_from, config.sparse.delta_dtype)
-    dtype, quantization = resolve_dtype(config.model, model_config), resolve_quantization(config.model, model_config)
-    facts = facts_of(config, model_config)
+    dtype = resolve_dtype(config.model, planner.model_config)
+    quantization = resolve_quantization(config.model, planner.model_config)
+    facts = planner.facts(config)
     start.refuse_misfit(config.sparse, facts.shapes, dtype, quantization, facts.transposed)
     return start.counts
 

@@ -21,6 +21,8 @@ DEMO = "demo"
 """As `base`, `train_data`, `eval_data`: the small pretrained model and the task that ship with the package."""
 DEMO_PREFERENCES = "demo_preferences"
 """As `train_data`, `eval_data`: the shipped pairs of answers, also for sft; other objectives read them as `demo`."""
+DEMO_CHAT = "demo_chat"
+"""As `train_data`, `eval_data`: some of the shipped task's rows as conversations."""
 
 
 class ConfigError(UserError):
@@ -220,7 +222,10 @@ class RunConfig:
         on_resume="free",
     )
     eval_batch_size: int = option(
-        16, "Sequences per forward pass of one rank in evaluation.", check=at_least(1), on_resume="free"
+        16,
+        "Sequences per forward pass of one rank in evaluation; no effect on the held-out loss of preferences.",
+        check=at_least(1),
+        on_resume="free",
     )
     seed: int = option(0, "Seed of the initial indices and of the data order.", check=at_least(0))
     output_dir: str = option(

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,6 +92,13 @@ class Block:
         return cls(np.concatenate(ids), np.concatenate(positions), np.concatenate(parts), predicts)
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """Lengths of some examples as they are laid out, by number."""
+
+    lengths: Any
+
+
 class PreferenceBatches:
     """Cuts micro-batches from preferences.
 
@@ -137,7 +145,7 @@ class PreferenceBatches:
         """
         if self.layout.row_tokens:
             for rows in packed_micro_batches(
-                self,
+                self if self.sides == self.examples.trained else self._measured(batch),
                 batch,
                 row_tokens=self.layout.row_tokens,
                 rank=rank,
@@ -150,6 +158,10 @@ class PreferenceBatches:
         order = batch if keep_order or first else longest_first(self, batch)
         for members in micro_batches(order, rank, world_size, micro_batch_size, first):
             yield self.padded([s for n in members if n is not None for s in self.answers(n)])
+
+    def _measured(self, batch: Sequence[int]) -> _Measured:
+        """Take the lengths of mismatched answers, which only their tokens tell."""
+        return _Measured({n: sum(len(self.examples.sequence(s)[0]) for s in self.answers(n)) for n in batch})
 
     def padded(self, sequences: Sequence[int]) -> SequenceBatch:
         """Give each sequence a row of its own, padded on the right."""

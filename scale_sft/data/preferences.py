@@ -106,6 +106,7 @@ class Marked(Preferences):
         self.sequence_lengths = np.repeat(self.lengths, 2)  # of a mismatched one, about: enough to sort by
         self.target_counts = np.repeat(self._targets, 2)  # of its own answers; nobody asks for the others'
         self._longest = int(self.lengths.max(initial=0))  # as the data are cut
+        self._partners: dict[int, int] = {}  # found so far: see `_of_another_prompt`
 
     def sequence(self, number: int) -> Tokens:
         """Return the answer of an example (2n), or a mismatched one under its prompt (2n + 1)."""
@@ -113,21 +114,23 @@ class Marked(Preferences):
         if not mismatched:
             return self.tokens(example)
         prompt = _prompt(self.tokens(example))
-        others, wanted = self._of_another_prompt(example, prompt)
+        if example not in self._partners:
+            self._partners[example] = self._of_another_prompt(example, prompt)
+        others, wanted = self.tokens(self._partners[example])
         start = _first_target(wanted)
         ids = np.concatenate([prompt, others[start:]])[: self._longest]
         return ids, np.concatenate([np.full(len(prompt), IGNORED), wanted[start:]])[: self._longest]
 
-    def _of_another_prompt(self, example: int, prompt: np.ndarray) -> Tokens:
-        """Return the nearest example before one whose prompt differs; the one before it if none in reach does.
+    def _of_another_prompt(self, example: int, prompt: np.ndarray) -> int:
+        """Find the nearest example before one whose prompt differs; the one before it if none in reach does.
 
         Answers to one prompt often follow each other, and an answer to the same prompt would not be mismatched.
         """
         for back in range(1, min(len(self), _REACH + 1)):
-            other = self.tokens((example - back) % len(self))
-            if not np.array_equal(_prompt(other), prompt):
+            other = (example - back) % len(self)
+            if not np.array_equal(_prompt(self.tokens(other)), prompt):
                 return other
-        return self.tokens((example - 1) % len(self))
+        return (example - 1) % len(self)
 
     def digest(self) -> str:
         """Hash all tokens, spans and marks with SHA-256: 64 hex digits."""

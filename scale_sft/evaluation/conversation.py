@@ -79,8 +79,9 @@ class Conversation:
         adapter = Adapter.load(folder)
         if self._live is None:
             self._live = load_adapter(self.model, adapter)
-        self._ready = self._live.prepare(adapter)
-        self._live.swap(self._ready)
+        else:
+            self._live.swap(adapter)
+        self._ready = self._live.applied
         self.adapter, self._info = folder, adapter.info
         self.tokenizer.chat_template = adapter.info.get("chat_template") or self._own_template
 

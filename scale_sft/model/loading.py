@@ -120,6 +120,13 @@ def load_base(
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base: '{config.base}' does not load: {first_line(error)}") from None
+    except (RuntimeError, TypeError, LookupError, AttributeError) as error:
+        if device is not None:
+            raise
+        raise UserError(  # some models' own initialisation does not expect shards
+            f"base_placement: got shard, expected replicate, as transformers cannot load '{model_config.model_type}' "
+            f"in ZeRO-3 shards ({type(error).__name__}: {first_line(error)}). Fix: --base_placement replicate"
+        ) from None
     model.requires_grad_(False)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
@@ -135,15 +142,16 @@ def load_base(
 def kept_whole(model_config: Any, *, trust_remote_code: bool = False) -> list[str] | None:
     """List layers that stay whole when a base is quantised; None: those that transformers keeps anyway.
 
-    Weights that are used past their module's forward stay whole: nothing would dequantise them there.
+    Weights that are used past their module's forward stay whole, as nothing would dequantise them there; and those
+    whose dtype or data other code reads, to cast their input or to clamp them: it would find packed bytes.
     """
-    model = empty_model(model_config, trust_remote_code=trust_remote_code)
-    past = [path for path, why in reach_of(model).faults.items() if why == PAST_ITS_FORWARD]
-    if not past:
-        return None
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    return [*get_keys_to_not_convert(model), *past]
+    model = empty_model(model_config, trust_remote_code=trust_remote_code)
+    reach, anyway = reach_of(model), get_keys_to_not_convert(model)
+    past = [path for path, why in reach.faults.items() if why == PAST_ITS_FORWARD]
+    kept = [path for path in dict.fromkeys((*past, *reach.read)) if path not in anyway]
+    return [*anyway, *kept] if kept else None
 
 
 def silence_progress_bars() -> None:

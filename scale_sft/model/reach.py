@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scale_sft.errors import UserError, first_line
@@ -24,6 +25,7 @@ from scale_sft.spiel.taps import WeightTap, attach, detach
 from .dropout import switch_off_randomness
 from .embeddings import embeddings_of
 from .empty import text_config
+from .experts import fused_in
 from .linear_kinds import is_conv1d, why_not_linear
 
 PAST_ITS_FORWARD = "used past its module's forward"
@@ -32,6 +34,7 @@ PROBE_TOKENS = (2, 6)
 REAL_PARAMETERS = 1 << 25
 """A model that the meta device cannot run is probed with random numbers if it has no more parameters than this."""
 
+_READ: tuple[Any, ...] = (torch.Tensor.dtype, torch.Tensor.data)
 _EXPERT = ".experts."  # in the paths of experts that are modules of their own: a few tokens do not reach all of them
 _UNCOMPARED = ("dtype", "torch_dtype", "quantization_config", "_name_or_path", "transformers_version")
 
@@ -41,6 +44,7 @@ class Reach:
     """What the probe found."""
 
     faults: dict[str, str]  # reason by path of a layer that cannot be trained
+    read: tuple[str, ...] = ()  # paths of layers whose dtype or data other code reads
     random: tuple[str, ...] = ()  # modules whose forward pass draws random numbers in training mode
     unproved: str | None = None  # why there was no probe
 
@@ -102,6 +106,9 @@ def _run(model: Any, masked: bool) -> Reach:
     for path, module in layers.items():
         module.weight.requires_grad_(True)
         attach(WeightTap(module, path, record, transposed=is_conv1d(module)))
+    experts = {path: module for path, module in model.named_modules() if any(fused_in(path, module))}
+    called: set[str] = set()
+    hooks = [module.register_forward_hook(_noting(path, called)) for path, module in experts.items()]
     ends = embeddings_of(model)
     if ends.input and ends.embedding is not None and why_not_embedding(ends.embedding) is None:
         layers = {ends.input: ends.embedding} | layers
@@ -110,15 +117,17 @@ def _run(model: Any, masked: bool) -> Reach:
     try:
         ids = torch.arange(PROBE_TOKENS[0] * PROBE_TOKENS[1], device=device).view(PROBE_TOKENS) + 3
         ids = ids.remainder(text_config(model.config).vocab_size)
-        with _Draws(model) as draws:
+        with _Draws(model) as draws, _Reads(layers, draws.inside) as reads:
             mask = {"attention_mask": torch.ones_like(ids)} if masked else {}
             logits = model(input_ids=ids, **mask, use_cache=False).logits
         logits.float().sum().backward()
     finally:
         for module in layers.values():
             detach(module)
+        for hook in hooks:
+            hook.remove()
     owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
-    faults = {}
+    faults = {path: NOT_BY_TEXT for path in experts if path not in called}
     for path, module in layers.items():
         if owners[id(module.weight)] > 1 and not (ends.tied and path in (ends.input, ends.output)):
             continue  # refused as tied
@@ -126,17 +135,24 @@ def _run(model: Any, masked: bool) -> Reach:
             faults[path] = PAST_ITS_FORWARD
         elif path not in reached and _EXPERT not in path:
             faults[path] = NOT_BY_TEXT
-    return Reach(faults, tuple(sorted(draws.where)))
+    return Reach(faults, tuple(sorted(reads.paths)), tuple(sorted(draws.where)))
+
+
+def _noting(path: str, called: set[str]) -> Callable[..., None]:
+    return lambda *_: called.add(path)
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the layers whose weight is a matrix, with their paths; embeddings are none."""
-    for path, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, nn.Parameter) or isinstance(module, nn.Embedding):
-            continue
-        if len(getattr(weight, "ds_shape", weight.shape)) == 2:
-            yield path, module
+    yield from ((path, module) for path, module in model.named_modules() if candidate(module))
+
+
+def candidate(module: nn.Module) -> bool:
+    """Return True for a layer whose weight is a matrix, and that embeds nothing."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or isinstance(module, nn.Embedding):
+        return False
+    return len(getattr(weight, "ds_shape", weight.shape)) == 2
 
 
 class _Draws(TorchDispatchMode):
@@ -145,22 +161,39 @@ class _Draws(TorchDispatchMode):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.where: set[str] = set()
-        self._model, self._inside = model, [type(model).__name__]
+        self._model, self.inside = model, [type(model).__name__]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         attention = "scaled_dot_product" in func.name()  # tagged for its dropout, which is off
         if torch.Tag.nondeterministic_seeded in func.tags and not attention:
-            self.where.add(self._inside[-1])
+            self.where.add(self.inside[-1])
         return func(*args, **(kwargs or {}))
 
     def __enter__(self):
-        self._hooks = list(_watch(self._model.modules(), self._inside))
+        self._hooks = list(_watch(self._model.modules(), self.inside))
         return super().__enter__()
 
     def __exit__(self, *what):
         for hook in self._hooks:
             hook.remove()
         return super().__exit__(*what)
+
+
+class _Reads(TorchFunctionMode):
+    """The layers whose weight other code asks for dtype or data: `x.to(layer.weight.dtype)`, `.data.clamp_()`."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], inside: list[str]):
+        super().__init__()
+        self.paths: set[str] = set()
+        self._layers = {id(module.weight): (path, type(module).__name__) for path, module in layers.items()}
+        self._inside = inside
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if any(func == read.__get__ for read in _READ) and id(args[0]) in self._layers:
+            path, kind = self._layers[id(args[0])]
+            if self._inside[-1] != kind:
+                self.paths.add(path)
+        return func(*args, **(kwargs or {}))
 
 
 def _watch(modules: Iterable[nn.Module], inside: list[str]) -> Iterator[Any]:

@@ -117,14 +117,14 @@ class Checker:
         adapter = self.folder / "run" / "adapter"
         info = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         reach = Coverage.of_document(info["block_weights"])
-        self.found.cells[REACHED] = f"{reach.share:.0%}"
+        self.found.cells[REACHED] = _share(reach.share)
         if reach.rest:
             self.found.remark = "; ".join(dict.fromkeys(f"{one.kind}: {one.reason}" for one in reach.rest[:4])) + ". "
         weights = dict(self._load(self.base).named_parameters())
         experts = sum(weight.numel() for name, weight in weights.items() if _of_experts(name) and weight.dim() > 1)
         if experts:
             reached = sum(math.prod(shape) for name, shape in info["shapes"].items() if _of_experts(name))
-            self.found.cells[EXPERTS] = f"{reached / experts:.0%}"
+            self.found.cells[EXPERTS] = _share(reached / experts)
 
     def _session(self, **options: Any) -> Any:
         from scale_sft.distributed.cluster import Cluster
@@ -259,6 +259,11 @@ def options_of(folder: Path, **options: Any) -> dict[str, Any]:
         "max_length": 32, "learning_rate": 0.05, "base_placement": "replicate", "kernels": "off",
         "log_every_steps": 1, "save_every_steps": None, **options,
     }  # fmt: skip
+
+
+def _share(share: float) -> str:
+    """Write a share in [0, 1] in whole per cent; 100 % only if nothing is missing."""
+    return ">99%" if 0.995 <= share < 1 else f"{share:.0%}"
 
 
 def _of_experts(name: str) -> bool:

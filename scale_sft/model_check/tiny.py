@@ -50,6 +50,7 @@ _SECTIONS = {"rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2]}}  # halves
 _VISION = {"out_hidden_size": 64, "embed_dim": 64, "projection_dim": 64, "spatial_merge_size": 2}
 
 _SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
@@ -59,6 +60,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "vision_config": {"per_layer_config": {}, "adapter_in_dim": 64, "adapter_out_dim": 64},
         "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64, "downsample_hidden_size": 32},
     },
+    "dots3_note_text": {"num_hidden_layers": 2},
     "gemma3n_text": {
         "num_hidden_layers": 4, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "laurel_rank": 8,
         "vocab_size_per_layer_input": VOCABULARY, "activation_sparsity_pattern": [0.0] * 4,
@@ -69,6 +71,8 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {"num_layers": 2, "head_dim": 8, "zero_expert_num": 2, "moe_topk": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "qwen4_exp": {"text_config": {"num_hidden_layers": 2}},
+    "qwen4_exp_text": {"num_hidden_layers": 2},
     "xglm": {"pad_token_id": 1},
     "zamba": {
         "num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
@@ -108,7 +112,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "qwen3_vl": {"vision_config": {"deepstack_visual_indexes": [0]}},
     "smolvlm": {"text_config": {"model_type": "llama"}},
 }  # fmt: skip
-"""What the rule below cannot know."""
+"""What the rule below cannot know. Where a name has `layer` in it, the layers are not one of each kind."""
 
 WRAPPERS = (
     "gemma3", "gemma4", "internvl", "llama4", "llava", "llava_next", "mistral3", "mllama", "qwen2_5_vl", "qwen2_vl",
@@ -180,6 +184,8 @@ def _arguments(kind: Any, special: Mapping[str, Any], like: Any = None) -> dict[
         given["num_key_value_heads"] = given["num_attention_heads"]
     if like is not None:
         given |= _switches(given, special, like, fields)
+    if not any("layer" in name for name in special):
+        given |= _layers(like if like is not None else _defaults(kind), fields)
     for name, sub in getattr(kind, "sub_configs", {}).items():
         wanted = dict(special.get(name, {}))
         mine = getattr(like, name, None)
@@ -199,26 +205,61 @@ def _arguments(kind: Any, special: Mapping[str, Any], like: Any = None) -> dict[
 
 
 def _switches(given: Mapping[str, Any], special: Mapping[str, Any], like: Any, fields: Iterable[str]) -> dict[str, Any]:
-    """Take what is not a size from `like`: flags, names, factors, parts that it lacks, one layer of each kind."""
+    """Take what is not a size from `like`: flags, names, factors, and the parts that it lacks."""
     taken: dict[str, Any] = {}
+    rope = _setting(like, "rope_parameters")
+    if isinstance(rope, dict) and "rope_parameters" in fields and all(map(_is_plain, rope.values())):
+        short = {"original_max_position_embeddings": 32} if "original_max_position_embeddings" in rope else {}
+        taken["rope_parameters"] = {**rope, **short}
     for name in sorted({*fields} - {*special} - {*_OWN_VALUES}):
-        value = getattr(like, name, given)
-        if (value is None and name in given) or isinstance(value, bool | str) or _is_factor(name, value):
+        value = _setting(like, name)
+        if (
+            (name in given and vars(like).get(name, given) is None)
+            or isinstance(value, bool | str)
+            or _is_factor(name, value)
+        ):
             taken[name] = value
-    heads, shared = (getattr(like, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    heads, shared = (_setting(like, name) for name in ("num_attention_heads", "num_key_value_heads"))
     if "num_key_value_heads" in taken.keys() | given.keys() and shared in (1, heads):
         taken["num_key_value_heads"] = 1 if shared == 1 else given.get("num_attention_heads", 4)
-    kinds = next((name for name in _LAYER_KINDS if isinstance(getattr(like, name, None), list)), "")
-    if kinds in fields and not any("layer" in name for name in special):
-        layers = getattr(like, kinds)
-        chosen = [layers.index(kind) for kind in dict.fromkeys(layers)]
-        chosen += [len(layers) - 1] * (len(chosen) == 1)
-        for name in fields:
-            per_layer = getattr(like, name, None)
-            if isinstance(per_layer, list) and len(per_layer) == len(layers):
-                taken[name] = [per_layer[layer] for layer in chosen]
-        taken["num_hidden_layers"] = len(chosen)
     return taken
+
+
+def _layers(like: Any, fields: Iterable[str]) -> dict[str, Any]:
+    """Take one layer of each kind from `like`, two at least: its settings by layer, and their number."""
+    by_layer = {name: value for name in fields if isinstance(value := _setting(like, name), list) and len(value) > 1}
+    kinds = [by_layer[name] for name in _LAYER_KINDS if name in by_layer]
+    if not kinds:
+        return {}
+    chosen = {layers.index(kind) for layers in kinds for kind in layers}
+    depth = len(kinds[0])
+    if len(chosen) == 1:
+        chosen.add(depth - 1)
+    taken: dict[str, Any] = {"num_hidden_layers": len(chosen)}
+    for name, settings in by_layer.items():
+        if len(settings) == depth:
+            taken[name] = [settings[layer] for layer in sorted(chosen)]
+    return taken
+
+
+def _setting(config: Any, name: str) -> Any:
+    """Return a setting of a configuration; None where it has none, or not one for all layers."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # transformers' AmbiguousGlobalPerLayerAttributeError is not an AttributeError
+        return None
+
+
+def _defaults(kind: Any) -> Any:
+    """Make a configuration of a class with its own defaults, or None where it has none."""
+    try:
+        return kind()
+    except Exception:
+        return None
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | str | int | float)
 
 
 def _is_factor(name: str, value: Any) -> bool:

@@ -6,6 +6,7 @@ Shapes: S sequences.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,23 @@ def log_probabilities(model: nn.Module, batch: SequenceBatch) -> Tensor:
     return -torch.stack([part.sum() for part in losses.split(batch.counts)])
 
 
+@contextmanager
+def without_noise(model: nn.Module) -> Iterator[None]:
+    """Let the block's forward passes draw no random numbers, as training may where `allow_randomness` is set."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 @torch.no_grad()
 def of_all(model: nn.Module, examples: Preferences, cluster: Cluster, pad_id: int) -> Tensor:
     """Compute the log-probabilities of all sequences, spread over the ranks: [S] fp32 on the CPU, the same on each.
 
-    Groups of sequences depend on the data alone, so the bits are the same for any number of ranks.
+    Groups of sequences depend on the data alone, so the bits are the same for any number of ranks, and no module draws
+    random numbers.
 
     Raises:
         Interrupted: a signal asks the run to stop.
@@ -43,12 +56,12 @@ def of_all(model: nn.Module, examples: Preferences, cluster: Cluster, pad_id: in
     found = torch.zeros(examples.sequences, dtype=torch.float32)
     batches = PreferenceBatches(examples, Layout(), pad_id, cluster.device)
     groups = list(_groups(examples))
-    for start in range(0, len(groups), cluster.size):
-        cluster.agree_to_stop()
-        of_round = groups[start : start + cluster.size]
-        own = of_round[cluster.rank] if cluster.rank < len(of_round) else []  # without one, it computes along
-        values = log_probabilities(model, batches.padded(own))
-        found[own] = values.cpu()
+    with without_noise(model):
+        for start in range(0, len(groups), cluster.size):
+            cluster.agree_to_stop()
+            of_round = groups[start : start + cluster.size]
+            own = of_round[cluster.rank] if cluster.rank < len(of_round) else []  # without one, it computes along
+            found[own] = log_probabilities(model, batches.padded(own)).cpu()
     whole = found.to(cluster.device)
     cluster.sum_(whole, "reference")  # exact: all ranks but one add 0
     return whole.cpu()

@@ -19,7 +19,7 @@ from scale_sft.data.preferences import Marked, Preferences
 from scale_sft.distributed.cluster import Cluster
 
 from . import losses
-from .log_probabilities import log_probabilities, of_all
+from .log_probabilities import log_probabilities, of_all, without_noise
 from .reference import Reference
 from .rewards import FIELDS, Answers, means_of, sums_of
 
@@ -108,10 +108,11 @@ class PreferenceObjective:
     def _fill(self, batch: Sequence[int], proposing: bool) -> None:
         """Measure the reference's log-probabilities of this rank's share, on the weights that are in place."""
         assert self._table is not None
-        for batches in self._passes():
-            for micro_batch in self._cut(batches, batch, proposing):
-                values = log_probabilities(self.reference.weights.sparse.model, micro_batch)
-                self._table[micro_batch.sequences] = values.cpu()
+        model = self.reference.weights.sparse.model
+        with without_noise(model):
+            for batches in self._passes():
+                for micro_batch in self._cut(batches, batch, proposing):
+                    self._table[micro_batch.sequences] = log_probabilities(model, micro_batch).cpu()
 
     def _passes(self) -> list[PreferenceBatches]:
         return [self.batches] + ([self.batches.mismatched()] if isinstance(self.examples, Marked) else [])

@@ -30,7 +30,7 @@ from scale_sft.spiel.deltas import DeltaStore
 
 from .log_probabilities import GROUP_TOKENS, of_all
 
-REFERENCE_FORMAT = 2
+REFERENCE_FORMAT = 3
 
 Entries = Mapping[str, tuple[Tensor, Tensor]]
 """Indices [K] and deltas [K] of an adapter by weight."""
@@ -82,14 +82,15 @@ class ReferenceWeights:
     def identity(self) -> str:
         """Hash all weights of the base, trained or not, and the adapter: 64 hex digits, the same on every rank.
 
-        The first call reads all of them; they stay as they are.
+        The first call reads those that are not trained, whose fingerprints nobody has taken; they stay as they are.
         """
         if self._identity is not None:
             return self._identity
         sparse, group = self.sparse, self.sparse.group
         with sparse.carrier.without():
-            weights = dict(sparse.model.named_parameters(remove_duplicate=False))
-            prints = group.fingerprints({name: group.part_of(weight) for name, weight in weights.items()})
+            weights = sparse.model.named_parameters(remove_duplicate=False)
+            others = {name: group.part_of(weight) for name, weight in weights if name not in sparse.shapes}
+            prints = group.fingerprints(others)
         sha = hashlib.sha256(sparse.base_hash.encode())
         sha.update(combine_fingerprints(prints, dict.fromkeys(prints, (0, 0))).encode())
         for delta in self._adapter or ():
@@ -121,11 +122,15 @@ class Reference:
         """
         path = self._path(examples) if self.cache is not None else None
         cluster, count = self.cluster, examples.sequences
-        known = cluster.on_main(lambda: _read(path, count) is not None)
-        if known:
+        own: dict[str, Tensor] = {}  # what the main rank has read
+
+        def is_known() -> bool:
+            if (found := _read(path, count)) is not None:
+                own["values"] = found
+            return bool(own)
+
+        if cluster.on_main(is_known):
             report(f"reference: log-probabilities of {count:,} answers are from the cache")
-            found = _read(path, count) if cluster.is_main else None
-            own = {} if found is None else {"values": found}
             return cluster.share({"values": ((count,), torch.float32)}, own)["values"].cpu()
         with self.weights.in_place():
             values = of_all(self.weights.sparse.model, examples, cluster, self.pad_id)

@@ -8,7 +8,7 @@ Shapes: K active entries of a weight, g of them newly grown.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import inf
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from scale_sft.errors import UserError
 from scale_sft.spiel.drop_grow import Exchange
+from scale_sft.spiel.schedules import ReallocationSchedule
 
 Seed = Callable[[Any, float, Tensor, Tensor], Tensor]
 """(the option, steps, mean [g], mean square [g]) -> the state of grown entries [g]."""
@@ -38,6 +39,9 @@ def _mean(momentum: float, steps: float, mean: Tensor, square: Tensor) -> Tensor
     return mean
 
 
+INTERVAL = "update_interval_steps"
+"""Key in the state of a session."""
+
 SEEDS: dict[str, tuple[str, Seed]] = {
     "exp_avg": ("betas", _first),  # Adam, AdamW, NAdam, RAdam, Lion
     "exp_avg_sq": ("betas", _second),
@@ -46,6 +50,19 @@ SEEDS: dict[str, tuple[str, Seed]] = {
     "momentum_buffer": ("momentum", _mean),  # SGD, RMSprop
 }
 """State tensors [K] that can be carried: the option of the optimizer they depend on, and how grown entries start."""
+
+
+def require_same_interval(state: Mapping[str, Any], schedule: ReallocationSchedule | None) -> None:
+    """Raise UserError if a training that reallocates again and again is resumed with another interval than it had."""
+    if schedule is None or schedule.only_first:
+        return
+    now = schedule.update_interval_steps
+    before = state.get(INTERVAL, now)  # older states do not tell
+    if now != before:
+        raise UserError(
+            f"update_interval_steps: got {now}, expected {before}, with which the checkpoint's training began. Fix: "
+            f"SpielConfig(update_interval_steps={before})"
+        )
 
 
 def refuse_foreign(optimizer: torch.optim.Optimizer, values: nn.Parameter, mode: str) -> None:

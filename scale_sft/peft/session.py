@@ -22,12 +22,12 @@ from scale_sft.spiel.algorithm import candidates_of
 from scale_sft.spiel.deltas import DeltaStore, SparseDelta
 from scale_sft.spiel.digests import digest_states
 from scale_sft.spiel.drop_grow import apply_exchange, drop_scores
-from scale_sft.spiel.recorder import Candidates, GradientRecorder
+from scale_sft.spiel.recorder import Candidates, Gradient, GradientRecorder, largest
 from scale_sft.spiel.schedules import Phase, ReallocationSchedule
 
 from .config import SpielOptions
 from .layer import Linear, require_whole
-from .optimizer_state import follow, group_of, refuse_foreign
+from .optimizer_state import INTERVAL, follow, group_of, refuse_foreign, require_same_interval
 
 STATE_KEY = "spiel"
 """Key in an optimizer's parameter group: what the next step needs in addition, by adapter."""
@@ -267,10 +267,10 @@ class Session:
     def _read_weight(self, name: str) -> Iterator[Tensor]:
         yield self.layers[name].weight.detach()
 
-    def _propose(self, name: str, gradient: Tensor, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _propose(self, name: str, gradient: Gradient, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Choose candidates for the next reallocation: the largest gradients, or by the rule of the options."""
         if self.proposals is None:
-            return self.group.select_candidates(gradient.reshape(-1), count), {}
+            return largest(self.group.select_candidates)(name, gradient, count)
         return self.proposals.propose(name, gradient, count, len(self.reallocations) + 1)
 
     def _ranking(self, delta: SparseDelta, candidates: Candidates) -> Tensor:
@@ -336,19 +336,19 @@ class Session:
 
     def state(self) -> dict[str, Any]:
         """Return what the next step needs besides the adapter and the optimizer's own state; tensors are not copied."""
-        candidates = {name: one.state() for name, one in self.recorder.candidates.items()}
-        reference = {d.name: d.reference for d in self.store if d.reference is not None}
         return {
             "steps": self.steps,
             "skipped": self.skipped,
             "chosen": self.chosen,
             "reallocations": list(self.reallocations),
-            "candidates": candidates,
-            "reference": reference,
+            "candidates": {name: one.state() for name, one in self.recorder.candidates.items()},
+            "reference": {d.name: d.reference for d in self.store if d.reference is not None},
+            INTERVAL: self.sparse.update_interval_steps,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Resume from a `state`, of an adapter of the same entries."""
+        require_same_interval(state, self.schedule)
         self.steps, self.skipped = int(state["steps"]), int(state.get("skipped", 0))
         self.chosen = bool(state["chosen"])
         self.reallocations = list(state["reallocations"])

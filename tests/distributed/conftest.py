@@ -20,6 +20,7 @@ STRICT = "ds_configs/zero3_cpu.json"
 COMMON = {
     "base": "demo",
     "dtype": "float32",
+    "method": "ag",
     "max_train_examples": 200,
     "density": 0.03,
     "learning_rate": 1e-2,
@@ -93,7 +94,7 @@ def one_and_two_ranks(on_ranks, tmp_path):
 
 @pytest.fixture(scope="session")
 def launch_runs(tmp_path_factory, on_ranks):
-    """launch_runs(ranks, sharded, [options, ...], report=False) -> the run folders, in order."""
+    """launch_runs(ranks, sharded, [options, ...], report=False) -> the run folders, in order; `report`: of the first."""
 
     def run(ranks: int, sharded: bool, runs: list[dict], report: bool = False) -> list[Path]:
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")

@@ -33,8 +33,12 @@ from tests.candidate_cases import KINDS, gathered_candidates, summands
 
 
 def options(folder: str, **more) -> dict:
-    plain = {"train_data": "demo", "dtype": "float32", "density": 0.01, "steps": 6, "global_batch_size": 4}
-    return plain | {"update_interval_steps": 3, "estimation_steps": 2, "output_dir": f"{folder}/run"} | more
+    plain = {"train_data": "demo", "dtype": "float32", "method": "ag", "density": 0.01, "steps": 6}
+    return (
+        plain
+        | {"global_batch_size": 4, "update_interval_steps": 3, "estimation_steps": 2, "output_dir": f"{folder}/run"}
+        | more
+    )
 
 
 def planted(folder: str) -> None:

@@ -18,15 +18,15 @@ from scale_sft.training.run_folder import RunFolder
 
 
 def run_all(plan: list[dict[str, Any]], report: bool) -> None:
-    """Train once for the options of each item of `plan`; reports take longer than the runs and can be left out."""
-    if not report:
-        lifecycle.write_report = lambda folder: folder / "report.html"
+    """Train once for the options of each item of `plan`; with `report` the first writes one, which takes longer."""
     inputs = [read_inputs(load(None, options)) for options in plan]
     sharded = inputs[0].placement.sharded
     config = inputs[0].config.model
     cluster = Cluster.start(sharded=sharded, dtype=torch.float32, ds_config=config.ds_config, timeout_seconds=120)
     try:
-        for each in inputs:
+        for number, each in enumerate(inputs):
+            if number or not report:
+                lifecycle.write_report = lambda folder: folder / "report.html"
             train.run_on(cluster, each, RunFolder(each.config.run.output_dir))
     finally:
         cluster.close()
@@ -135,7 +135,7 @@ def under_library(library: str, late: bool, folder: str) -> None:
     started = None if late else begin()
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     sparse = scale_sft.attach(
-        model, density=0.02, total_steps=8, update_interval_steps=3, estimation_steps=3, max_grad_norm=1.0
+        model, method="ag", density=0.02, total_steps=8, update_interval_steps=3, estimation_steps=3, max_grad_norm=1.0
     )
     optimizer = sparse.optimizer(lr=1e-2)
     if late:
@@ -178,7 +178,7 @@ def under_peft(folder: str) -> None:
     base = Path(scale_sft.__file__).parent / "assets" / "demo" / "base"
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = SpielConfig(density=0.02, update_interval_steps=3, estimation_steps=3)
+    config = SpielConfig(method="ag", density=0.02, update_interval_steps=3, estimation_steps=3)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, model.config.vocab_size, (64, 24), generator=generator)
     options = {

@@ -32,8 +32,8 @@ def small_disk(tmp_path):
 def test_a_full_disk_never_leaves_half_a_checkpoint(on_save_failure, small_disk, tiny_model, pairs_file, tmp_path):
     run, log = small_disk / "run", tmp_path / "log"
     options = {
-        "base": tiny_model("llama"), "train_data": pairs_file, "density": 0.05, "steps": 8, "global_batch_size": 4,
-        "update_interval_steps": 4, "estimation_steps": 2, "max_length": 32, "base_placement": "replicate",
+        "base": tiny_model("llama"), "train_data": pairs_file, "method": "ag", "density": 0.05, "steps": 8,
+        "global_batch_size": 4, "update_interval_steps": 4, "estimation_steps": 2, "max_length": 32, "base_placement": "replicate",
         "save_every_steps": 2, "keep_last": 2, "log_every_steps": 1, "output_dir": run,
         "on_save_failure": on_save_failure,
     }  # fmt: skip

@@ -10,12 +10,12 @@ from tests.forked import finish
 from .children import Kill, start
 from .comparing import assert_same_run, batches, losses, states
 
-STEPS, EVERY = 30, 3
+STEPS, EVERY = 21, 3
 PLACES_IN_STEP = ("forward", "update", "recorded")
 PLACES_IN_SAVE = {  # by step; once a checkpoint has its name ("renamed", "removing"), it is not written again
     3: ("tensors", "state"), 6: ("manifest", "rename"), 9: ("renamed",),
-    12: ("tensors", "state", "manifest", "rename", "removing"), 15: ("renamed",), 18: ("tensors", "removing"),
-    21: ("state", "renamed"), 24: ("manifest", "removing"), 27: ("rename", "renamed"), 30: ("tensors", "removing"),
+    12: ("tensors", "state", "manifest", "rename", "removing"), 15: ("renamed",), 18: ("state", "removing"),
+    21: ("tensors", "rename", "removing"),
 }  # fmt: skip
 
 METHODS = {
@@ -27,9 +27,9 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def options(tiny_model, pairs_file):
-    """30 steps; reallocation at steps 4, 11, 18 and 25, so checkpoints 3, 9 and 24 lie in estimation phases."""
+    """21 steps; reallocation at steps 4, 11 and 18, so checkpoints 3, 9 and 15 lie in estimation phases."""
     return {
-        "base": tiny_model("llama"), "train_data": pairs_file, "eval_data": pairs_file, "density": 0.05,
+        "base": tiny_model("llama"), "train_data": pairs_file, "eval_data": pairs_file, "method": "ag", "density": 0.05,
         "steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2, "update_interval_steps": 7,
         "estimation_steps": 4, "learning_rate": 0.02, "weight_decay": 0.1, "max_length": 32, "base_placement": "replicate",
         "save_every_steps": EVERY, "keep_last": 99, "log_every_steps": 1, "eval_every_steps": 10,
@@ -77,21 +77,21 @@ def test_killed_in_every_part_of_every_save_it_ends_bit_identical(options, unint
     keeping_two = {**options, "keep_last": 2}
     kills = [Kill(step, place) for step, places in PLACES_IN_SAVE.items() for place in places]
     run = killed_again_and_again(keeping_two, tmp_path, kills)
-    assert sorted(states(run)) == ["step_000027", "step_000030"]
+    assert sorted(states(run)) == ["step_000018", "step_000021"]
     assert_same_run(run, uninterrupted("ag"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ma", "change"])
 def test_other_methods_are_as_exact(method, options, uninterrupted, tmp_path):
-    kills = [Kill(step, PLACES_IN_STEP[step % 3]) for step in (2, 5, 11, 16, 25, 30)]
+    kills = [Kill(step, PLACES_IN_STEP[step % 3]) for step in (2, 5, 9, 11, 16, 21)]
     run = killed_again_and_again({**options, **METHODS[method]}, tmp_path, kills)
     assert_same_run(run, uninterrupted(method))
 
 
 @pytest.mark.slow
 def test_killed_after_the_last_step_it_only_finishes(options, uninterrupted, tmp_path):
-    run = killed_again_and_again(options, tmp_path, [Kill(30, "renamed")])
+    run = killed_again_and_again(options, tmp_path, [Kill(STEPS, "renamed")])
     assert max(batches(run)) == STEPS
     assert_same_run(run, uninterrupted("ag"))
 

@@ -28,8 +28,8 @@ REPLICATED = {"base_placement": "replicate"}
 def options(tiny_model, pairs_file):
     """12 steps; reallocation at steps 3, 7 and 11; checkpoint 6 lies in an estimation phase."""
     return {
-        "base": tiny_model("llama"), "train_data": pairs_file, "density": 0.05, "steps": 12, "global_batch_size": 8,
-        "update_interval_steps": 4, "estimation_steps": 3, "learning_rate": 0.02, "max_length": 32,
+        "base": tiny_model("llama"), "train_data": pairs_file, "method": "ag", "density": 0.05, "steps": 12,
+        "global_batch_size": 8, "update_interval_steps": 4, "estimation_steps": 3, "learning_rate": 0.02, "max_length": 32,
         "save_every_steps": 3, "keep_last": 99, "log_every_steps": 1, "proposal_batch_size": 8,
     }  # fmt: skip
 

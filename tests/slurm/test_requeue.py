@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 def test_a_job_that_is_signalled_is_requeued_and_ends_with_the_same_bits(slurm, tiny_model, pairs_file, tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         f"model: {{base: {tiny_model('llama')}, base_placement: shard}}\n"
-        "sparse: {density: 0.05, update_interval_steps: 20, estimation_steps: 5}\n"
+        "sparse: {method: ag, density: 0.05, update_interval_steps: 20, estimation_steps: 5}\n"
         f"data: {{train_data: {pairs_file}, eval_data: {pairs_file}, max_length: 32}}\n"
         "run: {steps: 150, global_batch_size: 8, save_every_steps: 50, log_every_steps: 1}\n"
     )

@@ -73,13 +73,23 @@ def installed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_wheel_trains_plans_and_shards_outside_of_the_clone(installed) -> None:
+def test_the_wheel_trains_shards_and_plans_outside_of_the_clone_with_the_launch_files_it_carries(installed) -> None:
     where = installed(
         "python", "-c", "import scale_sft, scale_sft.files as f; print(scale_sft.__file__, f.LAUNCH_FILES)"
     )
     assert where.stdout.count(str(installed.site_packages)) == 2
 
-    installed("scale-sft", "train", "--config", "demo", *SHORT, "--output_dir", "one")
+    installed("scale-sft", "launch-files", "cp", ".")
+    copied = {str(file.relative_to(installed.folder)) for name in ("launch", "ds_configs")
+              for file in (installed.folder / name).iterdir()}  # fmt: skip
+    shipped = [*ROOT.glob("launch/*.yaml"), *ROOT.glob("launch/*.sbatch"), *ROOT.glob("ds_configs/*")]
+    assert copied == {str(file.relative_to(ROOT)) for file in shipped}
+
+    done = installed(
+        "python", "-m", "accelerate.commands.launch", "--config_file", "launch/single_gpu.yaml", "-m", "scale_sft.train",
+        "--config", "demo", *SHORT, "--output_dir", "one",
+    )  # fmt: skip
+    assert "done: 4 steps" in done.stdout
     sharded = installed(
         "scale-sft", "train", "--config", "demo", *SHORT, "--output_dir", "two", "--nproc", "2", "--base_placement", "shard"
     )  # fmt: skip
@@ -102,20 +112,6 @@ def test_an_error_of_a_run_in_two_processes_is_one_line_with_the_trainers_status
     assert failed.returncode == 1 and failed.stdout == ""
     [line] = [line for line in failed.stderr.splitlines() if line.strip()]
     assert line.startswith("error: base: '/no/model'")
-
-
-@pytest.mark.slow
-def test_the_wheel_carries_launch_files_that_accelerate_and_the_trainer_find(installed) -> None:
-    installed("scale-sft", "launch-files", "cp", ".")
-    copied = {str(file.relative_to(installed.folder)) for name in ("launch", "ds_configs")
-              for file in (installed.folder / name).iterdir()}  # fmt: skip
-    shipped = [*ROOT.glob("launch/*.yaml"), *ROOT.glob("launch/*.sbatch"), *ROOT.glob("ds_configs/*")]
-    assert copied == {str(file.relative_to(ROOT)) for file in shipped}
-    done = installed(
-        "python", "-m", "accelerate.commands.launch", "--config_file", "launch/single_gpu.yaml", "-m", "scale_sft.train",
-        "--config", "demo", *SHORT, "--output_dir", "four",
-    )  # fmt: skip
-    assert "done: 4 steps" in done.stdout
 
 
 @pytest.mark.slow

@@ -10,4 +10,7 @@ updates      norms of what training has changed, and the share that a merge keep
 summary      best rates, means and intervals
 table        tables and CSV
 page         tables and plots
+extras       the further reports: which runs they need
+merging      adapters of two tasks added
+drift        adapters merged and unmerged in bfloat16, again and again
 """

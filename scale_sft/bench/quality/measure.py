@@ -97,10 +97,9 @@ def measure(settings: Settings, folder: Path, *, processes: int, say: Callable[[
         UserError: base, data, options or PEFT are invalid; nothing has run.
     """
     shared = {task.name: _checked(settings, task) for task in settings.tasks}
-    threads = max(1, _cores() // processes) if processes > 1 else None
     campaign = _Campaign(settings, shared, Results(folder, BENCHMARK), _known(folder), say)
     campaign.begin()
-    with Pool(run_job, processes=processes, threads=threads) as pool:
+    with Pool(run_job, processes=processes, threads=threads_of(processes)) as pool:
         for job, result in pool.results(campaign.waiting):
             campaign.finish(job, result, processes)
     return [row for row in campaign.rows.values() if row is not None]
@@ -138,6 +137,11 @@ def default_processes() -> int:
     import torch
 
     return 1 if torch.cuda.is_available() else min(4, _cores())
+
+
+def threads_of(processes: int) -> int | None:
+    """Choose the number of torch's threads in each of several processes; None for a single one."""
+    return max(1, _cores() // processes) if processes > 1 else None
 
 
 def _cores() -> int:

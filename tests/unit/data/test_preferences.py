@@ -132,6 +132,15 @@ def test_a_mismatched_answer_is_one_to_another_prompt(prefer, shown):
     assert [shown(pairs, n)[1] for n in range(1, 12, 2)] == ["c-</s>", "c-</s>", "a-</s>", "a-</s>", "b-</s>", "b-</s>"]
 
 
+def test_packed_rows_of_mismatched_answers_are_as_long_as_they_may_be_at_most(prefer):
+    """Example 6 is short, and its mismatched answer, that of example 5, long."""
+    rows = [{"prompt": f"{n} ", "completion": "a" * (20 if n in (1, 5) else 1), "label": n < 4} for n in range(8)]
+    batches = PreferenceBatches(prefer(rows, "marked"), Layout(row_tokens=32), 258, torch.device("cpu")).mismatched()
+    found = list(batches.of_rank(range(8), rank=0, world_size=1, micro_batch_size=1))
+    assert max(batch.positions for batch in found) <= 32
+    assert sorted(sequence for batch in found for sequence in batch.sequences) == list(range(1, 16, 2))
+
+
 def test_a_prompt_of_text_stays_in_front_of_answers_that_begin_alike_without_it(prefer, shown):
     begin = [A("4?"), U("sure?")]
     examples = prefer([{"prompt": "2+2?", "chosen": [*begin, A("4")], "rejected": [*begin, A("5")]}])

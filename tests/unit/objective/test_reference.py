@@ -76,6 +76,15 @@ def test_the_table_has_the_same_bits_for_any_number_of_ranks(prefer, monkeypatch
         assert torch.equal(total, alone)
 
 
+def test_it_is_measured_without_the_noise_that_training_may_draw(prefer):
+    run = prefer(reference="swapped")
+    noise = lambda module, inputs, output: output + torch.rand_like(output) if module.training else output
+    run.model.get_input_embeddings().register_forward_hook(noise)
+    assert torch.equal(all_of(run), all_of(run)) and run.model.training
+    tables = [run.objective.share([3, 8], proposing=False) and run.objective._table.clone() for _ in range(2)]
+    assert torch.equal(*tables) and run.model.training
+
+
 def test_it_is_measured_once_per_base_and_data_and_then_taken_from_the_cache(
     prefer, tmp_path, monkeypatch, marked_file
 ):

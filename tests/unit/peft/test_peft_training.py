@@ -177,6 +177,12 @@ def test_a_loop_of_ones_own_resumes_bit_for_bit_within_an_estimation_phase() -> 
             stepper.zero_grad()
     assert same(indices_of(model), indices_of(again)) and same(weights_of(model), weights_of(again))
 
+    hurried = wrapped(tiny(), **options | {"update_interval_steps": 3})
+    fourth = torch.optim.AdamW(hurried.parameters(), lr=1e-2)
+    fourth.load_state_dict(saved["optimizer"])
+    with pytest.raises(UserError, match=r"update_interval_steps: got 3, expected 4, with which the checkpoint's"):
+        resume(hurried, fourth)
+
     forgotten = wrapped(tiny(), **options)
     third = torch.optim.AdamW(forgotten.parameters(), lr=1e-2)
     third.load_state_dict(saved["optimizer"])

@@ -146,7 +146,7 @@ def test_plans_are_within_a_tenth_of_the_measured_peak(tmp_path, tokenizer, tiny
     )}  # fmt: skip
     data = tmp_path / "long.jsonl"
     data.write_text((json.dumps({"prompt": "x", "completion": "abc" * 200}) + "\n") * 8)
-    common = {"train_data": str(data), "loss_on": "all", "steps": 1, "update_interval_steps": 1, "estimation_steps": 1,
+    common = {"train_data": str(data), "method": "ag", "loss_on": "all", "steps": 1, "update_interval_steps": 1, "estimation_steps": 1,
               "base_placement": "replicate", "max_length": 256}  # fmt: skip
     runs, planned = [], []
     for number, options in enumerate(MEASURED.values()):
