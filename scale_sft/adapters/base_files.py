@@ -17,11 +17,20 @@ from scale_sft.config.options import ModelConfig
 from scale_sft.errors import UserError, first_line
 from scale_sft.files import write_json
 from scale_sft.model.empty import empty_model
+from scale_sft.model.experts import parse_slice
 from scale_sft.model.loading import base_location, load_model_config
 
 from .format import Adapter
 from .safetensors_writer import TensorReader, TensorWriter
-from .stored_names import Source, check_conversion, converted_back, sources_of, tied_names, with_copies
+from .stored_names import (
+    Source,
+    check_conversion,
+    converted_back,
+    expert_sources,
+    sources_of,
+    tied_names,
+    with_copies,
+)
 
 INDEX_FILE = "model.safetensors.index.json"
 _SMALL_FILES = (".json", ".jinja", ".model", ".txt", ".py")
@@ -83,18 +92,28 @@ class BaseFiles:
         model = self._known_model() if model is None else model
         known = sources_of(model, self._file_of) if hasattr(model, "base_model_prefix") else {}
         others = {} if model is None else tied_names(model)
+        by_parameter: dict[str, list[Source]] = {}
         found: dict[str, Source] = {}
         for name in shapes:
-            source = known.get(name)
-            if source is None and (stored := self.find(name)) is not None:
-                source = Source([stored], name)
-            source = with_copies(source, name, [known[other] for other in others.get(name, ()) if other in known])
-            if source is None:
-                raise UserError(f"base: the files of '{self.folder}' hold no tensor for '{name}'")
-            found[name] = source
+            parameter, number = parse_slice(name) or (name, 0)
+            if parameter not in by_parameter:
+                source = known.get(parameter)
+                if source is None and (stored := self.find(parameter)) is not None:
+                    source = Source([stored], parameter)
+                copies = [known[other] for other in others.get(parameter, ()) if other in known]
+                source = with_copies(source, parameter, copies)
+                if source is None:
+                    raise UserError(f"base: the files of '{self.folder}' hold no tensor for '{name}'")
+                by_parameter[parameter] = [source] if parameter == name else expert_sources(source)
+            found[name] = by_parameter[parameter][min(number, len(by_parameter[parameter]) - 1)]
+        checked = set()
         for source, names in _grouped(found):
             wanted = {name: shapes[name] for name in names}
             stored_shapes = {name: self._file_of[name].shape(name) for name in source.stored}
+            alike = id(source.conversion), *stored_shapes.values(), *wanted.values()
+            if source.expert is not None and alike in checked:  # thousands of experts are alike
+                continue
+            checked.add(alike)
             if wrong := check_conversion(source, stored_shapes, wanted):
                 raise UserError(
                     f"base: '{source.stored[0]}' of '{self.folder}' does not fit '{next(iter(wanted))}': {wrong}"
@@ -124,7 +143,9 @@ class BaseFiles:
     def weight(self, source: Source, name: str, dtype: torch.dtype) -> Tensor:
         """Read one weight, flattened [N], in `dtype`."""
         tensors = {stored: self.tensor(stored) for stored in source.stored}
-        return source.to_memory(tensors)[name].to(dtype).contiguous().view(-1)
+        part = source.part(source.to_memory(tensors), name)
+        assert part is not None, "sources_of has checked it"
+        return part.to(dtype).contiguous().view(-1)
 
     def bytes_rewritten(self, sources: Sources, adapter: Adapter) -> int:
         """Compute the size of what `rewrite` will write, without headers."""
@@ -170,7 +191,8 @@ class BaseFiles:
         if source.conversion is not None:
             converted_back(source, tensors, weights, self.folder)
             weights = {name: weight.clone() for name, weight in weights.items()}
-        prints = {name: change(name, weights[name].view(-1)) for name in names}
+        parts = {name: source.part(weights, name) for name in names}
+        prints = {name: change(name, part.view(-1)) for name, part in parts.items() if part is not None}
         written = source.to_files(weights)
         # a copy that differs is none: transformers does not tie them either
         return written | copies | dict.fromkeys(tied, written[source.stored[0]]), prints

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from scale_sft.errors import UserError, first_line
 from scale_sft.files import new_folder
 from scale_sft.model.empty import empty_model
+from scale_sft.model.experts import parse_slice
 from scale_sft.model.fingerprints import fingerprint
 from scale_sft.model.loading import base_location
 from scale_sft.model.resident import WeightPart, read_entries
@@ -113,6 +114,12 @@ def refuse_quantised(adapter: Adapter, what: str) -> None:
 def require_linear(adapter: Adapter, model: nn.Module, source: Path, to: str) -> None:
     """Raise UserError if a weight belongs to no `nn.Linear`: peft knows these formats for nothing else."""
     layers = dict(model.named_modules())
+    experts = [name for name in adapter.shapes if parse_slice(name)]
+    if experts:
+        raise UserError(
+            f"export: got {len(experts):,} experts of fused parameters ('{experts[0]}', ...), expected weights of "
+            f"nn.Linear: peft's {to} has no such layer. Fix: --to merged"
+        )
     for name in adapter.shapes:
         layer = layers.get(name.removesuffix(".weight"))
         if layer is None:

@@ -84,7 +84,8 @@ class Adapter:
             odd = set(file.names) ^ {f"{name}.{kind}" for name in shapes for kind in ("indices", "deltas")}
             if odd:
                 raise UserError(f"adapter: {folder}: the two files disagree on '{sorted(odd)[0]}'")
-            yield cls(_Stored(file, shapes, "indices"), _Stored(file, shapes, "deltas"), shapes, info)
+            entries = _Entries(file, shapes)
+            yield cls(_Stored(entries, "indices"), _Stored(entries, "deltas"), shapes, info)
 
     def save(self, folder: str | Path) -> None:
         """Write an adapter folder; each file appears whole or not at all. Reads the result back to check it.
@@ -179,27 +180,42 @@ def _read_config(folder: Path) -> tuple[dict[str, tuple[int, int]], dict[str, An
     return shapes, config
 
 
-class _Stored(Mapping[str, Tensor]):
-    """Indices or deltas by weight name, read from an open file at each access and checked."""
+class _Entries:
+    """The entries of the weights in an open file, read and checked; those of the last weight are kept."""
 
-    def __init__(self, file: TensorReader, shapes: Mapping[str, tuple[int, int]], kind: str):
-        self._file, self._shapes, self._kind = file, shapes, kind
+    def __init__(self, file: TensorReader, shapes: Mapping[str, tuple[int, int]]):
+        self.file, self.shapes = file, shapes
+        self._last: tuple[str, Tensor, Tensor] | None = None
+
+    def read(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return indices and deltas [K] of one weight."""
+        last = self._last
+        if last is None or last[0] != name:
+            shape = self.shapes[name]
+            last = name, self.file.tensor(f"{name}.indices"), self.file.tensor(f"{name}.deltas")
+            _check(*last, shape)
+            self._last = last
+        return last[1], last[2]
+
+
+class _Stored(Mapping[str, Tensor]):
+    """Indices or deltas by weight name, of an open file."""
+
+    def __init__(self, entries: _Entries, kind: str):
+        self._entries, self._kind = entries, kind
 
     def __getitem__(self, name: str) -> Tensor:
-        shape = self._shapes[name]
-        indices, deltas = self._file.tensor(f"{name}.indices"), self._file.tensor(f"{name}.deltas")
-        _check(name, indices, deltas, shape)
-        return indices if self._kind == "indices" else deltas
+        return self._entries.read(name)[self._kind == "deltas"]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
+        return iter(self._entries.shapes)
 
     def __len__(self) -> int:
-        return len(self._shapes)
+        return len(self._entries.shapes)
 
     def count(self, name: str) -> int:
         """Return K of one weight without reading it."""
-        return self._file.shape(f"{name}.{self._kind}")[0]
+        return self._entries.file.shape(f"{name}.{self._kind}")[0]
 
 
 def _check(name: str, indices: Tensor, deltas: Tensor, shape: tuple[int, int]) -> None:

@@ -5,7 +5,8 @@ Shapes: K active entries of an [O, I] weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scale_sft.reporting.weight_names import kind_of, layer_of
-from scale_sft.spiel.selection.spread import FRACTIONS, profiles
+from scale_sft.reporting.weight_names import kind_of, layer_of, parameter_of
+from scale_sft.spiel.selection.spread import FRACTIONS, batches, fullest, owned
 
 from .format import Adapter
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.99, 1.0)
 _SAMPLE_ENTRIES = 1 << 16
+_SAMPLE_TOTAL = 1 << 23
 _TOP_FRACTION = 0.01
 
 
@@ -59,9 +61,10 @@ class Inspection:
     total: WeightFacts
     by_layer: dict[str, WeightFacts]
     by_kind: dict[str, WeightFacts]
+    by_parameter: dict[str, WeightFacts]  # experts that share a parameter together, as they are many
     by_weight: dict[str, WeightFacts]
     quantiles: dict[str, float]  # of |delta|, over all weights
-    sample: Tensor  # |delta| of up to 65,536 entries per weight, for a histogram
+    sample: Tensor  # |delta| of up to 65,536 entries per weight and 8,388,608 in all, for a histogram
     moved: list[dict[str, Any]]  # the entries moved most
 
     def as_document(self) -> dict[str, Any]:
@@ -86,17 +89,17 @@ def inspect(folder: str | Path, *, top: int = 10) -> Inspection:
     Raises:
         UserError: the adapter is damaged.
     """
-    by_weight, samples, moved = {}, [], []
+    by_weight: dict[str, WeightFacts] = {}
+    samples, moved = [], []
     with Adapter.open(folder) as adapter:
         info = {key: value for key, value in adapter.info.items() if key != "base_fingerprints"}
-        for name, shape in adapter.shapes.items():
-            indices, deltas = adapter.indices[name], adapter.deltas[name].float()
-            by_weight[name] = _facts(indices, deltas, shape)
-            stride = max(1, deltas.numel() // _SAMPLE_ENTRIES)
-            samples.append(deltas[::stride].abs())
-            best = deltas.abs().topk(min(top, deltas.numel())).indices
-            for index, value in zip(indices[best].tolist(), deltas[best].tolist(), strict=True):
-                moved.append({"weight": name, "row": index // shape[1], "column": index % shape[1], "delta": value})
+        counts = {name: adapter.active(name) for name in adapter.shapes}
+        thin = math.ceil(sum(counts.values()) / _SAMPLE_TOTAL)
+        for names in batches(adapter.shapes, counts):
+            found = [(adapter.indices[name], adapter.deltas[name].float()) for name in names]
+            by_weight |= dict(zip(names, _facts(found, adapter.shapes[names[0]]), strict=True))
+            samples += [deltas[:: max(thin, deltas.numel() // _SAMPLE_ENTRIES, 1)].abs() for _, deltas in found]
+            moved += _most_moved(names, found, adapter.shapes[names[0]], top)
     sample = torch.cat(samples) if samples else torch.empty(0)
     kinds = kind_of(by_weight)
     return Inspection(
@@ -105,6 +108,7 @@ def inspect(folder: str | Path, *, top: int = 10) -> Inspection:
         total=_together(by_weight.values()),
         by_layer=_grouped(by_weight, {name: _layer_name(name) for name in by_weight}),
         by_kind=_grouped(by_weight, kinds),
+        by_parameter=_grouped(by_weight, {name: parameter_of(name) for name in by_weight}),
         by_weight=by_weight,
         quantiles={f"{q:g}": float(value) for q, value in zip(QUANTILES, _quantiles(sample), strict=True)},
         sample=sample,
@@ -112,29 +116,54 @@ def inspect(folder: str | Path, *, top: int = 10) -> Inspection:
     )
 
 
-def _facts(indices: Tensor, deltas: Tensor, shape: tuple[int, int]) -> WeightFacts:
+Found = Sequence[tuple[Tensor, Tensor]]
+"""Indices and deltas [K] of each of W weights of one shape."""
+
+
+def _facts(found: Found, shape: tuple[int, int]) -> list[WeightFacts]:
+    """Summarise weights of one shape."""
     rows, columns = shape
-    spread_rows, spread_columns = profiles(indices, shape)
-    return WeightFacts(
-        weights=1,
-        active=indices.numel(),
-        numel=rows * columns,
-        square=float(deltas.double().square().sum()),
-        largest=float(deltas.abs().max()) if deltas.numel() else 0.0,
-        zeros=int((deltas == 0).sum()),
-        top_rows=_concentration(indices // columns, rows),
-        top_columns=_concentration(indices % columns, columns),
-        spread_rows=tuple(spread_rows),
-        spread_columns=tuple(spread_columns),
-    )
+    owners, joined = owned([indices for indices, _ in found])
+    deltas = torch.cat([deltas for _, deltas in found])
+    empty = torch.zeros(len(found), dtype=torch.float64)
+    squares = empty.index_add(0, owners, deltas.double().square()).tolist()
+    largest = empty.float().scatter_reduce(0, owners, deltas.abs(), "amax").tolist()
+    zeros = torch.bincount(owners[deltas == 0], minlength=len(found)).tolist()
+    in_rows = _shares(owners, joined // columns, (len(found), rows))
+    in_columns = _shares(owners, joined % columns, (len(found), columns))
+    return [
+        WeightFacts(
+            weights=1,
+            active=indices.numel(),
+            numel=rows * columns,
+            square=squares[number],
+            largest=largest[number],
+            zeros=zeros[number],
+            top_rows=in_rows[number][0],
+            top_columns=in_columns[number][0],
+            spread_rows=tuple(in_rows[number][1:]),
+            spread_columns=tuple(in_columns[number][1:]),
+        )
+        for number, (indices, _) in enumerate(found)
+    ]
 
 
-def _concentration(places: Tensor, count: int) -> float:
-    """Compute the fraction of `places` [K] in [0, count) on the fullest 1 % of them; about 0.01 if evenly spread."""
-    if not places.numel():
-        return 0.0
-    fullest = torch.bincount(places, minlength=count).topk(max(1, int(_TOP_FRACTION * count))).values
-    return float(fullest.sum()) / places.numel()
+def _shares(owners: Tensor, places: Tensor, shape: tuple[int, int]) -> list[list[float]]:
+    """For each weight: the share of its entries in the fullest 1 % of its rows, rounded down, then the profile."""
+    top = max(1, int(_TOP_FRACTION * shape[1])) / shape[1]
+    return [list(shares) for shares in fullest(owners, places, shape, (top, *FRACTIONS)).tolist()]
+
+
+def _most_moved(names: Sequence[str], found: Found, shape: tuple[int, int], top: int) -> list[dict[str, Any]]:
+    """Name the `top` entries with the largest |delta| of some weights."""
+    owners, indices = owned([indices for indices, _ in found])
+    deltas = torch.cat([deltas for _, deltas in found])
+    best = deltas.abs().topk(min(top, deltas.numel())).indices
+    picked = (tensor[best].tolist() for tensor in (owners, indices, deltas))
+    return [
+        {"weight": names[owner], "row": index // shape[1], "column": index % shape[1], "delta": value}
+        for owner, index, value in zip(*picked, strict=True)
+    ]
 
 
 def _quantiles(sample: Tensor) -> list[float]:

@@ -56,7 +56,7 @@ def write_page(found: Inspection, path: Path) -> None:
         parts.append(titled(title, _html_rows(rows)))
     moved = ([e["weight"], str(e["row"]), str(e["column"]), f"{e['delta']:+.4g}"] for e in found.moved)
     parts.append(titled("Most moved", table(["weight", "row", "column", "delta"], moved)))
-    parts.append(details("Every weight", _html_rows(found.by_weight)))
+    parts.append(details("Every weight", _html_rows(found.by_parameter)))
     write_text(path, page_of(f"{found.folder}: adapter", parts))
 
 
@@ -105,11 +105,11 @@ def magnitudes(found: Inspection) -> Figure:
 
 def densities(found: Inspection) -> Figure:
     """Draw density and size of the deltas by layer and kind of module."""
-    kinds = kind_of(found.by_weight)
-    layers = sorted({layer_of(name) for name in found.by_weight}, key=lambda n: -1 if n is None else n)
+    kinds = kind_of(found.by_parameter)
+    layers = sorted({layer_of(name) for name in found.by_parameter}, key=lambda n: -1 if n is None else n)
     names = list(dict.fromkeys(kinds.values()))
     grids = {key: np.full((len(names), len(layers)), np.nan) for key in ("density", "size")}
-    for name, one in found.by_weight.items():
+    for name, one in found.by_parameter.items():
         place = names.index(kinds[name]), layers.index(layer_of(name))
         grids["density"][place] = 100 * one.density
         grids["size"][place] = one.norm / max(1, one.active) ** 0.5
@@ -123,7 +123,7 @@ def densities(found: Inspection) -> Figure:
 
 
 def _spread(found: Inspection) -> Figure:
-    weights = {name: (one.active, one.spread_rows, one.spread_columns) for name, one in found.by_weight.items()}
+    weights = {name: (one.active, one.spread_rows, one.spread_columns) for name, one in found.by_parameter.items()}
     return draw_spread(FRACTIONS, weights)
 
 

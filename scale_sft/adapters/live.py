@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from scale_sft.errors import UserError
 from scale_sft.model.exposure import carries_deltas
-from scale_sft.model.fingerprints import fingerprint
-from scale_sft.model.resident import WeightPart, effective_values, read_entries, write_entries
+from scale_sft.model.fingerprints import fingerprints_of
+from scale_sft.model.resident import effective_values, read_entries, write_entries
 
-from .apply import require_base, require_fit
+from .apply import Held, parts_held, require_base, require_fit
 from .format import Adapter
 
 _live: weakref.WeakKeyDictionary[nn.Module, LiveAdapter] = weakref.WeakKeyDictionary()
@@ -86,7 +86,7 @@ class Prepared:
 
     owner: LiveAdapter
     base: str
-    weights: dict[str, nn.Parameter]
+    weights: dict[str, Held]
     indices: dict[str, Tensor]  # [K]
     deltas: dict[str, Tensor]  # [K] fp32
     values: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # base and effective [K], once applied
@@ -131,10 +131,9 @@ class LiveAdapter:
         if model is None:
             raise UserError("adapter: the model is gone")
         weights = require_fit(dict(model.named_parameters(remove_duplicate=False)), adapter)
-        for name, weight in weights.items():
-            if name not in self._prints:  # no adapter has been on it, so it holds the base
-                self._prints[name] = fingerprint(WeightPart.whole(weight))
-                self._dtypes[name] = weight.dtype
+        new = {name: weight for name, weight in weights.items() if name not in self._prints}
+        self._prints |= fingerprints_of(parts_held(new))  # no adapter has been on them, so they hold the base
+        self._dtypes |= {name: weight.dtype for name, weight in new.items()}
         require_base({name: self._prints[name] for name in weights}, adapter)
         return Prepared(
             owner=self,
@@ -190,10 +189,10 @@ class LiveAdapter:
         self._wait_for(devices)
         if self._applied is not None:
             for name, (base, _) in self._applied.values.items():
-                write_entries(self._applied.weights[name].data.view(-1), self._applied.indices[name], base)
+                write_entries(self._applied.weights[name].entries, self._applied.indices[name], base)
         if ready is not None:
             for name, weight in ready.weights.items():
-                entries, indices = weight.data.view(-1), ready.indices[name]
+                entries, indices = weight.entries, ready.indices[name]
                 if name not in ready.values:
                     base = read_entries(entries, indices)
                     ready.values[name] = base, effective_values(base, ready.deltas[name])

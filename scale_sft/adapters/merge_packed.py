@@ -19,14 +19,15 @@ from scale_sft.config.options import ModelConfig
 from scale_sft.errors import UserError
 from scale_sft.files import require_free_bytes, write_atomically, write_json
 from scale_sft.model.empty import empty_model
-from scale_sft.model.fingerprints import combine_fingerprints, fingerprint
+from scale_sft.model.experts import parse_slice
+from scale_sft.model.fingerprints import combine_fingerprints, fingerprints_of
 from scale_sft.model.loading import base_location, load_base, load_model_config
 from scale_sft.model.packed_weights import PackedWeight, PlainWeight, packed_weights
 from scale_sft.model.quantization import resolve_quantization
-from scale_sft.model.resident import WeightPart
 from scale_sft.model.targets import find_targets
 from scale_sft.model.transient import add_delta_
 
+from .apply import Held, parts_held
 from .base_files import INDEX_FILE, BaseFiles, locate_base
 from .format import Adapter, absolute_base
 
@@ -53,16 +54,31 @@ def merge_quantized(
     weights, model = _load_packed(config, adapter, device)
     _check_base(weights, adapter, device)
     kept: dict[str, Tensor] = {}
+    slices: dict[str, list[str]] = {}  # of experts, by the parameter that holds them
+    for name in adapter.shapes:
+        if weights[name].fused is not None:
+            slices.setdefault(weights[name].fused.name, []).append(name)
     with BaseFiles(locate_base(adapter, base)) as files:
 
+        def put_in(name: str, weight: Tensor) -> None:
+            indices = adapter.indices[name].to(device)
+            kept[name] = weight.view(-1).gather(0, indices.long()).to(dtype).cpu()
+            add_delta_(weight, indices, adapter.deltas[name].to(device))
+
+        def with_experts(parameter: str) -> Tensor:
+            fused = model.get_parameter(parameter).detach().clone()
+            for name in slices[parameter]:
+                put_in(name, fused[weights[name].number])
+            return fused.to(dtype)
+
         def value_of(name: str) -> Tensor:
+            if name in slices:
+                return with_experts(name)
             if name not in weights:
                 return _as_stored(files, name, model)
-            weight = weights[name].dequantize(weights[name].module.weight.data)
+            weight = weights[name].dequantize(weights[name].weight.data)
             if name in adapter.shapes:
-                indices = adapter.indices[name].to(device)
-                kept[name] = weight.view(-1).gather(0, indices.long()).to(dtype).cpu()
-                add_delta_(weight, indices, adapter.deltas[name].to(device))
+                put_in(name, weight)
             turned = isinstance(weights[name], PackedWeight) and is_transposed(reference, name)
             return (weight.t() if turned else weight).to(dtype)
 
@@ -103,9 +119,12 @@ def _load_packed(config: ModelConfig, adapter: Adapter, device: torch.device):
         raise UserError(f"merge: '{config.base}' is not quantised, but the adapter's base was, on disk; give that base")
     model = load_base(config, model_config, device, quantization)
     weights: dict[str, Any] = packed_weights(model, adapter.dtype, device)
-    paths = tuple(name.removesuffix(".weight") for name in adapter.shapes)
-    for target in find_targets(model, paths):
-        weights.setdefault(target.name, PlainWeight(target.module, target.transposed))
+    paths = dict.fromkeys((parse_slice(name) or (name.removesuffix(".weight"),))[0] for name in adapter.shapes)
+    for target in find_targets(model, tuple(paths)):
+        if target.fused is not None and target.name not in adapter.shapes:
+            continue  # another expert of the same parameter
+        plain = PlainWeight(target.module, target.transposed, fused=target.fused, number=target.number)
+        weights.setdefault(target.name, plain)
         if adapter.shapes.get(target.name) != target.shape:
             raise UserError(
                 f"merge: weight '{target.name}' is {target.shape} in '{config.base}', the adapter says "
@@ -115,10 +134,12 @@ def _load_packed(config: ModelConfig, adapter: Adapter, device: torch.device):
 
 
 def _check_base(weights: Mapping[str, Any], adapter: Adapter, device: torch.device) -> None:
-    prints = {
-        name: weights[name].with_state(fingerprint(WeightPart.whole(weights[name].module.weight)))
+    held = {
+        name: Held(weights[name].weight, weights[name].number if weights[name].fused else None)
         for name in adapter.shapes
     }
+    own = fingerprints_of(parts_held(held))
+    prints = {name: weights[name].with_state(own[name]) for name in adapter.shapes}
     found, expected = combine_fingerprints(prints, adapter.shapes), adapter.info["base_hash"]
     if found == expected:
         return

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scale_sft.errors import UserError, first_line
+from scale_sft.model.experts import parse_slice
 
 
 @dataclass
@@ -26,16 +27,26 @@ class Source:
     conversion: Any = None  # of transformers; None: the tensor is the weight
     model: Any = None  # on the meta device, for the conversion
     renamed: dict[str, tuple[str, str]] = field(default_factory=dict)  # (name, pattern) by stored name, as it enters
+    expert: int | None = None  # the tensors are those of one expert, and `weight` has its slice alone: [1, R, C]
     copies: list[str] = field(default_factory=list)  # names in the files of the same weight again, where it is tied
 
     def to_memory(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Convert tensors of the files, by stored name, into weights of the model by name."""
+        """Convert tensors of the files, by stored name, into weights of the model by name; see `part` for slices."""
         if self.conversion is None:
             return {self.weight: tensors[self.stored[0]]}
         conversion = copy.deepcopy(self.conversion)
         for stored in self.stored:
             conversion.add_tensor(self.weight, stored, self.renamed[stored][1], tensors[stored])
         return _singles(conversion.convert(self.weight, model=self.model, config=self.model.config))
+
+    def part(self, weights: Mapping[str, Tensor], name: str) -> Tensor | None:
+        """Find a target in what `to_memory` returned: a weight, or a view of a slice [R, C]; None: it is not there."""
+        if name in weights:
+            return weights[name]
+        parameter, number = parse_slice(name) or (name, 0)
+        number -= self.expert or 0
+        whole = weights.get(parameter)
+        return whole[number] if whole is not None and whole.dim() == 3 and 0 <= number < whole.shape[0] else None
 
     def to_files(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Undo `to_memory`.
@@ -93,7 +104,8 @@ def sources_of(model: Any, stored: Iterable[str]) -> dict[str, Source]:
             continue
         source = groups.setdefault(weight, Source([], weight, by_pattern.get(pattern), model))
         source.stored.append(name)
-        source.renamed[name] = apply_renamings(name, renamings), pattern or ""
+        if pattern is not None:
+            source.renamed[name] = apply_renamings(name, renamings), pattern
     return _by_weight(groups.values())
 
 
@@ -107,6 +119,37 @@ def _by_weight(sources: Iterable[Source]) -> dict[str, Source]:
             names = [source.weight.replace(patterns[0], pattern, 1) for pattern in patterns]
         found |= dict.fromkeys(names, source)
     return found
+
+
+def expert_sources(source: Source) -> list[Source]:
+    """Cut the source of a fused parameter [E, R, C] into one per expert, where the files hold experts one by one.
+
+    So no more than one expert is in memory at a time. The conversion of one expert gives [1, R, C].
+
+    Returns:
+        A source for each expert; the given one alone where its tensors hold all experts, or are mixed over them.
+    """
+    from transformers.core_model_loading import Chunk, Concatenate, Interleave, MergeModulelist
+
+    first, *others = getattr(source.conversion, "operations", None) or [None]
+    alone = isinstance(first, MergeModulelist) and first.dim == 0
+    if not alone or not all(isinstance(one, Chunk | Concatenate | Interleave) and one.dim > 0 for one in others):
+        return [source]
+    by_pattern: dict[str, list[str]] = {}
+    for stored in source.stored:  # as transformers stacks them: in the order of their numbers
+        by_pattern.setdefault(source.renamed[stored][1], []).append(stored)
+    if len({len(names) for names in by_pattern.values()}) != 1:
+        return [source]
+    entered = {pattern: source.renamed[names[0]][0] for pattern, names in by_pattern.items()}  # of expert 0, always
+    return [
+        replace(
+            source,
+            stored=list(names),
+            renamed={name: (entered[pattern], pattern) for name, pattern in zip(names, by_pattern, strict=True)},
+            expert=number,
+        )
+        for number, names in enumerate(zip(*by_pattern.values(), strict=True))
+    ]
 
 
 def tied_names(model: Any) -> dict[str, list[str]]:
@@ -150,9 +193,9 @@ def check_conversion(source: Source, shapes: Mapping[str, tuple[int, ...]], want
     try:
         weights = source.to_memory(tensors)
         for name, shape in wanted.items():
-            if name not in weights or tuple(weights[name].shape) != tuple(shape):
-                got = tuple(weights[name].shape) if name in weights else "nothing"
-                return f"got {got}, expected {tuple(shape)}"
+            part = source.part(weights, name)
+            if part is None or tuple(part.shape) != tuple(shape):
+                return f"got {'nothing' if part is None else tuple(part.shape)}, expected {tuple(shape)}"
         back = source.to_files(weights)
     except Exception as error:  # the conversion is code of transformers: whatever fails, it cannot be used
         return f"its conversion cannot be undone: {first_line(error)}"

@@ -9,6 +9,7 @@ bench         benchmarks: bench_step, bench_cost, bench_quality, bench_gpu; benc
 checkpoints   checkpoint ls, verify
 data          preprocess, data show, eval
 models        models check
+tokens        models add-tokens
 plan          plan
 recipes       recipes, schema
 commands      shared by every group of commands: one-line errors, suggestions, whole descriptions

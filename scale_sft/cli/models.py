@@ -12,11 +12,15 @@ import click
 from scale_sft.errors import UserError
 
 from .commands import Commands
+from .tokens import add_tokens
 
 
 @click.group(cls=Commands)
 def models() -> None:
-    """Find out what works with a type of model, on tiny random models."""
+    """Check what works with a type of model; give a base new tokens."""
+
+
+models.add_command(add_tokens)
 
 
 @models.command()

@@ -21,7 +21,10 @@ _SHAPES = ASSETS / "shapes"
 @click.argument("recipe", required=False)
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Devices, one rank on each.")
 @click.option("--gpu-memory", type=float, help="Memory of one device in GB, to judge whether the run fits.")
-@click.option("--shape", help="Plan for the shape 3b, 7b, 13b, 70b or 405b (Llama) in place of the recipe's base.")
+@click.option(
+    "--shape",
+    help="Plan for the shape 3b, 7b, 13b, 70b, 405b (Llama) or 30b-a3b (Qwen3) instead of the recipe's base.",
+)
 @click.option("--check", is_flag=True, help="Exit with status 1 if the run does not fit; needs --gpu-memory.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, in bytes.")
 @with_field_options
@@ -62,6 +65,8 @@ def plan(
     else:
         _print(found, change, gpus, gpu_memory)
         click.echo(planner.facts(config).coverage.line())
+        if note := planner.note(config):
+            click.echo(note)
     if check and not found.fits:
         sys.exit(1)
 

@@ -118,7 +118,10 @@ def _section(kind: type, values: Mapping[str, Any], mistakes: list[str]) -> Any:
         if f.name not in values:
             continue
         try:
-            value = convert(values[f.name], hints[f.name])
+            given = values[f.name]
+            if isinstance(given, bool) and "true" in f.metadata["choices"]:  # YAML's, next to auto
+                given = str(given).lower()
+            value = convert(given, hints[f.name])
         except (ValueError, TypeError, KeyError, OverflowError):
             empty = values[f.name] in ([], ())
             expected = "at least one item" if empty else describe_type(hints[f.name])

@@ -56,6 +56,13 @@ class ObjectiveConfig:
         on_resume="by_effect",
         path=True,
     )
+    router_aux_loss: str = option(
+        "auto",
+        "Add the loss that balances the load of experts to the training loss (sft), with the weight that the base's "
+        "configuration gives it: true, false, or auto (true if the configuration says output_router_logits). Held-out "
+        "losses are without it.",
+        choices=("auto", "true", "false"),
+    )
     best_by: str = option(
         "loss",
         "What the best adapter is chosen by, of the held-out pairs: loss, or accuracy (how often the chosen side has "

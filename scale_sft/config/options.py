@@ -21,6 +21,8 @@ DEMO = "demo"
 """As `base`, `train_data`, `eval_data`: the small pretrained model and the task that ship with the package."""
 DEMO_PREFERENCES = "demo_preferences"
 """As `train_data`, `eval_data`: the shipped pairs of answers, also for sft; other objectives read them as `demo`."""
+DEMO_CHAT = "demo_chat"
+"""As `train_data`, `eval_data`: some of the shipped task's rows as conversations."""
 
 
 class ConfigError(UserError):

@@ -53,6 +53,7 @@ _ONLY_WITH = {
     "sft_weight": ("dpo", "ipo", "orpo"),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
+    "router_aux_loss": ("sft",),
     "reference_adapter": ("dpo", "ipo", "kto"),
 }
 """Objectives that read an option; with any other it must be left at its default."""

@@ -11,6 +11,7 @@ preference_formats  rows of pairs and of marked answers as tokens; what is left 
 preferences    such examples, of two sequences each
 preference_batches  micro-batches of them; both sides of a pair behind one prompt
 fit            whether tokenizer and model fit
+new_tokens     a base with new tokens, and rows of the embeddings for them
 notes          what a user should know, said once
 cache          tokenise once, share between ranks and runs
 turn_ends      the token that ends an answer

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from scale_sft.config.options import DEMO, DEMO_PREFERENCES
+from scale_sft.config.options import DEMO, DEMO_CHAT, DEMO_PREFERENCES
 from scale_sft.config.spelling import unknown
 from scale_sft.errors import UserError
 from scale_sft.files import ASSETS
@@ -201,7 +201,9 @@ def files_of(source: Source) -> Finding:
 
 def _parse(text: str, split: str, kind: str) -> Source:
     name, _, query = text.partition("?")
-    if name in (DEMO, DEMO_PREFERENCES):
+    if name == DEMO_CHAT:
+        name = str(ASSETS / "demo" / f"chat_{split}.jsonl")
+    elif name in (DEMO, DEMO_PREFERENCES):
         pairs = name == DEMO_PREFERENCES or kind != "sft"
         name = str(ASSETS / "demo" / (f"preferences_{split}.jsonl" if pairs else f"{split}.jsonl"))
     values: dict[str, Any] = {"columns": {}, "kind": kind}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from scale_sft.kernels.cpu.topk import top_k_magnitude
 from scale_sft.spiel.indices import index_dtype, pieces
+from scale_sft.spiel.topk import unless_zero
 
 from .agreement import Ranks
 
@@ -24,6 +25,8 @@ _CHUNK_ENTRIES = 1 << 22
 """Entries of a part that are looked at at a time."""
 _INFINITY = 0x7F800000
 """Bit pattern of infinity in float32, the largest magnitude that is a number."""
+_ZERO = 1
+"""The key of zero: see `_keys`."""
 
 
 def select_candidates(ranks: Ranks, gradient: Tensor, count: int) -> Tensor:
@@ -40,14 +43,15 @@ def select_candidates(ranks: Ranks, gradient: Tensor, count: int) -> Tensor:
         count: C, 0 <= C <= N.
 
     Returns:
-        Flat indices [C] int64, sorted. Ties go to the smaller index; what is no number (NaN) ranks below any number.
+        Flat indices [C] int64, sorted; [0] if all of the sum is 0. Ties go to the smaller index; NaN ranks below any
+        number.
 
     Raises:
         ValueError: C is out of range.
     """
     n = gradient.numel()
     if ranks.size == 1 or not 0 < count <= n:
-        return top_k_magnitude(gradient, count)
+        return unless_zero(gradient, top_k_magnitude(gradient, count))
     return _select(ranks, _own_part(ranks, gradient), n, count)
 
 
@@ -72,13 +76,13 @@ def select_largest(ranks: Ranks, keys: Tensor, n: int, count: int) -> Tensor:
         count: C, 0 <= C <= N.
 
     Returns:
-        Flat indices [C] int64, sorted.
+        Flat indices [C] int64, sorted; [0] if all keys are 0.
 
     Raises:
         ValueError: C is out of range.
     """
     if ranks.size == 1 or not 0 < count <= n:
-        return top_k_magnitude(keys, count)
+        return unless_zero(keys, top_k_magnitude(keys, count))
     return _select(ranks, keys.clone(), n, count)
 
 
@@ -95,8 +99,11 @@ def _select(ranks: Ranks, values: Tensor, n: int, count: int) -> Tensor:
     """Choose the C entries of largest magnitude from the ranks' parts of N values, which are overwritten."""
     part, integers = _part_entries(n, ranks.size), index_dtype(n)
     chosen, offset = _chosen(ranks, _keys(values), count, integers)
+    most = min(len(values), count)
     del values  # before memory is taken for the exchange
     own = chosen.nonzero().squeeze(1)  # the host waits for their number
+    if own.numel() > most:  # all is 0: see `_marks`
+        return own[:0]
     places = torch.arange(own.numel(), device=own.device).add_(offset)
     own += part * ranks.rank
     found = torch.zeros(count, dtype=integers, device=own.device)
@@ -146,7 +153,7 @@ def proposal_cost(n: int, count: int, world: int) -> ProposalCost:
         temporaries=max(
             4 * part + 4 * world * min(part, _cut_entries(world)),
             5 * part + 8 * chunk + counted,
-            part + 8 * most,
+            part + most + 8 * most,
             (16 + item) * most + item * count,
             (item + 8) * count,
         ),
@@ -191,7 +198,7 @@ def _chosen(ranks: Ranks, keys: Tensor, count: int, integers: torch.dtype) -> tu
         integers: can count N entries.
 
     Returns:
-        [n] bool, and how many entries the ranks before this one have chosen, [1] int64.
+        Marks, see `_marks`; and how many entries the ranks before this one have chosen, [1] int64.
     """
     threshold = torch.zeros(1, dtype=torch.int32, device=keys.device)  # the digits of its key that are known
     above = torch.zeros(1, dtype=torch.int64, device=keys.device)  # keys of this part that begin with more than that
@@ -219,12 +226,20 @@ def _chosen(ranks: Ranks, keys: Tensor, count: int, integers: torch.dtype) -> tu
     level = rows[:, 1:].index_select(1, digit).squeeze(1)
     taken = (wanted - (level.cumsum(0) - level)).clamp_(min=0).minimum(level)  # ties: smaller indices, earlier ranks
     chosen, here = larger + taken, slice(ranks.rank, ranks.rank + 1)
-    return _from(keys, threshold, taken[here].int()), (chosen.cumsum(0) - chosen)[here]
+    zero = (threshold == _ZERO) & (larger.sum() == 0)
+    marks = _marks(keys, threshold, taken[here].int(), min(len(keys), count), zero)
+    return marks, (chosen.cumsum(0) - chosen)[here]
 
 
-def _from(keys: Tensor, threshold: Tensor, ties: Tensor) -> Tensor:
-    """Mark the entries [n] whose key is above the threshold [1], and the first `ties` [1] of those that equal it."""
-    chosen = torch.empty(keys.shape, dtype=torch.bool, device=keys.device)
+def _marks(keys: Tensor, threshold: Tensor, ties: Tensor, most: int, zero: Tensor) -> Tensor:
+    """Mark the entries [n] whose key is above the threshold [1], and the first `ties` [1] of those that equal it.
+
+    Returns:
+        [n + most + 1] bool: marks of the entries, of which at most `most` are set; after them, `most` + 1 times, the
+        flag `zero` [1], so that the number of marks tells it too.
+    """
+    chosen = torch.empty(len(keys) + most + 1, dtype=torch.bool, device=keys.device)
+    chosen[len(keys) :] = zero
     for chunk in pieces(keys.numel(), _CHUNK_ENTRIES):
         level = keys[chunk] == threshold
         number = level.int().cumsum_(0)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError
-from scale_sft.model.fingerprints import fingerprint
+from scale_sft.model.fingerprints import fingerprints_of
 from scale_sft.model.resident import WeightPart
 
 from .agreement import Ranks
@@ -189,7 +189,7 @@ class Cluster(Ranks):
     def fingerprints(self, parts: Mapping[str, WeightPart]) -> Fingerprints:
         """Fingerprint each whole weight, whatever parts of it this rank holds."""
         self.settle()
-        return self.sharding.whole({name: fingerprint(part) for name, part in parts.items()}, self.gather_objects)
+        return self.sharding.whole(fingerprints_of(parts), self.gather_objects)
 
     # --- stopping and stalling ----------------------------------------------------------------------------------
 

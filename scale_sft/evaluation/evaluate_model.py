@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scale_sft.adapters.apply import require_base, require_fit
+from scale_sft.adapters.apply import parts_held, require_base, require_fit
 from scale_sft.adapters.format import Adapter
 from scale_sft.config.options import DataConfig, ModelConfig
 from scale_sft.data.cache import load_examples
@@ -184,8 +184,7 @@ def apply_parts(model: nn.Module, adapter: Adapter, cluster: Cluster) -> None:
     Raises:
         UserError: a weight is missing or has another size, or the base is not the adapter's.
     """
-    weights = require_fit(dict(model.named_parameters(remove_duplicate=False)), adapter)
-    parts = {name: cluster.part_of(weights[name]) for name in adapter.shapes}
+    parts = parts_held(require_fit(dict(model.named_parameters(remove_duplicate=False)), adapter), cluster.part_of)
     require_base(cluster.fingerprints(parts), adapter)
     for name, part in parts.items():
         where = part.slice_of(adapter.indices[name])

@@ -96,7 +96,7 @@ def merge_into_few_bits(
         write_card(adapter_folder, work, form="merged", name=output.resolve().name, licence=licence)
         packed = packed_weights(model, torch.bfloat16, next(model.parameters()).device)
         figures = _measure(merged, packed, adapter, kept)
-        attach_transient_taps(TransientDeltas(DeltaStore({}, {}), packed), (), lambda *_: None)
+        attach_transient_taps(TransientDeltas(DeltaStore({}, {}), packed), (), lambda *_, more=False: None)
         run = Path(adapter_folder).expanduser().resolve().parent
         losses = _held_out_losses(run / "config.yaml", merged, model, kind)
         shutil.rmtree(merged)

@@ -5,6 +5,9 @@ empty           the base without its weights: its class and its shapes
 attention       the choice of attention
 targets         the layers to train
 tilings         how options cut weights into columns, rows or blocks
+experts         experts that are fused into one parameter: their slices, by name
+routers         layers that choose experts
+expert_taps     modules of experts and routers under taps
 embeddings      the input embedding and the output layer as targets
 reach           a probe of what text does with each layer
 linear_kinds    layers that compute what nn.Linear does
@@ -25,6 +28,7 @@ sparse_optimizer  the owner of an optimizer step
 stepped         the interface between the two
 visibility      which deltas survive in a merged model
 exposure        the deltas among a model's parameters
+router_loss     the loss that balances experts
 determinism     deterministic algorithms, while a run lasts
 dropout         dropout and jitter, off while deltas are trained
 loss            cross entropy of the target tokens

@@ -11,11 +11,12 @@ from torch import nn
 
 from scale_sft.config.options import SparseConfig
 
+from .experts import fused_in
 from .linear_kinds import why_not_linear
 from .packed_weights import is_quantized_layer
 from .targets import Choice, Target, choice_of, in_a_block
 
-FUSED_EXPERTS = "experts fused into one parameter, which cannot carry deltas yet"
+FUSED_EXPERTS = "experts fused in a way of their own, which cannot carry deltas yet"
 NOT_CHOSEN = "not named by target_modules"
 _LISTED = 4
 
@@ -89,24 +90,36 @@ def coverage_of(model: nn.Module, sparse: SparseConfig) -> Coverage:
 
 def coverage(model: nn.Module, choice: Choice) -> Coverage:
     """Compute what a choice of targets reaches of a model."""
-    targets = {id(target.weight): target for target in choice.targets}
+    whole = {id(target.weight) for target in choice.targets if target.fused is None}
+    slices = {target.name for target in choice.targets if target.fused is not None}
     everything = reached = 0
     rest: dict[tuple[str, str], list[int]] = {}
+
+    def leave(kind: str, reason: str, entries: int) -> None:
+        counts = rest.setdefault((kind, reason), [0, 0])
+        counts[0] += 1
+        counts[1] += entries
+
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             continue
+        fused = {one.leaf: one for one in fused_in(path, module)}
         for leaf, weight in module.named_parameters(recurse=False):
             entries = _entries(module, leaf, weight)
             if not entries or not in_a_block(path):
                 continue
             everything += entries
-            if id(weight) in targets:
+            if leaf in fused:
+                of_each = entries // fused[leaf].experts
+                for name in fused[leaf].slice_names():
+                    if name in slices:
+                        reached += of_each
+                    else:
+                        leave(_kind(path, leaf), choice.left_out.get(name, NOT_CHOSEN), of_each)
+            elif id(weight) in whole:
                 reached += entries
-                continue
-            key = _kind(path, leaf), _reason(path, leaf, module, weight, choice)
-            counts = rest.setdefault(key, [0, 0])
-            counts[0] += 1
-            counts[1] += entries
+            else:
+                leave(_kind(path, leaf), _reason(path, leaf, module, weight, choice), entries)
     listed = [Rest(kind, reason, *counts) for (kind, reason), counts in rest.items()]
     outside = tuple(_end_of(target) for target in choice.targets if not in_a_block(target.name))
     return Coverage(everything, reached, tuple(sorted(listed, key=lambda one: -one.entries)), outside)
@@ -122,6 +135,8 @@ def _entries(module: Any, leaf: str, weight: nn.Parameter) -> int:
     """Count the entries of a matrix or larger weight, whole and dequantised; 0 for vectors, whatever their shape."""
     if leaf == "weight" and is_quantized_layer(module):
         return int(module.out_features * module.in_features)
+    if leaf.endswith("bias"):  # of experts: a vector each
+        return 0
     shape = getattr(weight, "ds_shape", weight.shape)
     linear = isinstance(module, nn.Linear) and leaf == "weight"
     if len(shape) < 2 or (not linear and sum(size > 1 for size in shape) < 2):

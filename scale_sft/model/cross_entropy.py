@@ -7,6 +7,8 @@ Shapes: V vocabulary; T target tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -36,7 +38,7 @@ class _CrossEntropies(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, places: Tensor, targets: Tensor) -> Tensor:
         ctx.save_for_backward(logits, places, targets)
         losses = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
-        for part in pieces(len(targets), rows_at_once(logits)):
+        for part in _parts(logits, targets):
             rows = logits.index_select(0, places[part]).float()
             losses[part] = functional.cross_entropy(rows, targets[part], reduction="none")
         return losses
@@ -45,12 +47,18 @@ class _CrossEntropies(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         logits, places, targets = ctx.saved_tensors
         of_logits = torch.zeros_like(logits)
-        for part in pieces(len(targets), rows_at_once(logits)):
+        for part in _parts(logits, targets):
             rows = torch.softmax(logits.index_select(0, places[part]), dim=1, dtype=torch.float32)
             rows[torch.arange(len(rows), device=rows.device), targets[part]] -= 1
             rows *= gradient[part, None]
             of_logits.index_copy_(0, places[part], rows.to(logits.dtype))
         return of_logits, None, None
+
+
+def _parts(logits: Tensor, targets: Tensor) -> Iterator[slice]:
+    """Yield the parts of the targets whose logits are in fp32 at once; without numbers the first, as all are alike."""
+    parts = pieces(len(targets), rows_at_once(logits))
+    yield from islice(parts, 1) if logits.is_meta else parts
 
 
 def rows_at_once(logits: Tensor) -> int:

@@ -30,6 +30,43 @@ def fingerprint(part: WeightPart) -> tuple[int, int]:
     return first & _MASK64, second & _MASK64
 
 
+def fingerprints_of(parts: Mapping[str, WeightPart]) -> dict[str, tuple[int, int]]:
+    """Fingerprint each part, small ones of one device together: see `fingerprint`."""
+    prints: dict[str, tuple[int, int]] = {}
+    group: dict[str, WeightPart] = {}
+    entries, place = 0, None
+    for name, part in parts.items():
+        size = part.stop - part.start
+        if size > _TOGETHER // 2:
+            prints[name] = fingerprint(part)
+            continue
+        here = (part.entries().device, part.entries().dtype)
+        if group and (entries + size > _TOGETHER or here != place):
+            prints |= _together(group)
+            group, entries = {}, 0
+        group[name], place = part, here
+        entries += size
+    prints |= _together(group)
+    return {name: prints[name] for name in parts}
+
+
+def _together(parts: Mapping[str, WeightPart]) -> dict[str, tuple[int, int]]:
+    """Fingerprint small parts on one device, of one dtype, in a few operations."""
+    if not parts:
+        return {}
+    sizes = [part.stop - part.start for part in parts.values()]
+    bits = bits_of(torch.cat([part.entries() for part in parts.values()])).long()
+    counts = torch.tensor(sizes, device=bits.device)
+    owner = torch.repeat_interleave(counts, output_size=sum(sizes))
+    ends = counts.cumsum(0)
+    first = torch.tensor([part.start for part in parts.values()], device=bits.device) - (ends - counts)
+    place = torch.arange(sum(sizes), device=bits.device).add_(first.index_select(0, owner))
+    mixed = _mix(bits ^ _mix(place))
+    both = torch.stack((mixed, _mix(mixed ^ place)), 1)
+    sums = torch.zeros(len(sizes), 2, dtype=torch.int64, device=bits.device).index_add_(0, owner, both)
+    return {name: (a & _MASK64, b & _MASK64) for name, (a, b) in zip(parts, sums.tolist(), strict=True)}
+
+
 def entry_sums(indices: Tensor, values: Tensor) -> Tensor:
     """Compute what the entries at flat `indices` [K] add to a weight's fingerprint: [2] int64, modulo 2^64."""
     sums = torch.zeros(2, dtype=torch.int64, device=values.device)

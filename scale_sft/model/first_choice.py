@@ -16,22 +16,25 @@ from scale_sft.spiel.selection.parts import ReadWeight
 from scale_sft.spiel.selection.survey import Survey
 
 from .stepped import Sparse
-from .targets import budget_of, transposed_names
+from .targets import Target, budget_of, transposed_names
 from .tilings import tilings_of
 from .transient import TransientDeltas
 
 
 def weight_reader(sparse: Sparse) -> ReadWeight:
     """Make a function that reads whole weights of a sparse model as they are now, dequantised where they are packed."""
+    targets: dict[str, Target] = {}
 
     @contextmanager
     def read(name: str) -> Iterator[Tensor]:
         if isinstance(sparse.carrier, TransientDeltas):
             yield sparse.carrier.effective_weight(name)
             return
-        weight = next(target.weight for target in sparse.targets if target.name == name)
-        with sparse.group.materialize(weight) as whole:
-            yield whole
+        if not targets:
+            targets.update((target.name, target) for target in sparse.targets)
+        target = targets[name]
+        with sparse.group.materialize(target.weight) as whole:
+            yield whole[target.number] if target.fused else whole
 
     return read
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from scale_sft.kernels.cpu.topk import top_k_magnitude
 from scale_sft.spiel.selection.parts import Parts, WholeParts
+from scale_sft.spiel.topk import unless_zero
 
-from .fingerprints import fingerprint
+from .fingerprints import fingerprints_of
 from .resident import WeightPart
 
 
@@ -29,7 +30,11 @@ class Group(Parts, Protocol):
         """The number of processes."""
 
     def select_candidates(self, gradient: Tensor, count: int) -> Tensor:
-        """Choose the entries of largest magnitude of a gradient [N] summed over the processes: [count] sorted int64."""
+        """Choose the entries of largest magnitude of a gradient [N] summed over the processes.
+
+        Returns:
+            [count] int64, sorted; [0] if all of the gradient is 0.
+        """
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Collect a small object from each process."""
@@ -67,8 +72,8 @@ class OneProcess(WholeParts):
     size: int = 1
 
     def select_candidates(self, gradient: Tensor, count: int) -> Tensor:
-        """Choose the entries of largest magnitude of a gradient [N]: [count] sorted int64."""
-        return top_k_magnitude(gradient, count)
+        """Choose the entries of largest magnitude of a gradient [N]: [count] int64, sorted; [0] if all of it is 0."""
+        return unless_zero(gradient, top_k_magnitude(gradient, count))
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Return the only process's object."""
@@ -101,4 +106,4 @@ class OneProcess(WholeParts):
 
     def fingerprints(self, parts: Mapping[str, WeightPart]) -> dict[str, tuple[int, int]]:
         """Fingerprint each weight."""
-        return {name: fingerprint(part) for name, part in parts.items()}
+        return fingerprints_of(parts)

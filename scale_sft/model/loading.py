@@ -120,6 +120,13 @@ def load_base(
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base: '{config.base}' does not load: {first_line(error)}") from None
+    except (RuntimeError, TypeError, LookupError, AttributeError) as error:
+        if device is not None:
+            raise
+        raise UserError(  # some models' own initialisation does not expect shards
+            f"base_placement: got shard, expected replicate, as transformers cannot load '{model_config.model_type}' "
+            f"in ZeRO-3 shards ({type(error).__name__}: {first_line(error)}). Fix: --base_placement replicate"
+        ) from None
     model.requires_grad_(False)
     if config.gradient_checkpointing:
         enable_checkpointing(model)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from scale_sft.errors import UserError
 
+from .experts import FusedWeight
 from .fingerprints import fingerprint
 from .resident import WeightPart
 
@@ -72,6 +73,8 @@ class PackedWeight:
     """
 
     transposed = False  # even for GPT-2's Conv1D, whose weight is transposed when it is quantised
+    fused: FusedWeight | None = None  # bitsandbytes packs no fused parameters
+    number = 0
 
     def __init__(self, name: str, module: Any, dtype: torch.dtype, device: torch.device):
         self.module, self.dtype = module, dtype
@@ -91,6 +94,11 @@ class PackedWeight:
         else:
             self.scales = state.to(device=device, dtype=torch.float32)
             module.weight.CB = module.weight.SCB = None  # a second reference would keep the whole weight, not its shard
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The packed parameter as stored."""
+        return self.module.weight
 
     def give_back(self) -> None:
         """Return the layer to its own computation."""
@@ -143,16 +151,36 @@ def _same(flat: Tensor) -> Tensor:
 
 
 class PlainWeight:
-    """A target whose own weight is unquantised in a quantised base; dequantising it is copying it."""
+    """A target whose own weight is unquantised in a quantised base; dequantising it is copying it.
+
+    Args:
+        module: has the weight.
+        transposed: the weight is [I, O].
+        fused: the parameter of which the weight is slice `number`, if it is one.
+    """
 
     state_bytes = 0
 
-    def __init__(self, module: Any, transposed: bool, output: nn.Module | None = None):
-        self.module, self.transposed, self.output = module, transposed, output  # `output`: see `Target`
+    def __init__(
+        self,
+        module: Any,
+        transposed: bool,
+        *,
+        fused: FusedWeight | None = None,
+        number: int = 0,
+        output: nn.Module | None = None,
+    ):
+        self.module, self.transposed, self.fused, self.number = module, transposed, fused, number
+        self.output = output  # see `Target`
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter as stored; of a slice, the one that contains it."""
+        return self.fused.weight if self.fused else self.module.weight
 
     def dequantize(self, stored: Tensor) -> Tensor:
-        """Copy the weight."""
-        return stored.clone()
+        """Copy the weight out of the whole parameter."""
+        return (stored[self.number] if self.fused else stored).clone()
 
     def with_state(self, own_print: tuple[int, int]) -> tuple[int, int]:
         """Return the weight's own fingerprint."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from scale_sft.spiel.taps import WeightTap, attach, detach
 from .dropout import switch_off_randomness
 from .embeddings import embeddings_of
 from .empty import text_config
+from .experts import fused_in
 from .linear_kinds import is_conv1d, why_not_linear
 
 PAST_ITS_FORWARD = "used past its module's forward"
@@ -105,6 +106,9 @@ def _run(model: Any, masked: bool) -> Reach:
     for path, module in layers.items():
         module.weight.requires_grad_(True)
         attach(WeightTap(module, path, record, transposed=is_conv1d(module)))
+    experts = {path: module for path, module in model.named_modules() if any(fused_in(path, module))}
+    called: set[str] = set()
+    hooks = [module.register_forward_hook(_noting(path, called)) for path, module in experts.items()]
     ends = embeddings_of(model)
     if ends.input and ends.embedding is not None and why_not_embedding(ends.embedding) is None:
         layers = {ends.input: ends.embedding} | layers
@@ -120,8 +124,10 @@ def _run(model: Any, masked: bool) -> Reach:
     finally:
         for module in layers.values():
             detach(module)
+        for hook in hooks:
+            hook.remove()
     owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
-    faults = {}
+    faults = {path: NOT_BY_TEXT for path in experts if path not in called}
     for path, module in layers.items():
         if owners[id(module.weight)] > 1 and not (ends.tied and path in (ends.input, ends.output)):
             continue  # refused as tied
@@ -132,14 +138,21 @@ def _run(model: Any, masked: bool) -> Reach:
     return Reach(faults, tuple(sorted(reads.paths)), tuple(sorted(draws.where)))
 
 
+def _noting(path: str, called: set[str]) -> Callable[..., None]:
+    return lambda *_: called.add(path)
+
+
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the layers whose weight is a matrix, with their paths; embeddings are none."""
-    for path, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, nn.Parameter) or isinstance(module, nn.Embedding):
-            continue
-        if len(getattr(weight, "ds_shape", weight.shape)) == 2:
-            yield path, module
+    yield from ((path, module) for path, module in model.named_modules() if candidate(module))
+
+
+def candidate(module: nn.Module) -> bool:
+    """Return True for a layer whose weight is a matrix, and that embeds nothing."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or isinstance(module, nn.Embedding):
+        return False
+    return len(getattr(weight, "ds_shape", weight.shape)) == 2
 
 
 class _Draws(TorchDispatchMode):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scale_sft.errors import UserError
 from scale_sft.spiel.deltas import DeltaStore, SparseDelta
@@ -53,19 +53,32 @@ def write_entries(entries: Tensor, indices: Tensor, values: Tensor) -> None:
 
 @dataclass(frozen=True)
 class WeightPart:
-    """The part of one flattened weight that this process holds.
+    """The part of one flattened weight that this process holds: some consecutive entries of a 1-D storage.
 
-    `entries()` returns a 1-D view of it, in place; call it each time, as the storage may move.
+    `storage()` returns that storage, in place; call it each time, as it may move. Slices of one parameter share it.
     """
 
-    entries: Callable[[], Tensor]
+    storage: Callable[[], Tensor]
     start: int  # flat index of the first entry
     stop: int
+    at: int = 0  # where the first entry is in the storage
+    alone: bool = True  # the storage holds no other weight
 
     @classmethod
-    def whole(cls, weight: nn.Parameter) -> WeightPart:
+    def whole(cls, weight: Tensor) -> WeightPart:
         """Describe all of a weight that is stored whole."""
         return cls(lambda: weight.data.view(-1), 0, weight.numel())
+
+    def entries(self) -> Tensor:
+        """Return the part's entries as a 1-D view, in place."""
+        storage = self.storage()
+        return storage if self.alone else storage[self.at : self.at + self.stop - self.start]
+
+    def cut(self, number: int, entries: int) -> WeightPart:
+        """Describe what this process holds of slice `number` of the weight, a slice of so many entries."""
+        first = number * entries
+        start, stop = (min(max(bound - first, 0), entries) for bound in (self.start, self.stop))
+        return WeightPart(self.storage, start, stop, max(0, first - self.start), False)
 
     def slice_of(self, indices: Tensor) -> slice:
         """Find the slice of the sorted flat `indices` [K] that belongs to this part."""
@@ -107,10 +120,12 @@ class ResidentDeltas:
         for part in self._groups(deltas):
             names = [self._names[number] for number in part.numbers]
             self._find(part, names)
-            index = self._places(part)
-            for name, (_, where) in zip(names, self._held(part), strict=True):
-                entries = self.parts[name].entries()
-                self._base[name] = read_entries(entries, index[where].to(entries.device))
+            index, held = self._places(part), [where for _, where in self._held(part)]
+            for some, storage in self._storages(names):
+                where = _span(held[some])
+                values = read_entries(storage, index[where].to(storage.device))
+                sizes = [one.stop - one.start for one in held[some]]
+                self._base |= dict(zip(names[some], values.split(sizes), strict=True))
 
     def _find(self, part: Part, names: list[str]) -> None:
         """Find which entries of some whole weights this process holds; waits for the device only if weights are cut."""
@@ -152,9 +167,9 @@ class ResidentDeltas:
         return found
 
     def _places(self, part: Part) -> Tensor:
-        """Compute the places of a part's entries in what this process holds of their weights: [n] integers."""
-        starts = [self.parts[self._names[number]].start for number in part.numbers]
-        return self.store.places.flat(part, [-start for start in starts])
+        """Compute the places of a part's entries in the storages of their weights: [n] integers."""
+        held = [self.parts[self._names[number]] for number in part.numbers]
+        return self.store.places.flat(part, [one.at - one.start for one in held])
 
     def _put(self, part: Part, deltas: Tensor | None) -> None:
         """Write a part's base values into the weights: plus `deltas` [n], or alone."""
@@ -165,11 +180,21 @@ class ResidentDeltas:
                 deltas = _joined([deltas[where] for _, where in held])
             values = effective_values(values, deltas.to(values.device))
         index, start = self._places(part).to(values.device), 0
-        for name, (_, where) in zip(names, held, strict=True):
-            stop = start + where.stop - where.start
+        for some, storage in self._storages(names):
+            where = [one for _, one in held[some]]
+            stop = start + sum(one.stop - one.start for one in where)
             if stop > start:
-                write_entries(self.parts[name].entries(), index[where], values[start:stop])
+                write_entries(storage, index[_span(where)], values[start:stop])
             start = stop
+
+    def _storages(self, names: Sequence[str]) -> Iterator[tuple[slice, Tensor]]:
+        """Group weights that follow each other in one storage: (slice of `names`, storage)."""
+        first = 0
+        for last, name in enumerate(names, start=1):
+            following = self.parts[names[last]].storage if last < len(names) else None
+            if following is not self.parts[name].storage:
+                yield slice(first, last), self.parts[name].storage()
+                first = last
 
     def write(self) -> None:
         """Write the effective value of every active entry into its weight."""
@@ -237,6 +262,12 @@ class ResidentDeltas:
     def bytes(self) -> int:
         """Bytes of the base values."""
         return sum(base.nbytes for base in self._base.values())
+
+
+def _span(slices: Sequence[slice]) -> slice:
+    """Join slices of entries that follow each other; empty ones may be anywhere."""
+    full = [one for one in slices if one.stop > one.start] or [slice(0, 0)]
+    return slice(full[0].start, full[-1].stop)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -29,7 +29,7 @@ from .resident import ResidentDeltas
 from .sparse_optimizer import SparseOptimizer
 from .sparse_settings import SparseSettings
 from .stepped import Choosing
-from .targets import attach_taps, targets_of
+from .targets import attach_taps, parts_of, targets_of
 from .transient import TransientDeltas, attach_transient_taps
 
 Save = Callable[["SparseModel", Path], None]
@@ -106,7 +106,11 @@ class SparseModel:
         """Collect all quantised weights, and targets that are not, before the packed ones are cut into shards."""
         packed: dict[str, PackedWeight | PlainWeight] = {}
         packed |= packed_weights(model, self.settings.dtype, self.group.device)
-        packed |= {t.name: PlainWeight(t.module, t.transposed, t.output) for t in self.targets if t.name not in packed}
+        packed |= {
+            t.name: PlainWeight(t.module, t.transposed, fused=t.fused, number=t.number, output=t.output)
+            for t in self.targets
+            if t.name not in packed
+        }
         return packed
 
     def _wire(self, model: nn.Module, packed: dict | None) -> ResidentDeltas | TransientDeltas:
@@ -119,7 +123,7 @@ class SparseModel:
             transient = TransientDeltas(store, packed, group.materialize)
             attach_transient_taps(transient, store.names, self._record, needed)
         self.model = group.prepare(model)
-        self.parts = {target.name: group.part_of(target.weight) for target in self.targets}
+        self.parts = parts_of(self.targets, group.part_of)
         self.prints = self.fingerprints(transient)
         return transient or ResidentDeltas(store, self.parts, group.settle, group.written)
 

@@ -19,6 +19,7 @@ from .first_choice import expect_state
 from .fused_step import update_and_write
 from .resident import ResidentDeltas
 from .stepped import Sparse
+from .targets import unreached
 
 
 class SparseOptimizer(torch.optim.Optimizer):
@@ -115,12 +116,14 @@ class SparseOptimizer(torch.optim.Optimizer):
     def refuse_dead_gradients(self) -> None:
         """Refuse weights that no gradient has reached in the first step: they would never learn, silently.
 
+        An expert may have met no token yet, but not all experts of a layer.
+
         Raises:
             UserError: names the first of them.
         """
         tuning = self.tuning
         received = set().union(*self.sparse.group.gather_objects(tuning.recorder.received))
-        missing = [name for name in tuning.store.names if name not in received]
+        missing = unreached(self.sparse.targets, received)
         if missing:
             raise UserError(
                 f"target_modules: no gradient reached '{missing[0]}' at step 1 ({len(missing)} of "

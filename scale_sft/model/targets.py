@@ -1,14 +1,14 @@
 """Find the layers to train and route them through taps.
 
 Supported: `nn.Linear` and subclasses that compute the same, GPT-2's `Conv1D` (transposed weight), either of them
-quantised by bitsandbytes, and the input embedding.
+quantised by bitsandbytes; each expert's slice of a fused parameter; the input embedding; and routers, if named.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,22 +22,29 @@ from scale_sft.spiel.embedding_taps import why_not_embedding
 from scale_sft.spiel.taps import Materialize, Needed, Record, WeightTap, attach
 
 from .embeddings import Embeddings, attach_embedding_taps, embeddings_of
+from .expert_taps import RouterTap, attach_expert_taps
+from .experts import FusedWeight, fused_in, shape_of, slice_name
 from .linear_kinds import is_conv1d, why_not_linear
 from .packed_weights import is_quantized_layer
-from .reach import NOT_BY_TEXT, candidates, reach_of
+from .reach import NOT_BY_TEXT, candidate, reach_of
+from .resident import WeightPart
+from .routers import is_free_router, routers
 from .tilings import in_whole_tiles, tilings_of
 
 EXCLUDED = "named by exclude_modules"
+ROUTER = "a router, frozen unless it is named"
 
 
 @dataclass(frozen=True)
 class Target:
     """A layer whose weight gets a sparse delta."""
 
-    name: str  # of the weight, as in the state dict: "model.layers.0.mlp.up_proj.weight"
+    name: str  # of the weight, as in the state dict: "model.layers.0.mlp.up_proj.weight"; of a slice: see `experts`
     module: nn.Module
     shape: tuple[int, int]  # of the weight: (out, in); (in, out) for Conv1D; dequantised where it is quantised
     transposed: bool
+    fused: FusedWeight | None = None  # the parameter that the weight is a slice of
+    number: int = 0  # of the slice
     output: nn.Module | None = None  # the output layer, if it shares the weight of this embedding
 
     @property
@@ -46,9 +53,14 @@ class Target:
         return [self.module] if self.output is None else [self.module, self.output]
 
     @property
+    def by_rows(self) -> bool:
+        """Return True if the gradient is 0 outside the rows of a batch's tokens, and never dense."""
+        return isinstance(self.module, nn.Embedding) and self.output is None
+
+    @property
     def weight(self) -> nn.Parameter:
-        """The layer's weight as stored: whole, in shards or packed."""
-        return cast(nn.Parameter, self.module.weight)
+        """The layer's weight as stored: whole, in shards or packed; of a slice, the parameter that contains it."""
+        return self.fused.weight if self.fused else cast(nn.Parameter, self.module.weight)
 
     @property
     def numel(self) -> int:
@@ -98,17 +110,19 @@ def choose_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None, tr
             otherwise.
     """
     ends = embeddings_of(model)
-    layers = ({ends.input: ends.embedding} if ends.input and ends.embedding else {}) | dict(candidates(model))
+    layers = _layers(model, ends)
     chosen = set(_choose(layers, wanted, "target_modules") if wanted is not None else filter(in_a_block, layers))
     asked = set(ends.chosen_by(train_embeddings))
     out = dict.fromkeys(_choose(layers, excluded, "exclude_modules") if excluded is not None else (), EXCLUDED)
-    faults = {path: why for path in layers if (why := why_no_target(layers[path]))} | reach_of(model).faults
+    reach = reach_of(model).faults
+    faults = {path: why for path, layer in layers.items() if (why := layer.why_not(reach))}
     if wanted is None:
-        out = {path: why for path, why in faults.items() if path in chosen and path not in asked} | out
+        frozen = dict.fromkeys((path for path, layer in layers.items() if layer.router), ROUTER)
+        out = {path: why for path, why in (faults | frozen).items() if path in chosen and path not in asked} | out
     else:
         out |= {path: NOT_BY_TEXT for path in chosen if faults.get(path) == NOT_BY_TEXT and path not in out}
     chosen |= asked
-    taken = {path: module for path, module in layers.items() if path in chosen and path not in out}
+    taken = {path: layer for path, layer in layers.items() if path in chosen and path not in out}
     if not taken:
         raise UserError(_why_nothing(layers, chosen, out))
     bad = next((path for path in taken if path in faults), None)
@@ -116,26 +130,24 @@ def choose_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None, tr
         raise UserError(
             f"target_modules: got '{bad}' ({faults[bad]}), expected layers that can carry a delta: nn.Linear and "
             "Conv1D, as they are or in 4 or 8 bits of bitsandbytes, or the input embedding. "
-            f"Fix: --exclude_modules {bad.rpartition('.')[2]}"
+            f"Fix: --exclude_modules {layers[bad].kind}"
         )
     owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     targets: dict[str, Target] = {}
-    for path, module in taken.items():
-        tied, output = ends.tied and path in (ends.input, ends.output), None
-        if owners[id(module.weight)] > (2 if tied else 1):
+    for path, layer in taken.items():
+        tied = ends.tied and path in (ends.input, ends.output)
+        if owners[id(layer.weight)] > (2 if tied else 1):
             raise UserError(
                 f"target_modules: the weight of '{path}' is tied to another layer, which would change with it. Fix: "
                 "leave it out"
             )
-        if tied:
-            path, module, output = _tied(ends, out)
-        name = f"{path}.weight"
-        targets[name] = Target(name, module, _shape(module), is_conv1d(module), output)
+        target = _tied(ends, out) if tied else layer.target()
+        targets[target.name] = target
     return Choice(list(targets.values()), out)
 
 
-def _tied(ends: Embeddings, out: dict[str, str]) -> tuple[str, nn.Module, nn.Module]:
-    """Return path and module of an input embedding, and the output layer that shares its weight."""
+def _tied(ends: Embeddings, out: dict[str, str]) -> Target:
+    """Make one target of an input embedding and the output layer that shares its weight."""
     path, module, output = ends.input, ends.embedding, ends.layer
     assert path is not None and module is not None and output is not None
     if why := why_not_linear(output):
@@ -146,7 +158,7 @@ def _tied(ends: Embeddings, out: dict[str, str]) -> tuple[str, nn.Module, nn.Mod
             f"exclude_modules: got '{left}', which shares its weight with a target ('{path}' and '{ends.output}' are "
             "tied). Fix: leave out both, or neither"
         )
-    return path, module, output
+    return Target(f"{path}.weight", module, _shape(module), is_conv1d(module), output=output)
 
 
 def why_no_target(module: nn.Module) -> str | None:
@@ -154,12 +166,66 @@ def why_no_target(module: nn.Module) -> str | None:
     return why_not_embedding(module) if isinstance(module, nn.Embedding) else why_not_linear(module)
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A weight that may be trained: that of a layer, or an expert's slice."""
+
+    path: str
+    module: Any
+    router: bool = False
+    fused: FusedWeight | None = None
+    number: int = 0
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.fused.weight if self.fused else self.module.weight
+
+    @property
+    def kind(self) -> str:
+        """What it has in common with those of other blocks: the last names of its path."""
+        if self.fused is None:
+            return self.path.rpartition(".")[2]
+        return ".".join(self.fused.name.split(".")[-2:])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The paths by which options may mean it: a slice also by its parameter and by the module of experts."""
+        return (self.path,) if self.fused is None else (self.path, self.fused.name, self.fused.path)
+
+    def why_not(self, reach: dict[str, str]) -> str | None:
+        """Say why it cannot carry a delta; None: it can."""
+        if self.fused is not None:
+            return self.fused.why_not() or reach.get(self.fused.path)
+        return (None if self.router else why_no_target(self.module)) or reach.get(self.path)
+
+    def target(self) -> Target:
+        if self.fused is not None:
+            shape = self.fused.slice_shape
+            return Target(self.path, self.module, shape, self.fused.transposed, self.fused, self.number)
+        return Target(f"{self.path}.weight", self.module, _shape(self.module), is_conv1d(self.module))
+
+
+def _layers(model: nn.Module, ends: Embeddings) -> dict[str, _Layer]:
+    """Find the weights that may be trained, by path, in the model's order."""
+    found = {ends.input: _Layer(ends.input, ends.embedding)} if ends.input and ends.embedding is not None else {}
+    routing = routers(model)
+    for path, module in model.named_modules():
+        fused = list(fused_in(path, module))
+        for one in fused:
+            for number in range(one.experts):
+                name = slice_name(one.name, number)
+                found[name] = _Layer(name, module, fused=one, number=number)
+        if not fused and candidate(module):
+            found[path] = _Layer(path, module, router=path in routing)
+    return found
+
+
 def in_a_block(path: str) -> bool:
     """Return True for a path through a numbered list of modules, as blocks are."""
     return re.search(r"\.\d+\.", path) is not None
 
 
-def _why_nothing(layers: dict[str, nn.Module], chosen: set[str], out: dict[str, str]) -> str:
+def _why_nothing(layers: dict[str, _Layer], chosen: set[str], out: dict[str, str]) -> str:
     """Say why there is nothing to train."""
     if not chosen:
         return f"target_modules: this model has no linear layers in its blocks; layers: {_listing(layers)}"
@@ -210,23 +276,73 @@ def budget_of(
     return in_whole_tiles(sparse, counts, tilings) if tilings else counts
 
 
+def parts_of(targets: Iterable[Target], part_of: Callable[[nn.Parameter], WeightPart]) -> dict[str, WeightPart]:
+    """Describe what this process holds of each target's weight, by name.
+
+    Args:
+        part_of: describes a whole parameter.
+    """
+    whole: dict[int, WeightPart] = {}
+    parts = {}
+    for target in targets:
+        if target.fused is None:
+            parts[target.name] = part_of(target.weight)
+            continue
+        key = id(target.weight)
+        if key not in whole:
+            whole[key] = part_of(target.weight)
+        parts[target.name] = whole[key].cut(target.number, target.numel)
+    return parts
+
+
+def unreached(targets: Iterable[Target], received: Container[str]) -> list[str]:
+    """List the weights that no gradient has reached, other than slices of experts that may have met no token.
+
+    Args:
+        received: names of the weights that one has reached.
+    """
+    missing: list[str] = []
+    alive: set[str] = set()
+    silent: dict[str, list[Target]] = {}
+    for target in targets:
+        if target.fused is None:
+            if target.name not in received:
+                missing.append(target.name)
+        elif target.name in received:
+            alive.add(target.fused.name)
+        else:
+            silent.setdefault(target.fused.name, []).append(target)
+    for parameter, slices in silent.items():
+        fused = slices[0].fused
+        if parameter not in alive and fused is not None and len(slices) == fused.experts:
+            missing.append(slices[0].name)
+    return missing
+
+
 def attach_taps(
-    targets: list[Target], record: Record, materialize: Materialize = nullcontext, needed: Needed | None = None
+    targets: Sequence[Target], record: Record, materialize: Materialize = nullcontext, needed: Needed | None = None
 ) -> None:
     """Route the targets' layers through taps that offer each weight gradient to `record`."""
+    experts: dict[int, tuple[str, nn.Module]] = {}
     for target in targets:
-        if isinstance(target.module, nn.Embedding):
+        if target.fused is not None:
+            experts[id(target.module)] = (target.fused.path, target.module)
+        elif isinstance(target.module, nn.Embedding):
             attach_embedding_taps(target.module, target.output, target.name, record, materialize=materialize)
-            continue
-        tap = WeightTap(
-            target.module,
-            target.name,
-            record,
-            transposed=target.transposed,
-            materialize=materialize,
-            needed=needed,
-        )
-        attach(tap)
+        elif is_free_router(target.module):
+            attach(RouterTap(target.module, target.name, record))
+        else:
+            tap = WeightTap(
+                target.module,
+                target.name,
+                record,
+                transposed=target.transposed,
+                materialize=materialize,
+                needed=needed,
+            )
+            attach(tap)
+    trained = [target.name for target in targets if target.fused is not None]
+    attach_expert_taps(experts.values(), trained, record, materialize)
 
 
 def transposed_names(targets: list[Target]) -> frozenset[str]:
@@ -243,27 +359,31 @@ def _shape(module: Any) -> tuple[int, int]:
     """Return the weight's shape: whole if it is sharded, dequantised if it is packed."""
     if is_quantized_layer(module):
         return (module.out_features, module.in_features)
-    return tuple(getattr(module.weight, "ds_shape", module.weight.shape))
+    rows, columns = shape_of(module.weight)
+    return rows, columns
 
 
-def _choose(layers: dict[str, nn.Module], wanted: tuple[str, ...] | str, option: str) -> list[str]:
+def _choose(layers: dict[str, _Layer], wanted: tuple[str, ...] | str, option: str) -> list[str]:
     """List the paths that `wanted` matches, in the model's order."""
     names = (wanted,) if isinstance(wanted, str) else wanted
+    known = [(path, alias) for path, layer in layers.items() for alias in layer.names]
     chosen: set[str] = set()
     for name in names:
-        matches = {path for path in layers if path == name or path.endswith("." + name)}
+        ending = f".{name}"
+        matches = {path for path, alias in known if alias == name or alias.endswith(ending)}
         if not matches and isinstance(wanted, str):
             try:
-                matches = {path for path in layers if re.fullmatch(wanted, path)}
+                pattern = re.compile(wanted)
             except re.error as error:
                 raise UserError(f"{option}: '{wanted}' is not a regular expression: {error}") from None
+            matches = {path for path, alias in known if pattern.fullmatch(alias)}
         if not matches:
             raise UserError(f"{option}: '{name}' matches no layer; this model has {_listing(layers)}")
         chosen |= matches
     return [path for path in layers if path in chosen]
 
 
-def _listing(layers: dict[str, nn.Module]) -> str:
+def _listing(layers: dict[str, _Layer]) -> str:
     """List the kinds of layers: 'q_proj (8x), ...'."""
-    counts = Counter(path.rsplit(".", 1)[-1] for path in layers)
-    return ", ".join(f"{leaf} ({count}x)" for leaf, count in counts.items()) or "none"
+    counts = Counter(layer.kind for layer in layers.values())
+    return ", ".join(f"{kind} ({count}x)" for kind, count in counts.items()) or "none"

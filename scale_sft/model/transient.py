@@ -17,12 +17,15 @@ from scale_sft.spiel.deltas import DeltaStore, SparseDelta
 from scale_sft.spiel.taps import Materialize, Needed, Record, WeightTap, attach
 
 from .embeddings import attach_embedding_taps
+from .expert_taps import RouterTap, attach_expert_taps
+from .experts import FusedWeight
 from .packed_weights import PackedWeight, PlainWeight
 from .resident import effective_values, read_entries, write_entries
+from .routers import is_free_router
 
 
 def add_delta_(weight: Tensor, indices: Tensor, deltas: Tensor) -> None:
-    """Write effective values into a dequantised weight [O, I], in place: indices [K] flat, deltas [K]."""
+    """Write effective values into a dequantised weight, in place: indices [K] flat, deltas [K]."""
     entries = weight.view(-1)
     write_entries(entries, indices, effective_values(read_entries(entries, indices), deltas))
 
@@ -45,19 +48,46 @@ class TransientDeltas:
         materialize: Materialize = nullcontext,
     ):
         self.packed, self.materialize = packed, materialize
+        self._fused: dict[str, tuple[FusedWeight, list[str]]] = {}  # fused parameters, and their slices with deltas
+        for name, weight in packed.items():
+            if weight.fused is not None:
+                self._fused.setdefault(weight.fused.name, (weight.fused, []))[1].append(name)
         self.follow(store)
 
     def follow(self, store: DeltaStore) -> None:
         """Carry the deltas of another store from now on."""
+        self._store: DeltaStore | None = store
         self._deltas = {delta.name: delta for delta in store}
 
     def effective_weight(self, name: str) -> Tensor:
         """Compute an effective weight: a new tensor [O, I] in the compute dtype, which the caller frees after use."""
         packed, delta = self.packed[name], self._deltas.get(name)
-        with self.materialize(packed.module.weight) as stored:
+        with self.materialize(packed.weight) as stored:
             weight = packed.dequantize(stored.data)
         if delta is not None:
             add_delta_(weight, delta.indices, delta.deltas)
+        return weight
+
+    def effective_experts(self, parameter: str) -> Tensor:
+        """Compute all effective slices of a fused parameter: a new tensor [E, R, C], which the caller frees after use.
+
+        Args:
+            parameter: its name.
+        """
+        fused, slices = self._fused[parameter]
+        with self.materialize(fused.weight) as stored:
+            weight = stored.detach().clone()
+        if self._store is None:
+            for name in slices:
+                if name in self._deltas:
+                    add_delta_(weight[self.packed[name].number], self._deltas[name].indices, self._deltas[name].deltas)
+            return weight
+        places, size = self._store.places, weight[0].numel()
+        numbers = [self._store.number_of(name) for name in slices]
+        shifts = {at: self.packed[name].number * size for at, name in zip(numbers, slices, strict=True)}
+        for part in places.groups(numbers):
+            index = places.flat(part, [shifts[at] for at in part.numbers])
+            add_delta_(weight, index, self._store.flat[part.entries])
         return weight
 
     def effective_rows(self, name: str, ids: Tensor) -> Tensor:
@@ -99,11 +129,12 @@ class TransientDeltas:
     @contextmanager
     def without(self, instead: Iterable[SparseDelta] = ()) -> Iterator[None]:
         """Leave the deltas out of effective weights inside the block; `instead`, if given, takes their place."""
-        deltas, self._deltas = self._deltas, {delta.name: delta for delta in instead}
+        before = self._store, self._deltas
+        self._store, self._deltas = None, {delta.name: delta for delta in instead}
         try:
             yield
         finally:
-            self._deltas = deltas
+            self._store, self._deltas = before
 
     def with_states(self, prints: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         """Compute fingerprints of whole weights from those of their packed bytes."""
@@ -118,7 +149,11 @@ def attach_transient_taps(
     The model then computes with dequantised weights everywhere, in training and in evaluation. bitsandbytes' own
     forward passes differ: in 8 bits they quantise the activations, and CPUs with AVX512-bf16 repack weights.
     """
+    experts: dict[int, tuple[str, nn.Module]] = {}
     for name, packed in deltas.packed.items():
+        if packed.fused is not None:
+            experts[id(packed.module)] = (packed.fused.path, packed.module)
+            continue
         if isinstance(packed, PlainWeight) and isinstance(packed.module, nn.Embedding):
             attach_embedding_taps(
                 packed.module,
@@ -130,13 +165,18 @@ def attach_transient_taps(
                 effective_weight=partial(deltas.effective_weight, name),
             )
             continue
+        effective_weight, receive = partial(deltas.effective_weight, name), record if name in trained else None
+        if is_free_router(packed.module):
+            attach(RouterTap(packed.module, name, receive, effective_weight))
+            continue
         tap = WeightTap(
             packed.module,
             name,
-            record if name in trained else None,
+            receive,
             transposed=packed.transposed,
             materialize=deltas.materialize,
-            effective_weight=partial(deltas.effective_weight, name),
+            effective_weight=effective_weight,
             needed=needed,
         )
         attach(tap)
+    attach_expert_taps(experts.values(), trained, record, deltas.materialize, deltas.effective_experts)

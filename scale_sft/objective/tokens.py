@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from scale_sft.data.examples import Examples
 from scale_sft.model import loss
+from scale_sft.model.router_loss import RouterLoss
 
 
 class Share(Protocol):
@@ -45,21 +46,34 @@ class TokenShare:
 
     target_tokens: int
     all_tokens: int
+    router_loss: RouterLoss | None = None
     positions: int = 0
+    _balance: Tensor | float = 0.0  # this rank's share of the router loss, not weighted
 
     def loss_sum(self, model: nn.Module, micro_batch: dict[str, Tensor]) -> Tensor:
-        """Sum the cross entropies of a micro-batch, over the global batch's number of target tokens."""
+        """Sum the cross entropies of a micro-batch, over the global batch's number of target tokens.
+
+        A router loss is that of the micro-batch, by its share of the target tokens: the shares add up to 1.
+        """
         self.positions += micro_batch["input_ids"].numel()
-        return loss.token_loss_sum(model, micro_batch, self.target_tokens)
+        if self.router_loss is None:
+            return loss.token_loss_sum(model, micro_batch, self.target_tokens)
+        share = len(loss.predictions(micro_batch["labels"])[0]) / self.target_tokens
+        with self.router_loss.taken(model) as found:
+            total = loss.token_loss_sum(model, {**micro_batch, **self.router_loss.inputs}, self.target_tokens)
+        balance = found[-1].to(total.device) * share
+        self._balance = self._balance + balance.detach()
+        return total + self.router_loss.coefficient * balance
 
     @property
     def sums(self) -> list[float]:
-        """Tokens that were computed, padding included."""
-        return [self.positions]
+        """Tokens that were computed, padding included; and the router loss, if there is one."""
+        return [self.positions] if self.router_loss is None else [self.positions, float(self._balance)]
 
     def counts(self, sums: list[float]) -> dict[str, Any]:
         """Count the tokens of the global batch."""
-        return {"target": self.target_tokens, "all": self.all_tokens, "padding": int(sums[0]) - self.all_tokens}
+        counted = {"target": self.target_tokens, "all": self.all_tokens, "padding": int(sums[0]) - self.all_tokens}
+        return counted if self.router_loss is None else {**counted, "router_loss": sums[1]}
 
 
 @dataclass(frozen=True)
@@ -69,10 +83,12 @@ class TokenObjective:
     Args:
         examples: what is learned.
         cut: cuts this rank's micro-batches from a global batch.
+        router_loss: is added to the loss.
     """
 
     examples: Examples
     cut: Callable[..., Iterator[dict[str, Tensor]]] = field(repr=False)
+    router_loss: RouterLoss | None = None
 
     def prepare(self) -> list[str]:
         """Measure nothing."""
@@ -84,4 +100,4 @@ class TokenObjective:
 
     def share(self, batch: Sequence[int], *, proposing: bool) -> TokenShare:
         """Begin a global batch."""
-        return TokenShare(self.examples.target_tokens(batch), self.examples.all_tokens(batch))
+        return TokenShare(self.examples.target_tokens(batch), self.examples.all_tokens(batch), self.router_loss)

@@ -6,6 +6,7 @@ config           the options of an adapter
 registry         the method in PEFT's mappings
 layer            a linear layer whose weight holds one adapter's effective values
 tuner            all layers of one model, and their adapters
+targets          which layers of a model they are
 session          the training of one adapter: candidates, drop and grow, writes
 optimizer_state  somebody else's optimizer across drop and grow
 hooks            every step of every torch optimizer

@@ -22,7 +22,7 @@ from scale_sft.spiel.algorithm import candidates_of
 from scale_sft.spiel.deltas import DeltaStore, SparseDelta
 from scale_sft.spiel.digests import digest_states
 from scale_sft.spiel.drop_grow import apply_exchange, drop_scores
-from scale_sft.spiel.recorder import Candidates, GradientRecorder
+from scale_sft.spiel.recorder import Candidates, Gradient, GradientRecorder, largest
 from scale_sft.spiel.schedules import Phase, ReallocationSchedule
 
 from .config import SpielOptions
@@ -267,10 +267,10 @@ class Session:
     def _read_weight(self, name: str) -> Iterator[Tensor]:
         yield self.layers[name].weight.detach()
 
-    def _propose(self, name: str, gradient: Tensor, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _propose(self, name: str, gradient: Gradient, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Choose candidates for the next reallocation: the largest gradients, or by the rule of the options."""
         if self.proposals is None:
-            return self.group.select_candidates(gradient.reshape(-1), count), {}
+            return largest(self.group.select_candidates)(name, gradient, count)
         return self.proposals.propose(name, gradient, count, len(self.reallocations) + 1)
 
     def _ranking(self, delta: SparseDelta, candidates: Candidates) -> Tensor:
@@ -354,8 +354,7 @@ class Session:
         self.reallocations = list(state["reallocations"])
         self.schedule = self._schedule()
         for name, reference in state["reference"].items():
-            kept = self.store[name].reference
-            if kept is not None:
+            if (kept := self.store[name].reference) is not None:
                 kept.copy_(reference)
         self.recorder.close_estimation()
         if state["candidates"]:

@@ -13,16 +13,17 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError
-from scale_sft.model.packed_weights import is_quantized_layer
-from scale_sft.model.targets import budget_of, find_targets
+from scale_sft.model.experts import parse_slice
+from scale_sft.model.targets import budget_of
 from scale_sft.spiel.seeding import random_indices
 
 from . import combine, files
 from .config import SpielConfig
 from .hooks import follow_steps
-from .layer import BASE_KEY, Linear, SpielLayer, require_one, require_whole
+from .layer import BASE_KEY, Linear, SpielLayer, require_one
 from .registry import PREFIX
 from .session import Session
+from .targets import default_targets, refuse_target, refuse_tied
 
 
 class Sessions(dict[str, Session]):
@@ -86,7 +87,7 @@ class SpielModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Resolve default targets, and refuse targets that are saved as a whole too."""
         if peft_config.target_modules is None:
-            peft_config.target_modules = _default_targets(model)
+            peft_config.target_modules = default_targets(model)
         named, whole = peft_config.target_modules, peft_config.modules_to_save or []
         both = [name for name in whole if not isinstance(named, str) and name in named]
         if both:
@@ -108,7 +109,7 @@ class SpielModel(BaseTuner):
         """Wrap one targeted layer; `_fill` gives it entries once all are known."""
         layer = target
         if not isinstance(target, Linear):
-            _refuse_target(target, current_key)
+            refuse_target(target, current_key)
             layer = Linear(target, f"{current_key}.weight", self)
             self._replace_module(parent, target_name, layer, target)
         self.__dict__["_wrapped"].append(layer)
@@ -116,11 +117,17 @@ class SpielModel(BaseTuner):
     def _fill(self, adapter: str, config: SpielConfig, twin: str | None) -> None:
         """Choose the entries of a new adapter in all its layers."""
         layers: list[Linear] = self.__dict__["_wrapped"]
-        _refuse_tied(self.model, layers)
+        refuse_tied(self.model, layers)
         shapes = {layer.weight_name: layer.shape for layer in layers}
         counts = config.entries_per_weight or budget_of(config.sparse_options(), shapes)
         if set(counts) != set(shapes) or any(counts[name] > rows * width for name, (rows, width) in shapes.items()):
             files.require_base(layers, config.facts or {})  # of another base all else would mislead
+        experts = [name for name in counts if parse_slice(name)]
+        if experts:
+            raise UserError(
+                f"adapter: got {len(experts):,} experts of fused parameters ('{experts[0]}', ...), expected weights of "
+                "nn.Linear or Conv1D, which PEFT can wrap. Fix: scale_sft.load_adapter(model, folder), or merge it"
+            )
         if set(counts) != set(shapes):
             odd = sorted(set(counts) ^ set(shapes))[0]
             raise UserError(
@@ -345,46 +352,3 @@ def tuner_of(model: nn.Module) -> SpielModel:
     if found is None:
         raise UserError("model: got one without SpIEL layers, expected a PEFT model with a SpielConfig")
     return found
-
-
-def _default_targets(model: nn.Module) -> set[str]:
-    """List all linear layers inside the transformer blocks, those with adapters too."""
-    wrapped = {name for name, module in model.named_modules() if isinstance(module, Linear)}
-    if wrapped:
-        return wrapped
-    return {target.name.removesuffix(".weight") for target in find_targets(model, None)}
-
-
-def _refuse_target(target: nn.Module, name: str) -> None:
-    """Raise UserError for a layer that cannot hold deltas in its weight."""
-    if is_quantized_layer(target):
-        raise UserError(
-            f"target_modules: '{name}' is quantised, expected a float dtype, as deltas are written into the weight. "
-            "Fix: load the base unquantised; or train with `scale-sft train --quantization nf4` or "
-            "scale_sft.attach, which add the deltas to dequantised weights"
-        )
-    if type(target) is not nn.Linear and type(target).__name__ != "Conv1D":
-        raise UserError(
-            f"target_modules: '{name}' is a {type(target).__name__} layer, expected nn.Linear or Conv1D. Fix: leave it "
-            "out"
-        )
-    weight = target.weight
-    require_whole(weight, name)  # type: ignore[arg-type]
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UserError(
-            f"target_modules: '{name}' is in {weight.dtype}, expected float32, bfloat16 or float16. Fix: load the "
-            "model in one of them"
-        )
-
-
-def _refuse_tied(model: nn.Module, layers: list[Linear]) -> None:
-    """Raise UserError for a weight that another layer shares."""
-    targets = {id(layer.weight): layer.weight_name for layer in layers}
-    seen: set[int] = set()
-    for _, weight in model.named_parameters(remove_duplicate=False):
-        if id(weight) in seen and id(weight) in targets:
-            raise UserError(
-                f"target_modules: '{targets[id(weight)]}' is tied to another layer (usually the embeddings), which "
-                "would change with it. Fix: leave it out"
-            )
-        seen.add(id(weight))

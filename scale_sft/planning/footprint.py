@@ -16,6 +16,7 @@ from scale_sft.config.options import Config, SparseConfig
 from scale_sft.kernels.moments import bytes_of_moments, resolve_moments
 from scale_sft.model import empty
 from scale_sft.model.coverage import Coverage, coverage
+from scale_sft.model.experts import fused_weights
 from scale_sft.model.quantization import Quantization
 from scale_sft.model.targets import budget_of, choice_of, transposed_names
 from scale_sft.spiel.indices import bytes_of_entries
@@ -51,9 +52,11 @@ class Facts:
 
     entries: int
     packed: int  # entries that quantisation packs: linear layers except the output layer
+    experts: int  # entries of experts in fused parameters, which it does not
     largest: int  # of one weight of any kind
     shapes: dict[str, tuple[int, int]]  # of the targets
     coverage: Coverage  # what they reach of the blocks
+    largest_gradient: int  # entries of the largest dense gradient of a target; an input embedding has none
     transposed: frozenset[str] = frozenset()  # targets that are stored as [in, out]
     attention: str = "sdpa"  # what `attention: auto` is for this base
 
@@ -65,17 +68,50 @@ def facts_of(config: Config, model_config: Any) -> Facts:
         UserError: targets match nothing.
     """
     model: Any = empty_model(config, model_config)
-    output = model.get_output_embeddings()
     choice = choice_of(model, config.sparse)
-    linear = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D") and m is not output]
+    entries, packed, experts = entries_of(model)
     return Facts(
-        entries=sum(weight.numel() for weight in model.parameters()),
-        packed=sum(module.weight.numel() for module in linear),
+        entries=entries,
+        packed=packed,
+        experts=experts,
         largest=max(weight.numel() for weight in model.parameters()),
         shapes={target.name: target.shape for target in choice.targets},
         coverage=coverage(model, choice),
+        largest_gradient=max((target.numel for target in choice.targets if not target.by_rows), default=0),
         transposed=transposed_names(choice.targets),
         attention=getattr(model.config, "_attn_implementation", None) or "eager",
+    )
+
+
+def entries_of(model: Any) -> tuple[int, int, int]:
+    """Count the entries of all weights, of those that quantisation packs, and of experts in fused parameters."""
+    output = model.get_output_embeddings()
+    linear = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D") and m is not output]
+    return (
+        sum(weight.numel() for weight in model.parameters()),
+        sum(module.weight.numel() for module in linear),
+        sum(fused.weight.numel() for fused in fused_weights(model)),
+    )
+
+
+def unpacked_experts(
+    entries: tuple[int, int, int], dtype: torch.dtype, quantization: Quantization | None
+) -> str | None:
+    """Say how much of a base in 4 or 8 bits stays in its dtype, as its experts are not packed; None: nothing to say.
+
+    Args:
+        entries: see `entries_of`.
+        dtype: of what is not packed.
+        quantization: of the base.
+    """
+    whole, packed, experts = entries
+    if quantization is None or not experts:
+        return None
+    stored = packed * quantization.bytes_per_entry + (whole - packed) * dtype.itemsize
+    unit, name = (GIB, "GiB") if stored >= GIB else (GIB >> 10, "MiB")
+    return (
+        f"{quantization.kind}: {experts * dtype.itemsize / unit:.2f} of {stored / unit:.2f} {name} of the base stay in "
+        f"{str(dtype).removeprefix('torch.')}, as bitsandbytes packs linear layers and not experts in fused parameters"
     )
 
 
@@ -116,7 +152,7 @@ def largest_gradient(sparse: SparseConfig, facts: Facts, counts: Mapping[str, in
     """
     if sparse.trains_whole != "entry" and not sparse.selection_batches:
         return max(counts.values())
-    return max(o * i for o, i in facts.shapes.values())
+    return facts.largest_gradient
 
 
 def state_bytes(

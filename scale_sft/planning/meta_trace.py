@@ -165,10 +165,15 @@ def _trace(
     targets = targets_of(model, sparse)
     tilings = tilings_of(sparse, {target.name: target.shape for target in targets}, transposed_names(targets))
 
+    pending: dict[str, Tensor] = {}  # gradients that come in parts, while these propose candidates
+
     def record(name: str, left: Tensor, right: Tensor, *, more: bool = False) -> None:
         # of an embedding: the rows that the batch's tokens looked up, at most one for each of them
         gradient = right.float() if left.dim() == 1 else left.t() @ right
-        _record(gradient, active.get(name, 1), proposes and not more)
+        if more and proposes:
+            pending.setdefault(name, gradient)
+        else:
+            _record(pending.pop(name, gradient), active.get(name, 1), proposes)
 
     if tilings and active and not sparse.selection_batches:
         _trace_tiles(targets, tilings, active)

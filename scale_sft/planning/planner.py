@@ -8,6 +8,7 @@ Shapes: W ranks, N entries of a weight, K active entries, C candidates.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +19,24 @@ from scale_sft.config.options import Config
 from scale_sft.distributed.candidates import ProposalCost, proposal_cost
 from scale_sft.distributed.sharding import read_ds_config
 from scale_sft.errors import UserError
+from scale_sft.model.experts import parse_slice
 from scale_sft.model.fingerprints import CHUNK_ENTRIES
 from scale_sft.model.loading import max_length, resolve_dtype
 from scale_sft.model.quantization import Quantization, resolve_quantization
 from scale_sft.model.targets import budget_of
 from scale_sft.spiel.indices import DEVICE_PIECE_ENTRIES
 
-from .footprint import GIB, Facts, candidate_bytes, facts_of, largest_gradient, proposes, state_bytes, stored_base
+from .footprint import (
+    GIB,
+    Facts,
+    candidate_bytes,
+    facts_of,
+    largest_gradient,
+    proposes,
+    state_bytes,
+    stored_base,
+    unpacked_experts,
+)
 from .meta_trace import StepMemory, step_memory
 
 DEVICE_RESERVE_BYTES = 1 * GIB
@@ -92,7 +104,14 @@ class Planner:
             return whole
         return self._plan(config, gpus, False, room)
 
+    def note(self, config: Config) -> str | None:
+        """Say what of a base in 4 or 8 bits is not packed; None: nothing to say."""
+        facts, quantization = self.facts(config), resolve_quantization(config.model, self.model_config)
+        dtype = resolve_dtype(config.model, self.model_config)
+        return unpacked_experts((facts.entries, facts.packed, facts.experts), dtype, quantization)
+
     def facts(self, config: Config) -> Facts:
+        """Read the facts of the base that a run's options decide on."""
         sparse = config.sparse
         key = (sparse.target_modules, sparse.exclude_modules, sparse.train_embeddings, config.model.attention)
         if key not in self._facts:
@@ -113,7 +132,7 @@ class Planner:
         step = self._step(config, counts, gpus, dtype)
         gathered = _gathered(config, facts, size, stored) if sharded else 0
         proposal = max(cost.temporaries for cost in proposal_costs(config, facts, counts, gpus)) if candidates else 0
-        dequantised = 2 * largest_target * size if quantization else 0
+        dequantised = max(2 * facts.largest_gradient, _largest_fused(facts)) * size if quantization else 0
         held = 0 if quantization else 1 / gpus if sharded else 1
         state = state_bytes(config, facts.shapes, counts, dtype, held)
         after = _after_step_bytes(active, largest_k)
@@ -165,6 +184,15 @@ class Planner:
                 trust_remote_code=model.trust_remote_code,
             )
         return self._steps[key]
+
+
+def _largest_fused(facts: Facts) -> int:
+    """Count the entries of the fused parameter that has most of them in targets: a base in few bits copies it whole."""
+    fused: Counter[str] = Counter()
+    for name, (rows, columns) in facts.shapes.items():
+        if found := parse_slice(name):
+            fused[found[0]] += rows * columns
+    return max(fused.values(), default=0)
 
 
 def _scales(facts: Facts, quantization: Quantization | None) -> int:

@@ -34,7 +34,7 @@ from .metrics_file import METRICS_FILE, discard_after, jsonable, read_metrics
 
 __all__ = ["Metrics", "NullMetrics", "read_metrics"]
 
-_AVERAGED = ("comm_", "reward_", "kl", "chosen_", "length_", "tokens_per_example")
+_AVERAGED = ("comm_", "reward_", "kl", "chosen_", "length_", "tokens_per_example", "router_loss")
 """Beginnings of names whose values a line holds as means."""
 _TRACKED_AS = {"step": "train", "reallocation": "reallocation", "eval": "eval", "end": "end"}
 

@@ -13,7 +13,7 @@ from .html import details, heading, listed, page_of, pairs, preformatted, render
 from .plots import PLOTS
 from .preference_plots import PREFERENCE_PLOTS
 from .records import Run, load_run, overview
-from .weight_names import KindOfWeight, by_kind
+from .weight_names import KindOfWeight, by_kind, by_parameter
 
 REPORT_FILE = "report.html"
 
@@ -95,13 +95,13 @@ def _weights(run: Run) -> Markup:
     columns = ["weight", "entries", "active", "L2 norm of deltas", "largest |delta|"]
     rows = (
         [
-            name,
-            f"{int(values.get('numel') or 0):,}",
-            f"{int(values.get('active') or 0):,}",
-            _figures(values.get("l2_delta")),
-            _figures(values.get("max_abs_delta")),
+            f"{name} ({weight.weights} experts)" if weight.weights > 1 else name,
+            f"{weight.numel:,}",
+            f"{weight.active:,}",
+            _figures(weight.square_delta**0.5),
+            _figures(weight.max_abs_delta),
         ]
-        for name, values in run.per_weight.items()
+        for name, weight in by_parameter(run).items()
     )
     return table(columns, rows)
 

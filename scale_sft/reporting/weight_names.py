@@ -1,8 +1,9 @@
 """Group weights by layer and kind, by their names: `model.layers.3.mlp.up_proj.weight`."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .records import Run, _number
 
@@ -45,17 +46,28 @@ def by_layer_and_kind(run: Run) -> dict[tuple[int | None, str], KindOfWeight]:
     for name, values in run.per_weight.items():
         layer, kind = split[name]
         key = (layer, short[kind])
-        table[key] = table.get(key, KindOfWeight()).plus(
-            KindOfWeight(
-                1,
-                int(values.get("active") or 0),
-                int(values.get("numel") or 0),
-                _number(values.get("l2_delta")) ** 2,
-                _number(values.get("max_abs_delta")),
-                tuple(values.get("cohort_counts") or ()),
-            )
-        )
+        table[key] = table.get(key, KindOfWeight()).plus(_one(values))
     return table
+
+
+def by_parameter(run: Run) -> dict[str, KindOfWeight]:
+    """List every weight of the end record; experts that share a parameter are added up, as they may be thousands."""
+    table: dict[str, KindOfWeight] = {}
+    for name, values in run.per_weight.items():
+        key = parameter_of(name)
+        table[key] = table[key].plus(_one(values)) if key in table else _one(values)
+    return table
+
+
+def _one(values: Mapping[str, Any]) -> KindOfWeight:
+    return KindOfWeight(
+        1,
+        int(values.get("active") or 0),
+        int(values.get("numel") or 0),
+        _number(values.get("l2_delta")) ** 2,
+        _number(values.get("max_abs_delta")),
+        tuple(values.get("cohort_counts") or ()),
+    )
 
 
 def by_kind(run: Run) -> dict[str, KindOfWeight]:
@@ -78,11 +90,17 @@ def kind_of(names: Iterable[str]) -> dict[str, str]:
     return {name: short[kind] for name, kind in kinds.items()}
 
 
+def parameter_of(name: str) -> str:
+    """Find the parameter that holds a weight: `experts.down_proj` for the slice `experts.down_proj.17`."""
+    parameter, _, number = name.rpartition(".")
+    return parameter if parameter and number.isdigit() else name
+
+
 def _split_name(name: str) -> tuple[int | None, str]:
     match = _LAYER.match(name)
     if match is None:
         return None, name.removesuffix(".weight")
-    return int(match["layer"]), re.sub(r"\.\d+(?=\.)", ".*", match["kind"])
+    return int(match["layer"]), re.sub(r"\.\d+(?=\.)", ".*", parameter_of(match["kind"]))
 
 
 def _short_names(kinds: set[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@
     budgets     how many entries each weight gets
     seeding     seeded generators; random initial indices
     taps        a linear layer whose backward offers its weight gradient (Eq. 5, 7)
+    grouped     the same for products of experts, fused into one parameter
     embedding_taps  an embedding whose backward offers the gradient of the rows it looked up
     row_gradients   the gradient of an embedding: rows of the tokens in a batch
     traced      the taps of compiled layers, as operators

@@ -19,12 +19,14 @@ from .drop_grow import Exchange, apply_exchange, drop_scores, keep_unless_better
 from .indices import Part, on_device, piece_entries, wrong_with_indices
 from .joined_drop_grow import exchange_by_accumulators, exchange_by_gradient
 from .optimizers import SM3, AdamW, Optimizer
-from .recorder import CANDIDATE_STATE, Candidates, GradientRecorder, largest
-from .row_gradients import RowGradient
+from .recorder import CANDIDATE_STATE, Candidates, Gradient, GradientRecorder, largest
 from .schedules import Phase, ReallocationSchedule
 from .selection.proposals import Proposals
 from .selection.spread import update_rates
 from .settings import Backends, MethodSettings
+
+FEW, MANY = 1 << 10, 1 << 6
+"""On a CPU, weights of at most so many entries are reallocated together if there are so many of them."""
 
 
 class Carrier(Protocol):
@@ -140,7 +142,7 @@ class SparseFineTuning:
         names, replaced, dropped = self.store.names, [], []
         for part in self._reallocated():
             deltas = [self.store[names[weight]] for weight in part.numbers]
-            joined = self.store.together(part) if self.together else deltas[0]
+            joined = deltas[0] if self._alone(part) else self.store.together(part)
             wanted = [self._replaced(step, delta) for delta in deltas]
             scores = drop_scores(joined, self.settings.drop_criterion, self._ages(step))
             exchange = self._exchange(part, scores, wanted)
@@ -157,8 +159,10 @@ class SparseFineTuning:
     def _replaced(self, step: int, delta: SparseDelta) -> int:
         """Count the entries of a weight to replace: as scheduled, but no more than have a gradient.
 
-        Only an embedding can have fewer: rows of tokens that no batch had get none, and what has none does not grow.
+        An expert that met no token has none. Of an embedding, rows of tokens that no batch had have none.
         """
+        if not self._may_grow(delta.name):
+            return 0
         wanted = self.schedule.replaced(step, delta.active)
         if delta.name not in self.recorder.by_rows:
             return wanted
@@ -184,13 +188,29 @@ class SparseFineTuning:
 
     def _reallocated(self) -> Iterator[Part]:
         """Yield the weights to reallocate: all that know what could grow, many at once or one by one."""
-        numbers = [
-            number
-            for number, name in enumerate(self.store.names)
-            if self.method == "ma" or name in self.recorder.candidates  # else no gradient has reached it in the phase
-        ]
-        at_once = piece_entries(self.store.device) // (2 if self.method == "ma" else 4)  # see `joined_drop_grow`
-        yield from self.store.places.groups(numbers, at_once if self.together else 1)
+        names, places = self.store.names, self.store.places
+        numbers = [number for number, name in enumerate(names) if self._may_grow(name)]
+        if self.together:
+            yield from places.groups(numbers, piece_entries(self.store.device) // (2 if self.method == "ma" else 4))
+            return
+        few = [number for number, count in enumerate(places.counts) if count <= FEW]
+        if self.settings.exchange_if_better or len(few) < MANY:
+            few = []
+        elif self.method != "ma":
+            for number in few:  # those that cannot grow go with the others, unchanged
+                if not self._may_grow(names[number]):
+                    self.recorder.stand_in(names[number])
+        yield from places.groups(few, FEW * MANY)
+        small = set(few)
+        yield from places.groups([number for number in numbers if number not in small], 1)
+
+    def _may_grow(self, name: str) -> bool:
+        """Return False if no gradient has reached a weight in the phase."""
+        return self.method == "ma" or name in self.recorder.candidates
+
+    def _alone(self, part: Part) -> bool:
+        """Return True for a part that is one weight, reallocated by itself."""
+        return not self.together and len(part.numbers) == 1
 
     def _estimates(self, part: Part) -> tuple[Tensor, Tensor] | None:
         if self.method == "ma":
@@ -200,13 +220,14 @@ class SparseFineTuning:
 
     def _exchange(self, part: Part, scores: Tensor, wanted: list[int]) -> Exchange:
         optimizer, recorder, places = self.optimizer, self.recorder, self.store.places
-        if self.together:
+        if not self._alone(part):
             if isinstance(optimizer, SM3):
                 return exchange_by_accumulators(places, part, scores, optimizer.rows, optimizer.columns, wanted)
             return exchange_by_gradient(places, recorder.places, part, scores, self._ranking(part), wanted)
         delta, (k,) = self.store[self.store.names[part.weights.start]], wanted
         if self.method == "ma":
             state = optimizer.state_of(delta.name)
+            k = k if bool(state["row"].any()) else 0  # no gradient has ever reached it
             return self.exchanges.exchange_by_accumulators(delta.indices, scores, state["row"], state["col"], k)
         candidates, ranking, indices = recorder.candidates[delta.name], self._ranking(part), delta.indices
         exchange = self.exchanges.exchange_by_gradient(indices, scores, candidates.indices, ranking, k)
@@ -218,7 +239,7 @@ class SparseFineTuning:
         promised = mean if self.proposals is None else self._rank(delta, own, self.proposals, indices[leaving])
         return keep_unless_better(exchange, indices, promised.abs(), ranking[exchange.grown_candidates].abs())
 
-    def _propose(self, name: str, gradient: Tensor | RowGradient, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _propose(self, name: str, gradient: Gradient, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Choose candidates for the next reallocation by the rule of `proposals`."""
         assert self.proposals is not None
         return self.proposals.propose(name, gradient, count, len(self.cohort_steps))
@@ -227,8 +248,14 @@ class SparseFineTuning:
         """Return values [c] fp32 of which the largest magnitudes grow first, in the reallocation under way."""
         if self.proposals is None:
             return self.recorder.estimates_of(part)[0]
-        deltas = [self.store[self.store.names[number]] for number in part.numbers]
-        return torch.cat([self._rank(delta, self.recorder.candidates[delta.name], self.proposals) for delta in deltas])
+        deltas, known = [self.store[self.store.names[number]] for number in part.numbers], self.recorder.candidates
+        nothing = lambda name: torch.zeros(self.recorder.counts[name], device=self.store.device)
+        return torch.cat(
+            [
+                self._rank(delta, known[delta.name], self.proposals) if delta.name in known else nothing(delta.name)
+                for delta in deltas
+            ]
+        )
 
     def _rank(
         self, delta: SparseDelta, candidates: Candidates, proposals: Proposals, indices: Tensor | None = None

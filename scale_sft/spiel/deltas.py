@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .indices import Entries, FlatEntries, JoinedEntries, Part, Rows, piece_entries, pieces
-from .seeding import random_indices
+from .indices import Entries, FlatEntries, JoinedEntries, Part, Rows, on_device, piece_entries, pieces
+from .seeding import FEW_ENTRIES, random_indices, random_indices_of_many, slice_of_many
 from .tiles import Tiles
 
 INITIAL_COHORT = 0
@@ -121,19 +121,46 @@ class DeltaStore:
         self._deltas: dict[str, SparseDelta] = {}
         self._numbers = {name: number for number, name in enumerate(shapes)}
         for name, shape in shapes.items():
-            given, entries = active[name], self.entries_of(name)
-            tiles = given.to(device) if isinstance(given, Tiles) else None
-            chosen = random_indices(shape, given, seed, name) if isinstance(given, int) else given
-            chosen = chosen.indices() if isinstance(chosen, Tiles) else chosen
+            given, number = active[name], self._numbers[name]
+            entries = self.places.range_of(number)
             self._deltas[name] = SparseDelta(
                 name=name,
                 shape=shape,
-                entries=self.places.of_weight(self._numbers[name], chosen.to(device)),
+                entries=self.places.entries(number),
                 deltas=self.flat[entries],
                 cohort=self.cohort[entries],
                 reference=self.reference[entries] if self.reference is not None else None,
-                tiles=tiles,
+                tiles=given.to(device) if isinstance(given, Tiles) else None,
             )
+        self._choose(shapes, active, seed)
+
+    def _choose(self, shapes: Mapping[str, tuple[int, int]], active: Active, seed: int) -> None:
+        """Make the initial indices active."""
+        alike: dict[tuple[tuple[int, int], int], list[str]] = {}
+        chosen: dict[str, Tensor] = {}
+        for name, shape in shapes.items():
+            given = active[name]
+            if isinstance(given, Tensor):
+                chosen[name] = given
+            elif isinstance(given, Tiles):
+                chosen[name] = given.indices()
+            elif slice_of_many(name) and shape[0] * shape[1] <= FEW_ENTRIES:
+                alike.setdefault((shape, given), []).append(name)
+            else:
+                chosen[name] = random_indices(shape, given, seed, name)
+        for ((rows, columns), count), names in alike.items():
+            together = random_indices_of_many(rows * columns, count, seed, names)
+            chosen |= dict(zip(names, together, strict=True))
+        names = list(shapes)
+        for part in self.places.groups():
+            indices = [chosen[names[number]].to(self.device) for number in part.numbers]
+            if len(indices) == 1:
+                self._deltas[names[part.weights.start]].indices = indices[0]
+            else:
+                before = self.places.rows.offsets(part.weights)[:-1]
+                counts = on_device([one.numel() for one in indices], torch.int64, self.device)
+                shift = torch.repeat_interleave(on_device(before, torch.int64, self.device), counts)
+                self.places.replace(part, torch.cat(indices).long().add_(shift))
 
     def __getitem__(self, name: str) -> SparseDelta:
         return self._deltas[name]

@@ -38,22 +38,25 @@ class Entries:
     The published code keeps 4 bytes per sorted flat index; columns take 2, and the start of a row 4.
 
     Args:
-        indices: [K] sorted, unique flat indices i * I + j, any integer type.
+        indices: [K] sorted, unique flat indices i * I + j, any integer type; None: `into` is set later.
         shape: (O, I).
         into: (row_starts [O + 1] int32, columns [K] uint16 or int32) to keep them in; None: new tensors, uint16 where
             I <= 65,536.
     """
 
-    def __init__(self, indices: Tensor, shape: tuple[int, int], into: tuple[Tensor, Tensor] | None = None):
-        self.shape, self.count = shape, indices.numel()
-        self.dtype = index_dtype(shape[0] * shape[1])
+    def __init__(self, indices: Tensor | None, shape: tuple[int, int], into: tuple[Tensor, Tensor] | None = None):
+        self.shape, self.dtype = shape, index_dtype(shape[0] * shape[1])
         if into is None:
+            if indices is None:
+                raise ValueError("entries: got neither indices nor tensors, expected one of them")
             into = (
                 torch.empty(shape[0] + 1, dtype=torch.int32, device=indices.device),
-                torch.empty(self.count, dtype=_dtype_of_columns(shape[1]), device=indices.device),
+                torch.empty(indices.numel(), dtype=_dtype_of_columns(shape[1]), device=indices.device),
             )
+        self.count = into[1].numel()
         self._row_starts, self._columns = into
-        self.replace(indices)
+        if indices is not None:
+            self.replace(indices)
 
     def replace(self, indices: Tensor) -> None:
         """Take over other indices [K], in place, without waiting for the device."""
@@ -167,10 +170,17 @@ class FlatEntries:
         self._columns = torch.empty(self.starts[-1], dtype=dtype, device=self.device)
         self._row_starts = torch.zeros(rows.starts[-1] + 1, dtype=torch.int32, device=self.device)
 
+    def entries(self, number: int) -> Entries:
+        """Return the entries of one weight, as views of the buffers; they may still have to be set."""
+        first, after = self.rows.starts[number : number + 2]
+        columns = self._columns[self.starts[number] : self.starts[number + 1]]
+        return Entries(None, self.rows.shapes[number], (self._row_starts[first:after], columns))
+
     def of_weight(self, number: int, indices: Tensor) -> Entries:
         """Set the entries of one weight; returns them as views of the buffers."""
-        starts, entries = self.rows.of(slice(number, number + 1)), self.range_of(number)
-        return Entries(indices, self.rows.shapes[number], (self._row_starts[starts], self._columns[entries]))
+        entries = self.entries(number)
+        entries.replace(indices)
+        return entries
 
     def range_of(self, number: int) -> slice:
         """Return where one weight's entries are among all."""
@@ -218,7 +228,7 @@ class FlatEntries:
         return torch.repeat_interleave(counts, output_size=part.count)
 
     def flat(self, part: Part, shifts: Sequence[int] | None = None) -> Tensor:
-        """Compute the flat index of each entry in its own weight: [n] int64, or int32 for one weight where that fits.
+        """Compute the flat index of each entry in its own weight: [n] int64, or int32 for one weight where it fits.
 
         Args:
             part: of the entries.
@@ -229,7 +239,10 @@ class FlatEntries:
             height, width = self.rows.shapes[part.weights.start]
             dtype = index_dtype(height * width)
             found = row.to(dtype).mul_(width).add_(self._columns[part.entries].to(dtype))
-            return found.add_(shifts[0]) if shifts and shifts[0] else found
+            shift = shifts[0] if shifts else 0
+            if height * width + shift > torch.iinfo(dtype).max:
+                found = found.long()
+            return found.add_(shift) if shift else found
         first = self.rows.first_entries[self.rows.of(part.weights)]
         if shifts is not None and any(shifts):
             first = first + self.rows.spread(shifts, part.weights)

@@ -127,9 +127,21 @@ def exchange_by_accumulators(
     shapes, counts = active.rows.shapes[part.weights], active.counts[part.weights]
     most = [rows * columns - count for (rows, columns), count in zip(shapes, counts, strict=True)]
     k = on_device([min(pair) for pair in zip(wanted, most, strict=True)], torch.int64, index.device)
+    k = k * _touched(active, part, row)
     kept = entries.first(sort_bits(scores), k).logical_not_()
     joining, grown = largest_products(active, part, index, row, col, k)
     return _exchange(index, kept, joining, grown, torch.searchsorted(index, joining))
+
+
+def _touched(entries: FlatEntries, part: Part, row: Tensor) -> Tensor:
+    """Tell which weights of a part a gradient has ever reached, by their accumulators `row` [R]: [W] bool."""
+    rows, starts = entries.rows.of(part.weights), entries.rows.starts
+    # the last row of each weight is empty
+    firsts = [start - rows.start for start in starts[part.weights]]
+    ends = [start - rows.start - 1 for start in starts[part.weights.start + 1 : part.weights.stop + 1]]
+    before = _from_zero(row[rows] > 0).index_select(0, on_device(firsts + ends, torch.int64, row.device))
+    first, end = before.chunk(2)
+    return end > first
 
 
 def _segments(entries: FlatEntries, part: Part) -> Segments:

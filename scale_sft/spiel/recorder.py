@@ -16,17 +16,22 @@ from .indices import Entries, FlatEntries, Part, piece_entries, pieces
 from .row_gradients import Pending, RowGradient, Sum
 from .schedules import Phase
 from .tiles import Tiles
-from .topk import top_k_magnitude
+from .topk import largest_magnitudes
 
 Select = Callable[[Tensor, int], Tensor]
-"""(gradient [N], C) -> [C] sorted indices of the C largest magnitudes, of the gradient summed over all ranks."""
+"""(gradient [N], C) -> [C] sorted indices of the C largest magnitudes, of the gradient summed over all ranks; [0] if
+all of it is 0."""
 
 Products = Callable[[Tensor, Tensor, Sequence[tuple[Entries, Tensor]]], bool]
 """(left [T, R], right [T, C'], [(entries, out [K]), ...]): adds the entries of left^T right to each `out` and returns
 True; or returns False, doing nothing, if forming the full product is no slower."""
 
-Propose = Callable[[str, Tensor | RowGradient, int], tuple[Tensor, dict[str, Tensor]]]
-"""(name, gradient [O, I], C) -> [C] sorted indices of candidates, and the facts that their ranking needs later."""
+Gradient = Tensor | RowGradient
+"""Of one weight: dense [O, I], or the rows that are not 0."""
+
+Propose = Callable[[str, Gradient, int], tuple[Tensor, dict[str, Tensor]]]
+"""(name, gradient [O, I], C) -> [C] sorted indices of candidates, and the facts that their ranking needs later; [0] if
+all of the gradient is 0."""
 
 CANDIDATE_STATE = ("candidate_indices", "candidate_mean", "candidate_mean_square")
 
@@ -39,7 +44,7 @@ def largest(select: Select, sum_: Sum = lambda flat: None) -> Propose:
         sum_: over the same ranks.
     """
 
-    def propose(name: str, gradient: Tensor | RowGradient, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def propose(name: str, gradient: Gradient, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         if isinstance(gradient, RowGradient):
             return gradient.union(sum_).choose(select, count), {}
         return select(gradient.reshape(-1), count), {}
@@ -52,7 +57,7 @@ def dense_products(left: Tensor, right: Tensor, wanted: Sequence[tuple[Entries, 
     pick(left.t() @ right, wanted)
 
 
-def pick(gradient: Tensor | RowGradient, wanted: Sequence[tuple[Entries, Tensor]]) -> None:
+def pick(gradient: Gradient, wanted: Sequence[tuple[Entries, Tensor]]) -> None:
     """Add the entries of a gradient [R, C'] to each `out` [K]."""
     if isinstance(gradient, RowGradient):
         gradient.pick(wanted)
@@ -112,7 +117,7 @@ class GradientRecorder:
     ):
         self.store, self.counts = store, dict(candidates or {})
         self.dtype, self.products, self.reuse_buffer = dtype, products, reuse_buffer
-        self.estimation_steps, self.propose = estimation_steps, propose or largest(top_k_magnitude)
+        self.estimation_steps, self.propose = estimation_steps, propose or largest(largest_magnitudes)
         self.phase = Phase.OFF
         self.proposing = False  # this step chooses the candidates
         self.candidates: dict[str, Candidates] = {}
@@ -188,6 +193,11 @@ class GradientRecorder:
         self.candidates[name] = Candidates(self.places.of_weight(number, indices), mean, mean_square, facts)
         return self.candidates[name]
 
+    def stand_in(self, name: str) -> None:
+        """Give a weight without candidates its first entries in their place, none of which may grow."""
+        count, number = self.counts[name], self.store.number_of(name)
+        self.places.of_weight(number, torch.arange(count, device=self.store.device))
+
     def record_product(self, name: str, left: Tensor, right: Tensor, *, more: bool = False) -> None:
         """Record the wanted entries of left^T right, the [R, C'] gradient of one weight in one backward pass.
 
@@ -209,6 +219,8 @@ class GradientRecorder:
             return
         if self._watching or self._proposes(name):
             self.record(name, self._product(left, right), more=more)
+            return
+        if not len(left):  # an expert that met no token
             return
         wanted = self._wanted(name)
         if self.products is None or not self.products(left, right, wanted):
@@ -243,7 +255,7 @@ class GradientRecorder:
             self._buffer = torch.empty(largest, dtype=left.dtype, device=left.device)
         return torch.mm(left.t(), right, out=self._buffer[:size].view(left.shape[1], right.shape[1]))
 
-    def record(self, name: str, gradient: Tensor | RowGradient, *, more: bool = False) -> None:
+    def record(self, name: str, gradient: Gradient, *, more: bool = False) -> None:
         """Record the wanted entries of the [O, I] gradient of one weight in one backward pass, or of a part of it.
 
         Args:
@@ -256,12 +268,14 @@ class GradientRecorder:
             pick(gradient, self._wanted(name))
             return
         pick(gradient, [(self.store[name].entries, self._active[name])])
-        whole: Tensor | RowGradient | None = gradient
+        whole: Gradient | None = gradient
         if isinstance(gradient, Tensor) or more or name in self._pending:
             whole = self._pending.add(name, gradient, more=more)
         if whole is not None:
-            self._choose(name, *self.propose(name, whole, self.counts[name]))
-            pick(whole, [(self.candidates[name].entries, self._candidate[name])])
+            indices, facts = self.propose(name, whole, self.counts[name])
+            if len(indices):  # else all of the gradient is 0: the next backward pass proposes
+                self._choose(name, indices, facts)
+                pick(whole, [(self.candidates[name].entries, self._candidate[name])])
 
     def _proposes(self, name: str) -> bool:
         """Return True if the next gradient of a weight proposes its candidates."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from math import isqrt
 
 import torch
@@ -10,6 +11,11 @@ from torch import Tensor
 
 from .indices import index_dtype
 from .tiles import Tiles, Tiling
+
+FEW_ENTRIES = 1 << 13
+"""The entries of a small weight: if there are many alike, `random_indices_of_many` chooses."""
+MANY_KEYS = 1 << 20
+"""Keys at once."""
 
 
 def seeded_generator(seed: int, purpose: str, name: str = "") -> torch.Generator:
@@ -30,6 +36,30 @@ def random_indices(shape: tuple[int, int], k: int, seed: int, name: str) -> Tens
 def random_tiles(tiling: Tiling, count: int, seed: int, name: str) -> Tiles:
     """Choose `count` distinct tiles of a weight, on the CPU, every set of them equally likely; see `random_indices`."""
     return Tiles(tiling, _subset(tiling.count, count, seeded_generator(seed, "initial tiles", name)).long())
+
+
+def slice_of_many(name: str) -> bool:
+    """Return True for the name of one of many alike weights: `...experts.up_proj.17`."""
+    return name.rpartition(".")[2].isdigit()
+
+
+def random_indices_of_many(n: int, k: int, seed: int, names: Sequence[str]) -> Tensor:
+    """Choose `k` distinct numbers below `n` for each of W small weights: [W, k] on the CPU, sorted, int64.
+
+    Every number gets a pseudo-random key, of the seed, the weight's name and the number alone; those with the largest
+    keys are chosen. In few operations, other than `random_indices`.
+    """
+    digests = [hashlib.sha256(f"{seed}\0initial indices\0{name}".encode()).digest() for name in names]
+    chosen = torch.empty(len(names), k, dtype=torch.int64)
+    numbers = torch.arange(n).mul_(-0x61C8864680B583EB)
+    for first in range(0, len(names), rows := max(1, MANY_KEYS // n)):
+        starts = torch.tensor([int.from_bytes(one[:8], "little", signed=True) for one in digests[first : first + rows]])
+        keys = starts[:, None] + numbers
+        for factor in (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):  # the finalizer of SplitMix64
+            keys = (keys ^ ((keys >> 30) & (1 << 34) - 1)) * factor
+        keys ^= (keys >> 31) & (1 << 33) - 1
+        chosen[first : first + rows] = keys.topk(k, dim=1, sorted=False).indices.sort(1).values
+    return chosen
 
 
 def _subset(n: int, k: int, generator: torch.Generator) -> Tensor:

@@ -18,7 +18,7 @@ from .optimizers import Growth
 from .recorder import Products, Select
 from .row_gradients import Sum
 from .selection.proposals import Proposals
-from .topk import top_k_magnitude
+from .topk import largest_magnitudes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class Exchanges(Protocol):
 class Backends:
     """The implementations to compute with, and the dtypes they store. The defaults are plain torch in one process."""
 
-    select: Select = top_k_magnitude
+    select: Select = largest_magnitudes
     """Choose candidates from one weight's gradient, summed over all ranks."""
     sum_: Sum = lambda flat: None
     """Sum over all ranks, for embeddings: which rows their batches have met."""

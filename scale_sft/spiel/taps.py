@@ -155,11 +155,19 @@ class _TappedLinear(torch.autograd.Function):
         return dx, None, None
 
 
-def attach(tap: WeightTap) -> None:
+class Tap(Protocol):
+    """What stands in for a module's forward pass."""
+
+    module: Any
+
+    def forward(self, *inputs: Any, **options: Any) -> Any: ...
+
+
+def attach(tap: WeightTap | Tap) -> None:
     """Route the module's forward through the tap; on the instance, so that other libraries' hooks stay in place."""
 
-    def forward(module: nn.Module, x: Tensor) -> Tensor:
-        return tap.forward(x)
+    def forward(module: nn.Module, *inputs: Any, **options: Any) -> Any:
+        return tap.forward(*inputs, **options)
 
     install(tap, forward)
 

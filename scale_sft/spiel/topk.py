@@ -46,6 +46,19 @@ def top_k_magnitude(values: Tensor, k: int) -> Tensor:
     return torch.cat((found, _first_without_number(values, k - found.numel()))).sort().values
 
 
+def unless_zero(values: Tensor, chosen: Tensor) -> Tensor:
+    """Return the indices `chosen` [k] of the largest of `values` [N], or [0] if all values are 0.
+
+    An expert that met no token has such a gradient: which entries should grow cannot be told from it.
+    """
+    return chosen if bool(values[chosen].any()) else chosen[:0]
+
+
+def largest_magnitudes(values: Tensor, k: int) -> Tensor:
+    """Find the same indices as `top_k_magnitude`; [0] if all of `values` are 0."""
+    return unless_zero(values, top_k_magnitude(values, k))
+
+
 def top_k_sorted(scores: Tensor, k: int) -> Tensor:
     """Find the positions of the `k` largest scores, ascending; of equal scores the smaller positions.
 

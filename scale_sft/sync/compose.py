@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from scale_sft.model.fingerprints import add_sums, change_sums, combine_fingerpr
 from scale_sft.model.resident import bits_of
 from scale_sft.spiel.indices import find_places, merge_places
 
-from .names import names_on_disk, unwrapped
+from .names import Piece, pieces_on_disk, unwrapped
 from .patches import Patches, Prints, Snapshot, WeightPatch
 from .source import Source, TrainedWeight, source_of
 
@@ -29,7 +29,7 @@ from .source import Source, TrainedWeight, source_of
 class _Stream:
     """The versions of one model that this process has composed."""
 
-    names: dict[str, str]  # in the files, by name in the state dict
+    pieces: dict[str, tuple[Piece, ...]]  # in the files, by name in the model
     base: Snapshot
     last: Snapshot = field(init=False)
 
@@ -69,14 +69,14 @@ def changed(model: Any, since: Snapshot | None = None) -> Patches:
     patches: list[WeightPatch] = []
     changes: list[tuple[Tensor, Tensor, Tensor]] = []
     for weight in source.weights():
-        name, shape = stream.names[weight.name], source.shapes[weight.name]
-        now[name] = weight
-        indices, values, previous = _difference(before.weights.get(name), weight)
-        if indices.numel():
-            patches.append(WeightPatch(name, shape, indices, values))
-            changes.append((indices, values, previous))
+        for piece, stored in _cut(weight, stream.pieces[weight.name]):
+            now[piece.name] = stored
+            indices, values, previous = _difference(before.weights.get(piece.name), stored)
+            if indices.numel():
+                patches.append(WeightPatch(piece.name, piece.shape, indices, values))
+                changes.append((indices, values, previous))
     prints = moved(before.prints, [patch.name for patch in patches], changes)
-    shapes = {stream.names[name]: shape for name, shape in source.shapes.items()}
+    shapes = _shapes_of(stream.pieces)
     after = Snapshot(stream.base.stream, stream.last.version + 1, prints, now, combine_fingerprints(prints, shapes))
     stream.last = after
     return Patches(
@@ -109,13 +109,32 @@ def moved(
 
 
 def _stream_of(model: Any, source: Source) -> _Stream:
-    if model not in _streams or set(_streams[model].names) != set(source.shapes):  # new, or another adapter's targets
-        names = names_on_disk(unwrapped(source.model), source.shapes)
-        prints = {names[name]: value for name, value in source.base_prints().items()}
-        digest = combine_fingerprints(prints, {names[name]: shape for name, shape in source.shapes.items()})
+    if model not in _streams or set(_streams[model].pieces) != set(source.shapes):  # new, or another adapter's targets
+        pieces = pieces_on_disk(unwrapped(source.model), source.shapes)
+        prints = dict(source.base_prints(pieces))
+        digest = combine_fingerprints(prints, _shapes_of(pieces))
         stream = uuid.uuid4().hex[:16]  # leaves the generators of random and torch alone
-        _streams[model] = _Stream(names, Snapshot(stream, 0, prints, {}, digest))
+        _streams[model] = _Stream(pieces, Snapshot(stream, 0, prints, {}, digest))
     return _streams[model]
+
+
+def _shapes_of(pieces: Mapping[str, tuple[Piece, ...]]) -> dict[str, tuple[int, int]]:
+    return {piece.name: piece.shape for several in pieces.values() for piece in several}
+
+
+def _cut(weight: TrainedWeight, pieces: tuple[Piece, ...]) -> Iterator[tuple[Piece, TrainedWeight]]:
+    """Cut the entries of a weight into those of its tensors in the files, with indices in these."""
+    if len(pieces) == 1:
+        yield pieces[0], weight
+        return
+    bounds = torch.tensor([bound for piece in pieces for bound in (piece.first, piece.last)])
+    places = torch.searchsorted(weight.indices, bounds.to(weight.indices)).tolist()
+    for piece, low, high in zip(pieces, places[::2], places[1::2], strict=True):
+        part = slice(low, high)
+        yield (
+            piece,
+            TrainedWeight(piece.name, weight.indices[part] - piece.first, weight.values[part], weight.base[part]),
+        )
 
 
 def _difference(old: TrainedWeight | None, new: TrainedWeight) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from scale_sft.errors import UserError
 from scale_sft.model.resident import bits_of, effective_values, read_entries
 
 from .names import unwrapped
-from .source import Source, TrainedWeight, register
+from .source import Pieces, Source, TrainedWeight, register
 
 
 @register
@@ -53,8 +53,9 @@ class PeftSource:
     def shapes(self) -> Mapping[str, tuple[int, int]]:
         return {layer.weight_name: layer.shape for layer in self._layers}
 
-    def base_prints(self) -> Mapping[str, tuple[int, int]]:
-        return {layer.weight_name: layer.fingerprint() for layer in self._layers}
+    def base_prints(self, pieces: Pieces) -> Mapping[str, tuple[int, int]]:
+        prints = {layer.weight_name: layer.fingerprint() for layer in self._layers}
+        return {piece.name: prints[name] for name, (piece,) in pieces.items()}
 
     def weights(self) -> Iterator[TrainedWeight]:
         if all(layer.resident is None for layer in self._layers):

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from scale_sft.adapters.apply import Held, held_weight
+from scale_sft.model.experts import fused_weights, slice_name
 from scale_sft.model.fingerprints import CHUNK_ENTRIES, add_sums, entry_sums, fingerprint
 from scale_sft.model.resident import WeightPart, read_entries, write_entries
 
-from .names import name_on_disk
+from .names import expert_pieces, name_on_disk
 from .patches import SyncError
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -51,9 +53,11 @@ class Place(Protocol):
 
 @dataclass(frozen=True)
 class Plain:
-    """A weight that a parameter holds as it is."""
+    """A weight that a model holds as it is: a parameter, an expert's slice of one, or consecutive rows of either."""
 
-    weight: nn.Parameter
+    weight: Held
+    first: int  # of the entries of the weight that the checkpoint's tensor has
+    last: int
     whole = True
 
     @property
@@ -65,13 +69,17 @@ class Plain:
         return self.weight.device
 
     def read(self, indices: Tensor) -> Tensor:
-        return read_entries(self.weight.data.view(-1), indices)
+        return read_entries(self.entries(), indices)
 
     def write(self, indices: Tensor, values: Tensor) -> None:
-        write_entries(self.weight.data.view(-1), indices, values)
+        write_entries(self.entries(), indices, values)
+
+    def entries(self) -> Tensor:
+        """Return the entries as a 1-D view, in place."""
+        return self.weight.entries[self.first : self.last]
 
     def fingerprint(self) -> tuple[int, int]:
-        return fingerprint(WeightPart.whole(self.weight))
+        return fingerprint(WeightPart(self.entries, 0, self.last - self.first))
 
 
 @dataclass(frozen=True)
@@ -143,8 +151,10 @@ class Loaded:
         return add_sums((0, 0), total.tolist())
 
 
-_renamed: weakref.WeakKeyDictionary[nn.Module, tuple[frozenset[str], dict[str, str]]] = weakref.WeakKeyDictionary()
-"""By model: the names of its weights, and those among them that go by another name on disk."""
+_Names = dict[str, tuple[str, int]]
+"""By name on disk: the weight in the model, and which entry of it is the first on disk."""
+_renamed: weakref.WeakKeyDictionary[nn.Module, tuple[frozenset[str], _Names]] = weakref.WeakKeyDictionary()
+"""By model: the names of its weights, and what they are on disk."""
 
 
 class Places:
@@ -168,22 +178,34 @@ class Places:
         renames = {} if shapes.keys() <= weights.keys() else self._renames(weights)
         found: dict[str, Place] = {}
         for name, shape in shapes.items():
-            weight = weights.get(name, weights.get(renames.get(name, "")))
-            if weight is None or tuple(weight.shape) != shape or weight.is_meta or not weight.is_contiguous():
-                has = "none" if weight is None else f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
+            target, first = (name, 0) if name in weights else renames.get(name, ("", 0))
+            held, last = held_weight(weights, target), first + shape[0] * shape[1]
+            cut = held is not None and held.number is not None  # `_renames` has found the rows of an expert
+            fits = held is not None and (cut or held.shape == shape) and held.shape[1:] == shape[1:]
+            if held is None or not fits or held.parameter.is_meta or not held.parameter.is_contiguous():
+                has = "none" if held is None else f"{held.shape} {held.dtype} on {held.device}"
                 raise SyncError(
                     f"sync: got '{name}' of shape {shape}, the receiving model has {has}; expected the model that is "
                     "trained, whole and in memory"
                 )
-            found[name] = Plain(weight)
+            found[name] = Plain(held, first, last)
         return found
 
-    def _renames(self, weights: Mapping[str, nn.Parameter]) -> dict[str, str]:
-        """Map names on disk to names in the model: found once, and again where a model has other weights by then."""
+    def _renames(self, weights: Mapping[str, nn.Parameter]) -> _Names:
+        """Map names on disk to names in the model and the first entry that they hold of it.
+
+        Found once, and again where a model has other weights by then.
+        """
         known, names = _renamed.get(self._model, (None, {}))
         if known != weights.keys():
-            stored = {name: name_on_disk(self._model, name, tuple(weight.shape)) for name, weight in weights.items()}
-            names = {on_disk: name for name, on_disk in stored.items() if on_disk is not None}
+            names = {}
+            fused = {one.name for one in fused_weights(self._model)}
+            for name, weight in weights.items():
+                if name in fused:
+                    for number, pieces in expert_pieces(self._model, name).items():
+                        names |= {piece.name: (slice_name(name, number), piece.first) for piece in pieces}
+                elif (stored := name_on_disk(self._model, name, tuple(weight.shape))) is not None:
+                    names[stored] = name, 0
             _renamed[self._model] = frozenset(weights), names
         return names
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError
-from scale_sft.model.resident import ResidentDeltas, bits_of, effective_values, read_entries
+from scale_sft.model.resident import ResidentDeltas, WeightPart, bits_of, effective_values, read_entries
 from scale_sft.model.sparse_model import SparseModel
+
+from .names import Piece
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Source(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, int]]:
         """(O, I) of each trained weight."""
 
-    def base_prints(self) -> Mapping[str, tuple[int, int]]:
-        """Fingerprints of the base's weights: see `scale_sft.model.fingerprints`."""
+    def base_prints(self, pieces: Pieces) -> Mapping[str, tuple[int, int]]:
+        """Fingerprint the base's weights as the files hold them, by name there: see `scale_sft.model.fingerprints`."""
 
     def weights(self) -> Iterator[TrainedWeight]:
         """Yield each trained weight as it is now.
@@ -56,6 +58,8 @@ class Source(Protocol):
         """
 
 
+Pieces = Mapping[str, tuple[Piece, ...]]
+"""The tensors in the files that hold each trained weight, by its name in the model."""
 Adapt = Callable[[Any], Source | None]
 """Gives the source of a model of one kind; None for other models."""
 _kinds: list[Adapt] = []
@@ -112,8 +116,19 @@ class SparseSource:
     def shapes(self) -> Mapping[str, tuple[int, int]]:
         return self._sparse.shapes
 
-    def base_prints(self) -> Mapping[str, tuple[int, int]]:
-        return self._sparse.prints
+    def base_prints(self, pieces: Pieces) -> Mapping[str, tuple[int, int]]:
+        sparse = self._sparse
+        found = {several[0].name: sparse.prints[name] for name, several in pieces.items() if len(several) == 1}
+        cut = {
+            piece.name: _rows(sparse.parts[name], piece)
+            for name, several in pieces.items()
+            for piece in several
+            if len(several) > 1
+        }
+        if cut:
+            with self._carrier.without():
+                found |= sparse.group.fingerprints(cut)
+        return found
 
     def weights(self) -> Iterator[TrainedWeight]:
         sparse, store = self._sparse, self._sparse.tuning.store
@@ -158,3 +173,9 @@ class SparseSource:
             start += delta.active
         self._sparse.group.sum_(bits, "sync")
         return bits
+
+
+def _rows(part: WeightPart, piece: Piece) -> WeightPart:
+    """Describe what this process holds of a piece of a weight."""
+    start, stop = (min(max(bound - piece.first, 0), piece.last - piece.first) for bound in (part.start, part.stop))
+    return WeightPart(part.storage, start, stop, part.at + max(0, piece.first - part.start), False)

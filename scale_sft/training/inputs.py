@@ -41,9 +41,10 @@ from scale_sft.model.loading import (
 )
 from scale_sft.model.quantization import Quantization, refuse_corrupting_storage, resolve_quantization
 from scale_sft.model.reach import refuse_randomness
+from scale_sft.model.router_loss import router_loss_of
 from scale_sft.model.sparse_settings import rule_of
 from scale_sft.model.targets import budget_of, choice_of, transposed_names
-from scale_sft.planning.footprint import empty_model
+from scale_sft.planning.footprint import empty_model, entries_of, unpacked_experts
 from scale_sft.planning.placement import Placement, choose_placement
 
 from .reference_adapter import ReferenceAdapter, reference_of
@@ -143,7 +144,8 @@ def read_inputs(config: Config) -> Inputs:
         held_out = load_examples(data.eval_data, "eval", tokenizer, data, data.max_eval_examples, kind=kind)
     refuse_misfit(tokenizer, model_config, train, held_out)
     attention = choose_attention(config.model.attention, base.model, dtype, tokens, world.device().type)
-    notes = (*notes, *filter(None, (attention.note, base.note)))
+    unpacked = unpacked_experts(entries_of(base.model), dtype, quantization)
+    notes = (*notes, *filter(None, (attention.note, base.note, unpacked)))
     notes = (*notes, *dict.fromkeys((*train.notes, *(held_out.notes if held_out else ()))))
     total = None if run.steps else math.ceil((run.epochs or 1) * len(train))
     order = BatchOrder(len(train), run.global_batch_size, run.seed, total)
@@ -197,6 +199,7 @@ def _checked_base(config: Config, model_config: Any, ranks: int) -> _Base:
         enable_checkpointing(model)
     if config.data.packing:
         refuse_unpackable(model)
+    router_loss_of(model, config.objective.router_aux_loss)
     shapes = {target.name: target.shape for target in choice.targets}
     return _Base(model, shapes, transposed_names(choice.targets), coverage(model, choice), note)
 

@@ -15,7 +15,7 @@ from scale_sft.evaluation.held_out import Evaluation
 from scale_sft.model.visibility import visible_fraction
 from scale_sft.reporting.metrics import Metrics, NullMetrics
 from scale_sft.reporting.run_report import write_report
-from scale_sft.spiel.selection.spread import FRACTIONS, profiles
+from scale_sft.spiel.selection.spread import FRACTIONS, batches, profiles_together
 
 from .best import best_step
 from .inputs import Inputs
@@ -195,6 +195,10 @@ def _vanishing(session: Session) -> str | None:
 def _totals(session: Session) -> dict[str, Any]:
     """Count entries by cohort and measure the deltas of each weight, for the report."""
     store, cohorts = session.tuning.store, len(session.tuning.cohort_steps)
+    spread: dict[str, tuple[list[float], list[float]]] = {}
+    for names in batches({one.name: one.shape for one in store}, {one.name: one.active for one in store}):
+        found = profiles_together([store[name].indices for name in names], store[names[0]].shape)
+        spread |= dict(zip(names, found, strict=True))
     per_weight = {
         delta.name: {
             "active": delta.active,
@@ -202,7 +206,7 @@ def _totals(session: Session) -> dict[str, Any]:
             "cohort_counts": torch.bincount(delta.cohort.int(), minlength=cohorts).tolist(),
             "l2_delta": float(torch.linalg.vector_norm(delta.deltas)),
             "max_abs_delta": float(delta.deltas.abs().max()),
-            **dict(zip(("spread_rows", "spread_columns"), profiles(delta.indices, delta.shape), strict=True)),
+            **dict(zip(("spread_rows", "spread_columns"), spread[delta.name], strict=True)),
         }
         for delta in store
     }

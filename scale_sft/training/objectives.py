@@ -12,6 +12,7 @@ from scale_sft.data.preference_batches import PreferenceBatches
 from scale_sft.data.preferences import Preferences
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.model.empty import text_config
+from scale_sft.model.router_loss import router_loss_of
 from scale_sft.model.sparse_model import SparseModel
 from scale_sft.objective.layouts import layout_of
 from scale_sft.objective.preference import Cut, PreferenceObjective
@@ -32,7 +33,8 @@ def objective_of(inputs: Inputs, cluster: Cluster, sparse: SparseModel) -> Token
     if not isinstance(examples, Preferences):
         if inputs.row_tokens:
             refuse_leaks(sparse.model, text_config(inputs.model_config).vocab_size, device, flat=flat_rows(config))
-        return TokenObjective(examples, partial(inputs.micro_batches, cluster=cluster))
+        balance = router_loss_of(sparse.model, config.objective.router_aux_loss)
+        return TokenObjective(examples, partial(inputs.micro_batches, cluster=cluster), balance)
     layout, note = layout_of(
         sparse.model,
         row_tokens=inputs.row_tokens,

@@ -21,7 +21,7 @@ METHODS["columns"] = {"method": "columns", "selection_batches": 2, "draw": "samp
 METHODS["ag-sampled"] = {"selection_batches": 2, "score": "gradient_weight", "draw": "sample"}
 METHODS["static-sampled"] = {"method": "static", "selection_batches": 2, "score": "balanced", "draw": "sample"}
 METHODS["static-sampled"] |= {"temperature": 0.5, "row_quota": 3.0}
-METHODS["ag-embeddings"] = {"train_embeddings": "both", "density": 0.2}  # tied; more entries than a batch has tokens
+METHODS["ag-embeddings"] = {"method": "ag", "train_embeddings": "both", "density": 0.2}  # tied
 METHODS["ma-embeddings"] = {"method": "ma", "target_modules": ["embed_tokens"]}
 UNEVEN = {"epochs": 1, "steps": None, "max_train_examples": 29, "global_batch_size": 8, "density": 0.0002}
 """The last batch has 5 sequences, and most shards of a weight hold no active entry."""

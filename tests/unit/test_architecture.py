@@ -4,10 +4,9 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "scale_sft"
@@ -45,6 +44,12 @@ def used_names(path: Path) -> set[str]:
     return {ast.unparse(node) for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)}
 
 
+def imported(files: Iterable[str], *packages: str) -> dict[str, list[str]]:
+    """What these files import of some packages, by file; those that import nothing of them are left out."""
+    of = lambda file: sorted(name for name in imports(FILES[file]) if any(within(name, one) for one in packages))
+    return {file: names for file in files if (names := of(file))}
+
+
 def test_there_is_something_to_check() -> None:
     assert {"train.py", "cli/main.py", "distributed/cluster.py", "spiel/algorithm.py"} <= set(FILES)
 
@@ -56,22 +61,20 @@ def test_the_floors_hold_and_there_are_no_circles() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("file", METHOD)
-def test_the_method_needs_torch_alone(file: str) -> None:
-    foreign = {name.split(".")[0] for name in imports(FILES[file])} - set(sys.stdlib_module_names)
-    assert foreign <= {"torch", "scale_sft"}
+def test_the_method_needs_torch_alone() -> None:
+    needed = {file: {name.split(".")[0] for name in imports(FILES[file])} for file in METHOD}
+    known = {"torch", "scale_sft", *sys.stdlib_module_names}
+    assert {file: names - known for file, names in needed.items() if names - known} == {}
 
 
-@pytest.mark.parametrize("file", [name for name in FILES if not name.startswith("distributed/")])
-def test_only_distributed_knows_ranks(file: str) -> None:
-    for library in ("accelerate", "deepspeed", "torch.distributed"):
-        assert not [name for name in imports(FILES[file]) if within(name, library)], library
-    assert not [name for name in used_names(FILES[file]) if within(name, "torch.distributed")]
+def test_only_distributed_knows_ranks() -> None:
+    others = [name for name in FILES if not name.startswith("distributed/")]
+    assert imported(others, "accelerate", "deepspeed", "torch.distributed") == {}
+    assert [file for file in others if any(within(name, "torch.distributed") for name in used_names(FILES[file]))] == []
 
 
-@pytest.mark.parametrize("file", [name for name in FILES if not name.startswith("kernels/gpu/")])
-def test_only_kernels_know_triton(file: str) -> None:
-    assert not [name for name in imports(FILES[file]) if within(name, "triton")]
+def test_only_kernels_know_triton() -> None:
+    assert imported([name for name in FILES if not name.startswith("kernels/gpu/")], "triton") == {}
 
 
 MAY_IMPORT_TRAIN = ("__init__.py", "train.py", "cli/train.py", "bench/quality/worker.py", "bench/gpu/training.py")
@@ -80,9 +83,8 @@ MAY_IMPORT_TRAIN += ("model_check/checks.py", "model_check/processes.py", "model
 times in one process: they must go through the real loop."""
 
 
-@pytest.mark.parametrize("file", [name for name in FILES if name not in MAY_IMPORT_TRAIN])
-def test_nothing_imports_the_entry_point(file: str) -> None:
-    assert not [name for name in imports(FILES[file]) if within(name, "scale_sft.train")]
+def test_nothing_imports_the_entry_point() -> None:
+    assert imported([name for name in FILES if name not in MAY_IMPORT_TRAIN], "scale_sft.train") == {}
 
 
 def test_the_main_loop_reads_like_the_algorithm() -> None:
@@ -93,12 +95,11 @@ def test_the_main_loop_reads_like_the_algorithm() -> None:
     assert len([line for line in lines if line.strip() and not line.strip().startswith("#")]) <= 45
 
 
-@pytest.mark.parametrize("file", [name for name in FILES if "/" in name and Path(name).stem[0] != "_"])
-def test_a_package_names_each_of_its_modules(file: str) -> None:
+def test_a_package_names_each_of_its_modules() -> None:
     """The docstring of a package is its table of contents."""
-    path = FILES[file]
-    contents = ast.get_docstring(tree_of(path.parent / "__init__.py")) or ""
-    assert re.search(rf"\b{path.stem}\b", contents)
+    contents = lambda path: ast.get_docstring(tree_of(path.parent / "__init__.py")) or ""
+    modules = {name: path for name, path in FILES.items() if "/" in name and path.stem[0] != "_"}
+    assert [name for name, path in modules.items() if not re.search(rf"\b{path.stem}\b", contents(path))] == []
 
 
 MOST_LINES, MOST_PARAMETERS = 400, 7
@@ -127,9 +128,7 @@ def test_constructors_written_by_hand_take_few_parameters() -> None:
     assert found and {name: count for name, count in found.items() if count > MOST_PARAMETERS} == {}
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_peft_is_imported_where_it_is_compared_or_extended_and_trl_where_it_is_compared(file: str) -> None:
-    if file != "bench/step/pair_contestants.py":
-        assert not [name for name in imports(FILES[file]) if within(name, "trl")]
-    if not file.startswith(("peft/", "bench/", "adapters/verify.py")):
-        assert not [name for name in imports(FILES[file]) if within(name, "peft") or within(name, "scale_sft.peft")]
+def test_peft_is_imported_where_it_is_compared_or_extended_and_trl_where_it_is_compared() -> None:
+    assert list(imported(FILES, "trl")) == ["bench/step/pair_contestants.py"]
+    extends = ("peft/", "bench/", "adapters/verify.py")
+    assert imported([name for name in FILES if not name.startswith(extends)], "peft", "scale_sft.peft") == {}

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..topk import top_k_magnitude
+from ..topk import largest_magnitudes
 
 ReadWeight = Callable[[str], AbstractContextManager[Tensor]]
 """Yields a whole weight, N entries, for the length of a `with` block; all processes call it together."""
@@ -30,7 +30,10 @@ class Parts(Protocol):
         """Sum a contiguous tensor over the processes, in place; its traffic counts as `purpose`."""
 
     def choose(self, keys: Tensor, n: int, count: int) -> Tensor:
-        """Find the largest of all parts' keys [n] fp32: [count] int64 flat, sorted; ties to the smaller index."""
+        """Find the largest of all parts' keys [n] fp32: [count] int64 flat, sorted; ties to the smaller index.
+
+        [0] if all keys are 0: nothing tells which are better.
+        """
 
     def join(self, keys: Tensor, n: int) -> Tensor:
         """Put all parts' keys together: [N]."""
@@ -49,7 +52,7 @@ class WholeParts:
         """Leave it as it is."""
 
     def choose(self, keys: Tensor, n: int, count: int) -> Tensor:
-        return top_k_magnitude(keys, count)
+        return largest_magnitudes(keys, count)
 
     def join(self, keys: Tensor, n: int) -> Tensor:
         return keys

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..row_gradients import Pending, RowGradient
+from ..seeding import random_indices
 from ..tiles import Tiles, Tiling
 from ..topk import top_k_magnitude
 from .evidence import margins_of
@@ -161,7 +162,10 @@ class Survey:
         n = self.shapes[name][0] * self.shapes[name][1]
         quotas = self.rule.quotas(count, self.shapes[name])
         if quotas is None:
-            return self.parts.choose(keys, n, count)
+            chosen = self.parts.choose(keys, n, count)
+            if count and not len(chosen):  # an expert that met no token
+                chosen = random_indices(self.shapes[name], count, self.rule.seed, name).long().to(keys.device)
+            return chosen
         try:
             return choose_within(self.parts.join(keys, n).view(self.shapes[name]), count, *quotas)
         except ValueError as error:

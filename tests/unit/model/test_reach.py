@@ -15,16 +15,19 @@ from transformers import (
 from scale_sft.config.options import SparseConfig
 from scale_sft.errors import UserError
 from scale_sft.model.attention import EAGER_TOKENS, choose_attention
-from scale_sft.model.coverage import FUSED_EXPERTS, Coverage, coverage_of
+from scale_sft.model.coverage import Coverage, coverage_of
 from scale_sft.model.dropout import DropoutOff, switch_off_randomness
 from scale_sft.model.empty import empty_model, model_class
 from scale_sft.model.loading import enable_checkpointing, kept_whole
 from scale_sft.model.reach import NOT_BY_TEXT, PAST_ITS_FORWARD, reach_of, refuse_randomness
-from scale_sft.model.targets import find_targets
+from scale_sft.model.targets import EXCLUDED, ROUTER, find_targets
 
 TINY = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = {**TINY, "num_key_value_heads": 2}
 MIXTRAL = MixtralConfig(**GROUPED, num_local_experts=4, router_jitter_noise=0.1)
+FFN = {"ffn_hidden_size": 48, "moe_num_experts": 4}
+ATTENTION = {"kv_n_heads": 2, "rope_theta": 1e4}
+DBRX = DbrxConfig(vocab_size=259, d_model=32, n_heads=4, n_layers=2, attn_config=ATTENTION, ffn_config=FFN)
 MAMBA = MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, state_size=8)
 PHIMOE = PhimoeConfig(**GROUPED, num_local_experts=4)
 VISION = {"hidden_size": 32, "intermediate_size": 48, "depth": 1, "num_heads": 2, "out_hidden_size": 32}
@@ -66,18 +69,22 @@ def test_of_a_vision_language_model_the_text_part_is_trained() -> None:
 
 
 def test_the_share_that_is_not_reached_is_said_with_its_reasons() -> None:
-    found = coverage_of(empty_model(MIXTRAL), SparseConfig(density=0.1))
-    assert {(one.kind, one.reason) for one in found.rest} == {
-        ("experts.gate_up_proj", FUSED_EXPERTS),
-        ("experts.down_proj", FUSED_EXPERTS),
-        ("gate", "MixtralTopKRouter, not nn.Linear"),
-    }
     attention, experts, router = 2 * 32 * (32 + 32 + 16 + 16), 2 * 4 * 32 * 3 * 48, 2 * 4 * 32
-    assert (found.entries, found.reached) == (attention + experts + router, attention)
-    assert (
-        found.line().startswith("14.2 % of the weights in the blocks are targets; not trained: 85.")
-        and Coverage.of_document(found.document()) == found
-    )
+    found = coverage_of(empty_model(MIXTRAL), SparseConfig(density=0.1))
+    assert (found.entries, found.reached) == (attention + experts + router, attention + experts)
+    assert found.line() == "99.4 % of the weights in the blocks are targets; not trained: 0.6 % gate (" + ROUTER + ")"
+    found = coverage_of(empty_model(MIXTRAL), SparseConfig(density=0.1, exclude_modules=("experts.gate_up_proj", "0")))
+    assert {(one.kind, one.reason, one.weights) for one in found.rest} == {
+        ("experts.gate_up_proj", EXCLUDED, 8),
+        ("experts.down_proj", EXCLUDED, 2),
+        ("gate", ROUTER, 2),
+    }
+    assert Coverage.of_document(found.document()) == found
+    found = coverage_of(empty_model(DBRX), SparseConfig(density=0.1))
+    assert {(one.kind, one.reason) for one in found.rest} == {
+        *((f"mlp.{leaf}", "a parameter of DbrxExpertGLU, not nn.Linear") for leaf in ("w1", "v1", "w2")),
+        ("layer", ROUTER),
+    }
     everything = coverage_of(
         empty_model(GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4)), SparseConfig(density=0.1)
     )

@@ -50,12 +50,17 @@ def refused(receiver, patches, match: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "dtype", "method"),
-    [("llama", "bfloat16", "ag"), ("gpt2", "float32", "ma"), ("qwen2", "float16", "ag"), ("opt", "bfloat16", "static")],
+    ("architecture", "dtype", "method", "ends"),
+    [
+        ("llama", "bfloat16", "ag", "both"),
+        ("gpt2", "float32", "ma", "none"),
+        ("qwen2", "float16", "ag", "both"),
+        ("opt", "bfloat16", "static", "none"),
+    ],
 )
-def test_after_every_sync_the_receiver_has_the_trainers_bits(tiny_model, architecture, dtype, method) -> None:
+def test_after_every_sync_the_receiver_has_the_trainers_bits(tiny_model, architecture, dtype, method, ends) -> None:
     folder, kind = tiny_model(architecture), getattr(torch, dtype)
-    trainer, receiver = Trainer(folder, kind, method=method), load(folder, kind)
+    trainer, receiver = Trainer(folder, kind, method=method, train_embeddings=ends), load(folder, kind)
     for _ in range(8):
         trainer.step()
         assert sync.apply(receiver, sync.changed(trainer.sparse).to_bytes()) == sync.version(receiver) == trainer.steps

@@ -15,10 +15,9 @@ from scale_sft.spiel.deltas import DeltaStore
 OWN = "model.embed_tokens.weight"
 
 
-@pytest.mark.parametrize("method", ["ag", "ma"])
-def test_a_run_on_a_tied_base_resumes_bit_for_bit(train_run, tiny_model, tmp_path, monkeypatch, method) -> None:
+def test_a_run_on_a_tied_base_resumes_bit_for_bit(train_run, tiny_model, tmp_path, monkeypatch) -> None:
     options = {
-        "base": str(tiny_model("qwen2")), "train_embeddings": "both", "density": 0.2, "method": method, "steps": 6,
+        "base": str(tiny_model("qwen2")), "train_embeddings": "both", "density": 0.2, "method": "ag", "steps": 6,
         "update_interval_steps": 3, "estimation_steps": 2, "save_every_steps": 1,
     }  # fmt: skip
     whole = train_run(**options, output_dir=str(tmp_path / "whole"))
