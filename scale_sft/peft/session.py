@@ -354,8 +354,7 @@ class Session:
         self.reallocations = list(state["reallocations"])
         self.schedule = self._schedule()
         for name, reference in state["reference"].items():
-            kept = self.store[name].reference
-            if kept is not None:
+            if (kept := self.store[name].reference) is not None:
                 kept.copy_(reference)
         self.recorder.close_estimation()
         if state["candidates"]:

@@ -110,7 +110,7 @@ def test_exactly_one_budget_must_be_given(options: dict, got: str) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"method": "agg"}, "method: unknown 'agg'; did you mean 'ag'? Known: random, static, ag, ma"),
+        ({"method": "agg"}, "method: unknown 'agg'; did you mean 'ag'? Known: random, static, columns, ag, ma"),
         ({"kernels": "cuda"}, "kernels: unknown 'cuda'; did you mean 'cpu'? Known: off, cpu, auto"),
         ({"target_modules": []}, "target_modules: got [], expected at least one item"),
         ({"steps": "ten"}, "steps: got 'ten', expected a whole number"),
