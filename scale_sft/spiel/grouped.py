@@ -80,8 +80,8 @@ class GroupedTap:
         module: holds the parameter.
         leaf: its name there.
         names: of its slices, as the recorder knows them; None for one that is not trained.
-        record: called once per backward pass with all trained slices, in their order, whether their experts have rows or
-            not: so all ranks make the same calls.
+        record: called once per backward pass with all trained slices, in their order, whether their experts have rows
+            or not: so all ranks make the same calls.
         transposed: slices are [I, O].
         materialize: see `Materialize`.
         effective_weight: makes a copy of the whole parameter with its deltas added, for one product; None: the
