@@ -156,9 +156,11 @@ def test_trained_slices_hold_their_deltas_and_give_the_base_back(method, dtype):
     assert all(torch.equal(weight, before[name]) for name, weight in sparse.model.named_parameters())
 
 
-@pytest.mark.parametrize("method", ["ag", "ma", "static"])
+@pytest.mark.parametrize("method", ["ag", "ag sampled", "ma", "static"])
 def test_an_expert_that_meets_no_token_keeps_its_entries(method):
     options = {name: value for name, value in ESTIMATED.items() if name != "method"} if method == "static" else {}
+    options |= {"draw": "sample", "score": "balanced"} if "sampled" in method else {}
+    method = method.split()[0]
     start, _, _ = trained(method, steps=0, **options)
     sparse, optimizer, _ = trained(method, ids=FEW_IDS.repeat(1, 12), steps=6, **options)
     assert optimizer.turnovers
@@ -168,6 +170,16 @@ def test_an_expert_that_meets_no_token_keeps_its_entries(method):
             silent += 1
             assert torch.equal(delta.indices, initial.indices), delta.name
     assert silent
+
+
+@pytest.mark.parametrize("options", [{"method": "columns"}, {"method": "static", "row_quota": 4, "column_quota": 4}])
+def test_an_expert_that_meets_no_token_before_the_first_choice_gets_random_entries(options):
+    names = {"target_modules": ("experts",), "selection_batches": 1, "draw": "top", "density": 0.2}
+    sparse, optimizer, _ = trained(steps=2, ids=FEW_IDS.repeat(1, 12), **names, **options)
+    silent = [delta for delta in sparse.tuning.store if not delta.deltas.any()]
+    assert optimizer.steps == 1 and 0 < len(silent) < len(sparse.tuning.store)
+    for delta in silent:  # not the first ones of each, as equal scores would choose
+        assert len({tuple(one.indices.tolist()) for one in silent if one.shape == delta.shape}) > 1
 
 
 def test_experts_of_which_none_is_reached_are_refused_as_dead():
