@@ -8,7 +8,7 @@ import torch
 import scale_sft
 from scale_sft.errors import UserError
 from scale_sft.model import compiled_blocks
-from scale_sft.model.experts import fused_weights, named_weights, parse_slice, weight_named
+from scale_sft.model.experts import fused_weights, layer_kind, named_weights, parse_slice, weight_named
 from scale_sft.model.fingerprints import add_sums, fingerprint, fingerprints_of
 from scale_sft.model.loading import enable_checkpointing
 from scale_sft.model.resident import ResidentDeltas, WeightPart, effective_values
@@ -36,6 +36,13 @@ def test_a_slice_is_a_view_of_its_parameter_under_a_name_that_parses_back(kind):
 
 def test_the_name_of_a_whole_parameter_is_no_slice():
     assert parse_slice("model.layers.0.mlp.up_proj.weight") is None
+
+
+def test_the_kind_of_a_weight_is_a_name_that_chooses_it():
+    targets = find_targets(mixture("deepseek_v3"), None)
+    kinds = {layer_kind(target.name) for target in targets}
+    assert {"q_b_proj", "down_proj", "experts.down_proj"} <= kinds
+    assert [target.name for target in find_targets(mixture("deepseek_v3"), tuple(kinds))] == [t.name for t in targets]
 
 
 IDS = torch.arange(24).mul(7).remainder(61).add(3).view(2, 12)
