@@ -48,7 +48,8 @@ class Proposals:
         Of an embedding's, only rows that have a gradient are looked at, unless the score reads none.
 
         Returns:
-            Flat indices [C] int64, sorted; and the facts that `rank` needs: see `facts`.
+            Flat indices [C] int64, sorted; and the facts that `rank` needs: see `facts`. [0] if the score reads a
+            gradient and all of it is 0, as of an expert that met no token: a draw would choose some all the same.
         """
         parts, score = self.parts(), self.rule.of(batches=1)
         shape, met = tuple(gradient.shape), None
@@ -60,6 +61,8 @@ class Proposals:
         entries, facts = gradient.numel(), {}
         places = parts.range_of(entries)
         part = parts.own_part(gradient.reshape(-1)).float()
+        if "gradient" in score.reads and not _any(parts, part):
+            return torch.empty(0, dtype=torch.int64, device=part.device), {}
         indices: Tensor | slice = places
         if met:
             indices = met.flat(torch.arange(places.start, places.stop, device=part.device))
@@ -135,3 +138,10 @@ class Proposals:
         if wrong := int((~(keys >= 0)).sum()):
             raise ValueError(f"score '{score.name}': got NaN or a negative number for {wrong} candidates of '{name}'")
         return keys
+
+
+def _any(parts: Parts, part: Tensor) -> bool:
+    """Return True if an entry of a sum over the processes is not 0, in the part [n] of any of them."""
+    found = part.any().float().view(1)
+    parts.sum_(found, "proposal")
+    return bool(found)
