@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..row_gradients import RowGradient
+from .draws import is_top
 from .evidence import Margins, margins_of
 from .parts import Parts, ReadWeight
 from .rule import SelectionRule
@@ -40,6 +41,11 @@ class Proposals:
     read_weight: ReadWeight
     estimation_steps: int
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Return False if candidates are ranked without a look at their gradient."""
+        return bool(self.rule.of(batches=self.estimation_steps).reads - {"weight"})
+
     def propose(
         self, name: str, gradient: Tensor | RowGradient, count: int, round_number: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -48,7 +54,8 @@ class Proposals:
         Of an embedding's, only rows that have a gradient are looked at, unless the score reads none.
 
         Returns:
-            Flat indices [C] int64, sorted; and the facts that `rank` needs: see `facts`.
+            Flat indices [C] int64, sorted, or [0] if all of a gradient that the score reads is 0; and the facts that
+            `rank` needs: see `facts`.
         """
         parts, score = self.parts(), self.rule.of(batches=1)
         shape, met = tuple(gradient.shape), None
@@ -60,6 +67,11 @@ class Proposals:
         entries, facts = gradient.numel(), {}
         places = parts.range_of(entries)
         part = parts.own_part(gradient.reshape(-1)).float()
+        if not is_top(self.rule.temperature) and score.reads - {"weight"}:  # keys of a draw are never 0
+            found = part.any().long()
+            parts.sum_(found, "scalars")
+            if not found:
+                return torch.empty(0, dtype=torch.int64, device=part.device), {}
         indices: Tensor | slice = places
         if met:
             indices = met.flat(torch.arange(places.start, places.stop, device=part.device))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..row_gradients import Pending, RowGradient
-from ..seeding import random_indices
+from ..seeding import random_indices, random_tiles
 from ..tiles import Tiles, Tiling
 from ..topk import top_k_magnitude
 from .evidence import margins_of
@@ -158,6 +158,8 @@ class Survey:
     def _choose(self, name: str, keys: Tensor, count: int) -> Tensor:
         if name in self.tilings:
             tiling = self.tilings[name]
+            if not bool(keys.any()):  # an expert that met no token
+                return random_tiles(tiling, count // tiling.size, self.rule.seed, name).to(keys.device).indices()
             return Tiles(tiling, top_k_magnitude(keys, count // tiling.size).sort().values).indices()
         n = self.shapes[name][0] * self.shapes[name][1]
         quotas = self.rule.quotas(count, self.shapes[name])
