@@ -7,7 +7,7 @@ computes as before. Shapes: T tokens, k experts of each; E experts; S = T * k ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.spiel.grouped import GroupedTap, Groups
-from scale_sft.spiel.taps import Materialize, Record, RecordMany, attach
+from scale_sft.spiel.taps import Bounds, Materialize, Record, RecordMany, attach
 
 from .experts import FusedWeight, fused_in
 
@@ -135,13 +135,20 @@ def attach_expert_taps(
                 module,
                 fused.leaf,
                 names,
-                record,
+                record_many or _one_by_one(record),
                 transposed=fused.transposed,
                 materialize=materialize,
-                record_many=record_many,
                 effective_weight=_bound(effective_weight, fused),
             )
         attach(ExpertsTap(module, products))
+
+
+def _one_by_one(record: Record) -> RecordMany:
+    def record_many(names: Sequence[str], left: Tensor, right: Tensor, bounds: Bounds) -> None:
+        for name, (start, stop) in zip(names, bounds, strict=True):
+            record(name, left[start:stop], right[start:stop])
+
+    return record_many
 
 
 def _bound(effective_weight: EffectiveWeight | None, fused: FusedWeight) -> Callable[[], Tensor] | None:

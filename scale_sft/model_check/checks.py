@@ -6,7 +6,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from scale_sft.errors import UserError, first_line
+from scale_sft.model.experts import parse_slice
 
 from .findings import ANSWERS, EXPERTS, FAILED, REACHED, TRAINS, Findings, code_version
 from .tiny import byte_tokenizer
@@ -165,10 +166,10 @@ class Checker:
         stock = load_base(run.inputs.config.model, model_config, torch.device("cpu"))
         weights = dict(stock.named_parameters())
         for name in self.gradients:
-            weights[name].requires_grad_(True)
+            weights[_parameter(name)].requires_grad_(True)
         torch.manual_seed(0)
         token_loss_sum(stock, batch).backward()
-        worst = max(_difference(value, weights[name].grad) for name, value in self.gradients.items())
+        worst = max(_difference(value, _gradient_of(weights, name)) for name, value in self.gradients.items())
         if worst > GRADIENT_TOLERANCE and not self.found.cells[TRAINS].startswith("with"):
             raise ValueError(f"differs by {worst:.1e}")
         return f"{worst:.0e}"
@@ -259,6 +260,18 @@ def options_of(folder: Path, **options: Any) -> dict[str, Any]:
         "max_length": 32, "learning_rate": 0.05, "base_placement": "replicate", "kernels": "off",
         "log_every_steps": 1, "save_every_steps": None, **options,
     }  # fmt: skip
+
+
+def _parameter(target: str) -> str:
+    """Return the name of the parameter that holds a target: its own, or that of all experts of a layer."""
+    found = parse_slice(target)
+    return found[0] if found else target
+
+
+def _gradient_of(weights: Mapping[str, Any], target: str) -> torch.Tensor | None:
+    """Return autograd's gradient of a target."""
+    gradient, found = weights[_parameter(target)].grad, parse_slice(target)
+    return gradient[found[1]] if found and gradient is not None else gradient
 
 
 def _share(share: float) -> str:

@@ -21,7 +21,8 @@ found out before its weights are loaded wherever that is possible, and said in o
 - Dropout and the jitter of routers are off, at any depth of the configuration. A forward pass that samples all the
   same is refused, or allowed with `--allow_randomness true`: such a run does not repeat.
 - Each expert's slice of a parameter of three dimensions is a weight of its own, and is trained; routers stay frozen
-  unless they are named. See docs/experts.md.
+  unless they are named (docs/experts.md). Experts that a model fuses in a way of its own (dbrx) are left out, and named
+  with their share.
 - Images, videos and sounds in the data are refused.
 
 ## Check a model of your own

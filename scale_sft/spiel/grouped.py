@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .taps import Materialize, Record, RecordMany
+from .taps import Materialize, RecordMany
 from .traced import enlist, traced_grouped_output
 
 _ALIGNED_BYTES = 16
@@ -80,11 +80,10 @@ class GroupedTap:
         module: holds the parameter.
         leaf: its name there.
         names: of its slices, as the recorder knows them; None for one that is not trained.
-        record: called in each backward pass for each trained slice, in their order, whether its expert has rows or not:
-            so all ranks make the same calls.
+        record: called once per backward pass with all trained slices, in their order, whether their experts have rows
+            or not: so all ranks make the same calls.
         transposed: slices are [I, O].
         materialize: see `Materialize`.
-        record_many: takes all trained slices at once, instead of `record`.
         effective_weight: makes a copy of the whole parameter with its deltas added, for one product; None: the
             parameter contains the deltas.
     """
@@ -94,14 +93,13 @@ class GroupedTap:
         module: Any,
         leaf: str,
         names: Sequence[str | None],
-        record: Record,
+        record: RecordMany,
         *,
         transposed: bool = False,
         materialize: Materialize = nullcontext,
-        record_many: RecordMany | None = None,
         effective_weight: Callable[[], Tensor] | None = None,
     ):
-        self.module, self.leaf, self.record, self.record_many = module, leaf, record, record_many
+        self.module, self.leaf, self.record = module, leaf, record
         self.names = {number: name for number, name in enumerate(names) if name is not None}
         self.transposed, self.materialize, self.effective_weight = transposed, materialize, effective_weight
         self.anchor = torch.zeros((), requires_grad=True)
@@ -146,12 +144,9 @@ class GroupedTap:
     def offer(self, x: Tensor, dy: Tensor, groups: Groups) -> None:
         """Hand the factors of each slice's gradient to the recorder: x [S, I], dy [S, O]."""
         left, right = (x, dy) if self.transposed else (dy, x)
-        bounds = [groups.bounds[number] for number in self.names]
-        if self.record_many is not None and self.names:
-            self.record_many(list(self.names.values()), left, right, bounds)
-            return
-        for name, (start, stop) in zip(self.names.values(), bounds, strict=True):
-            self.record(name, left[start:stop], right[start:stop])
+        if self.names:
+            bounds = [groups.bounds[number] for number in self.names]
+            self.record(list(self.names.values()), left, right, bounds)
 
 
 class _TappedProduct(torch.autograd.Function):

@@ -25,7 +25,9 @@ COMMON = {"steps": 6, "max_train_examples": 60, "max_length": 64, "global_batch_
 def base(tmp_path_factory) -> Path:
     """A mixture of 7 experts, so that two shards cut the middle one; some of them meet no token in a step."""
     folder = tmp_path_factory.mktemp("mixture")
-    mixture("mixtral", vocab_size=259, num_local_experts=7, router_aux_loss_coef=0.1).save_pretrained(folder)
+    mixture("mixtral", vocab_size=259, num_experts=7, num_local_experts=7, router_aux_loss_coef=0.1).save_pretrained(
+        folder
+    )
     demo = Path(scale_sft.__file__).parent / "assets" / "demo" / "base"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(demo / name, folder / name)
