@@ -129,7 +129,8 @@ class Start:
         except ValueError:
             raise UserError(
                 f"start_from: got entries of '{name}' in {self.folder} that are not whole {sparse.trains_whole}s, "
-                f"expected them for granularity {sparse.trains_whole}. Fix: --method static trains any entries further"
+                f"expected them for granularity {sparse.trains_whole}. Fix: --method static --granularity entry trains "
+                "any entries further"
             ) from None
 
     def _refuse_budget(self, sparse: SparseConfig, shapes: Shapes, transposed: Collection[str]) -> None:

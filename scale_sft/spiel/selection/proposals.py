@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..row_gradients import RowGradient
+from .draws import is_top
 from .evidence import Margins, margins_of
 from .parts import Parts, ReadWeight
 from .rule import SelectionRule
@@ -40,6 +41,11 @@ class Proposals:
     read_weight: ReadWeight
     estimation_steps: int
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Return False if candidates are ranked without a look at their gradient."""
+        return bool(self.rule.of(batches=self.estimation_steps).reads - {"weight"})
+
     def propose(
         self, name: str, gradient: Tensor | RowGradient, count: int, round_number: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -61,7 +67,8 @@ class Proposals:
         entries, facts = gradient.numel(), {}
         places = parts.range_of(entries)
         part = parts.own_part(gradient.reshape(-1)).float()
-        if "gradient" in score.reads and not _any(parts, part):
+        drawn = not is_top(self.rule.temperature)  # keys of a draw are never 0
+        if drawn and score.reads - {"weight"} and not _any(parts, part):
             return torch.empty(0, dtype=torch.int64, device=part.device), {}
         indices: Tensor | slice = places
         if met:
