@@ -95,7 +95,7 @@ def _attempt(work: Callable[[Any], Any], item: Any) -> Any:
 
 
 def _serve(connection: Connection, work: Callable[[Any], Any], threads: int | None) -> None:
-    """Work until the other end closes; Ctrl-C is handled there."""
+    """Work until the other end closes, or is gone; Ctrl-C is handled there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cleans up, unlike the default action
     if threads:
@@ -104,7 +104,6 @@ def _serve(connection: Connection, work: Callable[[Any], Any], threads: int | No
         torch.set_num_threads(threads)
     while True:
         try:
-            item = connection.recv()
-        except EOFError:
+            connection.send(_attempt(work, connection.recv()))
+        except (EOFError, ConnectionError):
             return
-        connection.send(_attempt(work, item))

@@ -15,8 +15,8 @@ class SparseConfig:
         "random",
         "random: choose once from the seed alone, then keep; static: choose once by gradients (sampled by balanced "
         "score^0.5 of 20 batches), then keep; columns: train whole columns, chosen once from the seed or by "
-        "selection_batches, then keep (the fastest step); ag: the paper's SFT-AG, which drops and grows by accumulated "
-        "gradients; ma: its SFT-MA, which grows by SM3's accumulators and takes the least memory.",
+        "selection_batches, then keep (least memory for activations); ag: the paper's SFT-AG, which drops and grows by "
+        "accumulated gradients; ma: its SFT-MA, which grows by SM3's accumulators and has the least state.",
         choices=("random", "static", "columns", "ag", "ma"),
     )
     score: str = option(

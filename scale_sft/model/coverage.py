@@ -11,7 +11,7 @@ from torch import nn
 
 from scale_sft.config.options import SparseConfig
 
-from .experts import fused_in
+from .experts import fused_in, shape_of
 from .linear_kinds import why_not_linear
 from .packed_weights import is_quantized_layer
 from .targets import Choice, Target, choice_of, in_a_block
@@ -137,7 +137,7 @@ def _entries(module: Any, leaf: str, weight: nn.Parameter) -> int:
         return int(module.out_features * module.in_features)
     if leaf.endswith("bias"):  # of experts: a vector each
         return 0
-    shape = getattr(weight, "ds_shape", weight.shape)
+    shape = shape_of(weight)
     linear = isinstance(module, nn.Linear) and leaf == "weight"
     if len(shape) < 2 or (not linear and sum(size > 1 for size in shape) < 2):
         return 0
@@ -155,7 +155,7 @@ def _kind(path: str, leaf: str) -> str:
 def _reason(path: str, leaf: str, module: nn.Module, weight: nn.Parameter, choice: Choice) -> str:
     if leaf == "weight" and path in choice.left_out:
         return choice.left_out[path]
-    shape = getattr(weight, "ds_shape", weight.shape)
+    shape = shape_of(weight)
     if len(shape) == 3 and "expert" in path.rpartition(".")[2].lower() + type(module).__name__.lower():
         return FUSED_EXPERTS
     if leaf != "weight":

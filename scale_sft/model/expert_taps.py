@@ -7,7 +7,7 @@ computes as before. Shapes: T tokens, k experts of each; E experts; S = T * k ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.spiel.grouped import GroupedTap, Groups
-from scale_sft.spiel.taps import Materialize, Record, attach
+from scale_sft.spiel.taps import Bounds, Materialize, Record, RecordMany, attach
 
 from .experts import FusedWeight, fused_in
 
@@ -114,6 +114,7 @@ def attach_expert_taps(
     record: Record,
     materialize: Materialize = nullcontext,
     effective_weight: EffectiveWeight | None = None,
+    record_many: RecordMany | None = None,
 ) -> None:
     """Route modules of experts through taps.
 
@@ -123,6 +124,7 @@ def attach_expert_taps(
         record: receives the gradients' factors of these, each by its name.
         materialize: see `Materialize`.
         effective_weight: adds deltas to a copy of a parameter; None: the parameters contain them.
+        record_many: receives all slices of a parameter at once, instead of `record`.
     """
     wanted = set(trained)
     for path, module in modules:
@@ -133,12 +135,20 @@ def attach_expert_taps(
                 module,
                 fused.leaf,
                 names,
-                record,
+                record_many or _one_by_one(record),
                 transposed=fused.transposed,
                 materialize=materialize,
                 effective_weight=_bound(effective_weight, fused),
             )
         attach(ExpertsTap(module, products))
+
+
+def _one_by_one(record: Record) -> RecordMany:
+    def record_many(names: Sequence[str], left: Tensor, right: Tensor, bounds: Bounds) -> None:
+        for name, (start, stop) in zip(names, bounds, strict=True):
+            record(name, left[start:stop], right[start:stop])
+
+    return record_many
 
 
 def _bound(effective_weight: EffectiveWeight | None, fused: FusedWeight) -> Callable[[], Tensor] | None:

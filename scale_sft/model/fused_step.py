@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from scale_sft.kernels.backends import triton_used
 from scale_sft.kernels.cpu import compile as native
 from scale_sft.kernels.operands import Written
 from scale_sft.spiel.algorithm import SparseFineTuning
@@ -18,6 +19,11 @@ from scale_sft.spiel.optimizers import SM3, AdamW
 
 from .resident import ResidentDeltas
 from .transient import TransientDeltas
+
+
+def wanted(kernels: str, device: torch.device) -> bool:
+    """Return True if deltas should be updated and written in one pass, where that is possible."""
+    return native.asked_for(device, kernels) or triton_used(device, kernels)
 
 
 def why_not(tuning: SparseFineTuning, carrier: ResidentDeltas | TransientDeltas) -> str | None:

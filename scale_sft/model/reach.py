@@ -25,7 +25,7 @@ from scale_sft.spiel.taps import WeightTap, attach, detach
 from .dropout import switch_off_randomness
 from .embeddings import embeddings_of
 from .empty import text_config
-from .experts import fused_in
+from .experts import fused_in, shape_of
 from .linear_kinds import is_conv1d, why_not_linear
 
 PAST_ITS_FORWARD = "used past its module's forward"
@@ -152,7 +152,7 @@ def candidate(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or isinstance(module, nn.Embedding):
         return False
-    return len(getattr(weight, "ds_shape", weight.shape)) == 2
+    return len(shape_of(weight)) == 2
 
 
 class _Draws(TorchDispatchMode):

@@ -5,7 +5,7 @@ Shapes: O rows, I columns of a weight; K active entries.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError
-from scale_sft.kernels.backends import triton_used
-from scale_sft.kernels.cpu import compile as native
+from scale_sft.spiel.taps import Bounds
 from scale_sft.spiel.taps import detach as remove_tap
 
 from . import fused_step
@@ -118,19 +117,18 @@ class SparseModel:
         store, group = self.tuning.store, self.group
         transient, needed = None, None if self.settings.sparse.trains_whole == "entry" else self._needed
         if packed is None:
-            attach_taps(self.targets, self._record, group.materialize, needed)
+            attach_taps(self.targets, self._record, group.materialize, needed, self._record_many)
         else:
             transient = TransientDeltas(store, packed, group.materialize)
-            attach_transient_taps(transient, store.names, self._record, needed)
+            attach_transient_taps(transient, store.names, self._record, needed, self._record_many)
         self.model = group.prepare(model)
         self.parts = parts_of(self.targets, group.part_of)
         self.prints = self.fingerprints(transient)
         return transient or ResidentDeltas(store, self.parts, group.settle, group.written)
 
     def _fuses(self) -> bool:
-        return fuses(self.settings.kernels, self.group.device) and (
-            fused_step.why_not(self.tuning, self.carrier) is None
-        )
+        wanted = fused_step.wanted(self.settings.kernels, self.group.device)
+        return wanted and fused_step.why_not(self.tuning, self.carrier) is None
 
     def _make_parameter(self) -> nn.Parameter:
         """Make a parameter of all deltas: themselves, or one without memory if gradients have another dtype."""
@@ -152,11 +150,7 @@ class SparseModel:
         return combine_fingerprints(self.prints, self.shapes)
 
     def check_base(self, what: str) -> None:
-        """Prove that the weights without their deltas are still the base's.
-
-        Raises:
-            UserError: they are not; the message is `what` and the two hashes.
-        """
+        """Raise UserError, with `what` and two hashes, unless the weights without their deltas are the base's."""
         transient = self.carrier if isinstance(self.carrier, TransientDeltas) else None
         found = combine_fingerprints(self.fingerprints(transient), self.shapes)
         if found != self.base_hash:
@@ -185,16 +179,29 @@ class SparseModel:
 
     def _record(self, name: str, left: Tensor, right: Tensor, *, more: bool = False) -> None:
         """Receive the factors of one weight's gradient in a backward pass: see `Record`."""
-        if self._away:
-            raise UserError("backward: got a call inside sparse.base(), expected it outside: deltas are trained")
+        self._receive()
         if self.choosing is not None:
             self.choosing.record(name, left, right, more=more)
-            return
-        if self.exposed:
+        else:
+            self.tuning.recorder.record_product(name, left, right, more=more)
+
+    def _record_many(self, names: Sequence[str], left: Tensor, right: Tensor, bounds: Bounds) -> None:
+        """Receive the factors of several weights' gradients: see `RecordMany`."""
+        self._receive()
+        if self.choosing is None:
+            self.tuning.recorder.record_many(names, left, right, bounds)
+        else:
+            for name, (start, stop) in zip(names, bounds, strict=True):
+                self.choosing.record(name, left[start:stop], right[start:stop])
+
+    def _receive(self) -> None:
+        """Check that deltas are trained, and open a step where steps open automatically."""
+        if self._away:
+            raise UserError("backward: got a call inside sparse.base(), expected it outside: deltas are trained")
+        if self.choosing is None and self.exposed:
             if self._optimizer is None:
                 raise UserError("backward: got no optimizer. Fix: call sparse.optimizer(lr=...) before the first step")
             self._optimizer.receive()
-        self.tuning.recorder.record_product(name, left, right, more=more)
 
     def _needed(self, name: str, factor: Tensor, left: bool) -> Tensor:
         """Return the columns of a factor that the backward pass needs: see `Needed`."""
@@ -389,8 +396,3 @@ class SparseModel:
             raise UserError(f"{what}: got a model that was detached. Fix: scale_sft.attach it again")
         if self._away:
             raise UserError(f"{what}: got a call inside sparse.base(), expected it outside of the `with` block")
-
-
-def fuses(kernels: str, device: torch.device) -> bool:
-    """Return True if deltas should be updated and written in one pass, where that is possible."""
-    return native.asked_for(device, kernels) or triton_used(device, kernels)

@@ -19,7 +19,7 @@ from scale_sft.config.options import SparseConfig
 from scale_sft.errors import UserError
 from scale_sft.spiel.budgets import as_lora_spends, budget
 from scale_sft.spiel.embedding_taps import why_not_embedding
-from scale_sft.spiel.taps import Materialize, Needed, Record, WeightTap, attach
+from scale_sft.spiel.taps import Materialize, Needed, Record, RecordMany, WeightTap, attach
 
 from .embeddings import Embeddings, attach_embedding_taps, embeddings_of
 from .expert_taps import RouterTap, attach_expert_taps
@@ -320,9 +320,13 @@ def unreached(targets: Iterable[Target], received: Container[str]) -> list[str]:
 
 
 def attach_taps(
-    targets: Sequence[Target], record: Record, materialize: Materialize = nullcontext, needed: Needed | None = None
+    targets: Sequence[Target],
+    record: Record,
+    materialize: Materialize = nullcontext,
+    needed: Needed | None = None,
+    record_many: RecordMany | None = None,
 ) -> None:
-    """Route the targets' layers through taps that offer each weight gradient to `record`."""
+    """Route the targets' layers through taps that offer each weight gradient to `record`, or to `record_many`."""
     experts: dict[int, tuple[str, nn.Module]] = {}
     for target in targets:
         if target.fused is not None:
@@ -342,7 +346,7 @@ def attach_taps(
             )
             attach(tap)
     trained = [target.name for target in targets if target.fused is not None]
-    attach_expert_taps(experts.values(), trained, record, materialize)
+    attach_expert_taps(experts.values(), trained, record, materialize, record_many=record_many)
 
 
 def transposed_names(targets: list[Target]) -> frozenset[str]:

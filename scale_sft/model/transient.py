@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.spiel.deltas import DeltaStore, SparseDelta
-from scale_sft.spiel.taps import Materialize, Needed, Record, WeightTap, attach
+from scale_sft.spiel.taps import Materialize, Needed, Record, RecordMany, WeightTap, attach
 
 from .embeddings import attach_embedding_taps
 from .expert_taps import RouterTap, attach_expert_taps
@@ -142,7 +142,11 @@ class TransientDeltas:
 
 
 def attach_transient_taps(
-    deltas: TransientDeltas, trained: Collection[str], record: Record, needed: Needed | None = None
+    deltas: TransientDeltas,
+    trained: Collection[str],
+    record: Record,
+    needed: Needed | None = None,
+    record_many: RecordMany | None = None,
 ) -> None:
     """Route every quantised layer through a tap, even those without a delta.
 
@@ -179,4 +183,4 @@ def attach_transient_taps(
             needed=needed,
         )
         attach(tap)
-    attach_expert_taps(experts.values(), trained, record, deltas.materialize, deltas.effective_experts)
+    attach_expert_taps(experts.values(), trained, record, deltas.materialize, deltas.effective_experts, record_many)

@@ -20,8 +20,9 @@ found out before its weights are loaded wherever that is possible, and said in o
 - `--attention auto`, the default, takes sdpa where the model has it, otherwise eager.
 - Dropout and the jitter of routers are off, at any depth of the configuration. A forward pass that samples all the
   same is refused, or allowed with `--allow_randomness true`: such a run does not repeat.
-- Experts that a model keeps in one parameter of three dimensions are targets one by one. Routers stay frozen unless
-  they are named. Experts that a model fuses in a way of its own (dbrx) are left out, and named with their share.
+- Each expert's slice of a parameter of three dimensions is a weight of its own, and is trained; routers stay frozen
+  unless they are named (docs/experts.md). Experts that a model fuses in a way of its own (dbrx) are left out, and named
+  with their share.
 - Images, videos and sounds in the data are refused.
 
 ## Check a model of your own

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .taps import Materialize, Record
+from .taps import Materialize, RecordMany
 from .traced import enlist, traced_grouped_output
 
 _ALIGNED_BYTES = 16
@@ -80,8 +80,8 @@ class GroupedTap:
         module: holds the parameter.
         leaf: its name there.
         names: of its slices, as the recorder knows them; None for one that is not trained.
-        record: called in each backward pass for each trained slice, in their order, whether its expert has rows or not:
-            so all ranks make the same calls.
+        record: called once per backward pass with all trained slices, in their order, whether their experts have rows
+            or not: so all ranks make the same calls.
         transposed: slices are [I, O].
         materialize: see `Materialize`.
         effective_weight: makes a copy of the whole parameter with its deltas added, for one product; None: the
@@ -93,13 +93,14 @@ class GroupedTap:
         module: Any,
         leaf: str,
         names: Sequence[str | None],
-        record: Record,
+        record: RecordMany,
         *,
         transposed: bool = False,
         materialize: Materialize = nullcontext,
         effective_weight: Callable[[], Tensor] | None = None,
     ):
-        self.module, self.leaf, self.names, self.record = module, leaf, tuple(names), record
+        self.module, self.leaf, self.record = module, leaf, record
+        self.names = {number: name for number, name in enumerate(names) if name is not None}
         self.transposed, self.materialize, self.effective_weight = transposed, materialize, effective_weight
         self.anchor = torch.zeros((), requires_grad=True)
         self.number = enlist(self)
@@ -143,9 +144,9 @@ class GroupedTap:
     def offer(self, x: Tensor, dy: Tensor, groups: Groups) -> None:
         """Hand the factors of each slice's gradient to the recorder: x [S, I], dy [S, O]."""
         left, right = (x, dy) if self.transposed else (dy, x)
-        for name, (start, stop) in zip(self.names, groups.bounds, strict=True):
-            if name is not None:
-                self.record(name, left[start:stop], right[start:stop])
+        if self.names:
+            bounds = [groups.bounds[number] for number in self.names]
+            self.record(list(self.names.values()), left, right, bounds)
 
 
 class _TappedProduct(torch.autograd.Function):

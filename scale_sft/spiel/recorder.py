@@ -33,6 +33,9 @@ Propose = Callable[[str, Gradient, int], tuple[Tensor, dict[str, Tensor]]]
 """(name, gradient [O, I], C) -> [C] sorted indices of candidates, and the facts that their ranking needs later; [0] if
 all of the gradient is 0."""
 
+PICKED_TOGETHER, PICKED_TOGETHER_ON_DEVICE = 1 << 17, 1 << 25
+"""Entries of products that `record_many` holds at once."""
+
 CANDIDATE_STATE = ("candidate_indices", "candidate_mean", "candidate_mean_square")
 
 
@@ -225,6 +228,42 @@ class GradientRecorder:
         wanted = self._wanted(name)
         if self.products is None or not self.products(left, right, wanted):
             pick(self._product(left, right), wanted)
+
+    def record_many(self, names: Sequence[str], left: Tensor, right: Tensor, bounds: Sequence[tuple[int, int]]) -> None:
+        """Record left[a:b]^T right[a:b] of several weights [R, C'], one after the other in the store.
+
+        Small products of many weights are formed one after the other, and their entries picked together.
+
+        Args:
+            names: of the weights.
+            left: [S, R]. right: [S, C'].
+            bounds: (a, b) of each.
+        """
+        rows, columns = left.shape[1], right.shape[1]
+        few = PICKED_TOGETHER if left.device.type == "cpu" else PICKED_TOGETHER_ON_DEVICE
+        estimating = self.phase is not Phase.OFF
+        alone = self._watching or self.store[names[0]].tiles is not None or rows * columns > few // 4
+        if alone or (estimating and not self.candidates.keys() >= set(names)):
+            for name, (start, stop) in zip(names, bounds, strict=True):
+                self.record_product(name, left[start:stop], right[start:stop])
+            return
+        first = self.store.number_of(names[0])
+        together = few // (rows * columns)
+        products = left.new_empty(min(together, len(names)), rows, columns)
+        for begin in range(0, len(names), together):
+            chunk = bounds[begin : begin + together]
+            for product, (start, stop) in zip(products, chunk, strict=False):
+                torch.mm(left[start:stop].t(), right[start:stop], out=product)
+            weights = slice(first + begin, first + begin + len(chunk))
+            self._pick_together(self.store.places, weights, products, self.gradients)
+            if estimating:
+                self._pick_together(self.places, weights, products, self.flat[self.store.active :])
+
+    def _pick_together(self, places: FlatEntries, weights: slice, products: Tensor, out: Tensor) -> None:
+        """Add the entries of some consecutive weights, of their products [W, R, C'], to theirs of `out`."""
+        part = places.part_of(weights)
+        picked = products.view(-1).index_select(0, places.joined(part))
+        out[part.entries] += picked.to(out.dtype)
 
     def _record_tiles(self, name: str, tiles: Tiles, left: Tensor, right: Tensor) -> None:
         """Record the gradient of whole tiles by dense products of their size alone; see `record_product`."""

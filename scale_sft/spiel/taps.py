@@ -9,7 +9,7 @@ Shapes: T tokens (all leading dimensions), I in, O out.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
 
@@ -30,6 +30,12 @@ class Record(Protocol):
         weight's gradient follow in the same backward pass.
         """
 
+
+Bounds = Sequence[tuple[int, int]]
+"""Of each weight, its first row and the one after its last, among the rows of all."""
+
+RecordMany = Callable[[Sequence[str], Tensor, Tensor, Bounds], None]
+"""(names, left [S, R], right [S, C], bounds): the same for weights that follow each other, of rows a to b of each."""
 
 Needed = Callable[[str, Tensor, bool], Tensor]
 """(name, factor [T, n], whether it is the left one): the columns of it [T, m] that `Record` needs."""

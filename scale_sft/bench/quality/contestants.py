@@ -46,6 +46,10 @@ METHODS = {
             (5e-3, 1e-2, 2e-2),
             {"method": "ag", **_CHOICE, "temperature": "1", "seed_moments": "false"},
         ),
+        Contestant("columns", "ours", (5e-3, 1e-2, 2e-2), {"method": "columns"}),
+        Contestant(
+            "columns-sampled", "ours", (5e-3, 1e-2, 2e-2), {"method": "columns", **_CHOICE, "temperature": "0.5"}
+        ),
         Contestant("ag", "ours", (3e-3, 1e-2, 3e-2), {"method": "ag"}),
         Contestant("ma", "ours", (3e-2, 1e-1, 3e-1), {"method": "ma"}),
         Contestant("static", "ours", (3e-3, 1e-2, 3e-2), {"method": "static", **_LARGEST}),

@@ -18,6 +18,7 @@ from torch import Tensor
 from scale_sft.bench.page import Part, Table
 from scale_sft.bench.rows import Row, newest
 from scale_sft.errors import UserError
+from scale_sft.model.experts import weight_named
 from scale_sft.model.resident import effective_values, read_entries, write_entries
 
 from .merging import grouped
@@ -59,13 +60,13 @@ def run_drift(job: DriftJob) -> dict[str, Any]:
             ways["restore"] = restored
         model = load_base(inputs.config.model, inputs.model_config, cluster.device, None).to(torch.bfloat16)
         found: dict[str, Any] = {"base_loss": loss_on(model, inputs.eval, inputs, cluster), "ways": {}}
-        weights = {name: weight for name, weight in model.named_parameters() if name in changes}
-        bases = {name: weight.detach().clone() for name, weight in weights.items()}
+        weights = {name: weight_named(model, name) for name in changes}
+        bases = {name: weight.clone() for name, weight in weights.items()}
         for way, cycle in ways.items():
             settled = 0
             for name, weight in weights.items():
                 after, cycles = cycle(bases[name], changes[name].to(weight.device), job.cycles)
-                weight.data.copy_(after)
+                weight.copy_(after)
                 settled = max(settled, cycles)
             found["ways"][way] = _result(weights, bases, changes) | {
                 "cycles_that_changed": settled,
@@ -120,7 +121,7 @@ def _result(
     """Measure how far weights are from where they were: over all weights, in shares and relative to the update."""
     moved = entries = distance = size = 0.0
     for name, weight in weights.items():
-        difference = weight.detach().float() - bases[name].float()
+        difference = weight.float() - bases[name].float()
         moved += int((difference != 0).sum())
         entries += int((changes[name] != 0).sum())
         distance += float(difference.double().square().sum())

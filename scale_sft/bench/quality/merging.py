@@ -75,10 +75,11 @@ def add_updates(model: Any, updates: dict[str, Any]) -> None:
     """
     import torch
 
-    parameters = dict(model.named_parameters())
+    from scale_sft.model.experts import weight_named
+
     with torch.no_grad():
         for name, change in updates.items():
-            weight = parameters[name]
+            weight = weight_named(model, name)
             if not weight.is_floating_point():
                 raise UserError(f"merging: got '{name}' in 4 or 8 bits, expected a base that is not quantised")
             weight.copy_(weight.float() + change.reshape(weight.shape).to(weight.device))

@@ -48,11 +48,11 @@ def test_new_rows_are_the_mean_of_the_old_and_nothing_else_changes(
 
 
 def test_rows_that_the_base_has_to_spare_are_used_first(tiny_model, tmp_path) -> None:
-    roomy = add_tokens(str(tiny_model("llama")), TOKENS[:1], tmp_path / "roomy", pad_to_multiple_of=64)
-    more = add_tokens(str(tmp_path / "roomy"), TOKENS[1:], tmp_path / "more")
-    assert roomy.rows == more.rows_before == more.rows == 320 and more.ids == {TOKENS[1]: 260}
+    spare = add_tokens(str(tiny_model("llama")), TOKENS[:1], tmp_path / "spare", pad_to_multiple_of=64)
+    more = add_tokens(str(tmp_path / "spare"), TOKENS[1:], tmp_path / "more")
+    assert spare.rows == more.rows_before == more.rows == 320 and more.ids == {TOKENS[1]: 260}
     record = json.loads((tmp_path / "more" / RECORD_FILE).read_text())
-    assert record["base"] == str(tmp_path / "roomy") and record["tokens"] == TOKENS[1:]
+    assert record["base"] == str(tmp_path / "spare") and record["tokens"] == TOKENS[1:]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 
 import scale_sft
 from scale_sft.errors import UserError
+from scale_sft.model import compiled_blocks
 from scale_sft.model.experts import fused_weights, named_weights, parse_slice, weight_named
 from scale_sft.model.fingerprints import add_sums, fingerprint, fingerprints_of
 from scale_sft.model.loading import enable_checkpointing
@@ -221,3 +222,13 @@ def test_slices_of_a_parameter_in_shards_have_the_prints_and_writes_of_a_whole_o
             assert carrier.misplaced() is None
         assert totals == prints
         assert torch.equal(torch.cat(shards).view_as(expected), expected), ranks
+
+
+def test_compiled_blocks_with_experts_train_the_same_bits(monkeypatch):
+    monkeypatch.setattr(compiled_blocks, "BACKEND", "eager")
+    sparse, optimizer, _ = trained("ag", steps=0)
+    compiled_blocks.compile_blocks(compiled_blocks.decoder_blocks(sparse.model, sparse.shapes))
+    for _ in range(5):
+        sparse.model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    assert sparse.tuning.digests() == trained("ag", steps=5)[0].tuning.digests()

@@ -21,6 +21,7 @@ RUN = {"density": 0.07, "total_steps": 6}
 KINDS = {
     "columns": {"method": "columns"},
     "chosen columns": {"method": "columns", "selection_batches": 1, "score": "balanced", "draw": "sample"},
+    "columns, with embeddings": {"method": "columns", "train_embeddings": "both"},
     "rows": {"method": "random", "granularity": "row"},
     "blocks": {"method": "static", "granularity": "block", "block_size": 4, "selection_batches": 1},
 }
