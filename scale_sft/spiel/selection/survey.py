@@ -159,7 +159,7 @@ class Survey:
         if name in self.tilings:
             tiling = self.tilings[name]
             if not keys.any():  # an expert that met no token
-                keys = random_tile_keys(self.rule, name, tiling, keys.device)
+                return random_tiles(tiling, count // tiling.size, self.rule.seed, name).to(keys.device).indices()
             return Tiles(tiling, top_k_magnitude(keys, count // tiling.size).sort().values).indices()
         n = self.shapes[name][0] * self.shapes[name][1]
         quotas = self.rule.quotas(count, self.shapes[name])
