@@ -15,8 +15,8 @@ class SparseConfig:
         "random",
         "random: choose once from the seed alone, then keep; static: choose once by gradients (sampled by balanced "
         "score^0.5 of 20 batches), then keep; columns: train whole columns, chosen once from the seed or by "
-        "selection_batches, then keep (the fastest step); ag: the paper's SFT-AG, which drops and grows by accumulated "
-        "gradients; ma: its SFT-MA, which grows by SM3's accumulators and takes the least memory.",
+        "selection_batches, then keep (least memory for activations); ag: the paper's SFT-AG, which drops and grows by "
+        "accumulated gradients; ma: its SFT-MA, which grows by SM3's accumulators and has the least state.",
         choices=("random", "static", "columns", "ag", "ma"),
     )
     score: str = option(
@@ -93,7 +93,7 @@ class SparseConfig:
         None,
         "Folder of a finished adapter to train further in a new run: its indices and deltas are the initial state, its "
         "entries per weight the budget. Base and targets must be its own; optimizer state starts fresh. ag and ma move "
-        "its indices from the first reallocation on, static keeps them.",
+        "its indices from the first reallocation on, the other methods keep them.",
         on_resume="by_effect",
         path=True,
     )

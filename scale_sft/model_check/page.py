@@ -52,7 +52,8 @@ code made. docs/models.jsonl has the same rows for programs.
 - **packing**: examples in one row do not see each other (proved on the model). **4 bits**: trained and merged in nf4;
   the share of all weights that are packed.
 - **ZeRO-3**: the same run on two ranks (gloo), its base in ZeRO-3 shards, ends with the losses and the adapter of one
-  rank: the share of entries that are the same, where rounding chose others.
+  rank; in brackets the share of entries that are the same, where rounding chose others. *trains*: its forward pass
+  samples, so that there is nothing to compare.
 - **answers**: *in batches*, or *one at a time* where a model reads padding on the left as text.
 
 """
