@@ -53,7 +53,8 @@ class TokenShare:
     def loss_sum(self, model: nn.Module, micro_batch: dict[str, Tensor]) -> Tensor:
         """Sum the cross entropies of a micro-batch, over the global batch's number of target tokens.
 
-        A router loss is that of the micro-batch, by its share of the target tokens: the shares add up to 1.
+        A router loss is that of the micro-batch, by its share of the target tokens: the shares add up to 1. It is not
+        linear in the tokens, so it depends on the cut.
         """
         self.positions += micro_batch["input_ids"].numel()
         if self.router_loss is None:
