@@ -50,8 +50,22 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> str:
 
 
 def prepare(folder: Path, train: str, test: str, text: str) -> dict[str, str]:
-    """Write the data of all parts to `folder`; returns their paths by name."""
+    """Write the data of all parts to `folder`; returns their paths by name.
+
+    Raises:
+        UserError: an earlier run has made them from other sources.
+    """
+    from scale_sft.errors import UserError
+    from scale_sft.files import write_text
+
     folder.mkdir(parents=True, exist_ok=True)
+    sources, made_of = {"train": train, "test": test, "text": text}, folder / "sources.json"
+    before = json.loads(made_of.read_text(encoding="utf-8")) if made_of.is_file() else sources
+    if other := next((name for name in sources if before[name] != sources[name]), None):
+        raise UserError(
+            f"--{other}: got {sources[other]}, but {folder} was made of {before[other]}. Fix: another --output_dir"
+        )
+    write_text(made_of, json.dumps(sources) + "\n")
     questions = ((row["query"], row["response"]) for row in rows_of(train, "train"))
     short = (pair for pair in questions if len(" ".join(pair)) <= MOST_CHARACTERS)
     exam = ((row["question"], row["answer"]) for row in rows_of(test, "test", "main"))

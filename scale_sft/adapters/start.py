@@ -12,6 +12,7 @@ import torch
 
 from scale_sft.config.options import ModelConfig, SparseConfig
 from scale_sft.errors import UserError
+from scale_sft.model.experts import layer_kind
 from scale_sft.model.quantization import Quantization
 from scale_sft.model.sparse_model import SparseModel
 from scale_sft.model.targets import budget_of
@@ -116,7 +117,7 @@ class Start:
             return
         only = [name for name in self.shapes if name not in shapes] or [n for n in shapes if n not in self.shapes]
         where = "the adapter alone" if only[0] in self.shapes else "the run alone"
-        kinds = ",".join(dict.fromkeys(name.split(".")[-2] for name in self.shapes))
+        kinds = ",".join(dict.fromkeys(layer_kind(name) for name in self.shapes))
         raise UserError(
             f"start_from: {self.folder} has {len(self.shapes)} target weights, the run {len(shapes)} ('{only[0]}' is "
             f"in {where}){base}. Fix: train the adapter's weights of its base, such as --target_modules {kinds}"
@@ -128,7 +129,8 @@ class Start:
         except ValueError:
             raise UserError(
                 f"start_from: got entries of '{name}' in {self.folder} that are not whole {sparse.trains_whole}s, "
-                f"expected them for granularity {sparse.trains_whole}. Fix: --method static trains any entries further"
+                f"expected them for granularity {sparse.trains_whole}. Fix: --method static --granularity entry trains "
+                "any entries further"
             ) from None
 
     def _refuse_budget(self, sparse: SparseConfig, shapes: Shapes, transposed: Collection[str]) -> None:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError
+from scale_sft.model.experts import parse_slice
 from scale_sft.model.group import OneProcess
 from scale_sft.model.loss import token_loss_sum
 from scale_sft.model.sparse_model import SparseModel
 from scale_sft.model.sparse_settings import SparseSettings
-from scale_sft.model.targets import budget_of, find_targets
+from scale_sft.model.targets import budget_of, targets_of
 
 from .workload import RUN_STEPS, Base, Batches, Case
 
@@ -148,8 +149,8 @@ class Dense:
 
 def _full(base: Base, *, updates: bool) -> Dense:
     model = base.load()
-    for target in find_targets(model, base.config.sparse.target_modules):
-        target.module.weight.requires_grad_(True)
+    for target in targets_of(model, base.config.sparse):
+        target.weight.requires_grad_(True)
     return Dense(model, updates=updates)
 
 
@@ -164,6 +165,11 @@ def _peft(base: Base, kind: str, *, cast: bool = True, **settings: Any) -> Dense
     import peft
 
     if settings.get("target_modules") is True:
+        if experts := [name for name in base.shapes if parse_slice(name)]:
+            raise UserError(
+                f"contestants: peft's {kind} cannot wrap the experts of this base ('{experts[0]}', ...). Fix: leave it "
+                "out, or name other layers by target_modules"
+            )
         settings["target_modules"] = [name.removesuffix(".weight") for name in base.shapes]
     config = getattr(peft, kind)(task_type="CAUSAL_LM", **settings)
     try:

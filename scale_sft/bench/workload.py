@@ -23,7 +23,7 @@ from scale_sft.model.attention import EAGER_TOKENS
 from scale_sft.model.compiled_blocks import compile_blocks, decoder_blocks
 from scale_sft.model.loading import base_location, enable_checkpointing, load_base, load_model_config, resolve_dtype
 from scale_sft.model.quantization import resolve_quantization
-from scale_sft.model.targets import budget_of, find_targets
+from scale_sft.model.targets import budget_of, targets_of
 from scale_sft.planning.footprint import empty_model
 from scale_sft.spiel.seeding import seeded_generator
 
@@ -105,7 +105,7 @@ class Base:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """The shape (O, I) of each target weight by name, from the meta device."""
-        targets = find_targets(empty_model(self.config, self.model_config), self.config.sparse.target_modules)
+        targets = targets_of(empty_model(self.config, self.model_config), self.config.sparse)
         return {target.name: target.shape for target in targets}
 
     @cached_property

@@ -30,6 +30,6 @@ def with_method(values: Mapping[str, Any], default: str) -> dict[str, Any]:
         default: the method where none is given.
     """
     own = dict(COMBINATIONS.get(str(values.get("method", default)), {}))
-    if values.get("start_from") is not None:
+    if str(values.get("start_from")).lower() not in ("none", "null"):
         own = {name: value for name, value in own.items() if name not in _OF_THE_FIRST_CHOICE}
     return {**own, **values}

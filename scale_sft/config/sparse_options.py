@@ -93,7 +93,7 @@ class SparseConfig:
         None,
         "Folder of a finished adapter to train further in a new run: its indices and deltas are the initial state, its "
         "entries per weight the budget. Base and targets must be its own; optimizer state starts fresh. ag and ma move "
-        "its indices from the first reallocation on, static keeps them.",
+        "its indices from the first reallocation on, the other methods keep them.",
         on_resume="by_effect",
         path=True,
     )

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError
-from scale_sft.spiel.embedding_taps import EmbeddingTap, attach_embedding
+from scale_sft.spiel.embedding_taps import EmbeddingTap
 from scale_sft.spiel.taps import Materialize, Record, WeightTap, attach
 
 
@@ -90,7 +90,7 @@ def attach_embedding_taps(
         look_up: see `EmbeddingTap`.
         effective_weight: see `WeightTap`.
     """
-    attach_embedding(EmbeddingTap(module, name, record, look_up=look_up))
+    attach(EmbeddingTap(module, name, record, look_up=look_up))
     if output is not None:
         first = partial(record, more=True)
         attach(WeightTap(output, name, first, materialize=materialize, effective_weight=effective_weight))

@@ -105,6 +105,12 @@ def parse_slice(name: str) -> tuple[str, int] | None:
     return (parameter, int(number)) if parameter and number.isdigit() else None
 
 
+def layer_kind(name: str) -> str:
+    """Name what a target's layer has in common with those of other blocks: q_proj; of a slice, experts.down_proj."""
+    found = parse_slice(name)
+    return ".".join(found[0].split(".")[-2:]) if found else name.split(".")[-2]
+
+
 def weight_named(model: nn.Module, name: str) -> Tensor:
     """Return the weight of a target in a model that is not in shards: a view, without gradient, in place.
 

@@ -72,7 +72,9 @@ def make_method(
         gradient_dtype=getattr(torch, settings.optimizer.gradient_dtype),
         reuse_buffer=settings.quantization is None,  # next to a dequantised copy, memory is for one gradient only
     )
-    return SparseFineTuning(store, settings.method, schedule, backends)
+    tuning = SparseFineTuning(store, settings.method, schedule, backends)
+    tuning.recorder.by_rows |= {target.name for target in targets if target.by_rows}
+    return tuning
 
 
 def _whole(active: Active, tilings: Mapping[str, Tiling], seed: int) -> dict[str, Tiles]:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scale_sft.errors import UserError, first_line
-from scale_sft.spiel.embedding_taps import EmbeddingTap, attach_embedding, why_not_embedding
+from scale_sft.spiel.embedding_taps import EmbeddingTap, why_not_embedding
 from scale_sft.spiel.taps import WeightTap, attach, detach
 
 from .dropout import switch_off_randomness
@@ -113,7 +113,7 @@ def _run(model: Any, masked: bool) -> Reach:
     if ends.input and ends.embedding is not None and why_not_embedding(ends.embedding) is None:
         layers = {ends.input: ends.embedding} | layers
         ends.embedding.weight.requires_grad_(True)
-        attach_embedding(EmbeddingTap(ends.embedding, ends.input, record))
+        attach(EmbeddingTap(ends.embedding, ends.input, record))
     try:
         ids = torch.arange(PROBE_TOKENS[0] * PROBE_TOKENS[1], device=device).view(PROBE_TOKENS) + 3
         ids = ids.remainder(text_config(model.config).vocab_size)

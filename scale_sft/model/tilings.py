@@ -38,7 +38,7 @@ def tilings_of(sparse: SparseConfig, shapes: Shapes, transposed: Collection[str]
         try:
             found[name] = Tiling((rows, columns), height, width)
         except ValueError as error:
-            raise UserError(f"block_size: got {edge}, but '{name}' is {error}. Fix: choose a divisor of both") from None
+            raise UserError(f"block_size: got {edge} for '{name}': {error}. Fix: choose a divisor of both") from None
     return found
 
 

@@ -54,7 +54,7 @@ class Turnover:
 
 
 class SparseFineTuning:
-    """SFT-AG, SFT-MA, static or random selection over a store of deltas.
+    """SFT-AG, SFT-MA, or a choice that stays (static, random, columns), over a store of deltas.
 
     Args:
         store: the deltas; with a reference where the drop criterion is `change`.
@@ -170,9 +170,12 @@ class SparseFineTuning:
             state = self.optimizer.state_of(delta.name)
             return min(wanted, positive_products(delta.entries, state["row"], state["col"]))
         number = self.store.number_of(delta.name)
-        ranking = self._ranking(self.store.places.part_of(slice(number, number + 1)))
-        joining = ~torch.isin(self.recorder.candidates[delta.name].indices, delta.indices)
-        return min(wanted, int((joining & (ranking != 0)).sum()))
+        part = self.store.places.part_of(slice(number, number + 1))
+        able = self._ranking(part) != 0
+        if self.proposals is None or self.proposals.reads_gradients:  # keys of a draw are never 0
+            able &= self.recorder.estimates_of(part)[0] != 0
+        able &= ~torch.isin(self.recorder.candidates[delta.name].indices, delta.indices)
+        return min(wanted, int(able.sum()))
 
     def _ages(self, step: int) -> Tensor | None:
         """Count the steps since each cohort was grown, [cohorts] fp32, at least 1; None: nothing is dropped by age."""

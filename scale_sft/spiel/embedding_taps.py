@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from .taps import Record, install
+from .taps import Record
 
 
 class EmbeddingTap:
@@ -100,12 +100,3 @@ def why_not_embedding(module: nn.Module) -> str | None:
     if module.max_norm is not None or module.scale_grad_by_freq:
         return f"{kind} with max_norm or scale_grad_by_freq"
     return None
-
-
-def attach_embedding(tap: EmbeddingTap) -> None:
-    """Route the module's forward through the tap; `taps.detach` undoes it."""
-
-    def forward(module: nn.Module, *arguments: Any, **named: Any) -> Tensor:
-        return tap.forward(*arguments, **named)
-
-    install(tap, forward)

@@ -290,8 +290,8 @@ class GradientRecorder:
             return left.t() @ right
         size = left.shape[1] * right.shape[1]
         if self._buffer is None or self._buffer.numel() < size or self._buffer.dtype is not left.dtype:
-            largest = max(delta.numel for delta in self.store)
-            self._buffer = torch.empty(largest, dtype=left.dtype, device=left.device)
+            others = (delta.numel for delta in self.store if delta.name not in self.by_rows)
+            self._buffer = torch.empty(max(size, *others), dtype=left.dtype, device=left.device)
         return torch.mm(left.t(), right, out=self._buffer[:size].view(left.shape[1], right.shape[1]))
 
     def record(self, name: str, gradient: Gradient, *, more: bool = False) -> None:

@@ -88,7 +88,7 @@ class Rows:
     def choose(self, select: Callable[[Tensor, int], Tensor], count: int, keys: Tensor | None = None) -> Tensor:
         """Choose `count` (C) entries of the weight, the largest of these rows.
 
-        If these rows have fewer entries, others fill up, the first ones: their gradient is 0, and so they never grow.
+        If these rows have fewer entries, others fill up, the first ones: their gradient is 0, and so they do not grow.
 
         Args:
             select: (keys, c) -> [c] places of the largest, sorted int64; 0 <= c <= m * H.
@@ -96,11 +96,11 @@ class Rows:
             keys: what to choose by, of the compact places; None: the gradient.
 
         Returns:
-            Flat indices [C] int64, sorted.
+            Flat indices [C] int64, sorted; [0] if `select` finds none, because all of the gradient is 0.
         """
         chosen = self.flat(select(self.values.reshape(-1) if keys is None else keys, min(count, self.values.numel())))
         missing = count - chosen.numel()
-        if not missing:
+        if not missing or not chosen.numel():
             return chosen
         free = torch.ones(count, dtype=torch.bool, device=chosen.device)
         free[chosen[chosen < count]] = False

@@ -12,6 +12,7 @@ from scale_sft.adapters.model_card import write_card
 from scale_sft.data.examples import Examples
 from scale_sft.data.preferences import Preferences
 from scale_sft.evaluation.held_out import Evaluation
+from scale_sft.model.experts import layer_kind
 from scale_sft.model.visibility import visible_fraction
 from scale_sft.reporting.metrics import Metrics, NullMetrics
 from scale_sft.reporting.run_report import write_report
@@ -120,7 +121,7 @@ def _kinds(session: Session) -> list[dict[str, str]]:
     """Make one row per kind of layer and shape."""
     kinds: dict[tuple[str, tuple[int, int]], list[str]] = {}
     for target in session.targets:
-        kinds.setdefault((target.name.split(".")[-2], target.shape), []).append(target.name)
+        kinds.setdefault((layer_kind(target.name), target.shape), []).append(target.name)
     rows = []
     for (leaf, shape), names in kinds.items():
         active = sum(session.tuning.store[name].active for name in names)

@@ -13,7 +13,7 @@ from scale_sft.distributed.cluster import Cluster
 from scale_sft.errors import UserError
 from scale_sft.model.loading import load_base
 from scale_sft.model.loss import token_loss_sum
-from scale_sft.model.targets import Target, find_targets
+from scale_sft.model.targets import Target, targets_of
 from scale_sft.spiel.schedules import LearningRateSchedule
 from scale_sft.spiel.seeding import seeded_generator
 from scale_sft.training.inputs import Inputs
@@ -37,12 +37,12 @@ def build(kind: str, inputs: Inputs, cluster: Cluster) -> tuple[nn.Module, list[
     """
     config = inputs.config
     model = load_base(config.model, inputs.model_config, cluster.device, inputs.quantization)
-    targets = find_targets(model, config.sparse.target_modules)
+    targets = targets_of(model, config.sparse)
     if kind == "full":
         if inputs.quantization:
             raise UserError(f"full: a base in {config.model.quantization} cannot be trained densely")
         for target in targets:
-            target.module.weight.requires_grad_(True)
+            target.weight.requires_grad_(True)
     else:
         model = _with_peft(kind, model, targets, config.sparse.rank_equivalent, config.run.seed)
     return model, [weight for weight in model.parameters() if weight.requires_grad]
@@ -59,6 +59,12 @@ def _with_peft(kind: str, model: nn.Module, targets: list[Target], rank: int | N
     if kind.startswith("peft-lora"):
         if rank is None:
             raise UserError("rank_equivalent: got none, expected LoRA's rank. Fix: give rank_equivalent")
+        experts = [target.name for target in targets if target.fused is not None]
+        if experts:
+            raise UserError(
+                f"lora: got {len(experts):,} experts of fused parameters ('{experts[0]}', ...), expected layers, which "
+                "PEFT can wrap. Fix: leave out lora and lora-rs, or name other layers by target_modules"
+            )
         layers = [target.name.removesuffix(".weight") for target in targets]
         stabilised = kind == "peft-lora-rs"
         alpha = rank if stabilised else 2 * rank

@@ -71,10 +71,13 @@ def rung_beyond(tried: Mapping[float, float | None] | Sequence[float], best: flo
     if len(rates) < 2 or best not in (rates[0], rates[-1]):
         return None
     neighbour = rates[1] if best == rates[0] else rates[-2]
-    return _short(best * best / neighbour)
+    return _short(best * best / neighbour, best)
 
 
-def _short(rate: float) -> float:
-    """Round a rate to one digit where that changes it by at most 12 %, otherwise to two."""
-    one = float(f"{rate:.1g}")
-    return one if abs(one / rate - 1) <= 0.12 else float(f"{rate:.2g}")
+def _short(rate: float, best: float) -> float:
+    """Round a rate to one digit where that changes it by at most 12 %, otherwise to more; it stays beyond `best`."""
+    for digits in (1, 2, 3):
+        short = float(f"{rate:.{digits}g}")
+        if abs(short / rate - 1) <= 0.12 and (short > best) == (rate > best) and short != best:
+            return short
+    return rate

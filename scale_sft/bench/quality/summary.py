@@ -157,6 +157,8 @@ def summaries(rows: Sequence[Row]) -> list[Summary]:
 
 def _summary(name: str, rows: Sequence[Row]) -> Summary:
     own = [row for row in rows if row["settings"]["method"] == name]
+    # what a name meant before, or a variant with other options: its runs are not further seeds of today's
+    own = [row for row in own if _meaning(row) == _meaning(own[-1])]
     seed = min(row["settings"]["seed"] for row in own)
     of_grid = sorted(
         (row for row in own if row["settings"]["seed"] == seed and row["settings"]["learning_rate"] is not None),
@@ -179,6 +181,10 @@ def _summary(name: str, rows: Sequence[Row]) -> Summary:
         runs=sorted(runs, key=lambda row: row["settings"]["seed"]),
         of_grid=of_grid,
     )
+
+
+def _meaning(row: Row) -> tuple[Any, Any]:
+    return row["settings"].get("kind"), row["settings"].get("options")
 
 
 def reason_of(result: Mapping[str, Any]) -> str | None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scale_sft.model.experts import slice_name
+
 VECTORS, ROUNDS = 8, 12
 
 
@@ -88,7 +90,7 @@ def peft_updates(model: nn.Module) -> Iterator[Update]:
         if not hasattr(layer, "get_base_layer") or not hasattr(layer, "active_adapters"):
             continue
         base = _dense(layer.get_base_layer()).float()
-        if getattr(layer, "lora_A", None):
+        if getattr(layer, "lora_A", None) or getattr(layer, "lora_embedding_A", None):
             change = layer.get_delta_weight("default").float()
         elif getattr(layer, "ia3_l", None):
             factor = layer.ia3_l["default"].float()
@@ -110,8 +112,12 @@ def _dense(layer: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def dense_updates(model: nn.Module, names: Sequence[str], base: Callable[[], nn.Module]) -> Iterator[Update]:
-    """Yield the updates of dense fine-tuning, compared with a fresh copy of the base."""
+    """Yield the updates of dense fine-tuning, compared with a fresh copy of the base; of experts one by one."""
     before, after = dict(base().named_parameters()), dict(model.named_parameters())
     for name in names:
-        start = before[name].float()
-        yield Update(name, start, after[name].float() - start.to(after[name].device))
+        start, end = before[name], after[name]
+        fused = start.dim() == 3
+        for number in range(len(start) if fused else 1):
+            old, new = (weight[number] if fused else weight for weight in (start, end))
+            old = old.float()
+            yield Update(slice_name(name, number) if fused else name, old, new.float() - old.to(new.device))

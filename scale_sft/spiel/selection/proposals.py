@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..row_gradients import RowGradient
+from .draws import is_top
 from .evidence import Margins, margins_of
 from .parts import Parts, ReadWeight
 from .rule import SelectionRule
@@ -40,6 +41,11 @@ class Proposals:
     read_weight: ReadWeight
     estimation_steps: int
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Return False if candidates are ranked without a look at their gradient."""
+        return bool(self.rule.of(batches=self.estimation_steps).reads - {"weight"})
+
     def propose(
         self, name: str, gradient: Tensor | RowGradient, count: int, round_number: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -48,7 +54,8 @@ class Proposals:
         Of an embedding's, only rows that have a gradient are looked at, unless the score reads none.
 
         Returns:
-            Flat indices [C] int64, sorted; and the facts that `rank` needs: see `facts`.
+            Flat indices [C] int64, sorted; and the facts that `rank` needs: see `facts`. [0] if the score reads a
+            gradient and all of it is 0, as of an expert that met no token: a draw would choose some all the same.
         """
         parts, score = self.parts(), self.rule.of(batches=1)
         shape, met = tuple(gradient.shape), None
@@ -60,6 +67,9 @@ class Proposals:
         entries, facts = gradient.numel(), {}
         places = parts.range_of(entries)
         part = parts.own_part(gradient.reshape(-1)).float()
+        drawn = not is_top(self.rule.temperature)  # keys of a draw are never 0
+        if drawn and score.reads - {"weight"} and not _any(parts, part):
+            return torch.empty(0, dtype=torch.int64, device=part.device), {}
         indices: Tensor | slice = places
         if met:
             indices = met.flat(torch.arange(places.start, places.stop, device=part.device))
@@ -135,3 +145,10 @@ class Proposals:
         if wrong := int((~(keys >= 0)).sum()):
             raise ValueError(f"score '{score.name}': got NaN or a negative number for {wrong} candidates of '{name}'")
         return keys
+
+
+def _any(parts: Parts, part: Tensor) -> bool:
+    """Return True if an entry of a sum over the processes is not 0, in the part [n] of any of them."""
+    found = part.any().float().view(1)
+    parts.sum_(found, "proposal")
+    return bool(found)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..row_gradients import Pending, RowGradient
-from ..seeding import random_indices
+from ..seeding import random_indices, random_tiles
 from ..tiles import Tiles, Tiling
 from ..topk import top_k_magnitude
 from .evidence import margins_of
@@ -22,7 +22,7 @@ from .parts import Parts, ReadWeight
 from .quotas import choose_within
 from .rule import SelectionRule
 from .shares import global_shares
-from .tile_keys import random_tile_keys, tile_keys
+from .tile_keys import random_keys, random_tile_keys, tile_keys
 
 
 class Survey:
@@ -158,6 +158,8 @@ class Survey:
     def _choose(self, name: str, keys: Tensor, count: int) -> Tensor:
         if name in self.tilings:
             tiling = self.tilings[name]
+            if not keys.any():  # an expert that met no token
+                keys = random_tile_keys(self.rule, name, tiling, keys.device)
             return Tiles(tiling, top_k_magnitude(keys, count // tiling.size).sort().values).indices()
         n = self.shapes[name][0] * self.shapes[name][1]
         quotas = self.rule.quotas(count, self.shapes[name])
@@ -166,7 +168,10 @@ class Survey:
             if count and not len(chosen):  # an expert that met no token
                 chosen = random_indices(self.shapes[name], count, self.rule.seed, name).long().to(keys.device)
             return chosen
+        keys = self.parts.join(keys, n)
+        if not keys.any():
+            keys = random_keys(self.rule, name, n, keys.device)
         try:
-            return choose_within(self.parts.join(keys, n).view(self.shapes[name]), count, *quotas)
+            return choose_within(keys.view(self.shapes[name]), count, *quotas)
         except ValueError as error:
             raise ValueError(f"weight '{name}': {error}") from None

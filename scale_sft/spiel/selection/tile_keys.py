@@ -44,7 +44,12 @@ def tile_keys(
 
 def random_tile_keys(rule: SelectionRule, name: str, tiling: Tiling, device: torch.device | None) -> Tensor:
     """Compute the keys [m] fp32 of a uniform draw of tiles."""
-    return _drawn(rule, name, torch.ones(tiling.count, device=device), 0.0)
+    return random_keys(rule, name, tiling.count, device)
+
+
+def random_keys(rule: SelectionRule, name: str, count: int, device: torch.device | None) -> Tensor:
+    """Compute the keys [count] fp32 of a uniform draw, the same on every process."""
+    return _drawn(rule, name, torch.ones(count, device=device), 0.0)
 
 
 def _drawn(rule: SelectionRule, name: str, norms: Tensor, temperature: float) -> Tensor:

@@ -1,6 +1,7 @@
 """Methods are compared fairly: same batches, equal budgets, rates chosen on other data than what is reported."""
 
 import json
+import math
 import os
 import time
 from dataclasses import replace
@@ -18,6 +19,7 @@ from scale_sft.bench.quality.tasks import Task, read_retained, read_tasks
 from scale_sft.bench.quality.worker import run_job, split
 from scale_sft.cli.main import main
 from scale_sft.errors import UserError
+from tests.expert_models import make_experts
 
 
 @pytest.fixture
@@ -171,6 +173,16 @@ def test_a_run_that_crashed_is_tried_again(settings, measure, monkeypatch):
     monkeypatch.undo()
     found, said = measure(wanted)
     assert "held_out_loss" in found[1]["result"] and len(said) == 2
+
+
+def test_dense_training_reaches_fused_experts_and_lora_says_that_it_cannot(settings, tokenizer, tmp_path):
+    base = make_experts("mixtral", tmp_path / "base")
+    tokenizer.save_pretrained(base)
+    wanted = settings(["full", "lora", "random"], base=str(base), steps=2, exact_match_examples=0, max_eval_examples=4)
+    full, lora, sparse = (run_job(wanted.job(Task(), one, 1e-3)) for one in wanted.contestants)
+    assert "experts of fused parameters" in lora["failed"] and "--methods" not in lora["failed"]
+    assert full["visible_fraction"] > 0 and full["update_spectral"] <= full["update_frobenius"] < math.inf
+    assert 0 < sparse["trainable"] < full["trainable"]
 
 
 def made_up_row(method, rate, seed=0, loss=1.0, **result):

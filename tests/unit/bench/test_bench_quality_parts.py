@@ -55,6 +55,14 @@ def test_a_run_that_fails_bounds_the_grid_and_one_rate_is_no_grid():
     assert rung_beyond((0.01, 0.03, 0.1), 0.1) == 0.3 and rung_beyond((0.01, 0.03, 0.1), 0.03) is None
 
 
+@pytest.mark.parametrize("grid", [(8e-3, 9e-3, 1e-2), (1e-2, 1.05e-2), (1e-2, 1.001e-2)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_fine_grid_grows_too(grid, sign):
+    done, _ = searched(lambda rate: -sign * rate, grid, seeds=2)
+    tried = [rate for rate, seed in done if seed == 0]
+    assert len({*tried}) == len(grid) + 3 and done[-1] == (max(tried, key=lambda rate: sign * rate), 1)
+
+
 def test_an_interval_is_that_of_the_t_distribution():
     values = [4.242, 4.236, 4.178]
     found = Figure.of(values)
@@ -76,6 +84,14 @@ def test_methods_are_compared_seed_by_seed():
         one["result"]["validation_loss"] = one["result"]["held_out_loss"]
     lora, ag = summaries(rows)
     assert ag.difference(lora, "held_out_loss") == Figure(0.5, 0.0, 3) and ag.figure("held_out_loss").half_width > 2
+
+
+def test_runs_of_another_contestant_that_had_the_name_are_no_further_seeds():
+    rows = [row("slim", seed=seed, options={"moments": kind}) for kind in ("float32", "int8") for seed in (0, 1)]
+    for one in rows:
+        one["result"]["validation_loss"] = 1.0
+    (summary,) = summaries(rows)
+    assert [one["settings"]["options"] for one in summary.runs] == [{"moments": "int8"}] * 2
 
 
 def test_rows_of_a_version_with_fewer_options_and_earlier_names_are_those_of_today():

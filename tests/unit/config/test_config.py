@@ -273,6 +273,7 @@ def test_what_a_resumed_run_may_change_is_a_promise() -> None:
         ({"method": "static"}, ("static", "balanced", 20, 1e-2)),
         ({"method": "static", "score": "snr", "learning_rate": "0.1"}, ("static", "snr", 20, 0.1)),
         ({"method": "static", "start_from": "."}, ("static", "gradient", 0, 1e-2)),
+        ({"method": "static", "start_from": "none"}, ("static", "balanced", 20, 1e-2)),
         ({"method": "ag"}, ("ag", "gradient", 0, 1e-3)),
     ],
 )

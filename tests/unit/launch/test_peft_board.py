@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from scale_sft.cli.main import main
+from scale_sft.errors import UserError
 from scale_sft.evaluation.answers import extract_answer
 
 ROOT = Path(__file__).parents[3]
@@ -26,6 +27,17 @@ def test_answers_of_both_data_sets_are_read_alike(board):
         assert extract_answer(text, board.ANSWER) == "1013"
     assert extract_answer("There is no answer.", board.ANSWER) is None
     assert extract_answer("#### -5", board.ANSWER) == "-5"
+
+
+def test_data_of_other_sources_are_not_taken_for_those_asked_for(board, tmp_path):
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl", "d.jsonl")]
+    rows = [{"query": "1?", "response": "1"}, {"question": "2?", "answer": "2"}, {"text": "3"}, {"text": "4"}]
+    for file, row in zip(files, rows, strict=True):
+        file.write_text(json.dumps(row) + "\n")
+    *same, text, other = map(str, files)
+    assert board.prepare(tmp_path / "data", *same, text) == board.prepare(tmp_path / "data", *same, text)
+    with pytest.raises(UserError, match="--text: got .*d.jsonl, but"):
+        board.prepare(tmp_path / "data", *same, other)
 
 
 def test_the_recipe_fits_the_gpu_that_it_is_for():

@@ -8,7 +8,7 @@ import torch
 import scale_sft
 from scale_sft.errors import UserError
 from scale_sft.model import compiled_blocks
-from scale_sft.model.experts import fused_weights, named_weights, parse_slice, weight_named
+from scale_sft.model.experts import fused_weights, layer_kind, named_weights, parse_slice, weight_named
 from scale_sft.model.fingerprints import add_sums, fingerprint, fingerprints_of
 from scale_sft.model.loading import enable_checkpointing
 from scale_sft.model.resident import ResidentDeltas, WeightPart, effective_values
@@ -36,6 +36,13 @@ def test_a_slice_is_a_view_of_its_parameter_under_a_name_that_parses_back(kind):
 
 def test_the_name_of_a_whole_parameter_is_no_slice():
     assert parse_slice("model.layers.0.mlp.up_proj.weight") is None
+
+
+def test_the_kind_of_a_weight_is_a_name_that_chooses_it():
+    targets = find_targets(mixture("deepseek_v3"), None)
+    kinds = {layer_kind(target.name) for target in targets}
+    assert {"q_b_proj", "down_proj", "experts.down_proj"} <= kinds
+    assert [target.name for target in find_targets(mixture("deepseek_v3"), tuple(kinds))] == [t.name for t in targets]
 
 
 IDS = torch.arange(24).mul(7).remainder(61).add(3).view(2, 12)
@@ -156,9 +163,11 @@ def test_trained_slices_hold_their_deltas_and_give_the_base_back(method, dtype):
     assert all(torch.equal(weight, before[name]) for name, weight in sparse.model.named_parameters())
 
 
-@pytest.mark.parametrize("method", ["ag", "ma", "static"])
+@pytest.mark.parametrize("method", ["ag", "ag sampled", "ma", "static"])
 def test_an_expert_that_meets_no_token_keeps_its_entries(method):
     options = {name: value for name, value in ESTIMATED.items() if name != "method"} if method == "static" else {}
+    options |= {"draw": "sample", "score": "balanced"} if "sampled" in method else {}
+    method = method.split()[0]
     start, _, _ = trained(method, steps=0, **options)
     sparse, optimizer, _ = trained(method, ids=FEW_IDS.repeat(1, 12), steps=6, **options)
     assert optimizer.turnovers
@@ -168,6 +177,16 @@ def test_an_expert_that_meets_no_token_keeps_its_entries(method):
             silent += 1
             assert torch.equal(delta.indices, initial.indices), delta.name
     assert silent
+
+
+@pytest.mark.parametrize("options", [{"method": "columns"}, {"method": "static", "row_quota": 4, "column_quota": 4}])
+def test_an_expert_that_meets_no_token_before_the_first_choice_gets_random_entries(options):
+    names = {"target_modules": ("experts",), "selection_batches": 1, "draw": "top", "density": 0.2}
+    sparse, optimizer, _ = trained(steps=2, ids=FEW_IDS.repeat(1, 12), **names, **options)
+    silent = [delta for delta in sparse.tuning.store if not delta.deltas.any()]
+    assert optimizer.steps == 1 and 0 < len(silent) < len(sparse.tuning.store)
+    for delta in silent:  # not the first ones of each, as equal scores would choose
+        assert len({tuple(one.indices.tolist()) for one in silent if one.shape == delta.shape}) > 1
 
 
 def test_experts_of_which_none_is_reached_are_refused_as_dead():

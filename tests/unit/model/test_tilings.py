@@ -152,7 +152,7 @@ def test_budgets_are_whole_columns_and_together_less_than_one_below_what_was_ask
         ({"method": "columns", "score": "snr"}, "score: got snr with method columns, which without selection_batches"),
         ({"method": "columns", "seed_moments": False}, "seed_moments: got False with method columns"),
         ({"granularity": "colum"}, "granularity: .*colum.*did you mean 'column'"),
-        ({"method": "random", "granularity": "block", "block_size": 7}, "block_size: got 7, but '.*does not divide"),
+        ({"method": "random", "granularity": "block", "block_size": 7}, "block_size: got 7 for '.*does not divide"),
         ({"method": "columns", "density": 1e-4}, r"budget: got 1 entries for '.*expected at least .*: a whole column"),
     ],
 )

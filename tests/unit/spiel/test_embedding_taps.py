@@ -1,5 +1,8 @@
 """An embedding's gradient is kept by rows: that of autograd where tokens occur, nothing anywhere else."""
 
+from contextlib import nullcontext
+from math import inf
+
 import pytest
 import torch
 from test_linear import Operations
@@ -7,7 +10,7 @@ from torch import nn
 
 from scale_sft.spiel.algorithm import SparseFineTuning
 from scale_sft.spiel.deltas import DeltaStore
-from scale_sft.spiel.embedding_taps import EmbeddingTap, attach_embedding, why_not_embedding
+from scale_sft.spiel.embedding_taps import EmbeddingTap, why_not_embedding
 from scale_sft.spiel.indices import Entries
 from scale_sft.spiel.recorder import GradientRecorder
 from scale_sft.spiel.row_gradients import Pending, RowGradient
@@ -18,7 +21,7 @@ from scale_sft.spiel.selection.rule import SelectionRule
 from scale_sft.spiel.selection.scores import _SCORES
 from scale_sft.spiel.selection.survey import Survey
 from scale_sft.spiel.settings import Backends, MethodSettings
-from scale_sft.spiel.taps import detach
+from scale_sft.spiel.taps import attach, detach
 from scale_sft.spiel.topk import top_k_magnitude
 
 V, H = 50, 8
@@ -47,7 +50,7 @@ def test_gradients_are_those_of_autograd_and_never_dense(kind, dtype) -> None:
     (layer(input_ids=IDS) if kind == "scaled" else layer(IDS)).backward(down)
     expected, plain = layer.weight.grad, layer(IDS).detach()
     layer.requires_grad_(False)
-    attach_embedding(EmbeddingTap(layer, "w", lambda name, ids, dy: found.append(RowGradient(ids, dy, V))))
+    attach(EmbeddingTap(layer, "w", lambda name, ids, dy: found.append(RowGradient(ids, dy, V))))
     with Operations({V * H}, [layer.weight]) as operations:
         output = layer(IDS)
         output.backward(down)
@@ -61,9 +64,7 @@ def test_gradients_are_those_of_autograd_and_never_dense(kind, dtype) -> None:
 
 def test_without_gradients_nothing_is_recorded_and_the_look_up_may_be_anothers() -> None:
     layer = nn.Embedding(V, H).requires_grad_(False)
-    attach_embedding(
-        EmbeddingTap(layer, "w", lambda *_: pytest.fail("recorded"), look_up=lambda ids: layer.weight[ids] + 1)
-    )
+    attach(EmbeddingTap(layer, "w", lambda *_: pytest.fail("recorded"), look_up=lambda ids: layer.weight[ids] + 1))
     with torch.no_grad():
         assert torch.equal(layer(IDS), layer.weight[IDS] + 1)
 
@@ -94,9 +95,6 @@ def test_entries_are_picked_as_from_the_dense_gradient() -> None:
 @pytest.mark.parametrize("draw", ["top", "sample"])
 def test_candidates_are_those_of_the_dense_gradient(score, draw) -> None:
     """By any rule, as long as the rows that were met have enough entries."""
-    from contextlib import nullcontext
-    from math import inf
-
     rule = SelectionRule(score=score, temperature=inf if draw == "top" else 1.0)
     weight = torch.randn(V, H, generator=torch.Generator().manual_seed(2))
     proposals = Proposals(rule, WholeParts, lambda name: nullcontext(weight), 2)
@@ -115,17 +113,45 @@ def test_rows_without_enough_entries_are_filled_up_with_entries_of_gradient_zero
     assert chosen.tolist() == [*range(4), *range(8, 16), *range(24, 32)]
     assert rows.union(lambda flat: None).choose(top_k_magnitude, 0).numel() == 0
     nothing = RowGradient(torch.empty(0, dtype=torch.int64), torch.empty(0, H), V)
-    assert not nothing.any() and nothing.union(lambda flat: None).choose(top_k_magnitude, 3).tolist() == [0, 1, 2]
+    assert not nothing.any() and nothing.union(lambda flat: None).choose(top_k_magnitude, 3).tolist() == []
+
+
+@pytest.mark.parametrize("temperature", [inf, 0.5])
+@pytest.mark.parametrize("score", ["gradient", "balanced"])
+def test_a_gradient_of_zero_proposes_nothing_and_the_next_one_does(score, temperature) -> None:
+    rule = SelectionRule(score=score, temperature=temperature)
+    backends = Backends() if rule.is_plain else Backends(proposals=Proposals(rule, WholeParts, None, 1))
+    tuning = SparseFineTuning(
+        DeltaStore({"w": (V, H)}, {"w": 30}),
+        MethodSettings(method="ag"),
+        ReallocationSchedule(total_steps=9, update_interval_steps=3, estimation_steps=1),
+        backends,
+    )
+    ids, dy = gradient()
+    tuning.recorder.begin_step(Phase.PROPOSE)
+    tuning.recorder.record_product("w", ids, torch.zeros_like(dy))
+    assert not tuning.recorder.candidates
+    tuning.recorder.record_product("w", ids, dy)
+    assert set((tuning.recorder.candidates["w"].indices // H).tolist()) <= set(ids.tolist())
+
+
+def test_an_embedding_takes_no_memory_of_its_size() -> None:
+    recorder = GradientRecorder(DeltaStore({"w": (V, H), "v": (3, H)}, {"w": 30, "v": 2}), {"w": 30, "v": 2})
+    recorder.begin_step(Phase.PROPOSE)
+    recorder.record_product("w", *gradient())
+    recorder.record_product("v", torch.randn(4, 3), torch.randn(4, H))
+    assert recorder._buffer.numel() == 3 * H
 
 
 @pytest.mark.parametrize("method", ["ag", "ma"])
-@pytest.mark.parametrize("score", ["gradient", "snr"])
+@pytest.mark.parametrize(("score", "temperature"), [("gradient", inf), ("snr", inf), ("gradient", 0.5)])
 @pytest.mark.parametrize("together", [False, True])
-def test_rows_without_a_gradient_grow_nothing(method, score, together) -> None:
+def test_rows_without_a_gradient_grow_nothing(method, score, temperature, together) -> None:
     torch.manual_seed(0)
     store = DeltaStore({"w": (V, H)}, {"w": 120}, seed=0)
-    proposals = Proposals(SelectionRule(score=score), WholeParts, None, 1)
-    backends = Backends(proposals=proposals if score != "gradient" else None, together=together)
+    rule = SelectionRule(score=score, temperature=temperature)
+    proposals = None if rule.is_plain else Proposals(rule, WholeParts, None, 1)
+    backends = Backends(proposals=proposals, together=together)
     schedule = ReallocationSchedule(
         total_steps=9, update_interval_steps=3, estimation_steps=1, estimates=method == "ag"
     )

@@ -124,3 +124,13 @@ def test_a_draw_prefers_tiles_of_larger_norms() -> None:
         keys = tile_keys(SelectionRule(temperature=1.0, seed=seed), "w", tiling, scores, 0, lambda _: None)
         count += int(keys.argmax()) == 3
     assert abs(count / 300 - 8 / 11) < 4 * math.sqrt(8 / 11 * 3 / 11 / 300)
+
+
+def test_a_weight_that_no_token_met_gets_tiles_of_the_seed() -> None:
+    """As an expert may: the first columns would be no better than any."""
+    tiling = Tiling((6, 40), 6, 1)
+    survey = Survey({"w": (6, 40)}, SelectionRule(), WholeParts(), None, tilings={"w": tiling})
+    survey.record("w", torch.zeros(0, 6), torch.zeros(0, 40))
+    survey.end_batch()
+    expected = random_tiles(tiling, 5, 0, "w").indices()
+    assert torch.equal(survey.choose({"w": 30})["w"], expected)
