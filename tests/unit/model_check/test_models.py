@@ -56,7 +56,7 @@ def test_a_weight_that_a_model_keeps_in_another_dtype_keeps_it_in_adapter_and_me
     checker = Checker("hunyuan_v1_moe", tmp_path, partial(tiny_config, "hunyuan_v1_moe"))
     checker.make()
     AutoModelForCausalLM.from_pretrained(checker.base, dtype=torch.bfloat16).save_pretrained(checker.base)
-    checker.train()
+    checker._run(target_modules=["q_proj", "wg"])  # routers are frozen unless they are named
     adapter = Adapter.load(tmp_path / "run" / "adapter")
     gates = {f"model.layers.{n}.mlp.gate.wg.weight": "float32" for n in (0, 1)}
     assert adapter.info["dtype"] == "bfloat16" and adapter.info["dtypes"] == gates
