@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..row_gradients import Pending, RowGradient
-from ..seeding import random_indices
+from ..seeding import random_indices, random_tiles
 from ..tiles import Tiles, Tiling
 from ..topk import top_k_magnitude
 from .evidence import margins_of
