@@ -33,7 +33,7 @@ def rows(file: Path) -> list[dict]:
 
 
 model = AutoModelForCausalLM.from_pretrained(demo / "base", dtype="float32")
-model = get_peft_model(model, SpielConfig(density=0.03, task_type="CAUSAL_LM"))
+model = get_peft_model(model, SpielConfig(method="ag", density=0.03, task_type="CAUSAL_LM"))
 model.print_trainable_parameters()
 trainer = Trainer(
     model,

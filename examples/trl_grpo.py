@@ -48,7 +48,7 @@ trainer = GRPOTrainer(
     ),
     train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in examples]),
     processing_class=tokenizer,
-    peft_config=SpielConfig(density=0.03, update_interval_steps=6, estimation_steps=3),
+    peft_config=SpielConfig(method="ag", density=0.03, update_interval_steps=6, estimation_steps=3),
 )
 trainer.train()
 trainer.save_model(str(folder / "adapter"))

@@ -115,8 +115,8 @@ def session(tiny_model, pairs_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     options = {
         "base": str(tiny_model("llama")), "train_data": str(pairs_file), "output_dir": str(folder / "run"),
-        "density": 0.05, "steps": 8, "global_batch_size": 4, "update_interval_steps": 4, "estimation_steps": 3,
-        "max_length": 32, "base_placement": "replicate", "save_every_steps": 1, "keep_last": 9,
+        "method": "ag", "density": 0.05, "steps": 8, "global_batch_size": 4, "update_interval_steps": 4,
+        "estimation_steps": 3, "max_length": 32, "base_placement": "replicate", "save_every_steps": 1, "keep_last": 9,
     }  # fmt: skip
     inputs = read_inputs(load(None, options))
     with Cluster.start(sharded=False, dtype=torch.float32) as cluster:

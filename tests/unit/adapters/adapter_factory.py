@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from scale_sft.adapters.format import Adapter
+from scale_sft.model.experts import weight_named
 from scale_sft.model.fingerprints import combine_fingerprints, fingerprint
 from scale_sft.model.resident import WeightPart
 from scale_sft.model.targets import find_targets
@@ -26,7 +27,7 @@ def make_adapter(
     model = load(base, getattr(torch, dtype))
     found = find_targets(model, targets)
     shapes = {target.name: target.shape for target in found}
-    prints = {target.name: fingerprint(WeightPart.whole(target.module.weight)) for target in found}
+    prints = {target.name: fingerprint(WeightPart.whole(weight_named(model, target.name))) for target in found}
     generator = torch.Generator().manual_seed(seed)
     indices = {
         name: random_indices(shapes[name], count, seed, name).int()

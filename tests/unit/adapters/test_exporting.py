@@ -193,7 +193,8 @@ def test_a_gate_too_small_for_shira_is_written_whole(tmp_path, dtype: str) -> No
         num_key_value_heads=2, moe_intermediate_size=16, shared_expert_intermediate_size=32, num_experts_per_tok=2,
     )  # fmt: skip
     Qwen2MoeForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(tmp_path / "base")
-    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", dtype=dtype)
+    layers = ("q_proj", "shared_expert_gate", "shared_expert.down_proj")
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", dtype=dtype, targets=layers)
     written = export(adapter, "shira", tmp_path / "out")
     assert written.whole == 2
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())

@@ -203,13 +203,13 @@ def test_a_base_without_a_template_gets_one_by_name_or_file(tokenizer, tmp_path)
     made = copy.deepcopy(tokenizer)
     made.chat_template = None
     source = write(tmp_path / "chats.jsonl", conversation(ONE))
-    with pytest.raises(UserError, match="no chat template; choose one with chat_template: tulu"):
+    with pytest.raises(UserError, match="no chat template; choose one with chat_template: chatml, tulu"):
         load_examples(source, "train", made, config(tmp_path), None)
     ids, _ = seen_and_counted(load_examples(source, "train", use_template(made, "tulu"), config(tmp_path), None))
     assert made.decode(ids) == "<s><|user|>\nHi?\n<|assistant|>\nYes.</s>"
     (tmp_path / "own.jinja").write_text("{% for turn in messages %}{{ turn['content'] }}{% endfor %}")
     assert use_template(made, str(tmp_path / "own.jinja")).chat_template.startswith("{% for turn")
-    with pytest.raises(UserError, match="chat_template: 'tullu' is neither a file nor one of: tulu"):
+    with pytest.raises(UserError, match="chat_template: 'tullu' is neither a file nor one of: chatml, tulu"):
         use_template(made, "tullu")
 
 

@@ -243,8 +243,14 @@ BAD_INPUT = {
     "two budgets": (["--tunable_weights", "9"], "got density 0.05 and tunable_weights 9"),
     "a total too large": (["--density", "none", "--tunable_weights", "99999999"], "tunable_weights: got 99,999,999"),
     "a total too small": (["--density", "none", "--tunable_weights", "13"], "tunable_weights: got 13, "),
-    "target": (["--target_modules", "query"], "target_modules: 'query' matches no layer; this model has q_proj (2x)"),
-    "tied target": (["--base", "GPT2", "--target_modules", "lm_head"], "'lm_head' is tied"),
+    "target": (
+        ["--target_modules", "query"],
+        "target_modules: 'query' matches no layer; this model has embed_tokens (1x), q_proj",
+    ),
+    "one end of tied ones": (
+        ["--base", "GPT2", "--target_modules", "wte", "--exclude_modules", "lm_head"],
+        "tied). Fix: leave out both, or neither",
+    ),
     "regular expression": (["--target_modules", "q_(proj"], "regular expression: missing )"),
     "missing data": (["--train_data", "MISSING.jsonl"], "MISSING.jsonl"),
     "empty data": (["--train_data", "empty.jsonl"], "empty.jsonl is empty"),
