@@ -30,6 +30,7 @@ found out before its weights are loaded wherever that is possible, and said in o
 A tiny random model with the switches of your base's config.json goes through all of it in seconds, and no weights are
 loaded:
 
+    source .venv/bin/activate
     scale-sft models check --base path/to/your/model
     scale-sft models check llama qwen3_moe
 

@@ -82,6 +82,7 @@ def _serve(pipe: Any, rank: int, port: int) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"})
     import torch
+    from accelerate.state import AcceleratorState
 
     from scale_sft.config.loading import load
     from scale_sft.distributed.cluster import Cluster
@@ -91,6 +92,7 @@ def _serve(pipe: Any, rank: int, port: int) -> None:
     from scale_sft.training.inputs import read_inputs
     from scale_sft.training.run_folder import RunFolder
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one was forked from
     lifecycle.write_report = lambda output_dir: output_dir / "report.html"
     cluster: Cluster | None = None
     while True:

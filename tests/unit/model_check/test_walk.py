@@ -171,5 +171,6 @@ def test_on_two_ranks_under_zero3_types_train_as_on_one_or_are_refused() -> None
     from scale_sft.model_check.walk import Walk
 
     with Walk(seconds=300) as walk:
-        cells = {name: walk.check(name).cells["ZeRO-3"] for name in ("llama", "mixtral", "rwkv", "mamba")}
-    assert cells == {"llama": "yes", "mixtral": "yes", "rwkv": "refused", "mamba": "yes"}
+        found = {name: walk.check(name) for name in ("llama", "mixtral", "rwkv", "mamba")}
+    cells = {name: one.cells["ZeRO-3"] for name, one in found.items()}
+    assert cells == {"llama": "yes", "mixtral": "yes", "rwkv": "refused", "mamba": "yes"}, found

@@ -351,15 +351,14 @@ def test_the_first_step_that_nobody_wrote_is_refused_as_any_other() -> None:
 
 def test_zero_gradients_on_one_of_several_ranks_do_not_make_it_choose_again_alone() -> None:
     model = wrapped(tiny())
-    loss = model(**batches(1)[0]).loss  # makes the session
-    session, calls = session_of(model), []
+    session, calls = model.base_model.session("default"), []
 
     def of_both(gradient, count):  # the other rank's gradients are not zero
         calls.append(count)
         return torch.arange(count)
 
     session.group = types.SimpleNamespace(size=2, select_candidates=of_both)
-    (loss * 0).backward()  # a group of equal rewards, in GRPO
+    (model(**batches(1)[0]).loss * 0).backward()  # a group of equal rewards, in GRPO
     chosen = dict(session.recorder.candidates)
     model(**batches(1)[0]).loss.backward()
     assert len(calls) == len(chosen) == len(session.layers) and session.recorder.candidates == chosen
