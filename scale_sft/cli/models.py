@@ -57,6 +57,8 @@ def check(types: tuple[str, ...], base: str | None, write: Path | None, again: b
     from scale_sft.model_check.findings import Findings
     from scale_sft.model_check.walk import Walk
 
+    if base is not None and not base.strip():
+        raise click.UsageError("--base: got nothing, expected a folder or a hub id, or no --base at all")
     if base and (types or write):
         raise click.UsageError("--base goes without TYPES and --write: it checks one model")
     like = _config_of(base) if base else None

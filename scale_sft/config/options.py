@@ -159,7 +159,7 @@ class DataConfig:
     )
     chat_template: str | None = option(
         None,
-        "Chat template of conversations: 'tulu' or a Jinja file; default: the tokenizer's own (bases have none).",
+        "Chat template of conversations: tulu, chatml or a Jinja file; default: the tokenizer's own (bases have none).",
         on_resume="by_effect",
         path=True,
     )
