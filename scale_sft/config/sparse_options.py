@@ -33,8 +33,8 @@ class SparseConfig:
     )
     temperature: float = option(
         1.0,
-        "With draw sample: 0 draws uniformly; the higher, the closer to draw top (other than in generation). With method "
-        "static: 0.5.",
+        "With draw sample: 0 draws uniformly; the higher, the closer to draw top (other than in generation). With "
+        "method static: 0.5.",
         check=between(0, 1e6),
     )
     selection_batches: int = option(
