@@ -24,7 +24,7 @@ from scale_sft.model.cross_entropy import cross_entropies
 from scale_sft.model.memory import PeakMemory, private_bytes
 from scale_sft.reporting.metrics import NullMetrics
 from scale_sft.spiel.recorder import GradientRecorder
-from scale_sft.spiel.topk import top_k_magnitude
+from scale_sft.spiel.topk import largest_magnitudes
 from scale_sft.training import assemble
 from scale_sft.training.checkpoints import Checkpoints
 from scale_sft.training.inputs import read_inputs
@@ -141,16 +141,19 @@ def proposing(folder: str) -> None:
         candidates.PROPOSAL_ENTRIES = piece
         for kind in KINDS:
             parts = summands(kind, cluster.size, entries, torch.bfloat16)
-            mine, expected = parts[cluster.rank], top_k_magnitude(parts.float().sum(0), count)
+            mine, expected = parts[cluster.rank], largest_magnitudes(parts.float().sum(0), count)
             cluster.traffic_bytes.clear()
             chosen = cluster.select_candidates(mine, count)
+            nothing = not expected.numel()  # all of the sum is 0: no candidates, and none to exchange
             planned = candidates.proposal_cost(entries, count, cluster.size).payload
+            exchanged = cluster.traffic_bytes["proposal"]
+            gathered = gathered_candidates(cluster, mine, count, piece)
             found.append(
                 {
                     "case": [entries, count, piece, kind],
                     "as alone": torch.equal(chosen, expected),
-                    "as gathered": torch.equal(chosen, gathered_candidates(cluster, mine, count, piece)),
-                    "as planned": cluster.traffic_bytes["proposal"] == planned,
+                    "as gathered": nothing or torch.equal(chosen, gathered),
+                    "as planned": exchanged < planned if nothing else exchanged == planned,
                 }
             )
     Path(folder, f"proposed{cluster.rank}.json").write_text(json.dumps(found))
