@@ -217,6 +217,13 @@ class Cluster(Ranks):
             raise Interrupted(self.interruption.asked or "a signal to another rank")
 
 
+def forget_parents_ranks() -> None:
+    """Let a process that was forked become a rank: Accelerate keeps what its parent was, and would not look again."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def _accelerator(sharded: bool, dtype: torch.dtype, ds_config: str | None, timeout: timedelta, **arguments: Any) -> Any:
     """Make Accelerate's accelerator, and prove that it is what the launcher and `sharded` ask for.
 

@@ -82,17 +82,16 @@ def _serve(pipe: Any, rank: int, port: int) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"})
     import torch
-    from accelerate.state import AcceleratorState
 
     from scale_sft.config.loading import load
-    from scale_sft.distributed.cluster import Cluster
+    from scale_sft.distributed.cluster import Cluster, forget_parents_ranks
     from scale_sft.errors import UserError, first_line
     from scale_sft.train import run_on
     from scale_sft.training import lifecycle
     from scale_sft.training.inputs import read_inputs
     from scale_sft.training.run_folder import RunFolder
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one was forked from
+    forget_parents_ranks()
     lifecycle.write_report = lambda output_dir: output_dir / "report.html"
     cluster: Cluster | None = None
     while True:
