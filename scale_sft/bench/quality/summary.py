@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -101,6 +102,12 @@ def value_of(row: Row, key: str) -> float | None:
 def retained_names(rows: Sequence[Row]) -> list[str]:
     """Name the data of which a loss was measured in addition, in the order of first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row["result"].get("retained", {})))
+
+
+def short_name(source: str | Sequence[str]) -> str:
+    """Name a base or data without its folder."""
+    names = [source] if isinstance(source, str) else source
+    return ", ".join(Path(name.partition("?")[0]).name or name for name in names)
 
 
 def present(row: Row) -> Row:
