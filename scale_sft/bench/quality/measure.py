@@ -25,7 +25,7 @@ from scale_sft.errors import UserError
 from .contestants import BASE, Contestant
 from .page import part
 from .search import MORE_RUNGS, Search
-from .summary import Row, groups_of, present, reason_of, settings_key, summaries
+from .summary import Row, groups_of, present, reason_of, result_of, settings_key, summaries
 from .table import Table, cost_table, csv_of, learning_table
 from .tasks import Retained, Task, retained_by, retained_examples
 from .worker import Job, run_job, split
@@ -236,10 +236,7 @@ class _Campaign:
 
     def finish(self, job: Job, result: Any, processes: int) -> None:
         """Store the row of a run that the pool has done, and plan what follows from it."""
-        if isinstance(result, Exception):
-            reason = " ".join(str(result).split())
-            result = {"crashed": f"{type(result).__name__}: {reason}"}
-        row = self.results.add(self._settings(job), **result, processes=processes)
+        row = self.results.add(self._settings(job), **result_of(result), processes=processes)
         done = sum(row is not None for row in self.rows.values()) + 1 - self.old
         self.say(f"[{done}/{len(self.rows) - self.old}] {_line(row)}")
         self._take(job, row)

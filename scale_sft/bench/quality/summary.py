@@ -194,6 +194,13 @@ def _meaning(row: Row) -> tuple[Any, Any]:
     return row["settings"].get("kind"), row["settings"].get("options")
 
 
+def result_of(outcome: Any) -> dict[str, Any]:
+    """Return what a run has given the pool as the result of a row; an exception as {"crashed": why}."""
+    if isinstance(outcome, Exception):
+        return {"crashed": f"{type(outcome).__name__}: {' '.join(str(outcome).split())}"}
+    return outcome
+
+
 def reason_of(result: Mapping[str, Any]) -> str | None:
     """Explain why a run has no figures; None if it has."""
     return result.get("failed", result.get("crashed"))
