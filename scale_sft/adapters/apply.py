@@ -57,7 +57,10 @@ def parts_held(
     parts = {}
     for name, held in weights.items():
         part = whole.setdefault(id(held.parameter), part_of(held.parameter))
-        parts[name] = part if held.number is None else part.cut(held.number, held.shape[0] * held.shape[1])
+        if held.number is not None:
+            entries = held.shape[0] * held.shape[1]
+            part = part.cut(held.number * entries, entries)
+        parts[name] = part
     return parts
 
 

@@ -291,7 +291,7 @@ def parts_of(targets: Iterable[Target], part_of: Callable[[nn.Parameter], Weight
         key = id(target.weight)
         if key not in whole:
             whole[key] = part_of(target.weight)
-        parts[target.name] = whole[key].cut(target.number, target.numel)
+        parts[target.name] = whole[key].cut(target.number * target.numel, target.numel)
     return parts
 
 
