@@ -31,9 +31,10 @@ from torch import Tensor, nn
 from scale_sft.errors import UserError
 from scale_sft.model.exposure import carries_deltas
 from scale_sft.model.fingerprints import fingerprints_of
+from scale_sft.model.held import Held, parts_held
 from scale_sft.model.resident import effective_values, read_entries, write_entries
 
-from .apply import Held, parts_held, require_base, require_fit
+from .apply import require_base, require_fit
 from .format import Adapter
 
 _live: weakref.WeakKeyDictionary[nn.Module, LiveAdapter] = weakref.WeakKeyDictionary()
