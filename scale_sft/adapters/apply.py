@@ -23,7 +23,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     Raises:
         UserError: a weight is missing or of another shape or dtype, or the base is not the adapter's.
     """
-    weights = require_fit(dict(model.named_parameters(remove_duplicate=False)), adapter)
+    weights = require_fit(model, adapter)
     require_base(fingerprints_of(parts_held(weights)), adapter)
     kept = {}
     for name, indices in adapter.indices.items():
@@ -34,8 +34,8 @@ def apply_adapter(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     return kept
 
 
-def require_fit(parameters: Mapping[str, nn.Parameter], adapter: Adapter) -> dict[str, Held]:
-    """Find the weights that an adapter belongs to, by name, among all parameters of a model.
+def require_fit(model: nn.Module, adapter: Adapter) -> dict[str, Held]:
+    """Find the weights that an adapter belongs to, by name, among the parameters of a model.
 
     Raises:
         UserError: one is missing, or of another shape or dtype; or the adapter belongs to a quantised base.
@@ -45,6 +45,7 @@ def require_fit(parameters: Mapping[str, nn.Parameter], adapter: Adapter) -> dic
             f"adapter: it was trained on a base in {adapter.info['quantization']} and cannot be written into packed "
             "weights; merge it (`scale-sft merge`) and load the merged model"
         )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     found = {}
     for name, shape in adapter.shapes.items():
         weight = held_weight(parameters, name)
@@ -63,7 +64,7 @@ def require_fit(parameters: Mapping[str, nn.Parameter], adapter: Adapter) -> dic
 
 def undo_adapter(model: nn.Module, adapter: Adapter, kept: Mapping[str, Tensor]) -> None:
     """Write the base values that `apply_adapter` returned back into the weights."""
-    weights = require_fit(dict(model.named_parameters(remove_duplicate=False)), adapter)
+    weights = require_fit(model, adapter)
     for name, values in kept.items():
         entries = weights[name].entries
         write_entries(entries, adapter.indices[name].to(entries.device), values)

@@ -131,7 +131,7 @@ class LiveAdapter:
         model = self._model()
         if model is None:
             raise UserError("adapter: the model is gone")
-        weights = require_fit(dict(model.named_parameters(remove_duplicate=False)), adapter)
+        weights = require_fit(model, adapter)
         new = {name: weight for name, weight in weights.items() if name not in self._prints}
         self._prints |= fingerprints_of(parts_held(new))  # no adapter has been on them, so they hold the base
         self._dtypes |= {name: weight.dtype for name, weight in new.items()}

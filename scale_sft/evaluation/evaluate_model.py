@@ -185,7 +185,7 @@ def apply_parts(model: nn.Module, adapter: Adapter, cluster: Cluster) -> None:
     Raises:
         UserError: a weight is missing or has another size, or the base is not the adapter's.
     """
-    parts = parts_held(require_fit(dict(model.named_parameters(remove_duplicate=False)), adapter), cluster.part_of)
+    parts = parts_held(require_fit(model, adapter), cluster.part_of)
     require_base(cluster.fingerprints(parts), adapter)
     for name, part in parts.items():
         where = part.slice_of(adapter.indices[name])
