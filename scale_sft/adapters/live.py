@@ -31,9 +31,10 @@ from torch import Tensor, nn
 from scale_sft.errors import UserError
 from scale_sft.model.exposure import carries_deltas
 from scale_sft.model.fingerprints import fingerprints_of
+from scale_sft.model.held import Held, parts_held
 from scale_sft.model.resident import effective_values, read_entries, write_entries
 
-from .apply import Held, parts_held, require_base, require_fit
+from .apply import require_base, require_fit
 from .format import Adapter
 
 _live: weakref.WeakKeyDictionary[nn.Module, LiveAdapter] = weakref.WeakKeyDictionary()
@@ -130,7 +131,7 @@ class LiveAdapter:
         model = self._model()
         if model is None:
             raise UserError("adapter: the model is gone")
-        weights = require_fit(dict(model.named_parameters(remove_duplicate=False)), adapter)
+        weights = require_fit(model, adapter)
         new = {name: weight for name, weight in weights.items() if name not in self._prints}
         self._prints |= fingerprints_of(parts_held(new))  # no adapter has been on them, so they hold the base
         self._dtypes |= {name: weight.dtype for name, weight in new.items()}

@@ -21,13 +21,13 @@ from scale_sft.files import require_free_bytes, write_atomically, write_json
 from scale_sft.model.empty import empty_model
 from scale_sft.model.experts import parse_slice
 from scale_sft.model.fingerprints import combine_fingerprints, fingerprints_of
+from scale_sft.model.held import Held, parts_held
 from scale_sft.model.loading import base_location, load_base, load_model_config
 from scale_sft.model.packed_weights import PackedWeight, PlainWeight, packed_weights
 from scale_sft.model.quantization import resolve_quantization
 from scale_sft.model.targets import find_targets
 from scale_sft.model.transient import add_delta_
 
-from .apply import Held, parts_held
 from .base_files import INDEX_FILE, BaseFiles, locate_base
 from .format import Adapter, absolute_base
 

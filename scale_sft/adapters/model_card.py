@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from scale_sft.config.options import DEMO
-from scale_sft.data.new_tokens import RECORD_FILE
+from scale_sft.data.new_tokens import command_of
 from scale_sft.files import write_text
 from scale_sft.reporting.metrics_file import METRICS_FILE, read_metrics
 
@@ -84,7 +83,7 @@ def _card(adapter: Adapter, run: Path | None, folder: str, form: str, licence: s
     everything = sum(o * i for o, i in adapter.shapes.values())
     facts = {
         "base model": f"{base}" + (f", revision {info['revision']}" if info.get("revision") else ""),
-        "base made with": _command_of(Path(info["base"])),
+        "base made with": f"`{made}`" if (made := command_of(Path(info["base"]))) else None,
         "hash of the base's target weights": f"`{info['base_hash'][:16]}`",
         "method": info.get("method"),
         **({"trained whole": f"{info['granularity']}s"} if "granularity" in info else {}),
@@ -117,18 +116,6 @@ def _card(adapter: Adapter, run: Path | None, folder: str, form: str, licence: s
     if options:
         parts.append("## Training\n\n" + _table(("option", "value"), options))
     return "\n".join(parts)
-
-
-def _command_of(base: Path) -> str | None:
-    """Write the command that makes a base with new tokens, the only one that the adapter fits; None for other bases."""
-    try:
-        made = json.loads((base / RECORD_FILE).read_text(encoding="utf-8"))
-        words = [made["base"], "--tokens", ",".join(made["tokens"])]
-        words += ["--revision", made["revision"]] if made["revision"] else []
-        words += ["--pad-to-multiple-of", str(made["pad_to_multiple_of"])] if made["pad_to_multiple_of"] else []
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return f"`scale-sft models add-tokens {shlex.join(words)} --output BASE`"
 
 
 def _front_matter(info: dict[str, Any], form: str, licence: str | None) -> str:

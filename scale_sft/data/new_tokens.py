@@ -8,6 +8,8 @@ Shapes: V rows of an embedding, H hidden size.
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +95,18 @@ def add_tokens(
         record = {"base": base, "revision": revision, "tokens": list(tokens), "pad_to_multiple_of": pad_to_multiple_of}
         write_json(work / RECORD_FILE, {**record, "rows_before": rows_before, "rows": rows})
     return NewTokens(ids, rows_before, rows)
+
+
+def command_of(base: Path) -> str | None:
+    """Write the command that `add_tokens` made a base with, but for its template; None for other bases."""
+    try:
+        made = json.loads((base / RECORD_FILE).read_text(encoding="utf-8"))
+        words = [made["base"], "--tokens", ",".join(made["tokens"])]
+        words += ["--revision", made["revision"]] if made["revision"] else []
+        words += ["--pad-to-multiple-of", str(made["pad_to_multiple_of"])] if made["pad_to_multiple_of"] else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return f"scale-sft models add-tokens {shlex.join(words)} --output BASE"
 
 
 def _refuse_known(tokenizer: Any, tokens: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scale_sft.adapters.apply import parts_held, require_base, require_fit
+from scale_sft.adapters.apply import require_base, require_fit
 from scale_sft.adapters.format import Adapter
 from scale_sft.config.options import DataConfig, ModelConfig
 from scale_sft.data.cache import load_examples
@@ -20,6 +20,7 @@ from scale_sft.data.turn_ends import INFO_KEY, with_end
 from scale_sft.distributed.cluster import Cluster
 from scale_sft.errors import UserError
 from scale_sft.files import write_json
+from scale_sft.model.held import parts_held
 from scale_sft.model.loading import load_base, load_model_config, load_tokenizer, max_length, resolve_dtype
 from scale_sft.model.resident import effective_values, read_entries, write_entries
 
@@ -184,7 +185,7 @@ def apply_parts(model: nn.Module, adapter: Adapter, cluster: Cluster) -> None:
     Raises:
         UserError: a weight is missing or has another size, or the base is not the adapter's.
     """
-    parts = parts_held(require_fit(dict(model.named_parameters(remove_duplicate=False)), adapter), cluster.part_of)
+    parts = parts_held(require_fit(model, adapter), cluster.part_of)
     require_base(cluster.fingerprints(parts), adapter)
     for name, part in parts.items():
         where = part.slice_of(adapter.indices[name])

@@ -5,6 +5,7 @@ empty           the base without its weights: its class and its shapes
 attention       the choice of attention
 targets         the layers to train
 tilings         how options cut weights into columns, rows or blocks
+held            targets in a model, by name
 experts         experts that are fused into one parameter: their slices, by name
 routers         layers that choose experts
 expert_taps     modules of experts and routers under taps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -49,6 +50,18 @@ class DropoutOff:
         for owner, name, value in self._rates:
             setattr(owner, name, value)
         self._rates = []
+
+
+@contextmanager
+def without_noise(model: nn.Module) -> Iterator[None]:
+    """Let forward passes inside the block draw no random numbers, as training may where `allow_randomness` is set."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _nested(config: Any) -> Iterator[Any]:

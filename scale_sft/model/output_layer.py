@@ -28,6 +28,7 @@ from scale_sft.spiel.indices import pieces
 from scale_sft.spiel.taps import WeightTap
 
 from .cross_entropy import cross_entropies
+from .dropout import without_noise
 from .empty import text_config
 
 Operation = Callable[[Tensor], Tensor]
@@ -309,7 +310,7 @@ def _probe(model: Any) -> OutputLayer | str:
         return made[-1].clone()
 
     try:
-        with _evaluating(model):
+        with without_noise(model):
             with _forward_replaced(module, far):
                 logits = model(**inputs, use_cache=False).logits
             if len(made) != 1:
@@ -328,15 +329,3 @@ def _probe(model: Any) -> OutputLayer | str:
     if not torch.allclose(whole, formed, rtol=within, atol=within * float(logits.abs().max().clamp(min=1))):
         return f"{name} gives other losses without its logits"
     return layer
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout inside the block."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -74,11 +74,10 @@ class WeightPart:
         storage = self.storage()
         return storage if self.alone else storage[self.at : self.at + self.stop - self.start]
 
-    def cut(self, number: int, entries: int) -> WeightPart:
-        """Describe what this process holds of slice `number` of the weight, a slice of so many entries."""
-        first = number * entries
+    def cut(self, first: int, entries: int) -> WeightPart:
+        """Describe what this process holds of so many consecutive entries of the weight, as a weight of their own."""
         start, stop = (min(max(bound - first, 0), entries) for bound in (self.start, self.stop))
-        return WeightPart(self.storage, start, stop, max(0, first - self.start), False)
+        return WeightPart(self.storage, start, stop, self.at + max(0, first - self.start), False)
 
     def slice_of(self, indices: Tensor) -> slice:
         """Find the slice of the sorted flat `indices` [K] that belongs to this part."""

@@ -24,6 +24,7 @@ from scale_sft.spiel.taps import Materialize, Needed, Record, RecordMany, Weight
 from .embeddings import Embeddings, attach_embedding_taps, embeddings_of
 from .expert_taps import RouterTap, attach_expert_taps
 from .experts import FusedWeight, fused_in, shape_of, slice_name
+from .held import Held, parts_held
 from .linear_kinds import is_conv1d, why_not_linear
 from .packed_weights import is_quantized_layer
 from .reach import NOT_BY_TEXT, candidate, reach_of
@@ -282,17 +283,9 @@ def parts_of(targets: Iterable[Target], part_of: Callable[[nn.Parameter], Weight
     Args:
         part_of: describes a whole parameter.
     """
-    whole: dict[int, WeightPart] = {}
-    parts = {}
-    for target in targets:
-        if target.fused is None:
-            parts[target.name] = part_of(target.weight)
-            continue
-        key = id(target.weight)
-        if key not in whole:
-            whole[key] = part_of(target.weight)
-        parts[target.name] = whole[key].cut(target.number, target.numel)
-    return parts
+    return parts_held(
+        {target.name: Held(target.weight, target.number if target.fused else None) for target in targets}, part_of
+    )
 
 
 def unreached(targets: Iterable[Target], received: Container[str]) -> list[str]:

@@ -6,7 +6,6 @@ Shapes: S sequences.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from scale_sft.data.preference_batches import Layout, PreferenceBatches, SequenceBatch
 from scale_sft.data.preferences import Preferences
 from scale_sft.distributed.cluster import Cluster
+from scale_sft.model.dropout import without_noise
 from scale_sft.model.loss import losses_at
 
 GROUP_TOKENS = 8192
@@ -30,17 +30,6 @@ def log_probabilities(model: nn.Module, batch: SequenceBatch) -> Tensor:
     if not batch.counts:
         return losses.sum()[None][:0]  # part of the graph: every rank has a backward pass
     return -torch.stack([part.sum() for part in losses.split(batch.counts)])
-
-
-@contextmanager
-def without_noise(model: nn.Module) -> Iterator[None]:
-    """Let the block's forward passes draw no random numbers, as training may where `allow_randomness` is set."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @torch.no_grad()

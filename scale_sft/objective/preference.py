@@ -17,9 +17,10 @@ from scale_sft.config.objective_options import ObjectiveConfig
 from scale_sft.data.preference_batches import PreferenceBatches, SequenceBatch
 from scale_sft.data.preferences import Marked, Preferences
 from scale_sft.distributed.cluster import Cluster
+from scale_sft.model.dropout import without_noise
 
 from . import losses
-from .log_probabilities import log_probabilities, of_all, without_noise
+from .log_probabilities import log_probabilities, of_all
 from .reference import Reference
 from .rewards import FIELDS, Answers, means_of, sums_of
 

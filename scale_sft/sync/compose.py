@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,12 +24,16 @@ from .names import Piece, pieces_on_disk, unwrapped
 from .patches import Patches, Prints, Snapshot, WeightPatch
 from .source import Source, TrainedWeight, source_of
 
+Change = tuple[Tensor, Tensor, Tensor]
+"""Entries of one weight that change: sorted indices [C], values [C], and the values [C] that the receiver has."""
+
 
 @dataclass
 class _Stream:
     """The versions of one model that this process has composed."""
 
     pieces: dict[str, tuple[Piece, ...]]  # in the files, by name in the model
+    shapes: dict[str, tuple[int, int]]  # of these pieces, by name in the files
     base: Snapshot
     last: Snapshot = field(init=False)
 
@@ -67,21 +71,22 @@ def changed(model: Any, since: Snapshot | None = None) -> Patches:
         )
     now: dict[str, TrainedWeight] = {}
     patches: list[WeightPatch] = []
-    changes: list[tuple[Tensor, Tensor, Tensor]] = []
+    changes: list[Change] = []
     for weight in source.weights():
-        for piece, stored in _cut(weight, stream.pieces[weight.name]):
-            now[piece.name] = stored
-            indices, values, previous = _difference(before.weights.get(piece.name), stored)
+        now[weight.name] = weight
+        whole = _difference(before.weights.get(weight.name), weight)
+        for piece, change in _cut(whole, stream.pieces[weight.name]):
+            indices, values, _ = change
             if indices.numel():
                 patches.append(WeightPatch(piece.name, piece.shape, indices, values))
-                changes.append((indices, values, previous))
+                changes.append(change)
     prints = moved(before.prints, [patch.name for patch in patches], changes)
-    shapes = _shapes_of(stream.pieces)
-    after = Snapshot(stream.base.stream, stream.last.version + 1, prints, now, combine_fingerprints(prints, shapes))
+    digest = combine_fingerprints(prints, stream.shapes)
+    after = Snapshot(stream.base.stream, stream.last.version + 1, prints, now, digest)
     stream.last = after
     return Patches(
         weights=tuple(sorted(patches, key=lambda patch: patch.name)),
-        shapes=shapes,
+        shapes=stream.shapes,
         stream=after.stream,
         version=after.version,
         since=before.version,
@@ -100,9 +105,7 @@ def full(model: Any) -> Patches:
     return changed(model, since=_stream_of(model, source_of(model)).base)
 
 
-def moved(
-    prints: Prints, names: Sequence[str], changes: Sequence[tuple[Tensor, Tensor, Tensor]]
-) -> dict[str, tuple[int, int]]:
+def moved(prints: Prints, names: Sequence[str], changes: Sequence[Change]) -> dict[str, tuple[int, int]]:
     """Compute fingerprints after changes of some weights: see `change_sums`."""
     added = zip(names, change_sums(changes), strict=True)
     return {**prints, **{name: add_sums(prints[name], sums) for name, sums in added}}
@@ -112,37 +115,27 @@ def _stream_of(model: Any, source: Source) -> _Stream:
     if model not in _streams or set(_streams[model].pieces) != set(source.shapes):  # new, or another adapter's targets
         pieces = pieces_on_disk(unwrapped(source.model), source.shapes)
         prints = dict(source.base_prints(pieces))
-        digest = combine_fingerprints(prints, _shapes_of(pieces))
+        shapes = {piece.name: piece.shape for several in pieces.values() for piece in several}
+        digest = combine_fingerprints(prints, shapes)
         stream = uuid.uuid4().hex[:16]  # leaves the generators of random and torch alone
-        _streams[model] = _Stream(pieces, Snapshot(stream, 0, prints, {}, digest))
+        _streams[model] = _Stream(pieces, shapes, Snapshot(stream, 0, prints, {}, digest))
     return _streams[model]
 
 
-def _shapes_of(pieces: Mapping[str, tuple[Piece, ...]]) -> dict[str, tuple[int, int]]:
-    return {piece.name: piece.shape for several in pieces.values() for piece in several}
-
-
-def _cut(weight: TrainedWeight, pieces: tuple[Piece, ...]) -> Iterator[tuple[Piece, TrainedWeight]]:
-    """Cut the entries of a weight into those of its tensors in the files, with indices in these."""
-    if len(pieces) == 1:
-        yield pieces[0], weight
+def _cut(change: Change, pieces: tuple[Piece, ...]) -> Iterator[tuple[Piece, Change]]:
+    """Cut what changes in a weight into the changes of its tensors in the files, with indices in these."""
+    indices, values, previous = change
+    if len(pieces) == 1 or not indices.numel():
+        yield pieces[0], change
         return
     bounds = torch.tensor([bound for piece in pieces for bound in (piece.first, piece.last)])
-    places = torch.searchsorted(weight.indices, bounds.to(weight.indices)).tolist()
+    places = torch.searchsorted(indices, bounds.to(indices)).tolist()
     for piece, low, high in zip(pieces, places[::2], places[1::2], strict=True):
-        part = slice(low, high)
-        yield (
-            piece,
-            TrainedWeight(piece.name, weight.indices[part] - piece.first, weight.values[part], weight.base[part]),
-        )
+        yield piece, (indices[low:high] - piece.first, values[low:high], previous[low:high])
 
 
-def _difference(old: TrainedWeight | None, new: TrainedWeight) -> tuple[Tensor, Tensor, Tensor]:
-    """Find the entries of a weight that a receiver of `old` has otherwise than `new`; None: it has the base.
-
-    Returns:
-        (indices [C] sorted, values [C], the receiver's values [C]).
-    """
+def _difference(old: TrainedWeight | None, new: TrainedWeight) -> Change:
+    """Find the entries of a weight that a receiver of `old` has otherwise than `new`; None: it has the base."""
     if old is None or not old.indices.numel():
         return _where_different(new.indices, new.values, new.base)
     if old.indices is new.indices or torch.equal(old.indices, new.indices):
@@ -164,6 +157,6 @@ def merged(places: tuple[Tensor, Tensor], first: Tensor, second: Tensor) -> Tens
     return both
 
 
-def _where_different(indices: Tensor, values: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _where_different(indices: Tensor, values: Tensor, previous: Tensor) -> Change:
     found = (bits_of(values) != bits_of(previous)).nonzero().squeeze(1)
     return indices[found], values[found], previous[found]

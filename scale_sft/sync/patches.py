@@ -37,12 +37,12 @@ class SyncError(UserError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A version of a model: what a receiver of it holds. By weight name in the checkpoint's files."""
+    """A version of a model: what a receiver of it holds."""
 
     stream: str
     version: int
-    prints: Prints
-    weights: Mapping[str, TrainedWeight]  # none: the base
+    prints: Prints  # by name in the checkpoint's files
+    weights: Mapping[str, TrainedWeight]  # by name in the model; none: the base
     digest: str
 
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from scale_sft.adapters.apply import Held, held_weight
 from scale_sft.model.experts import fused_weights, slice_name
 from scale_sft.model.fingerprints import CHUNK_ENTRIES, add_sums, entry_sums, fingerprint
+from scale_sft.model.held import Held, held_weight
 from scale_sft.model.resident import WeightPart, read_entries, write_entries
 
 from .names import expert_pieces, name_on_disk

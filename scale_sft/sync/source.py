@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError
-from scale_sft.model.resident import ResidentDeltas, WeightPart, bits_of, effective_values, read_entries
+from scale_sft.model.resident import ResidentDeltas, bits_of, effective_values, read_entries
 from scale_sft.model.sparse_model import SparseModel
 
 from .names import Piece
@@ -120,7 +120,7 @@ class SparseSource:
         sparse = self._sparse
         found = {several[0].name: sparse.prints[name] for name, several in pieces.items() if len(several) == 1}
         cut = {
-            piece.name: _rows(sparse.parts[name], piece)
+            piece.name: sparse.parts[name].cut(piece.first, piece.last - piece.first)
             for name, several in pieces.items()
             for piece in several
             if len(several) > 1
@@ -173,9 +173,3 @@ class SparseSource:
             start += delta.active
         self._sparse.group.sum_(bits, "sync")
         return bits
-
-
-def _rows(part: WeightPart, piece: Piece) -> WeightPart:
-    """Describe what this process holds of a piece of a weight."""
-    start, stop = (min(max(bound - piece.first, 0), piece.last - piece.first) for bound in (part.start, part.stop))
-    return WeightPart(part.storage, start, stop, part.at + max(0, piece.first - part.start), False)

@@ -219,7 +219,7 @@ def test_slices_of_a_parameter_in_shards_have_the_prints_and_writes_of_a_whole_o
     weight = mixture("mixtral").get_parameter("model.layers.0.mlp.experts.down_proj").detach()
     entries, size = weight[0].numel(), weight.numel()
     whole = WeightPart.whole(weight)
-    prints = [fingerprint(whole.cut(number, entries)) for number in range(4)]
+    prints = [fingerprint(whole.cut(number * entries, entries)) for number in range(4)]
     assert prints == [fingerprint(WeightPart.whole(one.clone())) for one in weight]
     store = DeltaStore({str(number): tuple(weight.shape[1:]) for number in range(4)}, {str(n): 40 for n in range(4)})
     store.flat.normal_()
@@ -233,7 +233,7 @@ def test_slices_of_a_parameter_in_shards_have_the_prints_and_writes_of_a_whole_o
         totals = [(0, 0)] * 4
         for rank, shard in enumerate(shards):
             held = WeightPart(lambda shard=shard: shard, rank * of_rank, rank * of_rank + len(shard))
-            parts = {str(number): held.cut(number, entries) for number in range(4)}
+            parts = {str(number): held.cut(number * entries, entries) for number in range(4)}
             assert fingerprints_of(parts) == {name: fingerprint(part) for name, part in parts.items()}
             totals = [add_sums(total, fingerprint(part)) for total, part in zip(totals, parts.values(), strict=True)]
             carrier = ResidentDeltas(store, parts)
