@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -86,17 +86,23 @@ def find_targets(
     return choose_targets(model, wanted, excluded, train_embeddings).targets
 
 
-def targets_of(model: nn.Module, sparse: SparseConfig) -> list[Target]:
+def targets_of(model: nn.Module, sparse: SparseConfig, faults: Mapping[str, str] | None = None) -> list[Target]:
     """Find the layers that options choose; see `choose_targets`."""
-    return choice_of(model, sparse).targets
+    return choice_of(model, sparse, faults).targets
 
 
-def choice_of(model: nn.Module, sparse: SparseConfig) -> Choice:
+def choice_of(model: nn.Module, sparse: SparseConfig, faults: Mapping[str, str] | None = None) -> Choice:
     """Choose layers by options; see `choose_targets`."""
-    return choose_targets(model, sparse.target_modules, sparse.exclude_modules, sparse.train_embeddings)
+    return choose_targets(model, sparse.target_modules, sparse.exclude_modules, sparse.train_embeddings, faults)
 
 
-def choose_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None, train_embeddings: str = "none") -> Choice:
+def choose_targets(
+    model: nn.Module,
+    wanted: Wanted,
+    excluded: Wanted = None,
+    train_embeddings: str = "none",
+    known: Mapping[str, str] | None = None,
+) -> Choice:
     """Choose the layers to train, in the model's order.
 
     Args:
@@ -104,6 +110,7 @@ def choose_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None, tr
         excluded: layers to leave out, even if `wanted` names them.
         train_embeddings: input, output or both in addition to `wanted`. If they share a weight, it is one target under
             the name of the input embedding.
+        known: the faults that `reach_of` found in a model of which this one has the first blocks; None: probe this one.
 
     Raises:
         UserError: a name matches nothing, a layer that was named cannot carry a delta, or a weight is shared (tied)
@@ -114,7 +121,7 @@ def choose_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None, tr
     chosen = set(_choose(layers, wanted, "target_modules") if wanted is not None else filter(in_a_block, layers))
     asked = set(ends.chosen_by(train_embeddings))
     out = dict.fromkeys(_choose(layers, excluded, "exclude_modules") if excluded is not None else (), EXCLUDED)
-    reach = reach_of(model).faults
+    reach = reach_of(model).faults if known is None else known
     faults = {path: why for path, layer in layers.items() if (why := layer.why_not(reach))}
     if wanted is None:
         frozen = dict.fromkeys((path for path, layer in layers.items() if layer.router), ROUTER)
@@ -192,7 +199,7 @@ class _Layer:
         """The paths by which options may mean it: a slice also by its parameter and by the module of experts."""
         return (self.path,) if self.fused is None else (self.path, self.fused.name, self.fused.path)
 
-    def why_not(self, reach: dict[str, str]) -> str | None:
+    def why_not(self, reach: Mapping[str, str]) -> str | None:
         """Say why it cannot carry a delta; None: it can."""
         if self.fused is not None:
             return self.fused.why_not() or reach.get(self.fused.path)
