@@ -23,7 +23,8 @@ from scale_sft.spiel.taps import Materialize, Needed, Record, RecordMany, Weight
 
 from .embeddings import Embeddings, attach_embedding_taps, embeddings_of
 from .expert_taps import RouterTap, attach_expert_taps
-from .experts import FusedWeight, fused_in, shape_of, slice_name
+from .experts import FusedWeight, fused_in, layer_kind, shape_of, slice_name
+from .layer_names import listing, paths_named
 from .linear_kinds import is_conv1d, why_not_linear
 from .packed_weights import is_quantized_layer
 from .reach import NOT_BY_TEXT, candidate, reach_of
@@ -118,9 +119,9 @@ def choose_targets(
     """
     ends = embeddings_of(model)
     layers = _layers(model, ends)
-    chosen = set(_choose(layers, wanted, "target_modules") if wanted is not None else filter(in_a_block, layers))
+    chosen = set(paths_named(layers, wanted, "target_modules") if wanted is not None else filter(in_a_block, layers))
     asked = set(ends.chosen_by(train_embeddings))
-    out = dict.fromkeys(_choose(layers, excluded, "exclude_modules") if excluded is not None else (), EXCLUDED)
+    out = dict.fromkeys(paths_named(layers, excluded, "exclude_modules") if excluded is not None else (), EXCLUDED)
     reach = reach_of(model).faults if known is None else known
     faults = {path: why for path, layer in layers.items() if (why := layer.why_not(reach))}
     if wanted is None:
@@ -190,9 +191,7 @@ class _Layer:
     @property
     def kind(self) -> str:
         """What it has in common with those of other blocks: the last names of its path."""
-        if self.fused is None:
-            return self.path.rpartition(".")[2]
-        return ".".join(self.fused.name.split(".")[-2:])
+        return layer_kind(self.path) if self.fused else self.path.rpartition(".")[2]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -235,12 +234,12 @@ def in_a_block(path: str) -> bool:
 def _why_nothing(layers: dict[str, _Layer], chosen: set[str], out: dict[str, str]) -> str:
     """Say why there is nothing to train."""
     if not chosen:
-        return f"target_modules: this model has no linear layers in its blocks; layers: {_listing(layers)}"
+        return f"target_modules: this model has no linear layers in its blocks; layers: {listing(layers)}"
     reasons = Counter(out[path] for path in chosen)
     return (
         f"target_modules: none of the {len(chosen)} layers that match can be trained: "
         f"{', '.join(f'{why} ({count}x)' for why, count in reasons.most_common())}. Fix: choose others; this model has "
-        f"{_listing(layers)}"
+        f"{listing(layers)}"
     )
 
 
@@ -372,29 +371,3 @@ def _shape(module: Any) -> tuple[int, int]:
         return (module.out_features, module.in_features)
     rows, columns = shape_of(module.weight)
     return rows, columns
-
-
-def _choose(layers: dict[str, _Layer], wanted: tuple[str, ...] | str, option: str) -> list[str]:
-    """List the paths that `wanted` matches, in the model's order."""
-    names = (wanted,) if isinstance(wanted, str) else wanted
-    known = [(path, alias) for path, layer in layers.items() for alias in layer.names]
-    chosen: set[str] = set()
-    for name in names:
-        ending = f".{name}"
-        matches = {path for path, alias in known if alias == name or alias.endswith(ending)}
-        if not matches and isinstance(wanted, str):
-            try:
-                pattern = re.compile(wanted)
-            except re.error as error:
-                raise UserError(f"{option}: '{wanted}' is not a regular expression: {error}") from None
-            matches = {path for path, alias in known if pattern.fullmatch(alias)}
-        if not matches:
-            raise UserError(f"{option}: '{name}' matches no layer; this model has {_listing(layers)}")
-        chosen |= matches
-    return [path for path in layers if path in chosen]
-
-
-def _listing(layers: dict[str, _Layer]) -> str:
-    """List the kinds of layers: 'q_proj (8x), ...'."""
-    counts = Counter(layer.kind for layer in layers.values())
-    return ", ".join(f"{kind} ({count}x)" for kind, count in counts.items()) or "none"
