@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError
-from scale_sft.model.experts import parse_slice, shape_of
+from scale_sft.model.experts import parse_slice
 from scale_sft.model.fingerprints import combine_fingerprints, fingerprints_of
 from scale_sft.model.resident import WeightPart, effective_values, read_entries, write_entries
+from scale_sft.spiel.taps import shape_of
 
 from .format import Adapter
 

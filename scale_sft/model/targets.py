@@ -19,11 +19,11 @@ from scale_sft.config.options import SparseConfig
 from scale_sft.errors import UserError
 from scale_sft.spiel.budgets import as_lora_spends, budget
 from scale_sft.spiel.embedding_taps import why_not_embedding
-from scale_sft.spiel.taps import Materialize, Needed, Record, RecordMany, WeightTap, attach
+from scale_sft.spiel.taps import Materialize, Needed, Record, RecordMany, WeightTap, attach, shape_of
 
 from .embeddings import Embeddings, attach_embedding_taps, embeddings_of
 from .expert_taps import RouterTap, attach_expert_taps
-from .experts import FusedWeight, fused_in, layer_kind, shape_of, slice_name
+from .experts import FusedWeight, fused_in, layer_kind, slice_name
 from .layer_names import listing, paths_named
 from .linear_kinds import is_conv1d, why_not_linear
 from .packed_weights import is_quantized_layer

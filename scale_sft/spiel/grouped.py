@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .taps import Materialize, RecordMany
+from .taps import Materialize, RecordMany, shape_of
 from .traced import enlist, traced_grouped_output
 
 _ALIGNED_BYTES = 16
@@ -106,8 +106,7 @@ class GroupedTap:
         self.transposed, self.materialize, self.effective_weight = transposed, materialize, effective_weight
         self.anchor = torch.zeros((), requires_grad=True)
         self.number = enlist(self)
-        weight = getattr(module, leaf)
-        self.width = int(getattr(weight, "ds_shape", weight.shape)[2 if transposed else 1])  # O
+        self.width = shape_of(getattr(module, leaf))[2 if transposed else 1]  # O
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give a copy a number of its own."""
