@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -38,8 +39,9 @@ class Groups:
     @classmethod
     def of_sizes(cls, sizes: Sequence[int], device: torch.device) -> Groups:
         """Describe groups of sizes that the host knows."""
-        groups = cls(torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device), sum(sizes))
-        groups.__dict__["bounds"] = _bounds(torch.tensor(sizes).cumsum(0).tolist())
+        ends = list(accumulate(sizes))
+        groups = cls(torch.tensor(ends, dtype=torch.int32).to(device), sum(sizes))
+        groups.__dict__["bounds"] = _bounds(ends)
         return groups
 
     @cached_property
