@@ -129,16 +129,13 @@ def architecture(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """A byte-level tokenizer with a chat template: ids 0 to 255 are bytes; its own call puts <s> in front."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import processors
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: n for n, token in enumerate([*alphabet, "<s>", "</s>", "<pad>"])}
-    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
-    made = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    from scale_sft.model_check.tiny import byte_tokenizer
+
+    made = byte_tokenizer()
+    start = ("<s>", made.bos_token_id)
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[start])
     made.chat_template = CHAT_TEMPLATE
     return made
 

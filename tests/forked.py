@@ -7,12 +7,9 @@ adds is tested with real launchers.
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import multiprocessing
 import os
-import random
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,20 +36,10 @@ def begin(target: Callable[..., None], *arguments: Any, log: Path, environment: 
 
 def rank_environments(count: int, *, sharded: bool) -> list[dict[str, str]]:
     """What a launcher would tell each of `count` ranks on this machine (gloo)."""
-    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-    if not sharded:
-        common["ACCELERATE_USE_CPU"] = "true"
-    each = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
-    return [{name: str(value) for name, value in names.items()} for names in each]
+    from scale_sft.distributed.world import environments_of
 
-
-def _free_port() -> int:
-    """Find a port for rank 0, below those that systems hand out: no connection takes it before that rank listens."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as found, contextlib.suppress(OSError):
-            found.bind(("127.0.0.1", port))
-            return port
+    plain = {} if sharded else {"ACCELERATE_USE_CPU": "true"}
+    return [plain | environment for environment in environments_of(count)]
 
 
 def begin_ranks(count: int, target: Callable[..., None], *arguments: Any, log: Path, sharded: bool) -> list[Any]:

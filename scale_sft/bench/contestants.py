@@ -161,16 +161,9 @@ def _frozen(base: Base) -> Dense:
 
 
 def _peft(base: Base, kind: str, *, cast: bool = True, **settings: Any) -> Dense:
-    """Make PEFT's adapter of a kind on the same targets; its errors, as for unsupported layers, become UserErrors."""
+    """Make PEFT's adapter of a kind; its errors, as for unsupported layers, become UserErrors."""
     import peft
 
-    if settings.get("target_modules") is True:
-        if experts := [name for name in base.shapes if parse_slice(name)]:
-            raise UserError(
-                f"contestants: peft's {kind} cannot wrap the experts of this base ('{experts[0]}', ...). Fix: leave it "
-                "out, or name other layers by target_modules"
-            )
-        settings["target_modules"] = [name.removesuffix(".weight") for name in base.shapes]
     config = getattr(peft, kind)(task_type="CAUSAL_LM", **settings)
     try:
         model = peft.get_peft_model(base.load(), config, autocast_adapter_dtype=cast)
@@ -179,11 +172,25 @@ def _peft(base: Base, kind: str, *, cast: bool = True, **settings: Any) -> Dense
     return Dense(model.train(), updates=True)
 
 
+def _layers(base: Base) -> list[str]:
+    """Name the layers of our target weights as PEFT does.
+
+    Raises:
+        UserError: some are experts of fused parameters, which are no layers.
+    """
+    if experts := [name for name in base.shapes if parse_slice(name)]:
+        raise UserError(
+            f"contestants: peft cannot wrap the experts of this base ('{experts[0]}', ...), so its adapters would "
+            "train other layers than ours. Fix: leave out LoRA, SHiRA and Super-Tuning"
+        )
+    return [name.removesuffix(".weight") for name in base.shapes]
+
+
 def _supertuning(base: Base) -> Dense:
     """Make Super-Tuning's adapter; its one sparsity for all weights gives it our total of trained entries."""
     entries = sum(rows * columns for rows, columns in base.shapes.values())
     active = sum(budget_of(base.config.sparse, base.shapes).values())
-    return _peft(base, "SupertuningConfig", sparsity=1 - active / entries, target_modules=True)
+    return _peft(base, "SupertuningConfig", sparsity=1 - active / entries, target_modules=_layers(base))
 
 
 class SpielPeft(Dense):
@@ -225,8 +232,7 @@ class SpielPeft(Dense):
 
 def lora_settings(base: Base) -> dict[str, Any]:
     """Return the settings of a LoRA on our target weights, of the rank whose parameters are nearest to ours."""
-    names = [name.removesuffix(".weight") for name in base.shapes]
-    return {"r": base.lora_rank, "lora_alpha": 2 * base.lora_rank, "lora_dropout": 0.0, "target_modules": names}
+    return {"r": base.lora_rank, "lora_alpha": 2 * base.lora_rank, "lora_dropout": 0.0, "target_modules": _layers(base)}
 
 
 def _lora(base: Base, *, cast: bool = True) -> Dense:
@@ -242,7 +248,7 @@ CONTESTANTS: dict[str, Callable[[Base], Contestant]] = {
     "peft-lora-bf16": lambda base: _lora(base, cast=False),
     "peft-ia3": lambda base: _peft(base, "IA3Config"),
     "peft-shira": lambda base: _peft(
-        base, "ShiraConfig", r=base.lora_rank, random_seed=base.case.seed, target_modules=True
+        base, "ShiraConfig", r=base.lora_rank, random_seed=base.case.seed, target_modules=_layers(base)
     ),
     "peft-supertuning": _supertuning,
     "spiel-peft": SpielPeft,

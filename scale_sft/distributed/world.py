@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
+import socket
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +42,22 @@ class World:
         import psutil
 
         return psutil.virtual_memory().total // self.local_size
+
+
+def environments_of(count: int) -> list[dict[str, str]]:
+    """Return what a launcher would tell each of `count` processes on this machine."""
+    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    each = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
+    return [{name: str(value) for name, value in names.items()} for names in each]
+
+
+def _free_port() -> int:
+    """Find a port for rank 0, below those that systems hand out: no connection takes it before that rank listens."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 def _read(name: str, default: int) -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+from scale_sft.distributed.world import environments_of
 
 from .findings import FAILED, REFUSED
 from .processes import Child
@@ -57,10 +58,7 @@ class Pair:
     def _train(self, options: dict[str, Any], seconds: float) -> list[str]:
         """Run the options on both ranks; returns what went wrong on each, if anything."""
         if not self._children:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            self._children = [Child(_serve, rank, port) for rank in range(RANKS)]
+            self._children = [Child(_serve, environment) for environment in environments_of(RANKS)]
         for child in self._children:
             child.send(options)
         answers: list[str] = []
@@ -77,10 +75,9 @@ class Pair:
         self._children = []
 
 
-def _serve(pipe: Any, rank: int, port: int) -> None:
+def _serve(pipe: Any, environment: dict[str, str]) -> None:
     """Join the other rank, and train what the pipe asks for: answers "" or what went wrong."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    os.environ.update(environment)
     import torch
 
     from scale_sft.config.loading import load

@@ -140,9 +140,8 @@ def cycle(lab: Lab) -> None:
     A cycle has ordinary steps, the steps of the estimation phase, the first of which proposes, and one that drops and
     grows: each counts as often as it happens.
     """
-    names = [name for name in CONTESTANTS if name in ("ours-ag", "ours-ma")]
     with undisturbed():
-        ready, batches = _made(lab, _entrants(*names, FLOOR), {})
+        ready, batches = _made(lab, _entrants("ours-ag", "ours-ma", FLOOR), {})
         floor = ready.pop(FLOOR)
         for name, ours in ready.items():
             if isinstance(ours, Sparse):

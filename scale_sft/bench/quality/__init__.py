@@ -7,7 +7,7 @@ search       the rates of one contestant: a grid that grows, then seeds
 peers        PEFT's adapters and dense fine-tuning, trained alike
 worker       one run
 updates      norms of what training has changed, and the share that a merge keeps
-summary      best rates, means and intervals
+summary      best rates and those beyond them, means and intervals
 table        tables and CSV
 page         tables and plots
 extras       the further reports: which runs they need

@@ -22,6 +22,7 @@ from scale_sft.model.experts import weight_named
 from scale_sft.model.resident import effective_values, read_entries, write_entries
 
 from .merging import grouped
+from .summary import short_name
 from .worker import Job, loss_on, split, train_one
 
 BENCHMARK = "drift"
@@ -147,7 +148,7 @@ def part(rows: Sequence[Row]) -> Part:
             for row in group
             for way, result in row["result"].get("ways", {}).items()
         ]
-        (task,), base = settings["tasks"], settings["shared"][0]["base"].rstrip("/").rpartition("/")[2]
+        (task,), base = settings["tasks"], short_name(settings["shared"][0]["base"])
         title = f"{task or 'the task'} on {base}, {settings['cycles']:,} cycles"
         tables.append(Table(columns, lines, sources=group, title=title))
     text = (

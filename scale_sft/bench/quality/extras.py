@@ -14,7 +14,7 @@ from scale_sft.errors import UserError
 from . import drift, merging
 from .contestants import BASE, Contestant
 from .measure import Settings, threads_of
-from .summary import groups_of, reason_of, settings_key, summaries
+from .summary import groups_of, reason_of, result_of, settings_key, summaries
 
 
 def refuse_impossible(settings: Settings, *, of_merging: bool, of_drift: bool) -> None:
@@ -130,10 +130,8 @@ def _run(
         say(f"{benchmark}: {len(items) - len(left)} of {len(items)} runs are done already")
     results, described = Results(folder, benchmark), {id(job): told for told, job in left}
     with Pool(work, processes=processes, threads=threads_of(processes)) as pool:
-        for done, (job, result) in enumerate(pool.results([job for _, job in left]), start=1):
-            if isinstance(result, Exception):
-                result = {"crashed": f"{type(result).__name__}: {' '.join(str(result).split())}"}
-            told = described[id(job)]
+        for done, (job, outcome) in enumerate(pool.results([job for _, job in left]), start=1):
+            told, result = described[id(job)], result_of(outcome)
             results.add(told, **result, processes=processes)
             why = reason_of(result)
             who = f"{' + '.join(filter(None, told['tasks'])) or 'the task'}: {told['method']}  seed {told['seed']}"

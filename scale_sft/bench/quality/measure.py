@@ -25,7 +25,7 @@ from scale_sft.errors import UserError
 from .contestants import BASE, Contestant
 from .page import part
 from .search import MORE_RUNGS, Search
-from .summary import Row, groups_of, present, reason_of, settings_key, summaries
+from .summary import Row, groups_of, present, reason_of, result_of, settings_key, summaries
 from .table import Table, cost_table, csv_of, learning_table
 from .tasks import Retained, Task, retained_by, retained_examples
 from .worker import Job, run_job, split
@@ -218,7 +218,7 @@ class _Campaign:
     def begin(self) -> None:
         """Plan the base and all grids, a rate of each contestant after the other."""
         for task in self.settings.tasks:
-            self._add(self.settings.job(task, BASE), task)
+            self._add(self.settings.job(task, BASE))
             grids = []
             for contestant in self.settings.contestants:
                 if contestant.trains:
@@ -230,49 +230,42 @@ class _Campaign:
             for n in range(max(map(len, grids), default=0)):
                 for grid in grids:
                     for contestant, rate, seed in grid[n : n + 1]:
-                        self._add(self.settings.job(task, contestant, rate, seed), task)
+                        self._add(self.settings.job(task, contestant, rate, seed))
         if self.old:
             self.say(f"{self.old} of {len(self.rows)} runs are done already")
 
     def finish(self, job: Job, result: Any, processes: int) -> None:
         """Store the row of a run that the pool has done, and plan what follows from it."""
-        if isinstance(result, Exception):
-            reason = " ".join(str(result).split())
-            result = {"crashed": f"{type(result).__name__}: {reason}"}
-        task = self._task(job)
-        row = self.results.add(self._settings(job, task), **result, processes=processes)
+        row = self.results.add(self._settings(job), **result_of(result), processes=processes)
         done = sum(row is not None for row in self.rows.values()) + 1 - self.old
         self.say(f"[{done}/{len(self.rows) - self.old}] {_line(row)}")
-        self._take(job, task, row)
+        self._take(job, row)
 
-    def _add(self, job: Job, task: Task) -> None:
-        key = settings_key(self._settings(job, task))
+    def _add(self, job: Job) -> None:
+        key = settings_key(self._settings(job))
         if key in self.rows:
             return
         self.rows[key] = None
         if key in self.known:
             self.old += 1
-            self._take(job, task, self.known[key])
+            self._take(job, self.known[key])
         else:
             self.waiting.append(job)
 
-    def _take(self, job: Job, task: Task, row: Row) -> None:
-        self.rows[settings_key(self._settings(job, task))] = row
+    def _take(self, job: Job, row: Row) -> None:
+        self.rows[settings_key(self._settings(job))] = row
         if job.learning_rate is None:
             return
-        search = self.searches[task.name, job.contestant.name]
+        search = self.searches[job.task, job.contestant.name]
         more, told = search.finish((job.learning_rate, job.seed), row["result"].get("validation_loss"))
         if told:
-            self.say(f"{task.name}: {told}" if task.name else told)
+            self.say(f"{job.task}: {told}" if job.task else told)
         for rate, seed in more:
-            self._add(self.settings.job(task, job.contestant, rate, seed), task)
+            self._add(dataclasses.replace(job, learning_rate=rate, seed=seed))
 
-    def _task(self, job: Job) -> Task:
-        return next(task for task in self.settings.tasks if task.name == job.task)
-
-    def _settings(self, job: Job, task: Task) -> dict[str, Any]:
+    def _settings(self, job: Job) -> dict[str, Any]:
         return {
-            "shared": self.shared[task.name],
+            "shared": self.shared[job.task],
             "method": job.contestant.name,
             "kind": job.contestant.kind,
             "options": dict(job.contestant.options),

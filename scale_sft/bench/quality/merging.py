@@ -16,7 +16,8 @@ from scale_sft.bench.rows import Row, newest
 from scale_sft.errors import UserError
 
 from .contestants import BASE
-from .summary import Figure
+from .summary import Figure, short_name
+from .table import LOSS, MISSING
 from .worker import Job, loss_on, split, train_one
 
 BENCHMARK = "merging"
@@ -101,7 +102,7 @@ def part(rows: Sequence[Row]) -> Part:
             "lost",
         ]
         lines = [_line(name, group) for name in dict.fromkeys(row["settings"]["method"] for row in group)]
-        title = f"{first} + {second} on {settings['shared'][0]['base'].rstrip('/').rpartition('/')[2]}"
+        title = f"{first} + {second} on {short_name(settings['shared'][0]['base'])}"
         tables.append(Table(columns, lines, sources=group, title=title))
     text = (
         "Two adapters of one base, each trained on one task at its best rate, and their sum. Held-out losses: mean "
@@ -124,12 +125,6 @@ def _line(name: str, group: Sequence[Row]) -> list[str]:
     cells = []
     for place in (0, 1):
         for key in ("alone", "merged"):
-            cells.append(_shown(Figure.of([result[key][place] for result in found])))
+            cells.append(LOSS.cell(Figure.of([result[key][place] for result in found])))
     lost = [sum(result["merged"]) / 2 - sum(result["alone"]) / 2 for result in found]
-    return [name, str(len(found)), *cells, "-" if name == BASE.name else _shown(Figure.of(lost))]
-
-
-def _shown(found: Figure | None) -> str:
-    if found is None:
-        return "-"
-    return f"{found.mean:.4f}" + ("" if found.half_width is None else f" ± {found.half_width:.4f}")
+    return [name, str(len(found)), *cells, MISSING if name == BASE.name else LOSS.cell(Figure.of(lost))]

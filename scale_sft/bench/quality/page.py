@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import mean
 
 import numpy as np
@@ -17,7 +16,7 @@ from scale_sft.reporting.plots import Plot
 from scale_sft.reporting.style import CYCLE, GREY, PERCENT, PLAIN, WIDTH_INCHES, log_axis
 
 from .contestants import BASE
-from .summary import Row, Summary, groups_of, retained_names, summaries, value_of
+from .summary import Row, Summary, groups_of, retained_names, short_name, summaries, value_of
 from .table import REFERENCE, cost_table, learning_table
 
 
@@ -56,18 +55,12 @@ def part(rows: Sequence[Row]) -> Part:
 def title_of(group: Sequence[Row]) -> str:
     """Name a group of runs: task, base, length and budget."""
     shared = group[-1]["settings"]["shared"]
-    data = shared.get("task") or _short_name(shared["train_data"])
+    data = shared.get("task") or short_name(shared["train_data"])
     seeds = max((len(summary.runs) for summary in summaries(group) if summary.name != BASE.name), default=0)
     return (
-        f"{data} on {_short_name(shared['base'])}, {shared['steps']} steps of {shared['global_batch_size']} sequences, "
+        f"{data} on {short_name(shared['base'])}, {shared['steps']} steps of {shared['global_batch_size']} sequences, "
         f"rank {shared['rank_equivalent']}, {shared['dtype']}, {seeds} seed{'s' * (seeds != 1)}"
     )
-
-
-def _short_name(source: str | Sequence[str]) -> str:
-    """Name a base or data without its folder."""
-    names = [source] if isinstance(source, str) else source
-    return ", ".join(Path(name.partition("?")[0]).name or name for name in names)
 
 
 def _tables(group: Sequence[Row], title: str) -> list[Table]:

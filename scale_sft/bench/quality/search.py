@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .summary import best_rate
+from .summary import best_rate, rung_beyond
 
 MORE_RUNGS = 3
 GRID_SEED = 0
@@ -60,24 +60,3 @@ class Search:
         self._seeded = True
         self._open = self.seeds - 1
         return [(best, seed) for seed in range(GRID_SEED + 1, GRID_SEED + self.seeds)], None
-
-
-def rung_beyond(tried: Mapping[float, float | None] | Sequence[float], best: float) -> float | None:
-    """Return the rate to try next if `best` is an end of those tried, as far from it as its neighbour; otherwise None.
-
-    A single rate has no neighbour: None.
-    """
-    rates = sorted(tried)
-    if len(rates) < 2 or best not in (rates[0], rates[-1]):
-        return None
-    neighbour = rates[1] if best == rates[0] else rates[-2]
-    return _short(best * best / neighbour, best)
-
-
-def _short(rate: float, best: float) -> float:
-    """Round a rate to one digit where that changes it by at most 12 %, otherwise to more; it stays beyond `best`."""
-    for digits in (1, 2, 3):
-        short = float(f"{rate:.{digits}g}")
-        if abs(short / rate - 1) <= 0.12 and (short > best) == (rate > best) and short != best:
-            return short
-    return rate

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -81,10 +82,10 @@ class Summary:
             return f"{self.name}: no learning rate of {_listing(tried)} led to a result: {reason}"
         if len(tried) == 1:
             return f"{self.name}: only one learning rate was tried, {self.best_rate:g}; others may be better"
-        if self.best_rate not in (tried[0], tried[-1]):
+        rung = rung_beyond(tried, self.best_rate)
+        if rung is None:
             return None
-        edge, factor = ("lowest", 1 / 3) if self.best_rate == tried[0] else ("highest", 3)
-        more = sorted({*tried, float(f"{self.best_rate * factor:.1g}")})
+        edge, more = "highest" if rung > self.best_rate else "lowest", sorted([*tried, rung])
         return (
             f"{self.name}: the best rate, {self.best_rate:g}, is the {edge} tried; a better one may be beyond it: "
             f"--learning_rates {self.name}={','.join(f'{rate:g}' for rate in more)}"
@@ -101,6 +102,12 @@ def value_of(row: Row, key: str) -> float | None:
 def retained_names(rows: Sequence[Row]) -> list[str]:
     """Name the data of which a loss was measured in addition, in the order of first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row["result"].get("retained", {})))
+
+
+def short_name(source: str | Sequence[str]) -> str:
+    """Name a base or data without its folder."""
+    names = [source] if isinstance(source, str) else source
+    return ", ".join(Path(name.partition("?")[0]).name or name for name in names)
 
 
 def present(row: Row) -> Row:
@@ -150,6 +157,27 @@ def best_rate(grid: Mapping[float, float]) -> float | None:
     return min(grid, key=lambda rate: (grid[rate], rate), default=None)
 
 
+def rung_beyond(tried: Iterable[float], best: float) -> float | None:
+    """Return the rate to try next if `best` is an end of those tried, as far from it as its neighbour; otherwise None.
+
+    A single rate has no neighbour: None.
+    """
+    rates = sorted(tried)
+    if len(rates) < 2 or best not in (rates[0], rates[-1]):
+        return None
+    neighbour = rates[1] if best == rates[0] else rates[-2]
+    return _short(best * best / neighbour, best)
+
+
+def _short(rate: float, best: float) -> float:
+    """Round a rate to one digit where that changes it by at most 12 %, otherwise to more; it stays beyond `best`."""
+    for digits in (1, 2, 3):
+        short = float(f"{rate:.{digits}g}")
+        if abs(short / rate - 1) <= 0.12 and (short > best) == (rate > best) and short != best:
+            return short
+    return rate
+
+
 def summaries(rows: Sequence[Row]) -> list[Summary]:
     """Make one summary per contestant, in the order of first appearance; rows as from `groups_of`."""
     return [_summary(name, rows) for name in dict.fromkeys(row["settings"]["method"] for row in rows)]
@@ -185,6 +213,13 @@ def _summary(name: str, rows: Sequence[Row]) -> Summary:
 
 def _meaning(row: Row) -> tuple[Any, Any]:
     return row["settings"].get("kind"), row["settings"].get("options")
+
+
+def result_of(outcome: Any) -> dict[str, Any]:
+    """Return what a run has given the pool as the result of a row; an exception as {"crashed": why}."""
+    if isinstance(outcome, Exception):
+        return {"crashed": f"{type(outcome).__name__}: {' '.join(str(outcome).split())}"}
+    return outcome
 
 
 def reason_of(result: Mapping[str, Any]) -> str | None:

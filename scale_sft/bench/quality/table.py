@@ -36,7 +36,7 @@ class Column:
         return text + self.unit
 
 
-_LOSS = Column("held-out loss", "held_out_loss", "{:.4f}".format)
+LOSS = Column("held-out loss", "held_out_loss", "{:.4f}".format)
 _MATCH = Column("exact match", "exact_match", "{:.1f}".format, 100.0, " %")
 _OTHERS = (
     Column("Frobenius norm", "update_frobenius", "{:.3g}".format, with_spread=False),
@@ -57,7 +57,7 @@ def learning_table(rows: Sequence[Row]) -> Table:
     kept = [Column(name, f"retained.{name}", "{:.3f}".format) for name in retained_names(rows)]
     other = next((summary for summary in found if summary.name == REFERENCE and summary.runs), None)
     matches = any(summary.values("exact_match") for summary in found)
-    columns = ["method", "rate", "seeds", _LOSS.title]
+    columns = ["method", "rate", "seeds", LOSS.title]
     columns += [f"against {REFERENCE}"] if other else []
     columns += [_MATCH.title] if matches else []
     columns += [f"loss on {column.title}" for column in kept]
@@ -66,9 +66,9 @@ def learning_table(rows: Sequence[Row]) -> Table:
         trains = summary.name != BASE.name
         rate = f"{summary.best_rate:g}" if summary.best_rate is not None else MISSING
         cells = [summary.name, rate, str(len(summary.runs)) if trains else MISSING]
-        cells.append(_LOSS.cell(summary.figure(_LOSS.key)))
+        cells.append(LOSS.cell(summary.figure(LOSS.key)))
         if other:
-            cells.append(_signed(summary.difference(other, _LOSS.key) if trains and summary is not other else None))
+            cells.append(_signed(summary.difference(other, LOSS.key) if trains and summary is not other else None))
         cells += [_MATCH.cell(summary.figure(_MATCH.key))] if matches else []
         return cells + [column.cell(summary.figure(column.key)) for column in kept]
 

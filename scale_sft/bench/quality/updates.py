@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.model.experts import slice_name
+from scale_sft.model.first_choice import weight_reader
 
 VECTORS, ROUNDS = 8, 12
 
@@ -65,22 +66,14 @@ def spectral_norm(matrix: Tensor) -> float:
 @torch.no_grad()
 def sparse_updates(sparse: Any) -> Iterator[Update]:
     """Yield the updates of a sparse model, one weight at a time; its weights hold the base in between."""
+    read = weight_reader(sparse)
     with sparse.carrier.without():
         for delta in sparse.tuning.store:
-            base = sparse.carrier.effective_weight(delta.name) if _is_packed(sparse) else _held(sparse, delta.name)
-            base = base.float().reshape(delta.shape)
-            change = torch.zeros_like(base)
-            change.view(-1)[delta.indices.long()] = delta.deltas.float().to(change.device)
-            yield Update(delta.name, base, change)
-
-
-def _is_packed(sparse: Any) -> bool:
-    return sparse.settings.quantization is not None
-
-
-def _held(sparse: Any, name: str) -> Tensor:
-    """Return a whole weight of a base that one process holds."""
-    return sparse.carrier.held(name)[0]
+            with read(delta.name) as weight:
+                base = weight.float().reshape(delta.shape)
+                change = torch.zeros_like(base)
+                change.view(-1)[delta.indices.long()] = delta.deltas.float().to(change.device)
+                yield Update(delta.name, base, change)
 
 
 @torch.no_grad()

@@ -9,8 +9,16 @@ import torch
 
 from scale_sft.bench.pool import Pool
 from scale_sft.bench.quality.contestants import EARLIER_NAMES, METHODS, choose
-from scale_sft.bench.quality.search import Search, rung_beyond
-from scale_sft.bench.quality.summary import Figure, groups_of, present, settings_key, summaries, t_quantile
+from scale_sft.bench.quality.search import Search
+from scale_sft.bench.quality.summary import (
+    Figure,
+    groups_of,
+    present,
+    rung_beyond,
+    settings_key,
+    summaries,
+    t_quantile,
+)
 from scale_sft.bench.quality.tasks import read_retained, read_tasks, retained_by
 from scale_sft.bench.quality.updates import Update, figures, spectral_norm
 from scale_sft.config.options import SECTIONS

@@ -26,6 +26,7 @@ from scale_sft.kernels.cpu import compile as native
 from scale_sft.kernels.cpu.sampled_columns import SampledColumns
 from scale_sft.spiel.schedules import Phase
 from scale_sft.spiel.taps import WeightTap
+from tests.expert_models import make_experts
 
 CPU = torch.device("cpu")
 
@@ -312,6 +313,12 @@ def test_peers_without_their_library_say_what_to_install(run, case, monkeypatch)
 def test_an_adapter_that_peft_cannot_make_is_left_out_by_name(run, case, tiny_model):
     with pytest.raises(UserError, match="peft's ShiraConfig cannot adapt this base"):
         run([case(base=str(tiny_model("gpt2")))], ["peft-shira"])
+
+
+@pytest.mark.parametrize("name", ["peft-lora", "peft-shira", "peft-supertuning"])
+def test_an_adapter_that_would_leave_out_the_experts_takes_no_part(run, case, tmp_path, name):
+    with pytest.raises(UserError, match="contestants: peft cannot wrap the experts of this base"):
+        run([case(base=str(make_experts("mixtral", tmp_path / "base")))], ["ours-ag", name])
 
 
 def test_the_command_takes_lists_and_writes_the_page(case, tmp_path):
