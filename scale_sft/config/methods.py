@@ -16,6 +16,10 @@ COMBINATIONS: Mapping[str, Mapping[str, Any]] = {
     "ma": {"learning_rate": 1e-3},
 }
 """Options by method. What is missing here has the default of its field."""
+SEEDED = ("random", "columns")
+"""Methods whose entries come from the seed, or from selection_batches: no candidates, ever."""
+KEEPING = ("static", *SEEDED)
+"""Methods that choose their entries once, and then keep them; the others move them."""
 
 _OF_THE_FIRST_CHOICE = frozenset(STATIC)
 

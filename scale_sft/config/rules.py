@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .methods import KEEPING, SEEDED
 from .objective_options import ObjectiveConfig
 from .options import Config
 from .sparse_options import SparseConfig
@@ -104,7 +105,7 @@ def broken_selection(sparse: SparseConfig) -> list[str]:
     given += ["budget"] * (sparse.budget == "global")
     growth = ("exchange_if_better", "seed_moments", "growth_warmup_steps")
     moved = next((name for name in growth if getattr(sparse, name) != getattr(default, name)), None)
-    if moved and sparse.method in ("ma", "random", "columns"):
+    if moved and sparse.method in ("ma", *SEEDED):
         mistakes.append(
             f"{moved}: got {getattr(sparse, moved)} with method {sparse.method}, expected ag or static: "
             "only they keep moments of entries that grow by gradient"
@@ -158,7 +159,7 @@ def _broken_granularity(sparse: SparseConfig) -> list[str]:
         )
     if kind == "entry":
         return mistakes
-    if sparse.method not in ("columns", "random", "static"):
+    if sparse.method not in KEEPING:
         mistakes.append(
             f"granularity: got {kind} with method {sparse.method}, which moves single entries. Fix: --method columns, "
             "random, or static with selection_batches"

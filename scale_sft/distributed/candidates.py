@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scale_sft.kernels.cpu.topk import top_k_magnitude
+from scale_sft.kernels.cpu.topk import largest_magnitudes
 from scale_sft.spiel.indices import index_dtype, pieces
-from scale_sft.spiel.topk import unless_zero
 
 from .agreement import Ranks
 
@@ -51,7 +50,7 @@ def select_candidates(ranks: Ranks, gradient: Tensor, count: int) -> Tensor:
     """
     n = gradient.numel()
     if ranks.size == 1 or not 0 < count <= n:
-        return unless_zero(gradient, top_k_magnitude(gradient, count))
+        return largest_magnitudes(gradient, count)
     return _select(ranks, _own_part(ranks, gradient), n, count)
 
 
@@ -82,7 +81,7 @@ def select_largest(ranks: Ranks, keys: Tensor, n: int, count: int) -> Tensor:
         ValueError: C is out of range.
     """
     if ranks.size == 1 or not 0 < count <= n:
-        return unless_zero(keys, top_k_magnitude(keys, count))
+        return largest_magnitudes(keys, count)
     return _select(ranks, keys.clone(), n, count)
 
 

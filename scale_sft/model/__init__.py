@@ -4,6 +4,7 @@ loading         find and load the base and its tokenizer
 empty           the base without its weights: its class and its shapes
 attention       the choice of attention
 targets         the layers to train
+layer_names     how options name layers
 tilings         how options cut weights into columns, rows or blocks
 held            targets in a model, by name
 experts         experts that are fused into one parameter: their slices, by name

@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from scale_sft.config.options import SparseConfig
+from scale_sft.spiel.taps import shape_of
 
-from .experts import fused_in, shape_of
+from .experts import fused_in
 from .linear_kinds import why_not_linear
 from .packed_weights import is_quantized_layer
 from .targets import Choice, Target, choice_of, in_a_block

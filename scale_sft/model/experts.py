@@ -15,6 +15,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from scale_sft.spiel.taps import shape_of
+
 _PROJECTIONS: tuple[str, ...] = ("gate_up_proj", "up_proj", "down_proj")
 _MARKS = ("has_gate", "has_bias", "is_transposed")
 """Attributes that transformers' `use_experts_implementation` gives to every module of a class that it decorates."""
@@ -84,11 +86,6 @@ def fused_in(path: str, module: Any) -> Iterator[FusedWeight]:
         weight = module._parameters.get(leaf)
         if weight is not None and len(shape_of(weight)) == 3:
             yield FusedWeight(path, module, leaf, transposed)
-
-
-def shape_of(weight: Any) -> tuple[int, ...]:
-    """Return a parameter's shape, whole if it is in shards."""
-    return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
 # --- names --------------------------------------------------------------------------------------------------------

@@ -10,9 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from scale_sft.kernels.cpu.topk import top_k_magnitude
+from scale_sft.kernels.cpu.topk import largest_magnitudes
 from scale_sft.spiel.selection.parts import Parts, WholeParts
-from scale_sft.spiel.topk import unless_zero
 
 from .fingerprints import fingerprints_of
 from .resident import WeightPart
@@ -73,7 +72,7 @@ class OneProcess(WholeParts):
 
     def select_candidates(self, gradient: Tensor, count: int) -> Tensor:
         """Choose the entries of largest magnitude of a gradient [N]: [count] int64, sorted; [0] if all of it is 0."""
-        return unless_zero(gradient, top_k_magnitude(gradient, count))
+        return largest_magnitudes(gradient, count)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Return the only process's object."""

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .experts import parse_slice, shape_of
+from scale_sft.spiel.taps import shape_of
+
+from .experts import parse_slice
 from .resident import WeightPart
 
 

@@ -20,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scale_sft.errors import UserError, first_line
 from scale_sft.spiel.embedding_taps import EmbeddingTap, why_not_embedding
-from scale_sft.spiel.taps import WeightTap, attach, detach
+from scale_sft.spiel.taps import WeightTap, attach, detach, shape_of
 
 from .dropout import switch_off_randomness
 from .embeddings import embeddings_of
 from .empty import text_config
-from .experts import fused_in, shape_of
+from .experts import fused_in
 from .linear_kinds import is_conv1d, why_not_linear
 
 PAST_ITS_FORWARD = "used past its module's forward"

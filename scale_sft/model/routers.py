@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from .experts import fused_in, shape_of
+from scale_sft.spiel.taps import shape_of
+
+from .experts import fused_in
 from .linear_kinds import is_conv1d
 from .packed_weights import is_quantized_layer
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from scale_sft.config.methods import KEEPING, SEEDED
 from scale_sft.config.options import OptimizerConfig, SparseConfig
 from scale_sft.errors import UserError
 from scale_sft.spiel.optimizers import Growth
@@ -47,11 +48,9 @@ class SparseSettings:
             estimation_steps=self.sparse.estimation_steps,
             initial_replacement_fraction=self.sparse.initial_replacement_fraction,
             replacement_schedule=self.sparse.replacement_schedule,
-            only_first=self.sparse.method in ("static", "random", "columns"),
+            only_first=self.sparse.method in KEEPING,
             estimates=self.sparse.method != "ma",
-            chosen=self.start is not None
-            or self.sparse.method in ("random", "columns")
-            or self.sparse.selection_batches > 0,
+            chosen=self.start is not None or self.sparse.method in SEEDED or self.sparse.selection_batches > 0,
         )
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,12 +19,13 @@ from scale_sft.config.options import SparseConfig
 from scale_sft.errors import UserError
 from scale_sft.spiel.budgets import as_lora_spends, budget
 from scale_sft.spiel.embedding_taps import why_not_embedding
-from scale_sft.spiel.taps import Materialize, Needed, Record, RecordMany, WeightTap, attach
+from scale_sft.spiel.taps import Materialize, Needed, Record, RecordMany, WeightTap, attach, shape_of
 
 from .embeddings import Embeddings, attach_embedding_taps, embeddings_of
 from .expert_taps import RouterTap, attach_expert_taps
-from .experts import FusedWeight, fused_in, shape_of, slice_name
+from .experts import FusedWeight, fused_in, layer_kind, slice_name
 from .held import Held, parts_held
+from .layer_names import listing, paths_named
 from .linear_kinds import is_conv1d, why_not_linear
 from .packed_weights import is_quantized_layer
 from .reach import NOT_BY_TEXT, candidate, reach_of
@@ -87,17 +88,23 @@ def find_targets(
     return choose_targets(model, wanted, excluded, train_embeddings).targets
 
 
-def targets_of(model: nn.Module, sparse: SparseConfig) -> list[Target]:
+def targets_of(model: nn.Module, sparse: SparseConfig, faults: Mapping[str, str] | None = None) -> list[Target]:
     """Find the layers that options choose; see `choose_targets`."""
-    return choice_of(model, sparse).targets
+    return choice_of(model, sparse, faults).targets
 
 
-def choice_of(model: nn.Module, sparse: SparseConfig) -> Choice:
+def choice_of(model: nn.Module, sparse: SparseConfig, faults: Mapping[str, str] | None = None) -> Choice:
     """Choose layers by options; see `choose_targets`."""
-    return choose_targets(model, sparse.target_modules, sparse.exclude_modules, sparse.train_embeddings)
+    return choose_targets(model, sparse.target_modules, sparse.exclude_modules, sparse.train_embeddings, faults)
 
 
-def choose_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None, train_embeddings: str = "none") -> Choice:
+def choose_targets(
+    model: nn.Module,
+    wanted: Wanted,
+    excluded: Wanted = None,
+    train_embeddings: str = "none",
+    known: Mapping[str, str] | None = None,
+) -> Choice:
     """Choose the layers to train, in the model's order.
 
     Args:
@@ -105,6 +112,7 @@ def choose_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None, tr
         excluded: layers to leave out, even if `wanted` names them.
         train_embeddings: input, output or both in addition to `wanted`. If they share a weight, it is one target under
             the name of the input embedding.
+        known: the faults that `reach_of` found in a model of which this one has the first blocks; None: probe this one.
 
     Raises:
         UserError: a name matches nothing, a layer that was named cannot carry a delta, or a weight is shared (tied)
@@ -112,10 +120,10 @@ def choose_targets(model: nn.Module, wanted: Wanted, excluded: Wanted = None, tr
     """
     ends = embeddings_of(model)
     layers = _layers(model, ends)
-    chosen = set(_choose(layers, wanted, "target_modules") if wanted is not None else filter(in_a_block, layers))
+    chosen = set(paths_named(layers, wanted, "target_modules") if wanted is not None else filter(in_a_block, layers))
     asked = set(ends.chosen_by(train_embeddings))
-    out = dict.fromkeys(_choose(layers, excluded, "exclude_modules") if excluded is not None else (), EXCLUDED)
-    reach = reach_of(model).faults
+    out = dict.fromkeys(paths_named(layers, excluded, "exclude_modules") if excluded is not None else (), EXCLUDED)
+    reach = reach_of(model).faults if known is None else known
     faults = {path: why for path, layer in layers.items() if (why := layer.why_not(reach))}
     if wanted is None:
         frozen = dict.fromkeys((path for path, layer in layers.items() if layer.router), ROUTER)
@@ -184,16 +192,14 @@ class _Layer:
     @property
     def kind(self) -> str:
         """What it has in common with those of other blocks: the last names of its path."""
-        if self.fused is None:
-            return self.path.rpartition(".")[2]
-        return ".".join(self.fused.name.split(".")[-2:])
+        return layer_kind(self.path) if self.fused else self.path.rpartition(".")[2]
 
     @property
     def names(self) -> tuple[str, ...]:
         """The paths by which options may mean it: a slice also by its parameter and by the module of experts."""
         return (self.path,) if self.fused is None else (self.path, self.fused.name, self.fused.path)
 
-    def why_not(self, reach: dict[str, str]) -> str | None:
+    def why_not(self, reach: Mapping[str, str]) -> str | None:
         """Say why it cannot carry a delta; None: it can."""
         if self.fused is not None:
             return self.fused.why_not() or reach.get(self.fused.path)
@@ -229,12 +235,12 @@ def in_a_block(path: str) -> bool:
 def _why_nothing(layers: dict[str, _Layer], chosen: set[str], out: dict[str, str]) -> str:
     """Say why there is nothing to train."""
     if not chosen:
-        return f"target_modules: this model has no linear layers in its blocks; layers: {_listing(layers)}"
+        return f"target_modules: this model has no linear layers in its blocks; layers: {listing(layers)}"
     reasons = Counter(out[path] for path in chosen)
     return (
         f"target_modules: none of the {len(chosen)} layers that match can be trained: "
         f"{', '.join(f'{why} ({count}x)' for why, count in reasons.most_common())}. Fix: choose others; this model has "
-        f"{_listing(layers)}"
+        f"{listing(layers)}"
     )
 
 
@@ -358,29 +364,3 @@ def _shape(module: Any) -> tuple[int, int]:
         return (module.out_features, module.in_features)
     rows, columns = shape_of(module.weight)
     return rows, columns
-
-
-def _choose(layers: dict[str, _Layer], wanted: tuple[str, ...] | str, option: str) -> list[str]:
-    """List the paths that `wanted` matches, in the model's order."""
-    names = (wanted,) if isinstance(wanted, str) else wanted
-    known = [(path, alias) for path, layer in layers.items() for alias in layer.names]
-    chosen: set[str] = set()
-    for name in names:
-        ending = f".{name}"
-        matches = {path for path, alias in known if alias == name or alias.endswith(ending)}
-        if not matches and isinstance(wanted, str):
-            try:
-                pattern = re.compile(wanted)
-            except re.error as error:
-                raise UserError(f"{option}: '{wanted}' is not a regular expression: {error}") from None
-            matches = {path for path, alias in known if pattern.fullmatch(alias)}
-        if not matches:
-            raise UserError(f"{option}: '{name}' matches no layer; this model has {_listing(layers)}")
-        chosen |= matches
-    return [path for path in layers if path in chosen]
-
-
-def _listing(layers: dict[str, _Layer]) -> str:
-    """List the kinds of layers: 'q_proj (8x), ...'."""
-    counts = Counter(layer.kind for layer in layers.values())
-    return ", ".join(f"{kind} ({count}x)" for kind, count in counts.items()) or "none"

@@ -18,6 +18,7 @@ from scale_sft.model import empty
 from scale_sft.model.coverage import Coverage, coverage
 from scale_sft.model.experts import fused_weights
 from scale_sft.model.quantization import Quantization
+from scale_sft.model.reach import reach_of
 from scale_sft.model.targets import budget_of, choice_of, transposed_names
 from scale_sft.spiel.indices import bytes_of_entries
 
@@ -57,6 +58,7 @@ class Facts:
     shapes: dict[str, tuple[int, int]]  # of the targets
     coverage: Coverage  # what they reach of the blocks
     largest_gradient: int  # entries of the largest dense gradient of a target; an input embedding has none
+    faults: Mapping[str, str]  # why layers cannot be trained, as `reach_of` found
     transposed: frozenset[str] = frozenset()  # targets that are stored as [in, out]
     attention: str = "sdpa"  # what `attention: auto` is for this base
 
@@ -78,6 +80,7 @@ def facts_of(config: Config, model_config: Any) -> Facts:
         shapes={target.name: target.shape for target in choice.targets},
         coverage=coverage(model, choice),
         largest_gradient=max((target.numel for target in choice.targets if not target.by_rows), default=0),
+        faults=reach_of(model).faults,
         transposed=transposed_names(choice.targets),
         attention=getattr(model.config, "_attn_implementation", None) or "eager",
     )

@@ -94,12 +94,15 @@ def step_memory(
     checkpointing: bool = False,
     attention: str = "sdpa",
     trust_remote_code: bool = False,
+    faults: Mapping[str, str] | None = None,
 ) -> StepMemory:
     """Measure a micro-step of `sequences` sequences of `tokens` tokens, all of which count in the loss.
 
     Args:
         active: K by weight name; also taken as the number of candidates where `proposes`.
         attention: only eager keeps the [L, L] attention matrices.
+        faults: of the whole model, see `choose_targets`, so that the few blocks that are traced need no probe of their
+            own; None: probe what is traced.
 
     Raises:
         UserError: the architecture needs actual numbers, which the meta device lacks (some mixtures of experts).
@@ -115,6 +118,7 @@ def step_memory(
         checkpointing,
         attention,
         trust_remote_code,
+        faults,
     )
     text = model_config.get_text_config()
     layers = text.num_hidden_layers
@@ -155,6 +159,7 @@ def _trace(
     checkpointing,
     attention,
     trust_remote_code,
+    faults=None,
 ) -> StepMemory:
     _register_attention()
     fused = "eager" if attention == "eager" else _ATTENTION
@@ -162,7 +167,7 @@ def _trace(
     model = model.to(dtype).requires_grad_(False).train()
     if checkpointing:
         enable_checkpointing(model)
-    targets = targets_of(model, sparse)
+    targets = targets_of(model, sparse, faults)
     tilings = tilings_of(sparse, {target.name: target.shape for target in targets}, transposed_names(targets))
 
     pending: dict[str, Tensor] = {}  # gradients that come in parts, while these propose candidates

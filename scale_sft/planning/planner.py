@@ -182,6 +182,7 @@ class Planner:
                 checkpointing=model.gradient_checkpointing,
                 attention=attention,
                 trust_remote_code=model.trust_remote_code,
+                faults=self.facts(config).faults,
             )
         return self._steps[key]
 

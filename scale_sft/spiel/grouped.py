@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .taps import Materialize, RecordMany
+from .taps import Materialize, RecordMany, shape_of
 from .traced import enlist, traced_grouped_output
 
 _ALIGNED_BYTES = 16
@@ -38,8 +39,9 @@ class Groups:
     @classmethod
     def of_sizes(cls, sizes: Sequence[int], device: torch.device) -> Groups:
         """Describe groups of sizes that the host knows."""
-        groups = cls(torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device), sum(sizes))
-        groups.__dict__["bounds"] = _bounds(torch.tensor(sizes).cumsum(0).tolist())
+        ends = list(accumulate(sizes))
+        groups = cls(torch.tensor(ends, dtype=torch.int32).to(device), sum(sizes))
+        groups.__dict__["bounds"] = _bounds(ends)
         return groups
 
     @cached_property
@@ -59,6 +61,8 @@ def grouped_product(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     if _has_kernel(x, weight):
         return functional.grouped_mm(x, weight, offs=groups.offsets)
     out = x.new_empty(len(x), weight.shape[2])
+    if x.is_meta:
+        return out
     for number, (start, stop) in enumerate(groups.bounds):
         if start < stop:
             torch.mm(x[start:stop], weight[number], out=out[start:stop])
@@ -104,8 +108,7 @@ class GroupedTap:
         self.transposed, self.materialize, self.effective_weight = transposed, materialize, effective_weight
         self.anchor = torch.zeros((), requires_grad=True)
         self.number = enlist(self)
-        weight = getattr(module, leaf)
-        self.width = int(getattr(weight, "ds_shape", weight.shape)[2 if transposed else 1])  # O
+        self.width = shape_of(getattr(module, leaf))[2 if transposed else 1]  # O
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give a copy a number of its own."""

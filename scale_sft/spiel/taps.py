@@ -44,6 +44,11 @@ Materialize = Callable[[nn.Parameter], AbstractContextManager[Tensor]]
 """Yields the whole weight for the length of a `with` block, even if it is stored in shards."""
 
 
+def shape_of(weight: Any) -> tuple[int, ...]:
+    """Return a parameter's shape, whole if it is in shards."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
 class WeightTap:
     """The link from one layer's backward pass to a recorder: the weight, its layout, and the recorder to call.
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from scale_sft.errors import UserError
-from scale_sft.model.experts import parse_slice, shape_of
+from scale_sft.model.experts import parse_slice
+from scale_sft.spiel.taps import shape_of
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

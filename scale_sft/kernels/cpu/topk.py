@@ -40,3 +40,8 @@ def top_k_magnitude(values: Tensor, k: int) -> Tensor:
         threads,
     )
     return found
+
+
+def largest_magnitudes(values: Tensor, k: int) -> Tensor:
+    """Find the same indices as `top_k_magnitude`; [0] if all of `values` are 0."""
+    return topk.unless_zero(values, top_k_magnitude(values, k))

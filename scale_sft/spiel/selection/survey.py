@@ -160,7 +160,7 @@ class Survey:
             tiling = self.tilings[name]
             if not keys.any():  # an expert that met no token
                 return random_tiles(tiling, count // tiling.size, self.rule.seed, name).to(keys.device).indices()
-            return Tiles(tiling, top_k_magnitude(keys, count // tiling.size).sort().values).indices()
+            return Tiles(tiling, top_k_magnitude(keys, count // tiling.size)).indices()
         n = self.shapes[name][0] * self.shapes[name][1]
         quotas = self.rule.quotas(count, self.shapes[name])
         if quotas is None:

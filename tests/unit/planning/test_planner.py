@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from scale_sft.cli.main import main
 from scale_sft.config.loading import load
 from scale_sft.config.options import SparseConfig
+from scale_sft.model import reach
+from scale_sft.model.empty import empty_model
 from scale_sft.planning.meta_trace import step_memory
 from scale_sft.planning.planner import GIB, Planner
 from scale_sft.planning.suggestions import smallest_change
@@ -42,6 +44,17 @@ def test_a_deep_model_is_traced_as_its_first_blocks_say() -> None:
     found = step_memory(deep, torch.float32, **options)
     whole = planner_trace._trace(deep, torch.float32, 2, 64, SparseConfig(), {}, True, False, "sdpa", False)
     assert vars(found) == pytest.approx(vars(whole), rel=0.01)
+
+
+def test_blocks_of_a_model_that_was_probed_are_traced_without_a_probe_of_their_own(monkeypatch) -> None:
+    deep, options = LlamaConfig(**{**LLAMA, "num_hidden_layers": 9}), {"sequences": 2, "tokens": 64}
+    probed: dict = {}
+    monkeypatch.setattr(reach, "_PROBED", probed)
+    faults = reach.reach_of(empty_model(deep)).faults
+    found = step_memory(deep, torch.float32, faults=faults, **options)
+    assert len(probed) == 1
+    assert found == step_memory(deep, torch.float32, **options)
+    assert len(probed) == 3
 
 
 def test_checkpointing_keeps_one_activation_per_block() -> None:
