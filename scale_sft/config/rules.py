@@ -165,9 +165,10 @@ def _broken_granularity(sparse: SparseConfig) -> list[str]:
             "or rows; columns, random and static keep them"
         )
     elif kind == "block" and sparse.proposes:
+        how = " without selection_batches" if sparse.method == "static" else ""
         mistakes.append(
-            f"granularity: got block with method {sparse.method}, which replaces what it trains, expected column or "
-            "row. Fix: --granularity column, --method random, or static with selection_batches"
+            f"granularity: got block with method {sparse.method}{how}, which replaces what it trains, expected column "
+            "or row. Fix: --granularity column, --method random, or static with selection_batches"
         )
     if sparse.method == "ag" and sparse.score not in ("gradient", "random") and not sparse.selection_batches:
         mistakes.append(

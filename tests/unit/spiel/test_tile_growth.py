@@ -122,7 +122,9 @@ def test_blocks_have_no_sketch() -> None:
 def trained(kind: str, steps: int = 5) -> tuple[SparseFineTuning, torch.Tensor]:
     """Train to the first reallocation on gradients whose lines have norms far apart; returns the mean gradient too."""
     tiling, total = tiling_of(kind), torch.zeros(SHAPE)
-    scale = 1.6 ** torch.randperm(tiling.count, generator=torch.Generator().manual_seed(7)).sub(tiling.count - 20).clamp(min=0)
+    scale = 1.6 ** torch.randperm(tiling.count, generator=torch.Generator().manual_seed(7)).sub(
+        tiling.count - 20
+    ).clamp(min=0)
     schedule = ReallocationSchedule(total_steps=40, estimation_steps=steps, initial_replacement_fraction=0.5)
     store = DeltaStore({"w": SHAPE}, {"w": random_tiles(tiling, 9, 0, "w")})
     tuning = SparseFineTuning(store, MethodSettings(), schedule, Backends())
