@@ -16,6 +16,7 @@ from scale_sft.model.compiled_blocks import compile_blocks, decoder_blocks
 from scale_sft.model.targets import budget_of
 from scale_sft.spiel.schedules import Phase
 from scale_sft.spiel.taps import WeightTap, attach
+from tests.methods import ESTIMATED
 
 RUN = {"density": 0.07, "total_steps": 6}
 KINDS = {
@@ -126,6 +127,14 @@ def test_the_forward_pass_keeps_all_of_the_input_in_phases_only(load) -> None:
         kept.append(sparse._needed(name, factor, False).shape[1] == factor.shape[1])
         train(model, optimizer, len(kept), len(kept))
     assert kept == [True, True, True, False, True, True, False]  # the choice, steps 1 and 2, 3, 4 and 5, 6
+
+
+def test_static_columns_without_selection_batches_are_replaced_once(load) -> None:
+    model = load()
+    sparse = scale_sft.attach(model, **GROWN | ESTIMATED | {"granularity": "column"})
+    optimizer = sparse.optimizer(lr=1e-2)
+    train(model, optimizer, 1, 6)
+    assert [turnover.step for turnover in optimizer.turnovers] == [2] and optimizer.turnovers[0].replaced > 0
 
 
 @pytest.mark.parametrize("kind", ["columns", "rows, with embeddings"])
