@@ -19,6 +19,7 @@ METHODS = {
 METHODS["random"] = {"method": "random"}
 METHODS["columns"] = {"method": "columns", "selection_batches": 2, "draw": "sample", "max_grad_norm": 0.5}
 METHODS["ag-sampled"] = {"selection_batches": 2, "score": "gradient_weight", "draw": "sample"}
+METHODS["ag-sampled"]["selection_pool"] = 5
 METHODS["static-sampled"] = {"method": "static", "selection_batches": 2, "score": "balanced", "draw": "sample"}
 METHODS["static-sampled"] |= {"temperature": 0.5, "row_quota": 3.0}
 METHODS["ag-embeddings"] = {"method": "ag", "train_embeddings": "both", "density": 0.2}  # tied
