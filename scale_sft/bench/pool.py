@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, cast
@@ -98,6 +100,7 @@ def _serve(connection: Connection, work: Callable[[Any], Any], threads: int | No
     """Work until the other end closes, or is gone; Ctrl-C is handled there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cleans up, unlike the default action
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if threads:
         import torch
 
@@ -107,3 +110,10 @@ def _serve(connection: Connection, work: Callable[[Any], Any], threads: int | No
             connection.send(_attempt(work, connection.recv()))
         except (EOFError, ConnectionError):
             return
+
+
+def _end_with_parent() -> None:
+    """Stop this process in the middle of its work if the one that started it is gone, however that ended."""
+    if parent := parent_process():
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)

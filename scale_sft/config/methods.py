@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-STATIC = {"score": "balanced", "draw": "sample", "temperature": 0.5, "selection_batches": 20}
+STATIC = {"score": "balanced", "draw": "sample", "temperature": 0.5, "selection_batches": 20, "selection_pool": 8}
 """The best fixed entries that were measured (docs/selection.md): drawn by the root of a balanced score."""
 
 COMBINATIONS: Mapping[str, Mapping[str, Any]] = {
@@ -34,6 +34,19 @@ def with_method(values: Mapping[str, Any], default: str) -> dict[str, Any]:
         default: the method where none is given.
     """
     own = dict(COMBINATIONS.get(str(values.get("method", default)), {}))
+    if _needs_all_entries(values):
+        own.pop("selection_pool", None)
     if str(values.get("start_from")).lower() not in ("none", "null"):
         own = {name: value for name, value in own.items() if name not in _OF_THE_FIRST_CHOICE}
     return {**own, **values}
+
+
+def _needs_all_entries(values: Mapping[str, Any]) -> bool:
+    """Tell whether options that are given leave no use for a pool: tiles, quotas, or no choice before the start."""
+    absent = ("none", "null")
+    quotas = [str(values.get(name)).lower() for name in ("row_quota", "column_quota")]
+    return (
+        str(values.get("granularity", "entry")) not in ("auto", "entry")
+        or any(quota not in absent for quota in quotas)
+        or str(values.get("selection_batches")) == "0"
+    )

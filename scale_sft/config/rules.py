@@ -142,6 +142,13 @@ def broken_selection(sparse: SparseConfig) -> list[str]:
     quotas = [name for name in ("row_quota", "column_quota") if getattr(sparse, name) is not None]
     if quotas and not first:
         mistakes.append(f"{quotas[0]}: got a quota without selection_batches, expected at least 1")
+    if sparse.selection_pool is not None and not first:
+        mistakes.append("selection_pool: got a number without selection_batches, expected at least 1 of them")
+    elif sparse.selection_pool is not None and (quotas or sparse.trains_whole != "entry"):
+        why = quotas[0] if quotas else f"granularity {sparse.trains_whole}"
+        mistakes.append(
+            f"selection_pool: got {sparse.selection_pool:g} with {why}, which needs all entries. Fix: leave it out"
+        )
     if len(quotas) == 2 and min(getattr(sparse, name) for name in quotas) < 2:
         mistakes.append(
             "row_quota and column_quota: got one below 2, which together may not hold the budget, expected at least 2 "

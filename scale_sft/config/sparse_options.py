@@ -40,9 +40,16 @@ class SparseConfig:
     selection_batches: int = option(
         0,
         "Global batches whose gradients choose the entries before the first update. 0: as in the paper, start from "
-        "random entries and replace all of them after estimation_steps updates. Until then the ranks together hold 4 "
-        "bytes per entry of the target weights (snr: 12). With method static: 20.",
+        "random entries and replace all of them after estimation_steps updates. Until the choice the ranks together "
+        "hold 4 bytes (snr: 12) per entry that is looked at: see selection_pool. With method static: 20.",
         check=at_least(0),
+    )
+    selection_pool: float | None = option(
+        None,
+        "Entries that selection_batches looks at, in units of the budget: a sample spread over each weight, drawn from "
+        "the seed, which saves memory. Default: all entries; with method static: 8, unless tiles or quotas are asked "
+        "for, which need all.",
+        check=at_least(1),
     )
     budget: str = option(
         "weight",

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from math import ceil
 from typing import Any
 
 from torch import Tensor
 
+from scale_sft.config.options import SparseConfig
 from scale_sft.errors import UserError
 from scale_sft.spiel.selection.parts import ReadWeight
 from scale_sft.spiel.selection.survey import Survey
@@ -39,6 +41,12 @@ def weight_reader(sparse: Sparse) -> ReadWeight:
     return read
 
 
+def pool_sizes(options: SparseConfig, counts: Mapping[str, int]) -> dict[str, int]:
+    """Compute M of each weight from its budget K, by option selection_pool; nothing where all entries are looked at."""
+    pool = options.selection_pool
+    return {name: ceil(pool * count) for name, count in counts.items()} if pool else {}
+
+
 class FirstChoice:
     """The choice of a model's entries before the first update, from the gradients of several batches.
 
@@ -50,11 +58,13 @@ class FirstChoice:
 
     def __init__(self, sparse: Sparse):
         self.sparse, self.batches = sparse, sparse.settings.sparse.selection_batches
-        group = sparse.group
-        self.transposed = transposed_names(sparse.targets)
-        tilings = tilings_of(sparse.settings.sparse, sparse.shapes, self.transposed)
+        options, group, transposed = sparse.settings.sparse, sparse.group, transposed_names(sparse.targets)
+        tilings = tilings_of(options, sparse.shapes, transposed)
+        self.counts = budget_of(options, sparse.shapes, transposed)
+        """K of each weight."""
+        pools = pool_sizes(options, self.counts)
         read = weight_reader(sparse)
-        self.survey = Survey(sparse.shapes, sparse.settings.rule, group, read, group.device, tilings)
+        self.survey = Survey(sparse.shapes, sparse.settings.rule, group, read, group.device, tilings, pools)
         self.received = False
         """Whether the batch in progress has had a backward pass."""
         if not self.survey.needs_batches:
@@ -103,10 +113,9 @@ class FirstChoice:
             UserError: a gradient or a score is not finite, a quota does not hold the budget, or processes differ.
         """
         sparse, options = self.sparse, self.sparse.settings.sparse
-        counts = budget_of(options, sparse.shapes, self.transposed)
         try:
             chosen = self.survey.choose(
-                counts, floor_fraction=options.budget_floor if options.budget == "global" else None
+                self.counts, floor_fraction=options.budget_floor if options.budget == "global" else None
             )
         except ValueError as error:
             raise UserError(f"selection: {error}") from None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from scale_sft.kernels.moments import bytes_of_moments, resolve_moments
 from scale_sft.model import empty
 from scale_sft.model.coverage import Coverage, coverage
 from scale_sft.model.experts import fused_weights
+from scale_sft.model.first_choice import pool_sizes
 from scale_sft.model.quantization import Quantization
 from scale_sft.model.reach import reach_of
+from scale_sft.model.sparse_settings import rule_of
 from scale_sft.model.targets import budget_of, choice_of, transposed_names
 from scale_sft.model.tilings import tilings_of
 from scale_sft.spiel.indices import bytes_of_entries
@@ -206,6 +208,24 @@ def candidate_bytes(config: Config, numbers: int) -> int:
     """
     kept = 12 if config.sparse.trains_whole == "entry" else 4
     return (kept + _gradient(config)) * numbers
+
+
+def choice_bytes(sparse: SparseConfig, shapes: dict[str, tuple[int, int]], counts: Mapping[str, int], gpus: int) -> int:
+    """Count the bytes of the gradient sums that a rank keeps for a first choice by selection_batches, until it is made.
+
+    Args:
+        sparse: the options.
+        shapes: (O, I) by target weight.
+        counts: K by target weight.
+        gpus: W, the ranks that share them.
+    """
+    rule = rule_of(sparse, seed=0)
+    reads = rule.of(batches=2).reads if sparse.selection_batches and not sparse.start_from else frozenset()
+    if not reads - {"weight"}:
+        return 0
+    pools = pool_sizes(sparse, counts)
+    entries = sum(min(pools.get(name, rows * columns), rows * columns) for name, (rows, columns) in shapes.items())
+    return (12 if "squares" in reads else 4) * ceil(entries / gpus)
 
 
 def _gradient(config: Config) -> int:

@@ -57,6 +57,7 @@ _BEFORE = {
     "draw": "top",
     "temperature": 1.0,
     "selection_batches": 0,
+    "selection_pool": None,
     "granularity": "auto",
     "block_size": 16,
     "budget": "weight",

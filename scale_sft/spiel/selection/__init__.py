@@ -5,6 +5,7 @@
     rule       a score and a draw, applied to a weight
     evidence   what a score may look at, and the sums over rows and columns that this takes
     parts      the processes that choose together
+    pool       a random sample of a weight's entries, for a survey in little memory
     survey     gradients of several batches before the first update, and the choice made from them
     proposals  candidates for growth by any rule, in the paper's loop
     tile_keys  columns, rows or blocks chosen by the norm of their scores

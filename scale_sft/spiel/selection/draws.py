@@ -22,9 +22,9 @@ MOST_TEMPERATURE = 1e6
 """The highest finite temperature; above it a draw is `top`."""
 
 
-def stream(seed: int, name: str, round_number: int) -> tuple[int, int]:
+def stream(seed: int, name: str, round_number: int, purpose: str = "draw") -> tuple[int, int]:
     """Derive the two 32-bit keys of the noise of one weight in one round."""
-    digest = hashlib.sha256(f"{seed}\0draw\0{name}\0{round_number}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}\0{purpose}\0{name}\0{round_number}".encode()).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
@@ -33,9 +33,13 @@ def noise(indices: Tensor, keys: tuple[int, int]) -> Tensor:
 
     -log(-log(1 - v)) for a uniform v of 32 bits: the larger the noise, the finer its steps.
     """
-    bits = _hash(_hash((indices & _MASK) ^ keys[0]) + (indices >> 32) + keys[1])
-    uniform = (bits.double() + 0.5) / 2**32
+    uniform = (hashed(indices, keys).double() + 0.5) / 2**32
     return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def hashed(numbers: Tensor, keys: tuple[int, int]) -> Tensor:
+    """Hash numbers [n] int64, at least 0, to 32 bits: [n] int64."""
+    return _hash(_hash((numbers & _MASK) ^ keys[0]) + (numbers >> 32) + keys[1])
 
 
 def _hash(numbers: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..indices import pieces
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -69,6 +71,29 @@ def margins_of(part: Tensor, start: int, shape: tuple[int, int], sum_: Callable[
             row, position = row + whole, position + whole * columns
     sum_(sums)
     return Margins((by_row / columns).sqrt().float(), (by_column / rows).sqrt().float())
+
+
+def margins_among(part: Tensor, indices: Tensor, shape: tuple[int, int], sum_: Callable[[Tensor], None]) -> Margins:
+    """Estimate the margins of a whole weight from some of its entries: over those that are in the row or column.
+
+    Args:
+        part: [n] fp32 of the entries that this process holds.
+        indices: [n] int64 flat, of the same entries.
+        shape: (O, I).
+        sum_: sums a tensor over all processes, in place.
+    """
+    rows, columns = shape
+    sums = torch.zeros(2, rows + columns, dtype=torch.float64, device=part.device)
+    for piece in pieces(part.numel(), 1 << 22):
+        row = torch.div(indices[piece], columns, rounding_mode="floor")
+        column = indices[piece] - row * columns
+        squares = part[piece].double().square()
+        for places in (row, column + rows):
+            sums[0].index_add_(0, places, squares)
+            sums[1] += torch.bincount(places, minlength=rows + columns)
+    sum_(sums)
+    found = (sums[0] / sums[1].clamp(min=1)).sqrt().float()
+    return Margins(found[:rows], found[rows:])
 
 
 def gather_evidence(

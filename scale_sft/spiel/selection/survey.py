@@ -1,7 +1,7 @@
 """Gradients of several batches before the first update, and the first choice of entries made from them.
 
 Shapes: O rows, I columns, N = O * I entries of a weight; W processes, each with n = ceil(N / W) of them (the last ones
-may have fewer); K entries to choose.
+may have fewer); K entries to choose. With a pool, M entries of a weight take the place of its N.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from ..row_gradients import Pending, RowGradient
 from ..seeding import random_indices, random_tiles
 from ..tiles import Tiles, Tiling
 from ..topk import top_k_magnitude
-from .evidence import margins_of
+from .evidence import margins_among, margins_of
 from .parts import Parts, ReadWeight
+from .pool import Pool
 from .quotas import choose_within
 from .rule import SelectionRule
 from .shares import global_shares
@@ -28,7 +29,8 @@ from .tile_keys import random_keys, random_tile_keys, tile_keys
 class Survey:
     """The sums of gradients over batches, from which the first choice of entries is made.
 
-    This process keeps 4 bytes for each of its n entries; 12 where the score reads squares.
+    This process keeps 4 bytes for each of its n entries; 12 where the score reads squares. With pools only their
+    entries are looked at, and rms of rows and columns are estimated from them.
 
     Args:
         shapes: (O, I) of each weight.
@@ -37,6 +39,7 @@ class Survey:
         read_weight: see `ReadWeight`; called only if the score reads weights.
         device: where gradients are, and where the processes can exchange tensors.
         tilings: of each weight, if whole tiles are to be chosen.
+        pool_sizes: M of each weight that shall be judged by a pool.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Survey:
         read_weight: ReadWeight,
         device: torch.device | None = None,
         tilings: Mapping[str, Tiling] | None = None,
+        pool_sizes: Mapping[str, int] | None = None,
     ):
         self.shapes, self.rule, self.parts, self.read_weight = shapes, rule, parts, read_weight
         self.device, self.tilings = device, tilings or {}
@@ -56,6 +60,14 @@ class Survey:
         self._squares: dict[str, Tensor] = {}
         self._open: dict[str, Tensor] = {}  # of the batch in progress, where squares are needed
         self._pending = Pending()
+        self.pools: dict[str, Pool] = {}
+        if self.needs_batches:
+            sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+            self.pools = {
+                name: Pool(sizes[name], count, rule.seed, name)
+                for name, count in (pool_sizes or {}).items()
+                if count < sizes[name]
+            }
 
     @property
     def needs_batches(self) -> bool:
@@ -75,7 +87,8 @@ class Survey:
         whole = self._pending.add(name, gradient, more=more)
         if whole is None:
             return
-        part = self.parts.own_part(whole.view(-1))
+        flat, pool = whole.view(-1), self.pools.get(name)
+        part = self.parts.own_part(pool.pick(flat) if pool else flat)
         into = self._open if "squares" in self.rule.of(batches=2).reads else self._sums
         if name in into:
             into[name] += part
@@ -107,32 +120,42 @@ class Survey:
         if floor_fraction is None:
             return {name: self._choose(name, self._keys(name), counts[name]) for name in self.shapes}
         keys = {name: self._keys(name) for name in self.shapes}
-        sizes = {name: rows * columns for name, (rows, columns) in self.shapes.items()}
+        sizes = {name: self._size(name) for name in self.shapes}
         floors = {name: max(1, int(floor_fraction * count)) for name, count in counts.items()}
         shares = global_shares(keys, sizes, floors, sum(counts.values()), self.parts.sum_)
         return {name: self._choose(name, keys.pop(name), shares[name]) for name in self.shapes}
 
+    def _size(self, name: str) -> int:
+        """Return M of a weight that has a pool, otherwise N."""
+        rows, columns = self.shapes[name]
+        return self.pools[name].count if name in self.pools else rows * columns
+
     def _keys(self, name: str) -> Tensor:
         """Compute the keys [n] of one weight's part, or of all its tiles, and free its sums."""
         score = self.rule.of(batches=self.batches)
-        rows, columns = self.shapes[name]
-        places = self.parts.range_of(rows * columns)
+        shape, part = self.shapes[name], self.parts.range_of(self._size(name))
+        places: slice | Tensor = part
         mean = squares = margins = weight = None
         if self.needs_batches:
             if name not in self._sums:
                 raise ValueError(f"no gradient reached '{name}' in {self.batches} batches. Fix: leave it out")
             mean, squares = self._sums.pop(name).div_(self.batches), self._squares.pop(name, None)
+            if name in self.pools:
+                places = self.pools[name].places(torch.arange(part.start, part.stop, device=mean.device))
         if name in self.tilings and score.name == "random":
             return random_tile_keys(self.rule, name, self.tilings[name], self.device)
         if "margins" in score.reads and mean is not None:
-            margins = margins_of(mean, places.start, (rows, columns), self.parts.sum_)
+            if isinstance(places, slice):
+                margins = margins_of(mean, places.start, shape, self.parts.sum_)
+            else:
+                margins = margins_among(mean, places, shape, self.parts.sum_)
         if "weight" in score.reads:
             with self.read_weight(name) as whole:
                 weight = whole.reshape(-1)[places].float()
         rule = replace(self.rule, temperature=math.inf) if name in self.tilings else self.rule  # keys are scores
         keys = rule.keys(
             name,
-            columns,
+            shape[1],
             0,
             places,
             score=score,
@@ -152,7 +175,7 @@ class Survey:
         if scores:
             raise ValueError(f"score '{score.name}': got NaN or a negative number for {scores} entries of '{name}'")
         if name in self.tilings:
-            return tile_keys(self.rule, name, self.tilings[name], keys, places.start, self.parts.sum_)
+            return tile_keys(self.rule, name, self.tilings[name], keys, part.start, self.parts.sum_)
         return keys
 
     def _choose(self, name: str, keys: Tensor, count: int) -> Tensor:
@@ -161,13 +184,13 @@ class Survey:
             if not keys.any():  # an expert that met no token
                 return random_tiles(tiling, count // tiling.size, self.rule.seed, name).to(keys.device).indices()
             return Tiles(tiling, top_k_magnitude(keys, count // tiling.size)).indices()
-        n = self.shapes[name][0] * self.shapes[name][1]
+        n, pool = self._size(name), self.pools.get(name)
         quotas = self.rule.quotas(count, self.shapes[name])
-        if quotas is None:
+        if quotas is None or pool:
             chosen = self.parts.choose(keys, n, count)
             if count and not len(chosen):  # an expert that met no token
-                chosen = random_indices(self.shapes[name], count, self.rule.seed, name).long().to(keys.device)
-            return chosen
+                return random_indices(self.shapes[name], count, self.rule.seed, name).long().to(keys.device)
+            return pool.places(chosen) if pool else chosen
         keys = self.parts.join(keys, n)
         if not keys.any():
             keys = random_keys(self.rule, name, n, keys.device)

@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -313,6 +316,33 @@ def test_processes_end_with_the_pool_idle_or_at_work():
         assert len(processes) == 2 and all(process.is_alive() for process in processes)
         began = time.monotonic()
     assert not any(process.is_alive() for process in processes) and time.monotonic() - began < 30
+
+
+@pytest.mark.slow
+def test_processes_at_work_end_when_the_one_that_started_them_is_killed(tmp_path):
+    script, pid = tmp_path / "script.py", tmp_path / "pid"
+    script.write_text(f"""
+import os, pathlib, time
+from scale_sft.bench.pool import Pool
+def work(item):
+    pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))
+    time.sleep(300)
+if __name__ == "__main__":
+    list(Pool(work, processes=2).results([0]))
+""")
+    until = lambda done: any(done() or time.sleep(0.1) for _ in range(600))
+    with subprocess.Popen([sys.executable, script]) as parent:
+        began = until(lambda: pid.is_file() and pid.read_text())
+        parent.kill()
+    assert began and until(lambda: not running(int(pid.read_text())))
+
+
+def running(pid: int) -> bool:
+    """Tell whether a process runs; one that has ended, and that nobody has waited for, does not."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
+    except OSError:
+        return False
 
 
 def die_at_three(n):

@@ -281,3 +281,32 @@ def test_a_method_brings_its_own_options_and_those_that_are_given_win(options, e
     config = load(None, {"density": 0.1, **options})
     sparse = config.sparse
     assert (sparse.method, sparse.score, sparse.selection_batches, config.optimizer.learning_rate) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, 8),
+        ({"selection_pool": 3}, 3),
+        ({"selection_pool": "none"}, None),
+        ({"row_quota": 4}, None),
+        ({"granularity": "column"}, None),
+        ({"selection_batches": 0}, None),
+    ],
+)
+def test_static_looks_at_a_pool_of_entries_unless_its_choice_needs_all(given, expected) -> None:
+    assert load(None, {"method": "static", "density": 0.1, **given}).sparse.selection_pool == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"method": "ag"},
+        {"method": "static", "column_quota": 4},
+        {"method": "columns", "selection_batches": 2},
+        {"method": "static", "selection_batches": 0},
+    ],
+)
+def test_a_pool_that_nothing_is_chosen_from_is_refused(given) -> None:
+    with pytest.raises(ConfigError, match="selection_pool: got"):
+        load(None, {"density": 0.1, "selection_pool": 4, **given})

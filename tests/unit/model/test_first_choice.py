@@ -25,7 +25,7 @@ def test_the_first_steps_choose_the_entries_of_the_largest_mean_gradient_and_mov
         dense(**batch(number)).loss.backward()  # adds up
     model = load()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    sparse = scale_sft.attach(model, **SCHEDULE | ESTIMATED | {"selection_batches": 2})
+    sparse = scale_sft.attach(model, **SCHEDULE | ESTIMATED | {"selection_batches": 2, "selection_pool": "none"})
     optimizer = sparse.optimizer(lr=1e-2)
     train(model, optimizer, 1, 2)
     assert optimizer.steps == 0 and same(before, model.state_dict())

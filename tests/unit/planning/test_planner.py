@@ -57,6 +57,16 @@ def test_blocks_of_a_model_that_was_probed_are_traced_without_a_probe_of_their_o
     assert len(probed) == 3
 
 
+def test_the_sums_of_a_first_choice_are_counted_in_units_of_what_it_looks_at() -> None:
+    row = lambda *given: plan("7b", "--method", "static", *given)["rows"]["sums of the first choice"]
+    active, entries = (plan("7b")[key] for key in ("active", "entries"))
+    assert row() == pytest.approx(4 * 8 * active, rel=1e-6)
+    assert row("--gpus", 4) == pytest.approx(8 * active, rel=1e-6)
+    assert row("--score", "snr") == pytest.approx(12 * 8 * active, rel=1e-6)
+    assert 0.9 * 4 * entries < row("--selection_pool", "none") < 4 * entries
+    assert row("--selection_batches", 0, "--score", "gradient") == 0
+
+
 def test_checkpointing_keeps_one_activation_per_block() -> None:
     config = LlamaConfig(**LLAMA)
     kept = step_memory(config, torch.float32, sequences=2, tokens=128).activations

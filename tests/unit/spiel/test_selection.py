@@ -61,10 +61,10 @@ def weights() -> dict[str, Tensor]:
 
 
 def surveyed(
-    rule: SelectionRule, parts, rank: int = 0, world: int = 1, batches: int = 3, **choice
+    rule: SelectionRule, parts, rank: int = 0, world: int = 1, batches: int = 3, pools=None, **choice
 ) -> dict[str, Tensor]:
     """Choose from `batches` batches, whose tokens are dealt out to the ranks."""
-    survey = Survey(SHAPES, rule, parts, lambda name: nullcontext(weights()[name]))
+    survey = Survey(SHAPES, rule, parts, lambda name: nullcontext(weights()[name]), pool_sizes=pools)
     for batch in range(batches):
         for name in SHAPES:
             left, right = factors(batch, name)
