@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .methods import KEEPING, SEEDED
+from .methods import SEEDED
 from .objective_options import ObjectiveConfig
 from .options import Config
 from .sparse_options import SparseConfig
@@ -166,15 +166,21 @@ def _broken_granularity(sparse: SparseConfig) -> list[str]:
         )
     if kind == "entry":
         return mistakes
-    if sparse.method not in KEEPING:
+    if sparse.method == "ma":
         mistakes.append(
-            f"granularity: got {kind} with method {sparse.method}, which moves single entries. Fix: --method columns, "
-            "random, or static with selection_batches"
+            f"granularity: got {kind} with method ma, which moves single entries. Fix: --method ag moves whole columns "
+            "or rows; columns, random and static keep them"
         )
-    elif sparse.method == "static" and not (sparse.selection_batches or sparse.start_from):
+    elif kind == "block" and sparse.proposes:
+        how = " without selection_batches" if sparse.method == "static" else ""
         mistakes.append(
-            f"granularity: got {kind} with method static without selection_batches, which replaces single entries. "
-            "Fix: --selection_batches 20, or --method random"
+            f"granularity: got block with method {sparse.method}{how}, which replaces what it trains, expected column "
+            "or row. Fix: --granularity column, --method random, or static with selection_batches"
+        )
+    if sparse.method == "ag" and sparse.score not in ("gradient", "random") and not sparse.selection_batches:
+        mistakes.append(
+            f"score: got {sparse.score} with method ag and granularity {kind}, which grow by norms of gradients, "
+            "expected selection_batches of at least 1: only the first choice can follow a score"
         )
     if sparse.budget == "global":
         mistakes.append(

@@ -71,8 +71,8 @@ class SparseConfig:
     granularity: str = option(
         "auto",
         "What is trained whole or not at all: entry (single entries), column (all weights of one input), row (all of "
-        "one output), block (squares of block_size); all but entry need entries that stay: method columns, random, or "
-        "static with selection_batches. auto: column with method columns, otherwise entry.",
+        "one output), block (squares of block_size). method ag moves entries, columns and rows; blocks must stay "
+        "(random, or static with selection_batches). auto: column with method columns, otherwise entry.",
         choices=("auto", "entry", "column", "row", "block"),
     )
     block_size: int = option(
@@ -142,7 +142,9 @@ class SparseConfig:
         False, "Replace an entry only by a candidate whose gradient (or key) is larger than its own (ag, static)."
     )
     seed_moments: bool = option(
-        True, "Start AdamW's moments of grown entries from the estimates that chose them, as in the paper; or from 0."
+        True,
+        "Start AdamW's moments of grown entries from the estimates that chose them, as in the paper; or from 0, as "
+        "those of grown columns and rows always do.",
     )
     growth_warmup_steps: int = option(
         0, "Let the rate of grown entries rise over this many updates (ag, static).", check=at_least(0)
@@ -172,3 +174,9 @@ class SparseConfig:
         if self.granularity != "auto":
             return self.granularity
         return "column" if self.method == "columns" else "entry"
+
+    @property
+    def proposes(self) -> bool:
+        """True if gradients propose what grows at any time: estimation phases, or the only one of `static`."""
+        chosen = self.start_from is not None or self.selection_batches > 0
+        return self.method == "ag" or (self.method == "static" and not chosen)

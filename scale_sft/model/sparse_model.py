@@ -205,7 +205,9 @@ class SparseModel:
 
     def _needed(self, name: str, factor: Tensor, left: bool) -> Tensor:
         """Return the columns of a factor that the backward pass needs: see `Needed`."""
-        return factor if self.choosing is not None else self.tuning.recorder.needed(name, factor, left=left)
+        one = self._optimizer
+        step = 1 if one is None else one.number or one.steps + 1
+        return factor if self.choosing is not None else self.tuning.needed(name, factor, step, left=left)
 
     def load_state(
         self,

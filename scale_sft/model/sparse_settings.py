@@ -80,6 +80,7 @@ class SparseSettings:
             drop_criterion=self.sparse.drop_criterion,
             exchange_if_better=self.sparse.exchange_if_better,
             growth=Growth(self.sparse.seed_moments, self.sparse.growth_warmup_steps),
+            seed=self.seed,
             scale_rates=self.sparse.rate_scaling == "counts",
             max_grad_norm=self.optimizer.max_grad_norm,
         )

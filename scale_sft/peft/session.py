@@ -18,11 +18,10 @@ from scale_sft.kernels.backends import exchanges_of, products_of
 from scale_sft.model.group import Group, OneProcess
 from scale_sft.model.method import ModelProposals
 from scale_sft.model.sparse_settings import rule_of
-from scale_sft.spiel.algorithm import candidates_of
 from scale_sft.spiel.deltas import DeltaStore, SparseDelta
 from scale_sft.spiel.digests import digest_states
 from scale_sft.spiel.drop_grow import apply_exchange, drop_scores
-from scale_sft.spiel.recorder import Candidates, Gradient, GradientRecorder, largest
+from scale_sft.spiel.recorder import Candidates, Gradient, GradientRecorder, candidates_of, largest
 from scale_sft.spiel.schedules import Phase, ReallocationSchedule
 
 from .config import SpielOptions

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ from scale_sft.model.quantization import Quantization
 from scale_sft.model.reach import reach_of
 from scale_sft.model.sparse_settings import rule_of
 from scale_sft.model.targets import budget_of, choice_of, transposed_names
+from scale_sft.model.tilings import tilings_of
 from scale_sft.spiel.indices import bytes_of_entries
+from scale_sft.spiel.tile_recorder import sketched
 
 GIB = 1 << 30
 ACTIVATION_RESERVE_FRACTION = 0.25
@@ -146,7 +148,7 @@ def footprint(
     return Footprint(
         base=stored_base(facts, dtype.itemsize, quantization),
         deltas=sum(state_bytes(config, shapes, counts, dtype, 0 if quantization else 1).values()),
-        candidates=candidate_bytes(config, sum(counts.values())),
+        candidates=candidate_bytes(config, estimated(config.sparse, facts, counts)),
         weight_gradient=largest_gradient(config.sparse, facts, counts) * dtype.itemsize,
     )
 
@@ -154,10 +156,12 @@ def footprint(
 def largest_gradient(sparse: SparseConfig, facts: Facts, counts: Mapping[str, int]) -> int:
     """Count the entries of the largest gradient that is formed at once: of a weight, or of its trained tiles alone.
 
-    A first choice by selection_batches forms whole gradients, whatever is trained later.
+    Where tiles move, a phase forms sketches, which may be larger. A first choice by selection_batches forms whole
+    gradients, whatever is trained later.
     """
     if sparse.trains_whole != "entry" and not sparse.selection_batches:
-        return max(counts.values())
+        tilings = tilings_of(sparse, facts.shapes, facts.transposed) if sparse.proposes else {}
+        return max([*counts.values(), *(prod(sketched(tiling)) for tiling in tilings.values())])
     return facts.largest_gradient
 
 
@@ -183,17 +187,27 @@ def state_bytes(
     }
 
 
-def proposes(sparse: SparseConfig) -> bool:
-    """Tell whether gradients propose candidates at any time."""
-    chosen = sparse.start_from is not None or sparse.selection_batches > 0
-    return sparse.method == "ag" or (sparse.method == "static" and not chosen)
+def estimated(sparse: SparseConfig, facts: Facts, counts: Mapping[str, int]) -> int:
+    """Count the numbers that an estimation phase estimates: gradients of candidates, or sketches of columns or rows.
 
-
-def candidate_bytes(config: Config, active: int) -> int:
-    """Count the bytes of candidates in an estimation phase: at most 4 per index, two estimates, the gradient."""
-    if not proposes(config.sparse):
+    Args:
+        counts: K by target weight.
+    """
+    if not sparse.proposes:
         return 0
-    return int((12 + _gradient(config)) * config.sparse.candidate_ratio * active)
+    tilings = tilings_of(sparse, facts.shapes, facts.transposed)
+    if tilings:
+        return sum(prod(sketched(tiling)) for tiling in tilings.values())
+    return int(sparse.candidate_ratio * sum(counts.values()))
+
+
+def candidate_bytes(config: Config, numbers: int) -> int:
+    """Count the bytes of an estimation phase's `numbers` (see `estimated`): at most 4 per index, estimates, gradient.
+
+    A sketch has no indices, and one estimate instead of two.
+    """
+    kept = 12 if config.sparse.trains_whole == "entry" else 4
+    return (kept + _gradient(config)) * numbers
 
 
 def choice_bytes(sparse: SparseConfig, shapes: dict[str, tuple[int, int]], counts: Mapping[str, int], gpus: int) -> int:

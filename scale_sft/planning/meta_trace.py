@@ -27,6 +27,7 @@ from scale_sft.model.loss import predictions
 from scale_sft.model.output_layer import assumed_output_layer
 from scale_sft.model.targets import Target, attach_taps, targets_of, transposed_names
 from scale_sft.model.tilings import tilings_of
+from scale_sft.spiel.tile_recorder import sketched
 from scale_sft.spiel.tiles import Tiles, Tiling
 from scale_sft.spiel.topk import CHUNK_ENTRIES
 
@@ -181,7 +182,7 @@ def _trace(
             _record(pending.pop(name, gradient), active.get(name, 1), proposes)
 
     if tilings and active and not sparse.selection_batches:
-        _trace_tiles(targets, tilings, active)
+        _trace_tiles(targets, tilings, active, proposes=proposes)
     else:
         attach_taps(targets, record)
     ids = torch.zeros(sequences, tokens, dtype=torch.int64, device="meta")
@@ -201,20 +202,26 @@ def _trace(
     return StepMemory(activations, max(0, before - count.peak), max(before, count.peak))
 
 
-def _trace_tiles(targets: list[Target], tilings: Mapping[str, Tiling], active: Mapping[str, int]) -> None:
+def _trace_tiles(
+    targets: list[Target], tilings: Mapping[str, Tiling], active: Mapping[str, int], *, proposes: bool
+) -> None:
     """Tap layers of which whole columns, rows or blocks are trained; which ones makes no difference to memory.
 
-    The products of blocks, one after the other, are too small to count.
+    The products of blocks, one after the other, are too small to count. Where tiles move, the peak is in a phase, whose
+    sketches need whole inputs.
     """
     first = {name: torch.arange(active[name] // tiling.size, device="meta") for name, tiling in tilings.items()}
     tiles = {name: Tiles(tiling, first[name]) for name, tiling in tilings.items() if tiling.is_band}
 
     def record(name: str, left: Tensor, right: Tensor, *, more: bool = False) -> None:
+        if proposes and left.dim() > 1:
+            sketch = torch.empty(sketched(tilings[name]), dtype=left.dtype, device="meta")
+            del sketch
         for _, product in tiles[name].products(left, right) if name in tiles and left.dim() > 1 else ():
             del product
 
     def needed(name: str, factor: Tensor, left: bool) -> Tensor:
-        return tiles[name].needed(factor, left=left) if name in tiles else factor
+        return factor if proposes or name not in tiles else tiles[name].needed(factor, left=left)
 
     attach_taps(targets, record, needed=needed)
 

@@ -31,9 +31,9 @@ from .footprint import (
     Facts,
     candidate_bytes,
     choice_bytes,
+    estimated,
     facts_of,
     largest_gradient,
-    proposes,
     state_bytes,
     stored_base,
     unpacked_experts,
@@ -125,14 +125,14 @@ class Planner:
         size, quantization = dtype.itemsize, resolve_quantization(config.model, self.model_config)
         counts = self.counts or budget_of(sparse, facts.shapes, facts.transposed)
         active, largest_k = sum(counts.values()), max(counts.values())
-        candidates = int(sparse.candidate_ratio * active) if proposes(sparse) else 0
+        numbers = estimated(sparse, facts, counts)
         gradient = largest_gradient(sparse, facts, counts) * size
         largest_target = max(o * i for o, i in facts.shapes.values())
 
         stored, scales = stored_base(facts, size, quantization), _scales(facts, quantization)
         step = self._step(config, counts, gpus, dtype)
         gathered = _gathered(config, facts, size, stored) if sharded else 0
-        proposal = max(cost.temporaries for cost in proposal_costs(config, facts, counts, gpus)) if candidates else 0
+        proposal = max((cost.temporaries for cost in proposal_costs(config, facts, counts, gpus)), default=0)
         dequantised = max(2 * facts.largest_gradient, _largest_fused(facts)) * size if quantization else 0
         held = 0 if quantization else 1 / gpus if sharded else 1
         state = state_bytes(config, facts.shapes, counts, dtype, held)
@@ -141,7 +141,7 @@ class Planner:
             "base": _on_each(stored, facts, quantization, gpus) if sharded else stored,
             "base, gathered": gathered,
             **state,
-            "candidates": candidate_bytes(config, active),
+            "candidates": candidate_bytes(config, numbers),
             "sums of the first choice": choice_bytes(sparse, facts.shapes, counts, gpus),
             "activations": step.activations,
             "logits": step.logits,
@@ -170,7 +170,7 @@ class Planner:
         sequences *= 2 if config.objective.pairs else 1  # both sides; packed rows are twice as long
         tokens = max_length(config.data.max_length, self.model_config)
         attention = self.facts(config).attention if model.attention == "auto" else model.attention
-        alone = gpus == 1  # several ranks search together: see `proposal_costs`
+        alone = gpus == 1 or config.sparse.trains_whole != "entry"  # ranks search together: see `proposal_costs`
         key = (sequences, tokens, config.sparse, model.gradient_checkpointing, attention, dtype, alone)
         if key not in self._steps:
             self._steps[key] = step_memory(
@@ -180,7 +180,7 @@ class Planner:
                 tokens=tokens,
                 sparse=config.sparse,
                 active=counts,
-                proposes=alone and proposes(config.sparse),
+                proposes=alone and config.sparse.proposes,
                 checkpointing=model.gradient_checkpointing,
                 attention=attention,
                 trust_remote_code=model.trust_remote_code,
@@ -226,12 +226,16 @@ def _after_step_bytes(active: int, largest_k: int) -> int:
 def proposal_costs(config: Config, facts: Facts, counts: Mapping[str, int], gpus: int) -> list[ProposalCost]:
     """Compute what one proposal of candidates costs each rank, for each target weight; nothing where there is one rank.
 
+    Empty where nothing proposes, and where whole columns or rows move: sketches are summed with the gradients.
+
     Args:
         config: of the run.
         facts: shapes of the targets.
         counts: K of each target weight.
         gpus: W.
     """
+    if not config.sparse.proposes or config.sparse.trains_whole != "entry":
+        return []
     shapes = facts.shapes.items()
     chosen = {name: max(1, min(int(config.sparse.candidate_ratio * counts[name]), o * i)) for name, (o, i) in shapes}
     return [proposal_cost(o * i, chosen[name], gpus) for name, (o, i) in shapes]
@@ -242,13 +246,14 @@ def _traffic(config: Config, facts: Facts, counts: Mapping[str, int], gpus: int,
     if gpus == 1:
         return {}
     ring, sparse, active = (gpus - 1) / gpus, config.sparse, sum(counts.values())
-    candidates = int(sparse.candidate_ratio * active) if proposes(sparse) else 0
+    numbers = estimated(sparse, facts, counts)
     phase = min(1.0, sparse.estimation_steps / sparse.update_interval_steps)
     each = getattr(torch, config.optimizer.gradient_dtype).itemsize
     found = {"gradients of deltas": int(2 * ring * each * active)}
-    if candidates:
-        found["gradients of candidates"] = int(2 * ring * each * candidates * phase)
-        sent = sum(cost.sent(gpus) for cost in proposal_costs(config, facts, counts, gpus))
+    if numbers:
+        found["gradients of candidates"] = int(2 * ring * each * numbers * phase)
+    if costs := proposal_costs(config, facts, counts, gpus):
+        sent = sum(cost.sent(gpus) for cost in costs)
         found["proposal of candidates"] = int(sent / sparse.update_interval_steps)
     if gathered_bytes:
         micro = config.run.micro_batch_size or config.run.global_batch_size // gpus

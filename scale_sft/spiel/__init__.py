@@ -14,6 +14,7 @@
     row_gradients   the gradient of an embedding: rows of the tokens in a batch
     traced      the taps of compiled layers, as operators
     recorder    what backward passes record; candidates (Eq. 8)
+    tile_recorder   the same for whole columns and rows, with sketches of all of a gradient
     optimizers  AdamW with one bias correction per cohort; SM3
     moments     how AdamW's moments are kept
     schedules   when and how many (Eq. 9); learning rates
@@ -21,6 +22,7 @@
     topk        deterministic top-k; top-k of an outer product never formed
     joined_drop_grow  drop and grow in many weights at once, for devices
     joined_product    top-k of the outer products of many weights
+    state_check       what is wrong with saved state
 
 Nothing here knows files, ranks, configurations or models.
 """

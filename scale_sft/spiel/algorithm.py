@@ -7,7 +7,7 @@ ranks if there are several, then `update` and, where the schedule says so, `real
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -15,15 +15,26 @@ from torch import Tensor
 
 from .deltas import DeltaStore, SparseDelta
 from .digests import digest_states
-from .drop_grow import Exchange, apply_exchange, drop_scores, keep_unless_better, positive_products
-from .indices import Part, on_device, piece_entries, wrong_with_indices
+from .drop_grow import (
+    Exchange,
+    apply_exchange,
+    drop_scores,
+    exchange_tiles,
+    keep_unless_better,
+    positive_products,
+)
+from .indices import Part, on_device, piece_entries
 from .joined_drop_grow import exchange_by_accumulators, exchange_by_gradient
 from .optimizers import SM3, AdamW, Optimizer
-from .recorder import CANDIDATE_STATE, Candidates, Gradient, GradientRecorder, largest
+from .recorder import CANDIDATE_STATE, Candidates, Gradient, GradientRecorder, candidates_of, largest
 from .schedules import Phase, ReallocationSchedule
 from .selection.proposals import Proposals
+from .selection.rule import SelectionRule
 from .selection.spread import update_rates
+from .selection.tile_keys import growth_keys
 from .settings import Backends, MethodSettings
+from .state_check import wrong_with
+from .tile_recorder import SKETCH, TileRecorder, sketched
 
 FEW, MANY = 1 << 10, 1 << 6
 """On a CPU, weights of at most so many entries are reallocated together if there are so many of them."""
@@ -74,7 +85,8 @@ class SparseFineTuning:
         self.store, self.settings, self.schedule, self.exchanges = store, settings, schedule, backends.exchanges
         self.proposals = backends.proposals
         self.together = store.device.type != "cpu" if backends.together is None else backends.together
-        self.together = self.together and not settings.exchange_if_better
+        self._whole_tiles = any(delta.tiles is not None for delta in store)
+        self.together = self.together and not settings.exchange_if_better and not self._whole_tiles
         self._rates: Tensor | None = None  # [sum of K] fp32, where updates are scaled
         self.cohort_steps = [0]  # by cohort: the step that grew it
         decay = {"eps": settings.eps, "weight_decay": settings.weight_decay}
@@ -88,12 +100,24 @@ class SparseFineTuning:
                 **decay,
                 estimation_steps=schedule.estimation_steps,
                 moments=backends.moments,
-                growth=settings.growth,
+                growth=replace(settings.growth, seed_moments=False) if self._whole_tiles else settings.growth,
             )
-        self.recorder = GradientRecorder(
+        self.recorder = self._make_recorder(backends)
+
+    def _make_recorder(self, backends: Backends) -> GradientRecorder:
+        store, steps = self.store, self.schedule.estimation_steps
+        if self._whole_tiles:
+            return TileRecorder(
+                store,
+                estimation_steps=steps,
+                dtype=backends.gradient_dtype,
+                seed=self.settings.seed,
+                round_number=lambda: len(self.cohort_steps),
+            )
+        return GradientRecorder(
             store,
-            candidates_of(store, settings.candidate_ratio),
-            estimation_steps=schedule.estimation_steps,
+            candidates_of(store, self.settings.candidate_ratio),
+            estimation_steps=steps,
             propose=self._propose if backends.proposals else largest(backends.select, backends.sum_),
             dtype=backends.gradient_dtype,
             products=backends.products,
@@ -108,6 +132,18 @@ class SparseFineTuning:
     def begin_step(self, step: int) -> None:
         """Open step `step` (counted from 1): zero the gradients, and open an estimation phase where one begins."""
         self.recorder.begin_step(self.schedule.phase(step), watch=step == 1)
+
+    def needed(self, name: str, factor: Tensor, step: int, *, left: bool) -> Tensor:
+        """Return the columns of a factor of a weight's gradient that step `step` needs: [T, n] of [T, O or I].
+
+        Args:
+            name: of the weight, of which whole tiles are trained.
+            factor: [T, O] if `left`, otherwise [T, I].
+            step: of the forward pass; in an estimation phase sketches need all.
+        """
+        if self.schedule.phase(step) is not Phase.OFF or not isinstance(self.recorder, TileRecorder):
+            return factor
+        return self.recorder.needed(name, factor, left=left)
 
     def clip(self) -> Tensor:
         """Clip the recorded gradients in place; returns the norm of the active ones before that, an fp32 scalar."""
@@ -146,7 +182,7 @@ class SparseFineTuning:
             wanted = [self._replaced(step, delta) for delta in deltas]
             scores = drop_scores(joined, self.settings.drop_criterion, self._ages(step))
             exchange = self._exchange(part, scores, wanted)
-            self.optimizer.follow(part, exchange, self._estimates(part))
+            self.optimizer.follow(part, exchange, self._estimates(part, exchange))
             carrier.release(*deltas)
             apply_exchange(joined, exchange, number)
             carrier.adopt(*deltas)
@@ -157,10 +193,12 @@ class SparseFineTuning:
         return Turnover(number, step, self.store.active, int(sum(replaced)), int(sum(dropped)))
 
     def _replaced(self, step: int, delta: SparseDelta) -> int:
-        """Count the entries of a weight to replace: as scheduled, but no more than have a gradient.
+        """Count the entries, or tiles, of a weight to replace: as scheduled, but no more than have a gradient.
 
         An expert that met no token has none. Of an embedding, rows of tokens that no batch had have none.
         """
+        if delta.tiles is not None:
+            return self.schedule.replaced_tiles(step, delta.tiles.numbers.numel())
         if not self._may_grow(delta.name):
             return 0
         wanted = self.schedule.replaced(step, delta.active)
@@ -187,7 +225,7 @@ class SparseFineTuning:
     @property
     def can_reallocate(self) -> bool:
         """Return False if every step of the estimation phase was discarded, so that nothing can grow."""
-        return self.method == "ma" or bool(self.recorder.candidates)
+        return self.method == "ma" or self.recorder.has_estimates
 
     def _reallocated(self) -> Iterator[Part]:
         """Yield the weights to reallocate: all that know what could grow, many at once or one by one."""
@@ -197,7 +235,7 @@ class SparseFineTuning:
             yield from places.groups(numbers, piece_entries(self.store.device) // (2 if self.method == "ma" else 4))
             return
         few = [number for number, count in enumerate(places.counts) if count <= FEW]
-        if self.settings.exchange_if_better or len(few) < MANY:
+        if self.settings.exchange_if_better or self._whole_tiles or len(few) < MANY:
             few = []
         elif self.method != "ma":
             for number in few:  # those that cannot grow go with the others, unchanged
@@ -209,15 +247,18 @@ class SparseFineTuning:
 
     def _may_grow(self, name: str) -> bool:
         """Return False if no gradient has reached a weight in the phase."""
-        return self.method == "ma" or name in self.recorder.candidates
+        return self.method == "ma" or self._whole_tiles or name in self.recorder.candidates
 
     def _alone(self, part: Part) -> bool:
         """Return True for a part that is one weight, reallocated by itself."""
         return not self.together and len(part.numbers) == 1
 
-    def _estimates(self, part: Part) -> tuple[Tensor, Tensor] | None:
+    def _estimates(self, part: Part, exchange: Exchange) -> tuple[Tensor, Tensor] | None:
         if self.method == "ma":
             return None
+        if self._whole_tiles:  # sketches tell norms, not gradients
+            zeros = torch.zeros(exchange.grown.shape, device=exchange.grown.device)
+            return zeros, zeros
         mean, mean_square = self.recorder.estimates_of(part)
         return mean, mean_square
 
@@ -228,6 +269,8 @@ class SparseFineTuning:
                 return exchange_by_accumulators(places, part, scores, optimizer.rows, optimizer.columns, wanted)
             return exchange_by_gradient(places, recorder.places, part, scores, self._ranking(part), wanted)
         delta, (k,) = self.store[self.store.names[part.weights.start]], wanted
+        if delta.tiles is not None:
+            return self._exchange_tiles(delta, scores, k)
         if self.method == "ma":
             state = optimizer.state_of(delta.name)
             k = k if bool(state["row"].any()) else 0  # no gradient has ever reached it
@@ -241,6 +284,15 @@ class SparseFineTuning:
         own = Candidates(candidates.entries, mean, square, candidates.facts)
         promised = mean if self.proposals is None else self._rank(delta, own, self.proposals, indices[leaving])
         return keep_unless_better(exchange, indices, promised.abs(), ranking[exchange.grown_candidates].abs())
+
+    def _exchange_tiles(self, delta: SparseDelta, scores: Tensor, k: int) -> Exchange:
+        """Exchange whole tiles by the norms of their mean gradient, whatever score made the first choice."""
+        recorder, number = self.recorder, len(self.cohort_steps) - 1
+        assert isinstance(recorder, TileRecorder)
+        norms = recorder.norms_of(delta.name)
+        rule = self.proposals.rule if self.proposals else SelectionRule()
+        keys, better = growth_keys(rule, delta.name, norms, number), self.settings.exchange_if_better
+        return exchange_tiles(recorder.tiles(delta.name), delta.indices, scores, keys, norms > 0, k, if_better=better)
 
     def _propose(self, name: str, gradient: Gradient, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Choose candidates for the next reallocation by the rule of `proposals`."""
@@ -288,16 +340,14 @@ class SparseFineTuning:
         return {**self.store[name].state(), **self._moving_state_of(name)}
 
     def _moving_state_of(self, name: str) -> dict[str, Tensor]:
-        candidates = self.recorder.candidates.get(name)
-        return {**self.optimizer.state_of(name), **(candidates.state() if candidates else {})}
+        return {**self.optimizer.state_of(name), **self.recorder.estimation_state(name)}
 
     def state_bytes(self) -> dict[str, int]:
         """Count the bytes in use by purpose; gradients include those of candidates in an estimation phase."""
         kept: dict[str, list[Tensor]] = {"gradients": [self.recorder.flat]}
         for name in self.store.names:
-            candidates = self.recorder.candidates.get(name)
             parts = {**self.store[name].tensors, "optimizer": list(self.optimizer.state_of(name).values())}
-            parts["candidates"] = candidates.tensors if candidates else []
+            parts["candidates"] = self.recorder.estimation_tensors(name)
             for part, tensors in parts.items():
                 kept.setdefault(part, []).extend(tensors)
         return {part: sum(tensor.nbytes for tensor in tensors) for part, tensors in kept.items() if tensors}
@@ -316,29 +366,16 @@ class SparseFineTuning:
         delta = self.store[name]
         own = {**delta.state(), **self.optimizer.state_of(name)}
         expected = {kind: (tuple(tensor.shape), tensor.dtype) for kind, tensor in own.items()}
-        if self._estimating_after(step) and CANDIDATE_STATE[0] in state:
+        if delta.tiles is not None:
+            shapes = {SKETCH: sketched(delta.tiles.tiling)} if self._estimating_after(step) else {}
+            expected |= {kind: (shape, torch.float32) for kind, shape in shapes.items()}
+        elif self._estimating_after(step) and CANDIDATE_STATE[0] in state:
             count = (self.recorder.counts[name],)
             dtypes = (delta.entries.dtype, torch.float32, torch.float32)
             expected |= {kind: (count, dtype) for kind, dtype in zip(CANDIDATE_STATE, dtypes, strict=True)}
             facts = self.proposals.facts(delta.shape, *count) if self.proposals else {}
             expected |= {kind: (shape, torch.float32) for kind, shape in facts.items()}
-        found = {kind: (tuple(tensor.shape), tensor.dtype) for kind, tensor in state.items()}
-        if found != expected:
-            kind = next(kind for kind in {**expected, **found} if expected.get(kind) != found.get(kind))
-            return f"{kind} is {found.get(kind, 'missing')}, expected {expected.get(kind, 'none')}"
-        for kind, tensor in state.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                return f"{kind} holds a NaN or an infinite value"
-            if kind.endswith("indices") and (wrong := wrong_with_indices(tensor, delta.shape)):
-                return f"{kind}: {wrong}"
-        if delta.tiles is not None:
-            try:
-                delta.tiles.tiling.chosen_in(state["indices"])
-            except ValueError as error:
-                return f"indices: {error}"
-        if int(state["cohort"].max()) >= cohorts or int(state["cohort"].min()) < 0:
-            return f"an entry has an unknown cohort: there are {cohorts}"
-        return None
+        return wrong_with(delta, state, expected, cohorts)
 
     def load_state(
         self, step: int, states: Iterable[tuple[str, Mapping[str, Tensor]]], counters: Mapping[str, list[int]]
@@ -353,14 +390,9 @@ class SparseFineTuning:
             self.store[name].load_state(state)
             for kind, tensor in self.optimizer.state_of(name).items():
                 tensor.copy_(state[kind])
-            if CANDIDATE_STATE[0] in state:
-                self.recorder.load_candidates(name, state)
+            if self._estimating_after(step):
+                self.recorder.load_estimation(name, state)
 
     def _estimating_after(self, step: int) -> bool:
         """Return True if an estimation phase is open at the end of `step`."""
         return self.schedule.phase(step + 1) is Phase.ESTIMATE
-
-
-def candidates_of(store: DeltaStore, ratio: float) -> Mapping[str, int]:
-    """Compute C of each weight: ratio * K, at least 1 and at most N."""
-    return {delta.name: max(1, min(int(ratio * delta.active), delta.numel)) for delta in store}

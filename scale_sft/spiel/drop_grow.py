@@ -1,6 +1,6 @@
 """Drop and grow for one weight: tensors in, tensors out (sections 3.2 and 3.3, Algorithms 1 and 2).
 
-Shapes: K active entries, C candidates, k up for replacement, g newly grown; O rows, I columns.
+Shapes: K active entries, C candidates, k up for replacement, g newly grown; O rows, I columns; n of m tiles.
 Score (what to drop, what to grow), mechanics (`Exchange`) and schedule (how many) are three separate things: another
 criterion is one more short function that returns an `Exchange`.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .deltas import SparseDelta, TogetherDelta
 from .indices import Entries, find_places
+from .tiles import Tiles
 from .topk import bottom_k_sorted, top_k_of_product, top_k_sorted
 
 
@@ -101,6 +102,29 @@ def exchange_by_gradient(indices: Tensor, scores: Tensor, candidates: Tensor, me
     return _exchange(indices, kept, candidates[chosen], chosen)
 
 
+def exchange_tiles(
+    tiles: Tiles, indices: Tensor, scores: Tensor, keys: Tensor, able: Tensor, k: int, *, if_better: bool = False
+) -> Exchange:
+    """Drop the `k` whole columns or rows of smallest score, and grow the k of largest key; not in the paper.
+
+    As `exchange_by_gradient`, with tiles in the place of entries, and all that are `able` as candidates.
+
+    Args:
+        tiles: the active ones, n of m.
+        indices: [K] their entries. scores: [K]; that of a tile is their norm.
+        keys: [m] of all tiles, at least 0.
+        able: [m] bool: those that may grow.
+        if_better: see `keep_unless_better`.
+    """
+    numbers, candidates = tiles.numbers, able.nonzero().squeeze(1)
+    exchange = exchange_by_gradient(numbers, tiles.norms(scores), candidates, keys[candidates], k)
+    if if_better:
+        leaving = numbers[~exchange.kept]
+        exchange = keep_unless_better(exchange, numbers, keys[leaving], keys[exchange.grown])
+    grown = Tiles(tiles.tiling, exchange.grown).indices()
+    return _exchange(indices, tiles.spread(exchange.kept), grown, None)
+
+
 def _growable(scores: Tensor, active_candidates: Tensor, candidates: int, k: int) -> int:
     """Find the largest m <= k for which m entries can grow when the m smallest are dropped.
 
@@ -161,7 +185,11 @@ def apply_exchange(delta: SparseDelta | TogetherDelta, exchange: Exchange, cohor
     """
     grown = exchange.grown
     zeros = torch.zeros(grown.shape, dtype=delta.deltas.dtype, device=grown.device)
-    delta.entries.replace(exchange.merge(delta.entries.flat(), grown))
+    indices = exchange.merge(delta.entries.flat(), grown)
+    if isinstance(delta, SparseDelta):
+        delta.indices = indices
+    else:
+        delta.entries.replace(indices)
     delta.deltas.copy_(exchange.merge(delta.deltas, zeros))
     delta.cohort.copy_(exchange.merge(delta.cohort, torch.full_like(zeros, cohort, dtype=delta.cohort.dtype)))
     if delta.reference is not None:

@@ -15,7 +15,6 @@ from .deltas import DeltaStore
 from .indices import Entries, FlatEntries, Part, piece_entries, pieces
 from .row_gradients import Pending, RowGradient, Sum
 from .schedules import Phase
-from .tiles import Tiles
 from .topk import largest_magnitudes
 
 Select = Callable[[Tensor, int], Tensor]
@@ -67,6 +66,11 @@ def pick(gradient: Gradient, wanted: Sequence[tuple[Entries, Tensor]]) -> None:
         return
     for entries, out in wanted:
         out += gradient.view(-1).index_select(0, entries.flat()).to(out.dtype)
+
+
+def candidates_of(store: DeltaStore, ratio: float) -> Mapping[str, int]:
+    """Compute C of each weight: ratio * K, at least 1 and at most N."""
+    return {delta.name: max(1, min(int(ratio * delta.active), delta.numel)) for delta in store}
 
 
 @dataclass
@@ -180,6 +184,24 @@ class GradientRecorder:
         if self.proposing:
             self.candidates = {}
 
+    @property
+    def has_estimates(self) -> bool:
+        """True if something may grow by the gradients of the phase."""
+        return bool(self.candidates)
+
+    def estimation_state(self, name: str) -> dict[str, Tensor]:
+        """Return what a checkpoint keeps of an open phase; nothing of a weight that has no candidates."""
+        return self.candidates[name].state() if name in self.candidates else {}
+
+    def estimation_tensors(self, name: str) -> list[Tensor]:
+        """Return the tensors of one weight's candidates."""
+        return self.candidates[name].tensors if name in self.candidates else []
+
+    def load_estimation(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """Load a result of `estimation_state` for one weight, in an open estimation phase."""
+        if CANDIDATE_STATE[0] in state:
+            self.load_candidates(name, state)
+
     def load_candidates(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Load a result of `Candidates.state` for one weight, in an open estimation phase."""
         own = lambda key: state[key].to(self.store.device)
@@ -209,16 +231,13 @@ class GradientRecorder:
 
         Args:
             left: [T, R], or [T] int64 of an embedding: see `Record`.
-            right: [T, C'], of the same dtype. Of both what `needed` returns is enough.
+            right: [T, C'], of the same dtype.
             more: other parts of this weight's gradient follow in the same backward pass, and candidates are proposed
                 by their sum.
         """
         if left.dim() == 1:
             self.by_rows.add(name)
             self.record(name, RowGradient(left, right, self.store[name].shape[0]), more=more)
-            return
-        if tiles := self.store[name].tiles:
-            self._record_tiles(name, tiles, left, right)
             return
         if self._watching or self._proposes(name):
             self.record(name, self._product(left, right), more=more)
@@ -242,7 +261,7 @@ class GradientRecorder:
         rows, columns = left.shape[1], right.shape[1]
         few = PICKED_TOGETHER if left.device.type == "cpu" else PICKED_TOGETHER_ON_DEVICE
         estimating = self.phase is not Phase.OFF
-        alone = self._watching or self.store[names[0]].tiles is not None or rows * columns > few // 4
+        alone = self._watching or rows * columns > few // 4
         if alone or (estimating and not self.candidates.keys() >= set(names)):
             for name, (start, stop) in zip(names, bounds, strict=True):
                 self.record_product(name, left[start:stop], right[start:stop])
@@ -264,25 +283,6 @@ class GradientRecorder:
         part = places.part_of(weights)
         picked = products.view(-1).index_select(0, places.joined(part))
         out[part.entries] += picked.to(out.dtype)
-
-    def _record_tiles(self, name: str, tiles: Tiles, left: Tensor, right: Tensor) -> None:
-        """Record the gradient of whole tiles by dense products of their size alone; see `record_product`."""
-        if self._watching and name not in self.received:
-            rows, columns = self.store[name].shape
-            whole = [factor for factor, width in ((left, rows), (right, columns)) if factor.shape[1] == width]
-            if all(bool(factor.any()) for factor in whole):
-                self.received.add(name)
-        out = self._active[name]
-        for entries, product in tiles.products(left, right):
-            out[entries] += product.to(out.dtype)
-
-    def needed(self, name: str, factor: Tensor, *, left: bool) -> Tensor:
-        """Return the columns of a factor of one weight's gradient that `record_product` needs: [T, n] of [T, R or C'].
-
-        A forward pass keeps them for its backward pass.
-        """
-        tiles = self.store[name].tiles
-        return factor if tiles is None else tiles.needed(factor, left=left)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         """Form left^T right [R, C'], in the reused buffer if there is one: use it before the next is formed."""

@@ -56,11 +56,18 @@ class ReallocationSchedule:
 
         All of them at the first reallocation, unless they are `chosen` already.
         """
+        return int(self._share(step) * active)
+
+    def replaced_tiles(self, step: int, active: int) -> int:
+        """Compute k(t) of `active` whole columns or rows: the nearest number, as a few of them would never reach 1."""
+        return int(self._share(step) * active + 0.5)
+
+    def _share(self, step: int) -> float:
         if step == self.estimation_steps and not self.chosen:
-            return active
+            return 1.0
         progress = step / self.total_steps
         left = 1 - progress if self.replacement_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-        return int(self.initial_replacement_fraction * left * active)
+        return self.initial_replacement_fraction * left
 
     def reallocations(self) -> list[int]:
         """List all steps at which drop and grow happen."""

@@ -44,6 +44,8 @@ class MethodSettings:
     """How newly grown entries begin (`ag`, `static`)."""
     scale_rates: bool = False
     """Scale each entry's updates by (entries in its row x entries in its column)^-1/4, with mean 1 in each weight."""
+    seed: int = 0
+    """Of what is left to chance after the first choice: the signs of sketches, where whole columns or rows move."""
     max_grad_norm: float | None = None
     """Clip the norm of all active gradients to this, and scale candidates by the same factor; None: never."""
 

@@ -99,6 +99,30 @@ class Tiles:
         """Put the numbers on a device."""
         return Tiles(self.tiling, self.numbers.to(device))
 
+    def norms(self, values: Tensor) -> Tensor:
+        """Compute the norm of each tile of `values` [K], in the order of entries: [n] fp32, added in float64.
+
+        Raises:
+            ValueError: tiles are blocks.
+        """
+        return self._lines(values.double().square()).sum((0, 2)).sqrt().float()
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Give each entry its tile's value: [n] -> [K], in the order of entries.
+
+        Raises:
+            ValueError: tiles are blocks.
+        """
+        count = values.numel()
+        return self._lines(values.new_empty(count * self.tiling.size)).copy_(values[:, None]).view(-1)
+
+    def _lines(self, values: Tensor) -> Tensor:
+        """View [K] as [h, n, w] for columns, and as [1, n, h * w] for rows."""
+        if not self.tiling.is_band:
+            raise ValueError("got blocks, expected whole columns or rows")
+        whole = self.tiling.height == self.tiling.shape[0]
+        return values.view(self.tiling.height if whole else 1, self.numbers.numel(), -1)
+
     @cached_property
     def _bands(self) -> list[tuple[Tensor | None, Tensor | None]]:
         """List (rows, columns) of each dense matrix of entries, int64; None: all of them."""

@@ -18,6 +18,7 @@ METHODS = {
 }
 METHODS["random"] = {"method": "random"}
 METHODS["columns"] = {"method": "columns", "selection_batches": 2, "draw": "sample", "max_grad_norm": 0.5}
+METHODS["ag-columns"] = {"granularity": "column", "density": 0.1, "max_grad_norm": 0.5, "learning_rate": 1e-3}
 METHODS["ag-sampled"] = {"selection_batches": 2, "score": "gradient_weight", "draw": "sample"}
 METHODS["ag-sampled"]["selection_pool"] = 5
 METHODS["static-sampled"] = {"method": "static", "selection_batches": 2, "score": "balanced", "draw": "sample"}

@@ -37,9 +37,20 @@ def tile_keys(
         squares.index_add_(0, tiling.numbers_of(places), scores[part].double().square())
     sum_(squares)
     norms = squares.sqrt().float()
-    if is_top(rule.temperature):
-        return top_keys(norms)
-    return _drawn(rule, name, norms, rule.temperature)
+    return top_keys(norms) if is_top(rule.temperature) else _drawn(rule, name, norms, rule.temperature, 0)
+
+
+def growth_keys(rule: SelectionRule, name: str, norms: Tensor, round_number: int) -> Tensor:
+    """Compute the keys [m] fp32 of tiles by the norms [m] of their gradients: not negative.
+
+    Args:
+        rule: its draw and seed count, and score random, which draws uniformly.
+        name: of the weight; it decides the noise, with `round_number`.
+        norms: at least 0.
+        round_number: of the reallocation.
+    """
+    temperature = 0.0 if rule.score == "random" else rule.temperature
+    return top_keys(norms) if is_top(temperature) else _drawn(rule, name, norms, temperature, round_number)
 
 
 def random_tile_keys(rule: SelectionRule, name: str, tiling: Tiling, device: torch.device | None) -> Tensor:
@@ -49,9 +60,9 @@ def random_tile_keys(rule: SelectionRule, name: str, tiling: Tiling, device: tor
 
 def random_keys(rule: SelectionRule, name: str, count: int, device: torch.device | None) -> Tensor:
     """Compute the keys [count] fp32 of a uniform draw, the same on every process."""
-    return _drawn(rule, name, torch.ones(count, device=device), 0.0)
+    return _drawn(rule, name, torch.ones(count, device=device), 0.0, 0)
 
 
-def _drawn(rule: SelectionRule, name: str, norms: Tensor, temperature: float) -> Tensor:
+def _drawn(rule: SelectionRule, name: str, norms: Tensor, temperature: float, round_number: int) -> Tensor:
     places = torch.arange(norms.numel(), device=norms.device)
-    return sample_keys(norms, places, temperature, stream(rule.seed, name, 0))
+    return sample_keys(norms, places, temperature, stream(rule.seed, name, round_number))

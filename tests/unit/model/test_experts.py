@@ -163,17 +163,18 @@ def test_trained_slices_hold_their_deltas_and_give_the_base_back(method, dtype):
     assert all(torch.equal(weight, before[name]) for name, weight in sparse.model.named_parameters())
 
 
-@pytest.mark.parametrize("method", ["ag", "ag sampled", "ma", "static"])
+@pytest.mark.parametrize("method", ["ag", "ag sampled", "ag columns", "ma", "static"])
 def test_an_expert_that_meets_no_token_keeps_its_entries(method):
     options = {name: value for name, value in ESTIMATED.items() if name != "method"} if method == "static" else {}
     options |= {"draw": "sample", "score": "balanced"} if "sampled" in method else {}
+    options |= {"granularity": "column", "draw": "sample"} if "columns" in method else {}
     method = method.split()[0]
     start, _, _ = trained(method, steps=0, **options)
     sparse, optimizer, _ = trained(method, ids=FEW_IDS.repeat(1, 12), steps=6, **options)
     assert optimizer.turnovers
-    silent = 0
+    silent, met = 0, sparse.tuning.recorder.received  # in the first step; later routes may leave an expert out
     for delta, initial in zip(sparse.tuning.store, start.tuning.store, strict=True):
-        if parse_slice(delta.name) and not delta.deltas.any():
+        if parse_slice(delta.name) and delta.name not in met and not delta.deltas.any():
             silent += 1
             assert torch.equal(delta.indices, initial.indices), delta.name
     assert silent
@@ -198,15 +199,14 @@ def test_experts_of_which_none_is_reached_are_refused_as_dead():
     assert unreached(targets, names - gone) == ["model.layers.0.mlp.experts.down_proj.0"]
 
 
-@pytest.mark.parametrize("method", ["ag", "ma"])
-def test_training_resumes_bit_for_bit(method):
-    whole, _, _ = trained(method, steps=9)
-    sparse, optimizer, _ = trained(method, steps=5)
+@pytest.mark.parametrize(("method", "granularity"), [("ag", "entry"), ("ma", "entry"), ("ag", "row")])
+def test_training_resumes_bit_for_bit(method, granularity):
+    whole, _, _ = trained(method, steps=9, granularity=granularity)
+    sparse, optimizer, _ = trained(method, steps=5, granularity=granularity)
     state = copy.deepcopy(optimizer.state_dict())
     sparse.detach()
-    again = scale_sft.attach(
-        sparse.model, method=method, density=0.1, total_steps=12, update_interval_steps=4, estimation_steps=2
-    )
+    settings = {"density": 0.1, "total_steps": 12, "update_interval_steps": 4, "estimation_steps": 2}
+    again = scale_sft.attach(sparse.model, method=method, granularity=granularity, **settings)
     optimizer = again.optimizer(lr=1e-2)
     optimizer.load_state_dict(state)
     for _ in range(4):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from scale_sft.planning.footprint import candidate_bytes, state_bytes
+from scale_sft.planning.footprint import candidate_bytes, estimated, facts_of, state_bytes
 from scale_sft.spiel.schedules import Phase
 
 
@@ -46,15 +46,17 @@ def test_state_costs_at_most_so_many_bytes_per_active_entry(session, wide_base, 
     assert planned == pytest.approx(sum(kept.values()), rel=0.002)
 
 
-def test_candidates_cost_what_is_planned_for_them_and_are_gone_after(session, wide_base):
-    run = session(base=wide_base, dtype="bfloat16", density=0.02)
-    recorder, active = run.tuning.recorder, run.tuning.store.active
+@pytest.mark.parametrize("granularity", ["entry", "column"])
+def test_candidates_cost_what_is_planned_for_them_and_are_gone_after(session, wide_base, granularity):
+    run = session(base=wide_base, dtype="bfloat16", density=0.02, granularity=granularity)
+    recorder, config = run.tuning.recorder, run.inputs.config
+    counts = {delta.name: delta.active for delta in run.tuning.store}
     before = sum(run.tuning.state_bytes().values())
     recorder.begin_step(Phase.PROPOSE)
     for delta in run.tuning.store:
         recorder.record_product(delta.name, torch.randn(3, delta.shape[0]), torch.randn(3, delta.shape[1]))
     during = sum(run.tuning.state_bytes().values())
-    planned = candidate_bytes(run.inputs.config, active)
+    planned = candidate_bytes(config, estimated(config.sparse, facts_of(config, run.inputs.model_config), counts))
     assert 0.85 * planned < during - before <= planned
     recorder.close_estimation()
     assert sum(run.tuning.state_bytes().values()) == before

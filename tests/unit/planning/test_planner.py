@@ -76,9 +76,14 @@ def test_checkpointing_keeps_one_activation_per_block() -> None:
 
 
 def test_whole_columns_keep_less_for_the_backward_pass_and_form_no_gradient_of_a_weights_size() -> None:
-    chosen = {method: plan("7b", "--method", method)["rows"] for method in ("random", "columns")}
+    options = {method: ("--method", method) for method in ("random", "columns")}
+    options["moving"] = ("--method", "ag", "--granularity", "column")
+    chosen = {name: plan("7b", *given)["rows"] for name, given in options.items()}
     assert chosen["columns"]["activations"] < 0.85 * chosen["random"]["activations"]
-    assert chosen["columns"]["largest weight gradient"] < 0.02 * chosen["random"]["largest weight gradient"]
+    for name in ("columns", "moving"):
+        assert chosen[name]["largest weight gradient"] < 0.02 * chosen["random"]["largest weight gradient"]
+    assert chosen["moving"]["activations"] == chosen["random"]["activations"]  # in phases
+    assert 0 < chosen["moving"]["candidates"] < 0.6 * plan("7b", "--method", "ag")["rows"]["candidates"]
 
 
 def test_eager_attention_keeps_its_square_matrices() -> None:

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from scale_sft.spiel.deltas import DeltaStore
-from scale_sft.spiel.recorder import GradientRecorder
 from scale_sft.spiel.schedules import Phase
 from scale_sft.spiel.seeding import random_tiles
 from scale_sft.spiel.selection.parts import WholeParts
 from scale_sft.spiel.selection.rule import SelectionRule
 from scale_sft.spiel.selection.survey import Survey
+from scale_sft.spiel.tile_recorder import TileRecorder
 from scale_sft.spiel.tiles import Tiles, Tiling
 from tests.thread_ranks import on_threads
 from tests.unit.spiel.test_selection import PartsOfRanks
@@ -43,7 +43,7 @@ def test_entries_are_sorted_and_those_of_whole_tiles_and_tell_the_tiles(tiles) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_recorder_adds_up_the_entries_of_the_whole_gradient_from_what_it_needs_of_its_factors(tiles, dtype) -> None:
     store = DeltaStore({"w": SHAPE}, {"w": tiles})
-    recorder = GradientRecorder(store, {"w": 1})
+    recorder = TileRecorder(store)
     recorder.begin_step(Phase.OFF, watch=True)
     total = torch.zeros(SHAPE)
     for seed in (0, 1):
@@ -68,7 +68,7 @@ def test_a_weight_whose_tiles_get_no_gradient_counts_as_reached_if_its_layer_is(
     right[:, : SHAPE[1] // 2] = 1
     reached = []
     for dy in (left, torch.zeros_like(left)):
-        recorder = GradientRecorder(DeltaStore({"w": SHAPE}, {"w": tiles}))
+        recorder = TileRecorder(DeltaStore({"w": SHAPE}, {"w": tiles}))
         recorder.begin_step(Phase.OFF, watch=True)
         recorder.record_product("w", dy, recorder.needed("w", right, left=False))
         reached.append("w" in recorder.received)

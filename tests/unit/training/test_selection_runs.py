@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from scale_sft.adapters.export import export
 from scale_sft.adapters.format import Adapter
+from scale_sft.adapters.verify import verify
 from scale_sft.errors import UserError
 from scale_sft.reporting.metrics_file import read_metrics
 from scale_sft.spiel.seeding import random_indices
+from scale_sft.spiel.tiles import Tiling
 
 
 def test_the_seed_alone_rebuilds_the_entries_of_a_random_run(train_run):
@@ -27,6 +30,23 @@ def test_a_quantised_base_chooses_as_well(method, score, what, train_run, capsys
     losses = [record["loss"] for record in records if record["event"] == "step"]
     assert losses[-1] < losses[0]
     assert f"{what}: the best by {score} (selection_batches 2), before the first update" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_columns_move_and_stay_whole_also_in_files_for_others(quantization, train_run, tmp_path):
+    moving = {"method": "ag", "granularity": "column", "draw": "sample", "drop_criterion": "age", "density": 0.2}
+    run = train_run(**moving, quantization=quantization)
+    records = read_metrics(run / "metrics.jsonl")
+    losses = [record["loss"] for record in records if record["event"] == "step"]
+    moves = [record["replaced"] for record in records if record["event"] == "reallocation"]
+    assert losses[-1] < losses[0] and len(moves) == 3 and all(moves[:2])
+    adapter = Adapter.load(run / "adapter")
+    for name, (rows, columns) in adapter.shapes.items():
+        Tiling((rows, columns), rows, 1).chosen_in(adapter.indices[name])
+    assert "columns" in (run / "adapter" / "README.md").read_text()
+    if quantization == "none":
+        export(run / "adapter", "shira", tmp_path / "out")
+        assert verify(run / "adapter", "shira", tmp_path / "out").identical
 
 
 def test_lora_like_shares_give_each_weight_its_rows_and_columns(train_run):
