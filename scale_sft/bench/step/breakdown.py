@@ -30,6 +30,7 @@ from scale_sft.model.transient import TransientDeltas
 from scale_sft.spiel.algorithm import SparseFineTuning
 from scale_sft.spiel.recorder import GradientRecorder
 from scale_sft.spiel.taps import WeightTap
+from scale_sft.spiel.tile_recorder import TileRecorder
 
 DW, GATHER, ALL_REDUCE, OTHER = "dW", "gather", "all-reduce", "other"
 OF_REALLOCATION = ("estimate", "propose", "reallocate")
@@ -43,12 +44,15 @@ _PIECES: tuple[tuple[Any, str, str], ...] = (
     (TransientDeltas, "effective_weight", "dequantise"),
     (GradientRecorder, "begin_step", GATHER),
     (GradientRecorder, "record_product", GATHER),
+    (TileRecorder, "begin_step", GATHER),
+    (TileRecorder, "record_product", GATHER),
     (SampledColumns, "__call__", DW),
     (OneProcess, "sum_", ALL_REDUCE),
     (SparseFineTuning, "clip", "optimizer"),
     (SparseOptimizer, "update", "optimizer"),
     (ResidentDeltas, "write", "write"),
     (GradientRecorder, "end_step", "estimate"),
+    (TileRecorder, "end_step", "estimate"),
     (OneProcess, "select_candidates", "propose"),
     (SparseFineTuning, "reallocate", "reallocate"),
 )
