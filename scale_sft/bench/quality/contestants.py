@@ -39,7 +39,12 @@ METHODS = {
     contestant.name: contestant
     for contestant in (
         Contestant("random", "ours", (5e-3, 1e-2, 2e-2), {"method": "random"}),
-        Contestant("static-sampled", "ours", (5e-3, 1e-2, 2e-2), {"method": "static", **_CHOICE, "temperature": "0.5"}),
+        Contestant(
+            "static-sampled",
+            "ours",
+            (5e-3, 1e-2, 2e-2),
+            {"method": "static", **_CHOICE, "selection_pool": "8", "temperature": "0.5"},
+        ),
         Contestant(
             "ag-sampled",
             "ours",
