@@ -30,7 +30,6 @@ from scale_sft.model.transient import TransientDeltas
 from scale_sft.spiel.algorithm import SparseFineTuning
 from scale_sft.spiel.recorder import GradientRecorder
 from scale_sft.spiel.taps import WeightTap
-from scale_sft.spiel.tile_recorder import TileRecorder
 
 DW, GATHER, ALL_REDUCE, OTHER = "dW", "gather", "all-reduce", "other"
 OF_REALLOCATION = ("estimate", "propose", "reallocate")
@@ -44,19 +43,16 @@ _PIECES: tuple[tuple[Any, str, str], ...] = (
     (TransientDeltas, "effective_weight", "dequantise"),
     (GradientRecorder, "begin_step", GATHER),
     (GradientRecorder, "record_product", GATHER),
-    (TileRecorder, "begin_step", GATHER),
-    (TileRecorder, "record_product", GATHER),
     (SampledColumns, "__call__", DW),
     (OneProcess, "sum_", ALL_REDUCE),
     (SparseFineTuning, "clip", "optimizer"),
     (SparseOptimizer, "update", "optimizer"),
     (ResidentDeltas, "write", "write"),
     (GradientRecorder, "end_step", "estimate"),
-    (TileRecorder, "end_step", "estimate"),
     (OneProcess, "select_candidates", "propose"),
     (SparseFineTuning, "reallocate", "reallocate"),
 )
-"""Owner, name of a function there, and the piece that its time belongs to.
+"""Owner, name of a function there and in its subclasses, and the piece that its time belongs to.
 
 dW: products of the backward pass, full or of sampled columns. Gather: picking entries out of full products.
 """
@@ -119,9 +115,18 @@ def instrumented(watch: Watch) -> Iterator[None]:
     """Watch every piece inside the block, whoever calls it; trainers must be made inside it too."""
     with ExitStack() as undo:
         for owner, name, piece in _PIECES:
-            # patch.object also takes an inherited function off again
-            undo.enter_context(patch.object(owner, name, _timed(getattr(owner, name), watch, piece)))
+            for definer in _definers(owner, name):
+                # patch.object also takes an inherited function off again
+                undo.enter_context(patch.object(definer, name, _timed(getattr(definer, name), watch, piece)))
         yield
+
+
+def _definers(owner: Any, name: str) -> Iterator[Any]:
+    """Yield an owner, and the subclasses of it that have a function of this name of their own."""
+    yield owner
+    subclasses: list[type] = owner.__subclasses__() if isinstance(owner, type) else []
+    for subclass in subclasses:
+        yield from (found for found in _definers(subclass, name) if name in vars(found))
 
 
 def _timed(function: Callable, watch: Watch, piece: str) -> Callable:
