@@ -18,8 +18,7 @@ from scale_sft.spiel.selection.parts import ReadWeight
 from scale_sft.spiel.selection.survey import Survey
 
 from .stepped import Sparse
-from .targets import Target, budget_of, transposed_names
-from .tilings import tilings_of
+from .targets import Target
 from .transient import TransientDeltas
 
 
@@ -58,11 +57,11 @@ class FirstChoice:
 
     def __init__(self, sparse: Sparse):
         self.sparse, self.batches = sparse, sparse.settings.sparse.selection_batches
-        options, group, transposed = sparse.settings.sparse, sparse.group, transposed_names(sparse.targets)
-        tilings = tilings_of(options, sparse.shapes, transposed)
-        self.counts = budget_of(options, sparse.shapes, transposed)
+        group, store = sparse.group, sparse.tuning.store
+        tilings = {delta.name: delta.tiles.tiling for delta in store if delta.tiles is not None}
+        self.counts = {delta.name: delta.active for delta in store}
         """K of each weight."""
-        pools = pool_sizes(options, self.counts)
+        pools = pool_sizes(sparse.settings.sparse, self.counts)
         read = weight_reader(sparse)
         self.survey = Survey(sparse.shapes, sparse.settings.rule, group, read, group.device, tilings, pools)
         self.received = False
