@@ -219,13 +219,12 @@ def choice_bytes(sparse: SparseConfig, shapes: dict[str, tuple[int, int]], count
         counts: K by target weight.
         gpus: W, the ranks that share them.
     """
-    rule = rule_of(sparse, seed=0)
-    reads = rule.of(batches=2).reads if sparse.selection_batches and not sparse.start_from else frozenset()
-    if not reads - {"weight"}:
+    score = rule_of(sparse, seed=0).of(batches=2)
+    if not sparse.selection_batches or sparse.start_from or not score.reads_gradients:
         return 0
     pools = pool_sizes(sparse, counts)
     entries = sum(min(pools.get(name, rows * columns), rows * columns) for name, (rows, columns) in shapes.items())
-    return (12 if "squares" in reads else 4) * ceil(entries / gpus)
+    return (12 if "squares" in score.reads else 4) * ceil(entries / gpus)
 
 
 def _gradient(config: Config) -> int:

@@ -44,7 +44,7 @@ class Proposals:
     @property
     def reads_gradients(self) -> bool:
         """Return False if candidates are ranked without a look at their gradient."""
-        return bool(self.rule.of(batches=self.estimation_steps).reads - {"weight"})
+        return self.rule.of(batches=self.estimation_steps).reads_gradients
 
     def propose(
         self, name: str, gradient: Tensor | RowGradient, count: int, round_number: int
@@ -68,7 +68,7 @@ class Proposals:
         places = parts.range_of(entries)
         part = parts.own_part(gradient.reshape(-1)).float()
         drawn = not is_top(self.rule.temperature)  # keys of a draw are never 0
-        if drawn and score.reads - {"weight"} and not _any(parts, part):
+        if drawn and score.reads_gradients and not _any(parts, part):
             return torch.empty(0, dtype=torch.int64, device=part.device), {}
         indices: Tensor | slice = places
         if met:

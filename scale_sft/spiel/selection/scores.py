@@ -40,6 +40,11 @@ class Score:
     from_one: str | None = None
     """The score that stands in for this one where a single batch is all there is; None: this one."""
 
+    @property
+    def reads_gradients(self) -> bool:
+        """True if it cannot be computed without a look at gradients."""
+        return bool(self.reads - {"weight"})
+
 
 _SCORES: dict[str, Score] = {}
 

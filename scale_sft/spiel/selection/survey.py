@@ -72,7 +72,7 @@ class Survey:
     @property
     def needs_batches(self) -> bool:
         """Return True if the score reads gradients, so that batches must be recorded before `choose`."""
-        return bool(self.rule.of(batches=2).reads - {"weight"})
+        return self.rule.of(batches=2).reads_gradients
 
     def record(self, name: str, left: Tensor, right: Tensor, *, more: bool = False) -> None:
         """Add left^T right, the gradient [O, I] of one weight in one backward pass: left [T, O], right [T, I].
