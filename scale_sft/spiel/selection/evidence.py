@@ -85,8 +85,7 @@ def margins_among(part: Tensor, indices: Tensor, shape: tuple[int, int], sum_: C
     rows, columns = shape
     sums = torch.zeros(2, rows + columns, dtype=torch.float64, device=part.device)
     for piece in pieces(part.numel(), 1 << 22):
-        row = torch.div(indices[piece], columns, rounding_mode="floor")
-        column = indices[piece] - row * columns
+        row, column = _coordinates(indices[piece], columns)
         squares = part[piece].double().square()
         for places in (row, column + rows):
             sums[0].index_add_(0, places, squares)
@@ -112,9 +111,9 @@ def gather_evidence(
     none = torch.empty(0, device=indices.device)
     row_rms = column_rms = none
     if margins is not None:
-        rows = torch.div(indices, columns, rounding_mode="floor")
-        row_rms = margins.rows.index_select(0, rows)
-        column_rms = margins.columns.index_select(0, indices - rows * columns)
+        row, column = _coordinates(indices, columns)
+        row_rms = margins.rows.index_select(0, row)
+        column_rms = margins.columns.index_select(0, column)
     return Evidence(
         count=indices.numel(),
         device=indices.device,
@@ -124,3 +123,9 @@ def gather_evidence(
         column_rms=column_rms,
         weight=none if weight is None else weight.float(),
     )
+
+
+def _coordinates(indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Compute the rows [n] and columns [n] of flat indices [n] int64."""
+    row = torch.div(indices, columns, rounding_mode="floor")
+    return row, indices - row * columns
