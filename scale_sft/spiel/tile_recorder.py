@@ -17,7 +17,6 @@ from torch import Tensor
 
 from .deltas import DeltaStore
 from .recorder import GradientRecorder
-from .row_gradients import RowGradient
 from .schedules import Phase
 from .seeding import seeded_generator
 from .tiles import Tiles, Tiling
@@ -182,8 +181,7 @@ class TileRecorder(GradientRecorder):
         if self.phase is not Phase.OFF:
             self._add_sketch(name, left, right)
         if left.dim() == 1:
-            self.by_rows.add(name)
-            self.record(name, RowGradient(left, right, self.store[name].shape[0]))
+            super().record_product(name, left, right)
             return
         tiles = self.tiles(name)
         if self._watching and name not in self.received:

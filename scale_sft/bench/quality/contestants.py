@@ -59,7 +59,7 @@ METHODS = {
             "columns-grown",
             "ours",
             (5e-3, 1e-2, 2e-2),
-            {"method": "ag", "granularity": "column", **_CHOICE, "temperature": "0.5", "seed_moments": "false"},
+            {"method": "ag", "granularity": "column", **_CHOICE, "temperature": "0.5"},
         ),
         Contestant("ag", "ours", (3e-3, 1e-2, 3e-2), {"method": "ag"}),
         Contestant("ma", "ours", (3e-2, 1e-1, 3e-1), {"method": "ma"}),
