@@ -36,17 +36,20 @@ def with_method(values: Mapping[str, Any], default: str) -> dict[str, Any]:
     own = dict(COMBINATIONS.get(str(values.get("method", default)), {}))
     if _needs_all_entries(values):
         own.pop("selection_pool", None)
-    if str(values.get("start_from")).lower() not in ("none", "null"):
+    if _is_given(values, "start_from"):
         own = {name: value for name, value in own.items() if name not in _OF_THE_FIRST_CHOICE}
     return {**own, **values}
 
 
 def _needs_all_entries(values: Mapping[str, Any]) -> bool:
     """Tell whether options that are given leave no use for a pool: tiles, quotas, or no choice before the start."""
-    absent = ("none", "null")
-    quotas = [str(values.get(name)).lower() for name in ("row_quota", "column_quota")]
     return (
         str(values.get("granularity", "entry")) not in ("auto", "entry")
-        or any(quota not in absent for quota in quotas)
+        or any(_is_given(values, name) for name in ("row_quota", "column_quota"))
         or str(values.get("selection_batches")) == "0"
     )
+
+
+def _is_given(values: Mapping[str, Any], name: str) -> bool:
+    """Tell whether an option whose default is none has another value, as written in a command or a file."""
+    return str(values.get(name)).lower() not in ("none", "null")
