@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from scale_sft.bench.quality.worker import run_job, split
 from scale_sft.cli.main import main
 from scale_sft.errors import UserError
 from tests.expert_models import make_experts
+from tests.processes import ends
 
 
 @pytest.fixture
@@ -330,19 +330,10 @@ def work(item):
 if __name__ == "__main__":
     list(Pool(work, processes=2).results([0]))
 """)
-    until = lambda done: any(done() or time.sleep(0.1) for _ in range(600))
     with subprocess.Popen([sys.executable, script]) as parent:
-        began = until(lambda: pid.is_file() and pid.read_text())
+        began = any((pid.is_file() and pid.read_text()) or time.sleep(0.1) for _ in range(600))
         parent.kill()
-    assert began and until(lambda: not running(int(pid.read_text())))
-
-
-def running(pid: int) -> bool:
-    """Tell whether a process runs; one that has ended, and that nobody has waited for, does not."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
-    except OSError:
-        return False
+    assert began and ends(int(pid.read_text()), 60)
 
 
 def die_at_three(n):
