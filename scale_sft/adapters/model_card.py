@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,8 @@ def _card(adapter: Adapter, run: Path | None, folder: str, form: str, licence: s
     }
     if info.get("made_from"):
         facts["made from"] = f"`{json.dumps(info['made_from'], ensure_ascii=False)}`"
+    if run:
+        settings.setdefault("optimizer", {})["learning_rate"] = _peak_rate(run, settings)
     options = {
         name: settings[section][name]
         for section, names in _SETTINGS.items()
@@ -150,6 +153,15 @@ def _read_settings(run: Path) -> dict[str, dict[str, Any]]:
         return yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError):
         return {}
+
+
+def _peak_rate(run: Path, settings: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Read the learning rate that was given, or else the one that the finished run chose by its budget."""
+    given = settings.get("optimizer", {}).get("learning_rate")
+    if given is not None or not (run / METRICS_FILE).is_file():
+        return given
+    ends = [record for record in read_metrics(run / METRICS_FILE) if record.get("event") == "end"]
+    return ends[-1].get("learning_rate") if ends else None
 
 
 def _results(run: Path) -> dict[str, str]:

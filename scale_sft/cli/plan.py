@@ -65,6 +65,7 @@ def plan(
     else:
         _print(found, change, gpus, gpu_memory)
         click.echo(planner.facts(config).coverage.line())
+        click.echo(f"learning rate: {found.learning_rate:g} at its peak")
         if note := planner.note(config):
             click.echo(note)
     if check and not found.fits:

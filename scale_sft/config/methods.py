@@ -12,10 +12,12 @@ COMBINATIONS: Mapping[str, Mapping[str, Any]] = {
     "random": {},
     "static": STATIC,
     "columns": {},
-    "ag": {"learning_rate": 1e-3},
-    "ma": {"learning_rate": 1e-3},
+    "ag": {},
+    "ma": {},
 }
 """Options by method. What is missing here has the default of its field."""
+RATES: Mapping[str, float] = {"random": 1e-2, "static": 1e-2, "columns": 1e-2, "ag": 1e-3, "ma": 1e-3}
+"""Peak learning rates by method, for a budget equivalent to rank 8; entries of ag and ma crowd, and bear less."""
 SEEDED = ("random", "columns")
 """Methods whose entries come from the seed, or from selection_batches: no candidates, ever."""
 KEEPING = ("static", *SEEDED)

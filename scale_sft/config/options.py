@@ -96,11 +96,13 @@ class ModelConfig:
 class OptimizerConfig:
     """The update of the deltas: AdamW, or SM3 for ma."""
 
-    learning_rate: float = option(
-        1e-2,
-        "Peak learning rate. Sparse deltas need far higher rates than dense fine-tuning. With methods ag and ma, whose "
-        "entries crowd: 0.001.",
+    learning_rate: float | None = option(
+        None,
+        "Peak learning rate; sparse deltas need far higher ones than dense weights. Default: by the budget, "
+        "0.01 x (8 / r)^(2/3), where LoRA of rank r has as many parameters; with ag and ma, whose entries crowd, a "
+        "tenth of it. The run says which.",
         check=between(0, 1e6, open_low=True),
+        on_resume="by_effect",
     )
     betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay rates of the two moments.", check=two_betas)
     eps: float = option(1e-8, "Added to the denominator (AdamW) or under the root (SM3).", check=above(0))

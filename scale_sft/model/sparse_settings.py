@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from scale_sft.config.methods import KEEPING, SEEDED
+from scale_sft.config.methods import KEEPING, RATES, SEEDED
 from scale_sft.config.options import OptimizerConfig, SparseConfig
 from scale_sft.errors import UserError
 from scale_sft.spiel.optimizers import Growth
-from scale_sft.spiel.schedules import LearningRateSchedule, ReallocationSchedule
+from scale_sft.spiel.schedules import LearningRateSchedule, ReallocationSchedule, rate_for_budget
 from scale_sft.spiel.selection.rule import SelectionRule
 from scale_sft.spiel.settings import MethodSettings
 
@@ -58,11 +58,14 @@ class SparseSettings:
         """Build the rule that chooses entries from the options."""
         return rule_of(self.sparse, self.seed)
 
-    @property
-    def learning_rates(self) -> LearningRateSchedule:
-        """Build the schedule of learning rates from the options."""
+    def learning_rates(self, rank: float) -> LearningRateSchedule:
+        """Build the schedule of learning rates from the options.
+
+        Args:
+            rank: see `peak_rate`.
+        """
         return LearningRateSchedule(
-            peak=self.optimizer.learning_rate,
+            peak=peak_rate(self.sparse, self.optimizer, rank),
             total_steps=self.total_steps,
             warmup_fraction=self.optimizer.warmup_fraction,
             decay=self.optimizer.lr_schedule,
@@ -84,6 +87,16 @@ class SparseSettings:
             scale_rates=self.sparse.rate_scaling == "counts",
             max_grad_norm=self.optimizer.max_grad_norm,
         )
+
+
+def peak_rate(sparse: SparseConfig, optimizer: OptimizerConfig, rank: float) -> float:
+    """Return the peak learning rate: the one that is given, or the method's for a budget.
+
+    Args:
+        rank: of LoRA that has as many parameters as entries are trained.
+    """
+    given = optimizer.learning_rate
+    return rate_for_budget(RATES[sparse.method], rank) if given is None else given
 
 
 def rule_of(sparse: SparseConfig, seed: int) -> SelectionRule:

@@ -23,7 +23,9 @@ from scale_sft.model.experts import parse_slice
 from scale_sft.model.fingerprints import CHUNK_ENTRIES
 from scale_sft.model.loading import max_length, resolve_dtype
 from scale_sft.model.quantization import Quantization, resolve_quantization
+from scale_sft.model.sparse_settings import peak_rate
 from scale_sft.model.targets import budget_of
+from scale_sft.spiel.budgets import equivalent_rank
 from scale_sft.spiel.indices import DEVICE_PIECE_ENTRIES
 
 from .footprint import (
@@ -59,6 +61,7 @@ class Plan:
     host_peak: int  # main memory of the node per rank while a base for a GPU is loaded
     traffic: dict[str, int]  # bytes per optimizer step that a rank sends, by purpose
     room: int | None  # None: no limit given
+    learning_rate: float  # at its peak
 
     @property
     def step_peak(self) -> int:
@@ -163,6 +166,7 @@ class Planner:
             host_peak=facts.largest * size * 2 if sharded and not quantization else stored,
             traffic=_traffic(config, facts, counts, gpus, stored - scales if sharded else 0),
             room=room,
+            learning_rate=peak_rate(sparse, config.optimizer, equivalent_rank(active, facts.shapes.values())),
         )
 
     def _step(self, config: Config, counts: Mapping[str, int], gpus: int, dtype: torch.dtype) -> StepMemory:

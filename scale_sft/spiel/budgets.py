@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 
 def budget(
@@ -47,6 +47,11 @@ def as_lora_spends(counts: Mapping[str, int], shapes: Mapping[str, tuple[int, in
         total -= sum(full.values())
         rest = {name: shape for name, shape in rest.items() if name not in full}
     return {name: shares[name] for name in shapes}
+
+
+def equivalent_rank(active: int, shapes: Iterable[tuple[int, int]]) -> float:
+    """Compute the rank at which LoRA of weights of these shapes has as many parameters as there are active entries."""
+    return active / sum(o + i for o, i in shapes)
 
 
 def _spread(total: int, sizes: Mapping[str, int]) -> dict[str, int]:

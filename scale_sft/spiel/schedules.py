@@ -74,6 +74,24 @@ class ReallocationSchedule:
         return [step for step in range(1, self.total_steps + 1) if self.reallocates_at(step)]
 
 
+RANK_OF_RATES = 8
+"""The equivalent rank of the budget that a rate is stated for."""
+
+
+def rate_for_budget(rate: float, rank: float) -> float:
+    """Scale a peak learning rate to a budget: rate x (8 / rank)^(2/3), to two digits.
+
+    Not in the paper, which has one budget. Entries in one row of a weight add up in its output, and AdamW moves each
+    of them alike: the more there are, the smaller their steps must be. Rates that were best (docs/selection.md) lie
+    between rank^(-1/2), as for steps that are independent, and 1 / rank, as for steps that all agree.
+
+    Args:
+        rate: for entries that are equivalent to rank 8, 16 in each row of a square weight.
+        rank: of LoRA with as many parameters.
+    """
+    return float(f"{rate * (RANK_OF_RATES / rank) ** (2 / 3):.2g}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LearningRateSchedule:
     """Linear warm-up over a fraction of the steps, then linear, cosine or no decay (section 4.3: linear after 3 %)."""

@@ -70,6 +70,8 @@ _BEFORE = {
     "rate_scaling": "none",
 }
 """What runs did before these options existed. Not their defaults, which may change."""
+_PEAK = "peak learning rate"
+"""Key of a checkpoint's identity: option learning_rate, or what stands for it. Earlier versions recorded the option."""
 
 
 class Checkpoints:
@@ -219,7 +221,8 @@ class Checkpoints:
         return saved.bytes, None
 
     def _comparable(self, identity: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Add options that an older version did not have, and take `cpu` and `auto` as one where there is no GPU."""
+        """Bring what an older version recorded to today's form; take `cpu` and `auto` as one where there is no GPU."""
+        identity = {_PEAK if name == "learning_rate" else name: value for name, value in identity.items()}
         alike = self.session.cluster.device.type == "cpu" and identity.get("kernels") == "auto"
         return {**_BEFORE, **identity, **({"kernels": "cpu"} if alike else {})}
 
@@ -238,6 +241,7 @@ class Checkpoints:
             "train_data (digest of its tokens)": inputs.train.digest(),
             "eval_data (digest of its tokens)": inputs.eval.digest() if inputs.eval else None,
             "total steps": inputs.steps,
+            _PEAK: session.sparse.learning_rates.peak,
             START_DIGEST: inputs.start.digest if inputs.start else None,
             **({REFERENCE_DIGEST: inputs.reference.digest} if inputs.reference else {}),
             TARGETS: {delta.name: [*delta.shape, delta.active] for delta in store},

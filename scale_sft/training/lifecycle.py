@@ -67,6 +67,7 @@ def describe(session: Session, metrics: Metrics | NullMetrics) -> None:
         "block weights": inputs.coverage.line(),
         "attention": inputs.attention.name,
         "delta state": f"{state_bytes / 2**20:.1f} MiB ({state_bytes / store.active:.1f} bytes per active entry)",
+        "learning rate": f"{session.sparse.learning_rates.peak:g} at its peak{_why_this_rate(session)}",
         **_objective(session),
         "data": f"{len(inputs.train):,} {unit} from {inputs.train.source}{held_out}{_cut(inputs.train)}",
         "steps": f"{inputs.steps} of {config.run.global_batch_size} {units}, reallocation at "
@@ -80,6 +81,13 @@ def _kept(inputs: Inputs) -> str:
     if inputs.quantization is None:
         return ""
     return f"; linear layers in {inputs.quantization}, nothing raised to float32"
+
+
+def _why_this_rate(session: Session) -> str:
+    """Say what a learning rate follows that was not given."""
+    if session.inputs.config.optimizer.learning_rate is not None:
+        return ""
+    return f" (the budget is that of LoRA with rank {session.sparse.equivalent_rank:.3g})"
 
 
 def _objective(session: Session) -> dict[str, str]:
@@ -212,6 +220,7 @@ def _totals(session: Session) -> dict[str, Any]:
         for delta in store
     }
     return {
+        "learning_rate": session.sparse.learning_rates.peak,
         "load_peak_bytes": session.load_peak_bytes,
         "active": store.active,
         "visible_in_bfloat16": f"{session.visible_fraction:.1%} of the deltas",

@@ -92,18 +92,20 @@ def train_peer(
     have fp32 copies, which are updated and rounded back.
 
     Raises:
-        UserError: the loss or the gradient is NaN or infinite.
+        UserError: the loss or the gradient is NaN or infinite, or no learning rate is given.
     """
-    options = inputs.config.optimizer
+    options, peak = inputs.config.optimizer, inputs.config.optimizer.learning_rate
+    if peak is None:
+        raise UserError("learning_rate: got none, expected a number: the default is for sparse deltas. Fix: give one")
     schedule = LearningRateSchedule(
-        peak=options.learning_rate,
+        peak=peak,
         total_steps=inputs.steps,
         warmup_fraction=options.warmup_fraction,
         decay=options.lr_schedule,
     )
     masters = [weight if weight.dtype is torch.float32 else weight.detach().float() for weight in weights]
     optimizer = torch.optim.AdamW(
-        masters, lr=options.learning_rate, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
+        masters, lr=peak, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
     )
     for step in range(1, inputs.steps + 1):
         batch = inputs.order.batch(step)

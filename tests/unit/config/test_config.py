@@ -260,7 +260,7 @@ def test_what_a_resumed_run_may_change_is_a_promise() -> None:
     """
     by_effect = """
         base revision train_data eval_data steps epochs density tunable_weights rank_equivalent target_modules
-        chat_template start_from attention exclude_modules reference_adapter train_embeddings
+        chat_template start_from attention exclude_modules reference_adapter train_embeddings learning_rate
     """
     assert set(free.split()) == FREE
     assert {*free.split(), *by_effect.split()} == MAY_CHANGE
@@ -269,12 +269,12 @@ def test_what_a_resumed_run_may_change_is_a_promise() -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, ("random", "gradient", 0, 1e-2)),
-        ({"method": "static"}, ("static", "balanced", 20, 1e-2)),
+        ({}, ("random", "gradient", 0, None)),
+        ({"method": "static"}, ("static", "balanced", 20, None)),
         ({"method": "static", "score": "snr", "learning_rate": "0.1"}, ("static", "snr", 20, 0.1)),
-        ({"method": "static", "start_from": "."}, ("static", "gradient", 0, 1e-2)),
-        ({"method": "static", "start_from": "none"}, ("static", "balanced", 20, 1e-2)),
-        ({"method": "ag"}, ("ag", "gradient", 0, 1e-3)),
+        ({"method": "static", "start_from": "."}, ("static", "gradient", 0, None)),
+        ({"method": "static", "start_from": "none"}, ("static", "balanced", 20, None)),
+        ({"method": "ag", "learning_rate": 0.5}, ("ag", "gradient", 0, 0.5)),
     ],
 )
 def test_a_method_brings_its_own_options_and_those_that_are_given_win(options, expected) -> None:

@@ -36,6 +36,11 @@ def plan(shape: str, *arguments):
     return json.loads(result.output[result.output.index("{") :])
 
 
+def test_a_plan_has_the_learning_rate_of_the_budget() -> None:
+    assert (plan("7b")["learning_rate"], plan("7b", "--learning_rate", 0.02)["learning_rate"]) == (0.0046, 0.02)
+    assert "learning rate: 0.00046 at its peak" in command("--shape", "7b", "--density", 0.01, "--method", "ag").output
+
+
 def test_a_deep_model_is_traced_as_its_first_blocks_say() -> None:
     deep = LlamaConfig(**{**LLAMA, "num_hidden_layers": 9})
     from scale_sft.planning import meta_trace as planner_trace

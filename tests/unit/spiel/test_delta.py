@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from scale_sft.spiel.budgets import budget
+from scale_sft.spiel.budgets import budget, equivalent_rank
 from scale_sft.spiel.deltas import DeltaStore
 
 SHAPES = {"a": (8, 16), "b": (5, 7), "c": (64, 32)}
@@ -43,6 +43,12 @@ def test_a_total_is_spread_to_the_last_entry(total: int) -> None:
 def test_rank_equivalent_is_the_parameter_count_of_lora() -> None:
     assert budget(SHAPES, rank_equivalent=2) == {"a": 48, "b": 24, "c": 192}
     assert budget(SHAPES, rank_equivalent=100) == {"a": 128, "b": 35, "c": 2048}
+
+
+def test_the_equivalent_rank_of_a_budget_is_the_rank_that_has_as_many_parameters() -> None:
+    for rank in (1, 2):
+        assert equivalent_rank(sum(budget(SHAPES, rank_equivalent=rank).values()), SHAPES.values()) == rank
+    assert equivalent_rank(8 * 16, [(8, 16)]) == 8 * 16 / (8 + 16), "all of a weight"
 
 
 @pytest.mark.parametrize("given", [{}, {"density": 0.1, "tunable_weights": 5}])

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from scale_sft.spiel.schedules import LearningRateSchedule, Phase, ReallocationSchedule
+from scale_sft.spiel.schedules import LearningRateSchedule, Phase, ReallocationSchedule, rate_for_budget
 
 LENGTHS = [(40, 20, 5), (41, 10, 10), (17, 4, 1), (30, 7, 3), (3, 20, 5)]  # T, S, G
 
@@ -73,6 +73,12 @@ def test_each_decay_keeps_within_the_peak(decay: str, last: float) -> None:
     rates = [rate.at(step) for step in range(1, 1001)]
     assert rates[0] == 2.0 and rates == sorted(rates, reverse=True)
     assert rates[-1] == pytest.approx(last, abs=0.01) and rates[-1] > 0
+
+
+def test_a_rate_falls_as_the_budget_grows() -> None:
+    assert rate_for_budget(0.01, 8) == 0.01 and rate_for_budget(0.001, 8) == 0.001
+    assert rate_for_budget(0.01, 64) == 0.0025 and rate_for_budget(0.01, 1) == 0.04
+    assert rate_for_budget(0.01, 7.97) == 0.01, "two digits"
 
 
 def test_a_run_of_one_step_has_a_learning_rate() -> None:

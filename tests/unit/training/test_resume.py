@@ -224,6 +224,23 @@ def test_resume_takes_a_chosen_checkpoint_into_a_new_folder(train_run, crashing_
         train_run(**{**saving, "output_dir": str(tmp_path / "other")}, resume=str(tmp_path))
 
 
+def test_a_rate_that_follows_the_budget_is_told_and_holds_when_a_run_resumes(
+    train_run, crashing_run, saving, tmp_path, capsys
+):
+    """The description, the checkpoint and the card have the number, whether or not it is repeated."""
+    saving |= {"density": None, "rank_equivalent": 4, "learning_rate": None}
+    crashing_run(4, **saving)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "learning rate 0.0016 at its peak (the budget is that of LoRA with rank 4)" in shown
+    with pytest.raises(UserError, match=r"peak learning rate: 0.0016 in the checkpoint, 0.01 now"):
+        train_run(**saving | {"learning_rate": 0.01})
+    run = train_run(**saving | {"learning_rate": 0.0016})
+    assert train_run(**saving | {"output_dir": str(tmp_path / "whole"), "save_every_steps": None}) != run
+    card = (tmp_path / "whole" / "adapter" / "README.md").read_text()
+    assert "| learning_rate | 0.0016 |" in card
+    assert losses(run) == losses(tmp_path / "whole")
+
+
 def test_resuming_another_run_is_refused_with_what_differs(
     train_run, crashing_run, saving, tmp_path, tiny_model, pairs_file
 ):
