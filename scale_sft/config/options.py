@@ -122,8 +122,12 @@ class OptimizerConfig:
         "entry and half of the traffic between ranks, and loses what is small compared with the sum.",
         choices=("float32", "bfloat16"),
     )
-    warmup_fraction: float = option(
-        0.03, "Fraction of the steps over which the learning rate rises.", check=between(0, 1)
+    warmup_fraction: float | None = option(
+        None,
+        "Fraction of the steps over which the learning rate rises. Default: 0.03, but at least 10 steps, or a quarter "
+        "of a run under 40.",
+        check=between(0, 1),
+        on_resume="by_effect",
     )
     lr_schedule: str = option(
         "linear", "How the learning rate falls after warm-up.", choices=("linear", "cosine", "constant")

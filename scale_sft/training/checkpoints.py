@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -70,8 +71,8 @@ _BEFORE = {
     "rate_scaling": "none",
 }
 """What runs did before these options existed. Not their defaults, which may change."""
-_PEAK = "peak learning rate"
-"""Key of a checkpoint's identity: option learning_rate, or what stands for it. Earlier versions recorded the option."""
+_PEAK, _WARMUP = "peak learning rate", "warm-up steps"
+"""Keys of a checkpoint's identity: what learning_rate and warmup_fraction lead to. Earlier versions recorded them."""
 
 
 class Checkpoints:
@@ -222,7 +223,10 @@ class Checkpoints:
 
     def _comparable(self, identity: Mapping[str, Any]) -> Mapping[str, Any]:
         """Bring what an older version recorded to today's form; take `cpu` and `auto` as one where there is no GPU."""
-        identity = {_PEAK if name == "learning_rate" else name: value for name, value in identity.items()}
+        identity = dict(identity)
+        if "learning_rate" in identity:
+            identity[_PEAK] = identity.pop("learning_rate")
+            identity[_WARMUP] = math.ceil(identity.pop("warmup_fraction") * identity["total steps"])
         alike = self.session.cluster.device.type == "cpu" and identity.get("kernels") == "auto"
         return {**_BEFORE, **identity, **({"kernels": "cpu"} if alike else {})}
 
@@ -242,6 +246,7 @@ class Checkpoints:
             "eval_data (digest of its tokens)": inputs.eval.digest() if inputs.eval else None,
             "total steps": inputs.steps,
             _PEAK: session.sparse.learning_rates.peak,
+            _WARMUP: session.sparse.learning_rates.warmup_steps,
             START_DIGEST: inputs.start.digest if inputs.start else None,
             **({REFERENCE_DIGEST: inputs.reference.digest} if inputs.reference else {}),
             TARGETS: {delta.name: [*delta.shape, delta.active] for delta in store},

@@ -67,7 +67,7 @@ def describe(session: Session, metrics: Metrics | NullMetrics) -> None:
         "block weights": inputs.coverage.line(),
         "attention": inputs.attention.name,
         "delta state": f"{state_bytes / 2**20:.1f} MiB ({state_bytes / store.active:.1f} bytes per active entry)",
-        "learning rate": f"{session.sparse.learning_rates.peak:g} at its peak{_why_this_rate(session)}",
+        "learning rate": _rates(session),
         **_objective(session),
         "data": f"{len(inputs.train):,} {unit} from {inputs.train.source}{held_out}{_cut(inputs.train)}",
         "steps": f"{inputs.steps} of {config.run.global_batch_size} {units}, reallocation at "
@@ -83,11 +83,12 @@ def _kept(inputs: Inputs) -> str:
     return f"; linear layers in {inputs.quantization}, nothing raised to float32"
 
 
-def _why_this_rate(session: Session) -> str:
-    """Say what a learning rate follows that was not given."""
-    if session.inputs.config.optimizer.learning_rate is not None:
-        return ""
-    return f" (the budget is that of LoRA with rank {session.sparse.equivalent_rank:.3g})"
+def _rates(session: Session) -> str:
+    """Describe the learning rates, and what the peak follows if none is given."""
+    sparse, given = session.sparse, session.inputs.config.optimizer.learning_rate
+    why = f" (the budget is that of LoRA with rank {sparse.equivalent_rank:.3g})" if given is None else ""
+    rates = sparse.learning_rates
+    return f"{rates.peak:g} at its peak{why}, after {rates.warmup_steps} steps of warm-up, then {rates.decay}"
 
 
 def _objective(session: Session) -> dict[str, str]:

@@ -13,8 +13,7 @@ METHODS = {
         "gradient_checkpointing": checkpointing,
         "max_grad_norm": 0.5,
     }
-    for method in ("ag", "ma", "static")
-    for checkpointing in (False, True)
+    for method, checkpointing in (("ag", False), ("ag", True), ("ma", False), ("ma", True), ("static", False))
 }
 METHODS["random"] = {"method": "random"}
 METHODS["columns"] = {"method": "columns", "selection_batches": 2, "draw": "sample", "max_grad_norm": 0.5}

@@ -33,7 +33,7 @@ from .worker import Job, run_job, split
 __all__ = ["Settings", "measure", "part", "report", "write_csv"]
 
 BENCHMARK = "quality"
-DEFAULTS = {"dtype": "float32", "steps": 150, "global_batch_size": 16, "rank_equivalent": 2, "warmup_fraction": 0.0}
+DEFAULTS = {"dtype": "float32", "steps": 150, "global_batch_size": 16, "rank_equivalent": 2}
 """Options without a recipe; float32 keeps rounding out of the comparison."""
 DEMO_DEFAULTS = {"eval_data": "demo", "exact_match_examples": 256, "eval_batch_size": 64}
 """Further options if no other training data are given either."""

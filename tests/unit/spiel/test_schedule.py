@@ -75,6 +75,13 @@ def test_each_decay_keeps_within_the_peak(decay: str, last: float) -> None:
     assert rates[-1] == pytest.approx(last, abs=0.01) and rates[-1] > 0
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 1), (8, 2), (40, 10), (120, 10), (333, 10), (334, 11), (1000, 30)])
+def test_short_runs_warm_up_over_ten_steps_or_a_quarter(steps: int, warmup: int) -> None:
+    rate = LearningRateSchedule(peak=1.0, total_steps=steps)
+    assert rate.warmup_steps == warmup and rate.at(warmup) == 1.0 and 0 < rate.at(1) <= 1 / warmup
+    assert LearningRateSchedule(peak=1.0, total_steps=steps, warmup_fraction=0.0).warmup_steps == 0, "as it is told"
+
+
 def test_a_rate_falls_as_the_budget_grows() -> None:
     assert rate_for_budget(0.01, 8) == 0.01 and rate_for_budget(0.001, 8) == 0.001
     assert rate_for_budget(0.01, 64) == 0.0025 and rate_for_budget(0.01, 1) == 0.04
