@@ -19,8 +19,8 @@ from .bench_options import OUTPUT
     "variants",
     metavar="NAME=METHOD,KEY=VALUE,...",
     multiple=True,
-    help="Another contestant: one of our methods with other training options, such as ag-8bit=ag,moments=int8. "
-    "Can be repeated.",
+    help="Another contestant: a method with other training options, such as ag-8bit=ag,moments=int8; LoRA and full with "
+    "those of their optimizer, such as warm=lora,warmup_fraction=0.1. Can be repeated.",
 )
 @option(
     "--learning_rates",
@@ -124,8 +124,8 @@ def quality(
     0.5); ag-sampled, SFT-AG that samples its first choice and its growth, with moments from 0; columns and
     columns-sampled, whole columns from the seed or sampled; columns-grown, sampled columns that SFT-AG moves; ag and
     ma, as in the paper; static, the largest gradients; lora and lora-rs (rank-stabilised) on the same layers, all of
-    equal trained weights; ia3; and full, the same layers densely. All see the same batches, the same loss and the same
-    schedule of the learning rate.
+    equal trained weights; ia3; and full, the same layers densely. All see the same batches and the same loss. The
+    learning rate rises and falls as in training, but LoRA's has no warm-up: so it ended better.
 
     Each tries a grid of rates with one seed, which grows while the best rate is at its end. The best, by the loss on
     --validation_examples held back from the training data, runs with the other seeds. Reported figures come from the

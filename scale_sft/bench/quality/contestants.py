@@ -19,7 +19,7 @@ class Contestant:
     name: str
     kind: str  # base, ours, peft-lora, peft-lora-rs, peft-ia3 or full
     learning_rates: tuple[float, ...]
-    options: Mapping[str, str] = field(default_factory=dict)  # of the configuration, for kind `ours`
+    options: Mapping[str, str] = field(default_factory=dict)  # of the configuration
 
     @property
     def trains(self) -> bool:
@@ -34,6 +34,9 @@ _CHOICE = {"selection_batches": "20", "score": "balanced", "draw": "sample"}
 
 _LARGEST = {"selection_batches": "0", "score": "gradient", "draw": "top"}
 """Those of the largest gradients after the first estimation phase."""
+
+_COLD = {"warmup_fraction": "0.0"}
+"""LoRA ended better without warm-up (docs/selection.md): half of it starts at 0, which is a warm-up of its own."""
 
 METHODS = {
     contestant.name: contestant
@@ -64,8 +67,8 @@ METHODS = {
         Contestant("ag", "ours", (3e-3, 1e-2, 3e-2), {"method": "ag"}),
         Contestant("ma", "ours", (3e-2, 1e-1, 3e-1), {"method": "ma"}),
         Contestant("static", "ours", (3e-3, 1e-2, 3e-2), {"method": "static", **_LARGEST}),
-        Contestant("lora", "peft-lora", (2e-3, 5e-3, 1e-2)),
-        Contestant("lora-rs", "peft-lora-rs", (2e-3, 5e-3, 1e-2)),
+        Contestant("lora", "peft-lora", (2e-3, 5e-3, 1e-2), _COLD),
+        Contestant("lora-rs", "peft-lora-rs", (2e-3, 5e-3, 1e-2), _COLD),
         Contestant("ia3", "peft-ia3", (3e-2, 1e-1, 3e-1)),
         Contestant("full", "full", (3e-4, 1e-3, 3e-3)),
     )
@@ -86,6 +89,8 @@ SET_BY_THE_BENCH = (
     *("learning_rate", "seed", "steps", "epochs", "density", "tunable_weights", "start_from", "output_dir", "resume"),
 )
 """Options that a variant cannot set: they form the grid, or are the same for all."""
+OF_PEERS = ("eps", "weight_decay", "warmup_fraction", "lr_schedule")
+"""Options that a variant of LoRA, IA3 or full tuning can set."""
 
 
 def choose(methods: Sequence[str], variants: Sequence[str], grids: Sequence[str]) -> list[Contestant]:
@@ -124,7 +129,7 @@ def present_name(name: str) -> str:
 
 
 def _variant(text: str) -> Contestant:
-    """Parse `NAME=METHOD,option=value,...`, one of our methods with other options."""
+    """Parse `NAME=METHOD,option=value,...`, a contestant with other options: a peer with those of its optimizer."""
     name, _, rest = text.partition("=")
     method, *settings = rest.split(",")
     method = present_name(method)
@@ -134,9 +139,7 @@ def _variant(text: str) -> Contestant:
         )
     if method not in METHODS:
         raise UserError(f"--variant {name}: {unknown(f'method {method!r}', method, METHODS)}")
-    if METHODS[method].kind != "ours":
-        raise UserError(f"--variant {name}: got {method}, expected one of our methods, which have options")
-    options = dict(METHODS[method].options)
+    kind, options = METHODS[method].kind, dict(METHODS[method].options)
     for setting in settings:
         option, equals, value = setting.partition("=")
         if option not in OPTIONS:
@@ -145,8 +148,12 @@ def _variant(text: str) -> Contestant:
             raise UserError(
                 f"--variant {name}: got '{setting}', expected option=value, none of {', '.join(SET_BY_THE_BENCH)}"
             )
+        if kind != "ours" and option not in OF_PEERS:
+            raise UserError(
+                f"--variant {name}: got '{setting}', expected an option that {method} has: {', '.join(OF_PEERS)}"
+            )
         options[option] = value
-    return Contestant(name, "ours", METHODS[method].learning_rates, options)
+    return Contestant(name, kind, METHODS[method].learning_rates, options)
 
 
 def _rates(name: str, text: str) -> tuple[float, ...]:

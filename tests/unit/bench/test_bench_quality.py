@@ -247,7 +247,7 @@ def test_the_page_shows_each_group_of_settings_and_the_newest_row_of_each_run(tm
         (["--methods", "randon"], "did you mean 'random'?"),
         (["--learning-rates", "stattic=1"], "did you mean 'static'?"),
         (["--learning_rates", "full=fast"], "--learning_rates full: got 'fast', expected numbers above 0"),
-        (["--variant", "slim=lora,method=ma"], "got lora, expected one of our methods"),
+        (["--variant", "slim=lora,method=ma"], "expected an option that lora has: eps, weight_decay"),
         (["--variant", "slim=ag,candidate_ratios=0.5"], "did you mean 'candidate_ratio'?"),
         (["--variant", "slim=ag,candidate_ratio=much"], "slim: 1 mistake"),
         (["--learning-rates", "full=1e9"], "learning_rate: got 1000000000.0"),
