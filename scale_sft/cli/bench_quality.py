@@ -19,8 +19,8 @@ from .bench_options import OUTPUT
     "variants",
     metavar="NAME=METHOD,KEY=VALUE,...",
     multiple=True,
-    help="Another contestant: a method with other training options, such as ag-8bit=ag,moments=int8; LoRA and full with "
-    "those of their optimizer, such as warm=lora,warmup_fraction=0.1. Can be repeated.",
+    help="Another contestant: a method with other training options, such as ag-8bit=ag,moments=int8; LoRA and full "
+    "with those of their optimizer, such as warm=lora,warmup_fraction=0.1. Can be repeated.",
 )
 @option(
     "--learning_rates",

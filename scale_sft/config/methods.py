@@ -16,14 +16,20 @@ COMBINATIONS: Mapping[str, Mapping[str, Any]] = {
     "ma": {},
 }
 """Options by method. What is missing here has the default of its field."""
-RATES: Mapping[str, float] = {"random": 1e-2, "static": 1e-2, "columns": 1e-2, "ag": 1e-3, "ma": 1e-3}
-"""Peak learning rates by method, for a budget equivalent to rank 8; entries of ag and ma crowd, and bear less."""
 SEEDED = ("random", "columns")
 """Methods whose entries come from the seed, or from selection_batches: no candidates, ever."""
 KEEPING = ("static", *SEEDED)
 """Methods that choose their entries once, and then keep them; the others move them."""
 
 _OF_THE_FIRST_CHOICE = frozenset(STATIC)
+
+
+def usual_rate(method: str, draw: str) -> float:
+    """Return the peak learning rate of a method, for a budget equivalent to rank 8.
+
+    Entries that grow where gradients are largest crowd into few rows and columns, and bear a tenth of the rate.
+    """
+    return 1e-3 if method == "ma" or (method == "ag" and draw == "top") else 1e-2
 
 
 def with_method(values: Mapping[str, Any], default: str) -> dict[str, Any]:

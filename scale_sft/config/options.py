@@ -99,8 +99,8 @@ class OptimizerConfig:
     learning_rate: float | None = option(
         None,
         "Peak learning rate; sparse deltas need far higher ones than dense weights. Default: by the budget, "
-        "0.01 x (8 / r)^(2/3), where LoRA of rank r has as many parameters; with ag and ma, whose entries crowd, a "
-        "tenth of it. The run says which.",
+        "0.01 x (8 / r)^(2/3), where LoRA of rank r (at least 2) has as many parameters; with ma, and with ag unless "
+        "it samples, a tenth of it, as their entries crowd. The run says which.",
         check=between(0, 1e6, open_low=True),
         on_resume="by_effect",
     )

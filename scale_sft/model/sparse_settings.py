@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from scale_sft.config.methods import KEEPING, RATES, SEEDED
+from scale_sft.config.methods import KEEPING, SEEDED, usual_rate
 from scale_sft.config.options import OptimizerConfig, SparseConfig
 from scale_sft.errors import UserError
 from scale_sft.spiel.optimizers import Growth
@@ -96,7 +96,7 @@ def peak_rate(sparse: SparseConfig, optimizer: OptimizerConfig, rank: float) -> 
         rank: of LoRA that has as many parameters as entries are trained.
     """
     given = optimizer.learning_rate
-    return rate_for_budget(RATES[sparse.method], rank) if given is None else given
+    return rate_for_budget(usual_rate(sparse.method, sparse.draw), rank) if given is None else given
 
 
 def rule_of(sparse: SparseConfig, seed: int) -> SelectionRule:

@@ -74,12 +74,12 @@ class ReallocationSchedule:
         return [step for step in range(1, self.total_steps + 1) if self.reallocates_at(step)]
 
 
-RANK_OF_RATES = 8
-"""The equivalent rank of the budget that a rate is stated for."""
+RANK_OF_RATES, LOWEST_RANK = 8, 2
+"""The equivalent rank of the budget that a rate is stated for; and that below which it rises no further."""
 
 
 def rate_for_budget(rate: float, rank: float) -> float:
-    """Scale a peak learning rate to a budget: rate x (8 / rank)^(2/3), to two digits.
+    """Scale a peak learning rate to a budget: rate x (8 / rank)^(2/3), to two digits; below rank 2 as for rank 2.
 
     Not in the paper, which has one budget. Entries in one row of a weight add up in its output, and AdamW moves each
     of them alike: the more there are, the smaller their steps must be. Rates that were best (docs/selection.md) lie
@@ -89,7 +89,7 @@ def rate_for_budget(rate: float, rank: float) -> float:
         rate: for entries that are equivalent to rank 8, 16 in each row of a square weight.
         rank: of LoRA with as many parameters.
     """
-    return float(f"{rate * (RANK_OF_RATES / rank) ** (2 / 3):.2g}")
+    return float(f"{rate * (RANK_OF_RATES / max(rank, LOWEST_RANK)) ** (2 / 3):.2g}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,7 +84,8 @@ def test_short_runs_warm_up_over_ten_steps_or_a_quarter(steps: int, warmup: int)
 
 def test_a_rate_falls_as_the_budget_grows() -> None:
     assert rate_for_budget(0.01, 8) == 0.01 and rate_for_budget(0.001, 8) == 0.001
-    assert rate_for_budget(0.01, 64) == 0.0025 and rate_for_budget(0.01, 1) == 0.04
+    assert rate_for_budget(0.01, 64) == 0.0025 and rate_for_budget(0.01, 2) == 0.025
+    assert rate_for_budget(0.01, 0.1) == 0.025, "few entries must not leap"
     assert rate_for_budget(0.01, 7.97) == 0.01, "two digits"
 
 
