@@ -88,7 +88,8 @@ def _rates(session: Session) -> str:
     sparse, given = session.sparse, session.inputs.config.optimizer.learning_rate
     why = f" (the budget is that of LoRA with rank {sparse.equivalent_rank:.3g})" if given is None else ""
     rates = sparse.learning_rates
-    return f"{rates.peak:g} at its peak{why}, after {rates.warmup_steps} steps of warm-up, then {rates.decay}"
+    rising = f"{rates.warmup_steps} step{'s' * (rates.warmup_steps != 1)} of warm-up"
+    return f"{rates.peak:g} at its peak{why}; {rising}, then {rates.decay}{' decay' * (rates.decay != 'constant')}"
 
 
 def _objective(session: Session) -> dict[str, str]:
