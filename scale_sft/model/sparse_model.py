@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError
-from scale_sft.spiel.budgets import equivalent_rank
 from scale_sft.spiel.schedules import LearningRateSchedule
 from scale_sft.spiel.taps import Bounds
 from scale_sft.spiel.taps import detach as remove_tap
@@ -182,12 +181,7 @@ class SparseModel:
     @property
     def learning_rates(self) -> LearningRateSchedule:
         """The schedule by the options learning_rate, warmup_fraction and lr_schedule."""
-        return self.settings.learning_rates(self.equivalent_rank)
-
-    @property
-    def equivalent_rank(self) -> float:
-        """The rank at which LoRA of the same weights has as many parameters as there are active entries."""
-        return equivalent_rank(self.tuning.store.active, self.shapes.values())
+        return self.settings.learning_rates(self.tuning.store.active, self.shapes)
 
     def _record(self, name: str, left: Tensor, right: Tensor, *, more: bool = False) -> None:
         """Receive the factors of one weight's gradient in a backward pass: see `Record`."""

@@ -11,12 +11,14 @@ import torch
 from scale_sft.config.methods import KEEPING, SEEDED, usual_rate
 from scale_sft.config.options import OptimizerConfig, SparseConfig
 from scale_sft.errors import UserError
+from scale_sft.spiel.budgets import equivalent_rank
 from scale_sft.spiel.optimizers import Growth
-from scale_sft.spiel.schedules import LearningRateSchedule, ReallocationSchedule, rate_for_budget
+from scale_sft.spiel.schedules import LearningRateSchedule, ReallocationSchedule, scaled_rate
 from scale_sft.spiel.selection.rule import SelectionRule
 from scale_sft.spiel.settings import MethodSettings
 
 from .quantization import Quantization
+from .targets import depth_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +60,10 @@ class SparseSettings:
         """Build the rule that chooses entries from the options."""
         return rule_of(self.sparse, self.seed)
 
-    def learning_rates(self, rank: float) -> LearningRateSchedule:
-        """Build the schedule of learning rates from the options.
-
-        Args:
-            rank: see `peak_rate`.
-        """
+    def learning_rates(self, active: int, shapes: Mapping[str, tuple[int, int]]) -> LearningRateSchedule:
+        """Build the schedule of learning rates from the options; for the arguments see `peak_rate`."""
         return LearningRateSchedule(
-            peak=peak_rate(self.sparse, self.optimizer, rank),
+            peak=peak_rate(self.sparse, self.optimizer, active, shapes),
             total_steps=self.total_steps,
             warmup_fraction=self.optimizer.warmup_fraction,
             decay=self.optimizer.lr_schedule,
@@ -89,14 +87,19 @@ class SparseSettings:
         )
 
 
-def peak_rate(sparse: SparseConfig, optimizer: OptimizerConfig, rank: float) -> float:
-    """Return the peak learning rate: the one that is given, or the method's for a budget.
+def peak_rate(
+    sparse: SparseConfig, optimizer: OptimizerConfig, active: int, shapes: Mapping[str, tuple[int, int]]
+) -> float:
+    """Return the peak learning rate: the one that is given, or the method's for so many entries in these weights.
 
     Args:
-        rank: of LoRA that has as many parameters as entries are trained.
+        active: entries that are trained.
+        shapes: (O, I) by name of the weights that hold them.
     """
-    given = optimizer.learning_rate
-    return rate_for_budget(usual_rate(sparse.method, sparse.draw), rank) if given is None else given
+    if optimizer.learning_rate is not None:
+        return optimizer.learning_rate
+    rate = usual_rate(sparse.method, sparse.draw)
+    return scaled_rate(rate, equivalent_rank(active, shapes.values()), depth_of(shapes))
 
 
 def rule_of(sparse: SparseConfig, seed: int) -> SelectionRule:

@@ -283,6 +283,11 @@ def budget_of(
     return in_whole_tiles(sparse, counts, tilings) if tilings else counts
 
 
+def depth_of(names: Iterable[str]) -> int:
+    """Count the blocks of the model that hold these weights; at least 1."""
+    return max(1, len({block[0] for name in names if (block := re.match(r".+?\.\d+\.", name))}))
+
+
 def parts_of(targets: Iterable[Target], part_of: Callable[[nn.Parameter], WeightPart]) -> dict[str, WeightPart]:
     """Describe what this process holds of each target's weight, by name.
 

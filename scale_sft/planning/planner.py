@@ -25,7 +25,6 @@ from scale_sft.model.loading import max_length, resolve_dtype
 from scale_sft.model.quantization import Quantization, resolve_quantization
 from scale_sft.model.sparse_settings import peak_rate
 from scale_sft.model.targets import budget_of
-from scale_sft.spiel.budgets import equivalent_rank
 from scale_sft.spiel.indices import DEVICE_PIECE_ENTRIES
 
 from .footprint import (
@@ -166,7 +165,7 @@ class Planner:
             host_peak=facts.largest * size * 2 if sharded and not quantization else stored,
             traffic=_traffic(config, facts, counts, gpus, stored - scales if sharded else 0),
             room=room,
-            learning_rate=peak_rate(sparse, config.optimizer, equivalent_rank(active, facts.shapes.values())),
+            learning_rate=peak_rate(sparse, config.optimizer, active, facts.shapes),
         )
 
     def _step(self, config: Config, counts: Mapping[str, int], gpus: int, dtype: torch.dtype) -> StepMemory:

@@ -74,22 +74,28 @@ class ReallocationSchedule:
         return [step for step in range(1, self.total_steps + 1) if self.reallocates_at(step)]
 
 
-RANK_OF_RATES, LOWEST_RANK = 8, 2
-"""The equivalent rank of the budget that a rate is stated for; and that below which it rises no further."""
+RANK_OF_RATES, DEPTH_OF_RATES = 8, 32
+"""The budget, as an equivalent rank, and the number of blocks that a rate is stated for."""
+LOWEST_RANK, LOWEST_DEPTH = 2, 8
+"""Below these a rate rises no further: smaller budgets and shallower models have not been measured."""
 
 
-def rate_for_budget(rate: float, rank: float) -> float:
-    """Scale a peak learning rate to a budget: rate x (8 / rank)^(2/3), to two digits; below rank 2 as for rank 2.
+def scaled_rate(rate: float, rank: float, depth: int) -> float:
+    """Scale a peak learning rate to a budget and a depth: rate x (8 / rank)^(5/6) x (32 / depth)^(1/2), to two digits.
 
-    Not in the paper, which has one budget. Entries in one row of a weight add up in its output, and AdamW moves each
-    of them alike: the more there are, the smaller their steps must be. Rates that were best (docs/selection.md) lie
-    between rank^(-1/2), as for steps that are independent, and 1 / rank, as for steps that all agree.
+    Not in the paper, which gives one rate for each base. Entries of one row add up in its output, and AdamW moves all
+    of them alike: the best rate would fall with the root of their number if their steps were independent, and with the
+    number if all agreed. Blocks add up in the residual stream, whose norm itself grows with the root of their number.
+    docs/selection.md has the best rates that were found, on two models at budgets of rank 2 to 64.
 
     Args:
-        rate: for entries that are equivalent to rank 8, 16 in each row of a square weight.
-        rank: of LoRA with as many parameters.
+        rate: for a budget of rank 8, 16 entries in each row of a square weight, in 32 blocks.
+        rank: of LoRA with as many parameters; under 2 counts as 2.
+        depth: blocks that hold entries; under 8 counts as 8.
     """
-    return float(f"{rate * (RANK_OF_RATES / max(rank, LOWEST_RANK)) ** (2 / 3):.2g}")
+    of_budget = (RANK_OF_RATES / max(rank, LOWEST_RANK)) ** (5 / 6)
+    of_depth = (DEPTH_OF_RATES / max(depth, LOWEST_DEPTH)) ** (1 / 2)
+    return float(f"{rate * of_budget * of_depth:.2g}")
 
 
 @dataclass(frozen=True, kw_only=True)

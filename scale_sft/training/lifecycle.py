@@ -16,6 +16,7 @@ from scale_sft.model.experts import layer_kind
 from scale_sft.model.visibility import visible_fraction
 from scale_sft.reporting.metrics import Metrics, NullMetrics
 from scale_sft.reporting.run_report import write_report
+from scale_sft.spiel.budgets import equivalent_rank
 from scale_sft.spiel.selection.spread import FRACTIONS, batches, profiles_together
 
 from .best import best_step
@@ -86,7 +87,8 @@ def _kept(inputs: Inputs) -> str:
 def _rates(session: Session) -> str:
     """Describe the learning rates, and what the peak follows if none is given."""
     sparse, given = session.sparse, session.inputs.config.optimizer.learning_rate
-    why = f" (the budget is that of LoRA with rank {sparse.equivalent_rank:.3g})" if given is None else ""
+    rank = equivalent_rank(session.tuning.store.active, sparse.shapes.values())
+    why = f" (for as many entries as LoRA of rank {rank:.3g} has parameters)" if given is None else ""
     rates = sparse.learning_rates
     rising = f"{rates.warmup_steps} step{'s' * (rates.warmup_steps != 1)} of warm-up"
     return f"{rates.peak:g} at its peak{why}; {rising}, then {rates.decay}{' decay' * (rates.decay != 'constant')}"

@@ -12,7 +12,7 @@ from scale_sft.errors import UserError
 from scale_sft.model.coverage import coverage
 from scale_sft.model.loading import load_base, load_model_config, load_tokenizer, resolve_dtype
 from scale_sft.model.loss import token_loss_sum
-from scale_sft.model.targets import choose_targets, find_targets
+from scale_sft.model.targets import choose_targets, depth_of, find_targets
 
 IN_BLOCKS = {
     "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
@@ -38,6 +38,19 @@ def test_by_default_all_linear_layers_inside_the_blocks_are_targets(load, archit
     targets = find_targets(load(architecture), None)
     assert {target.name.split(".")[-2] for target in targets} == IN_BLOCKS[architecture]
     assert len(targets) == COUNT[architecture] and not any("lm_head" in target.name for target in targets)
+
+
+@pytest.mark.parametrize(
+    ("names", "depth"),
+    [
+        (["model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"], 1),
+        (["model.layers.1.mlp.experts.up_proj.0", "model.layers.11.mlp.experts.3.up_proj.weight"], 2),
+        (["transformer.h.0.attn.c_attn.weight", "transformer.h.1.attn.c_attn.weight", "lm_head.weight"], 2),
+        (["model.embed_tokens.weight"], 1),
+    ],
+)
+def test_the_depth_of_weights_is_the_number_of_blocks_that_hold_them(names: list[str], depth: int) -> None:
+    assert depth_of(names) == depth
 
 
 def test_shapes_are_those_of_the_stored_weights(load, architecture: str) -> None:

@@ -36,9 +36,9 @@ def plan(shape: str, *arguments):
     return json.loads(result.output[result.output.index("{") :])
 
 
-def test_a_plan_has_the_learning_rate_of_the_budget() -> None:
-    assert (plan("7b")["learning_rate"], plan("7b", "--learning_rate", 0.02)["learning_rate"]) == (0.0046, 0.02)
-    assert "learning rate: 0.00046 at its peak" in command("--shape", "7b", "--density", 0.01, "--method", "ag").output
+def test_a_plan_has_the_learning_rate_of_budget_and_depth() -> None:
+    assert (plan("7b")["learning_rate"], plan("7b", "--learning_rate", 0.02)["learning_rate"]) == (0.0026, 0.02)
+    assert "learning rate: 0.00026 at its peak" in command("--shape", "7b", "--density", 0.01, "--method", "ag").output
 
 
 def test_a_deep_model_is_traced_as_its_first_blocks_say() -> None:

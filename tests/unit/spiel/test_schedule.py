@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from scale_sft.spiel.schedules import LearningRateSchedule, Phase, ReallocationSchedule, rate_for_budget
+from scale_sft.spiel.schedules import LearningRateSchedule, Phase, ReallocationSchedule, scaled_rate
 
 LENGTHS = [(40, 20, 5), (41, 10, 10), (17, 4, 1), (30, 7, 3), (3, 20, 5)]  # T, S, G
 
@@ -82,11 +82,11 @@ def test_short_runs_warm_up_over_ten_steps_or_a_quarter(steps: int, warmup: int)
     assert LearningRateSchedule(peak=1.0, total_steps=steps, warmup_fraction=0.0).warmup_steps == 0, "as it is told"
 
 
-def test_a_rate_falls_as_the_budget_grows() -> None:
-    assert rate_for_budget(0.01, 8) == 0.01 and rate_for_budget(0.001, 8) == 0.001
-    assert rate_for_budget(0.01, 64) == 0.0025 and rate_for_budget(0.01, 2) == 0.025
-    assert rate_for_budget(0.01, 0.1) == 0.025, "few entries must not leap"
-    assert rate_for_budget(0.01, 7.97) == 0.01, "two digits"
+def test_a_rate_falls_as_budget_and_depth_grow() -> None:
+    assert scaled_rate(0.007, 8, 32) == 0.007, "what it is stated for"
+    assert (scaled_rate(0.007, 64, 32), scaled_rate(0.007, 2, 32)) == (0.0012, 0.022)
+    assert (scaled_rate(0.007, 8, 8), scaled_rate(0.007, 8, 128)) == (0.014, 0.0035)
+    assert scaled_rate(0.007, 0.1, 1) == scaled_rate(0.007, 2, 8), "few entries in a shallow model must not leap"
 
 
 def test_a_run_of_one_step_has_a_learning_rate() -> None:
