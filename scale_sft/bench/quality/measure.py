@@ -40,7 +40,7 @@ DEMO_DEFAULTS = {"eval_data": "demo", "exact_match_examples": 256, "eval_batch_s
 
 _OF_ONE_RUN = {"method", "learning_rate", "seed"}
 _COUNTED = {"base", "revision", "train_data", "eval_data", "steps", "target_modules", "chat_template", "answer_pattern"}
-_COUNTED |= {"rank_equivalent", "micro_batch_size"}
+_COUNTED |= {"rank_equivalent", "micro_batch_size", "warmup_fraction"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,6 +79,11 @@ def test_every_rate_is_tried_and_the_best_is_run_with_the_other_seeds(settings, 
     assert len(rows.read_rows(tmp_path, "quality")) == 7
 
 
+def test_runs_with_another_warm_up_are_other_runs(settings, measure):
+    found = [measure(settings(["ag"], ["ag=0.01"], **options))[0] for options in ({}, {"warmup_fraction": 0.0})]
+    assert [[row["settings"]["shared"]["warmup_fraction"] for row in rows] for rows in found] == [[None] * 2, [0.0] * 2]
+
+
 def test_every_contestant_of_the_command_trains_and_measures_its_update(settings, measure):
     found, _ = measure(settings(METHODS, [f"{name}=0.01" for name in METHODS], steps=1, exact_match_examples=0))
     assert [row["settings"]["method"] for row in found] == ["base", *METHODS]
