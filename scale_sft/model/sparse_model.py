@@ -24,13 +24,13 @@ from .fingerprints import combine_fingerprints
 from .first_choice import FirstChoice, weight_reader
 from .group import Group
 from .method import make_method
-from .packed_weights import PackedWeight, PlainWeight, packed_weights
+from .packed_weights import PackedWeight
 from .resident import ResidentDeltas
 from .sparse_optimizer import SparseOptimizer
 from .sparse_settings import SparseSettings
 from .stepped import Choosing
 from .targets import attach_taps, parts_of, targets_of
-from .transient import TransientDeltas, attach_transient_taps
+from .transient import TransientDeltas, attach_transient_taps, weights_used
 
 Save = Callable[["SparseModel", Path], None]
 """Writes the deltas of a sparse model into an adapter folder."""
@@ -85,7 +85,7 @@ class SparseModel:
         self.overwritten = False
         """Whether the model has loaded weights other than the base's with these deltas."""
         self._trained = [weight for weight in model.parameters() if weight.requires_grad]
-        packed = self._packed(model) if settings.quantization else None
+        packed = weights_used(model, self.targets, settings.dtype, group.device) if settings.quantization else None
         tapped = [one.module for one in packed.values()] if packed else []
         tapped += [module for target in self.targets for module in target.modules]
         self._tapped: list[nn.Module] = list({id(module): module for module in tapped}.values())
@@ -101,17 +101,6 @@ class SparseModel:
             raise
 
     # --- made once ----------------------------------------------------------------------------------------------
-
-    def _packed(self, model: nn.Module) -> dict[str, PackedWeight | PlainWeight]:
-        """Collect all quantised weights, and targets that are not, before the packed ones are cut into shards."""
-        packed: dict[str, PackedWeight | PlainWeight] = {}
-        packed |= packed_weights(model, self.settings.dtype, self.group.device)
-        packed |= {
-            t.name: PlainWeight(t.module, t.transposed, fused=t.fused, number=t.number, output=t.output)
-            for t in self.targets
-            if t.name not in packed
-        }
-        return packed
 
     def _wire(self, model: nn.Module, packed: dict | None) -> ResidentDeltas | TransientDeltas:
         """Tap the layers, place the model, take its fingerprints, and put the deltas into it."""

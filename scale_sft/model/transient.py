@@ -19,9 +19,10 @@ from scale_sft.spiel.taps import Materialize, Needed, Record, RecordMany, Weight
 from .embeddings import attach_embedding_taps
 from .expert_taps import RouterTap, attach_expert_taps
 from .experts import FusedWeight
-from .packed_weights import PackedWeight, PlainWeight
+from .packed_weights import PackedWeight, PlainWeight, packed_weights
 from .resident import effective_values, read_entries, write_entries
 from .routers import is_free_router
+from .targets import Target
 
 
 def add_delta_(weight: Tensor, indices: Tensor, deltas: Tensor) -> None:
@@ -139,6 +140,20 @@ class TransientDeltas:
     def with_states(self, prints: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         """Compute fingerprints of whole weights from those of their packed bytes."""
         return {name: self.packed[name].with_state(value) for name, value in prints.items()}
+
+
+def weights_used(
+    model: nn.Module, targets: Iterable[Target], dtype: torch.dtype, device: torch.device
+) -> dict[str, PackedWeight | PlainWeight]:
+    """Collect all quantised weights, and targets that are not, by name, before the packed ones are cut into shards."""
+    packed: dict[str, PackedWeight | PlainWeight] = {}
+    packed |= packed_weights(model, dtype, device)
+    packed |= {
+        t.name: PlainWeight(t.module, t.transposed, fused=t.fused, number=t.number, output=t.output)
+        for t in targets
+        if t.name not in packed
+    }
+    return packed
 
 
 def attach_transient_taps(
