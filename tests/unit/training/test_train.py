@@ -341,6 +341,7 @@ def test_a_pretrained_model_learns_real_data(train_run, shared, train_data, eval
         base=str(shared("models/llama-7m")), train_data=str(shared(f"data/{train_data}")),
         eval_data=str(shared(f"data/{eval_data}")), max_train_examples=200, max_eval_examples=16, max_length=None,
         method=method, learning_rate=rate, steps=12, global_batch_size=4, update_interval_steps=6, estimation_steps=3,
+        warmup_fraction=0.03,
     )  # fmt: skip
     before, after = (record["loss"] for record in records(run, "eval"))
     assert after < before - 0.5, (before, after)
