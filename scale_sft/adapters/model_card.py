@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +94,6 @@ def _card(adapter: Adapter, run: Path | None, folder: str, form: str, licence: s
     }
     if info.get("made_from"):
         facts["made from"] = f"`{json.dumps(info['made_from'], ensure_ascii=False)}`"
-    if run:
-        settings.setdefault("optimizer", {})["learning_rate"] = _peak_rate(run, settings)
     options = {
         name: settings[section][name]
         for section, names in _SETTINGS.items()
@@ -149,19 +146,21 @@ def _licence_of(card: Path) -> str | None:
 
 
 def _read_settings(run: Path) -> dict[str, dict[str, Any]]:
+    """Read the options of a run; a learning rate that was not given is the one that the finished run chose."""
     try:
-        return yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
+        settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError):
-        return {}
+        settings = {}
+    optimizer = settings.setdefault("optimizer", {})
+    if optimizer.get("learning_rate") is None:
+        optimizer["learning_rate"] = _peak_rate(run)
+    return settings
 
 
-def _peak_rate(run: Path, settings: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """Read the learning rate that was given, or else the one that the finished run chose by its budget."""
-    given = settings.get("optimizer", {}).get("learning_rate")
-    if given is not None or not (run / METRICS_FILE).is_file():
-        return given
-    ends = [record for record in read_metrics(run / METRICS_FILE) if record.get("event") == "end"]
-    return ends[-1].get("learning_rate") if ends else None
+def _peak_rate(run: Path) -> float | None:
+    """Read the learning rate of a finished run."""
+    records = read_metrics(run / METRICS_FILE) if (run / METRICS_FILE).is_file() else []
+    return next((record.get("learning_rate") for record in reversed(records) if record.get("event") == "end"), None)
 
 
 def _results(run: Path) -> dict[str, str]:

@@ -9,7 +9,6 @@ Evaluation and generation run the blocks as they are.
 from __future__ import annotations
 
 import inspect
-import re
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from scale_sft.errors import UserError, first_line
+
+from .targets import block_of
 
 BACKEND: Any = "inductor"
 """The backend of torch.compile, by name; tests put a function here, to count graphs."""
@@ -34,7 +35,7 @@ def decoder_blocks(model: nn.Module, targets: Iterable[str]) -> list[nn.Module]:
     Args:
         targets: names of target weights, such as 'model.layers.0.mlp.up_proj.weight'.
     """
-    lists = dict.fromkeys(found[1] for name in targets if (found := re.match(r"(.+?)\.\d+\.", name)))
+    lists = dict.fromkeys(block.rpartition(".")[0] for name in targets if (block := block_of(name)))
     return [block for path in lists for block in model.get_submodule(path).children()]
 
 

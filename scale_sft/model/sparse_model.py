@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -167,7 +168,7 @@ class SparseModel:
         self._optimizer = SparseOptimizer(self, self.learning_rates if lr is None else lr)
         return self._optimizer
 
-    @property
+    @cached_property
     def learning_rates(self) -> LearningRateSchedule:
         """The schedule by the options learning_rate, warmup_fraction and lr_schedule."""
         return self.settings.learning_rates(self.tuning.store.active, self.shapes)

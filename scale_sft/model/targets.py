@@ -227,9 +227,15 @@ def _layers(model: nn.Module, ends: Embeddings) -> dict[str, _Layer]:
     return found
 
 
+def block_of(path: str) -> str | None:
+    """Return the path of the block that a path leads through, a member of a numbered list; None: through none."""
+    found = re.match(r"(.+?\.\d+)\.", path)
+    return found[1] if found else None
+
+
 def in_a_block(path: str) -> bool:
     """Return True for a path through a numbered list of modules, as blocks are."""
-    return re.search(r"\.\d+\.", path) is not None
+    return block_of(path) is not None
 
 
 def _why_nothing(layers: dict[str, _Layer], chosen: set[str], out: dict[str, str]) -> str:
@@ -285,7 +291,7 @@ def budget_of(
 
 def depth_of(names: Iterable[str]) -> int:
     """Count the blocks of the model that hold these weights; at least 1."""
-    return max(1, len({block[0] for name in names if (block := re.match(r".+?\.\d+\.", name))}))
+    return max(1, len(set(map(block_of, names)) - {None}))
 
 
 def parts_of(targets: Iterable[Target], part_of: Callable[[nn.Parameter], WeightPart]) -> dict[str, WeightPart]:

@@ -261,7 +261,7 @@ def test_what_a_resumed_run_may_change_is_a_promise() -> None:
     by_effect = """
         base revision train_data eval_data steps epochs density tunable_weights rank_equivalent target_modules
         chat_template start_from attention exclude_modules reference_adapter train_embeddings learning_rate
-            warmup_fraction
+        warmup_fraction
     """
     assert set(free.split()) == FREE
     assert {*free.split(), *by_effect.split()} == MAY_CHANGE
