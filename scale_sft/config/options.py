@@ -104,7 +104,11 @@ class OptimizerConfig:
         check=between(0, 1e6, open_low=True),
         on_resume="by_effect",
     )
-    betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay rates of the two moments.", check=two_betas)
+    betas: tuple[float, float] = option(
+        (0.8, 0.999),
+        "AdamW's decay rates of the two moments. At 0.9, which is usual, sparse deltas learned less and forgot more.",
+        check=two_betas,
+    )
     eps: float = option(1e-8, "Added to the denominator (AdamW) or under the root (SM3).", check=above(0))
     weight_decay: float = option(0.0, "Decoupled decay of the deltas towards the pretrained model.", check=at_least(0))
     max_grad_norm: float | None = option(

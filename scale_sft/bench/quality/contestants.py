@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -32,10 +33,16 @@ BASE = Contestant("base", "base", ())
 _CHOICE = {"selection_batches": "20", "score": "balanced", "draw": "sample"}
 """The first choice of the sampled contestants: balanced scores of 20 batches."""
 
+_BETWEEN_SETTINGS = re.compile(r",(?=\w+=)")
+"""A comma that ends a setting of a variant, unlike those of a value such as 0.9,0.99."""
+
 _LARGEST = {"selection_batches": "0", "score": "gradient", "draw": "top"}
 """Those of the largest gradients after the first estimation phase."""
 
-_COLD = {"warmup_fraction": "0.0"}
+_USUAL = {"betas": "0.9,0.999"}
+"""AdamW as others use it. This trainer's default is for sparse deltas."""
+
+_OF_LORA = {**_USUAL, "warmup_fraction": "0.0"}
 """LoRA ended better without warm-up (docs/selection.md): half of it starts at 0, which is a warm-up of its own."""
 
 METHODS = {
@@ -67,10 +74,10 @@ METHODS = {
         Contestant("ag", "ours", (3e-3, 1e-2, 3e-2), {"method": "ag"}),
         Contestant("ma", "ours", (3e-2, 1e-1, 3e-1), {"method": "ma"}),
         Contestant("static", "ours", (3e-3, 1e-2, 3e-2), {"method": "static", **_LARGEST}),
-        Contestant("lora", "peft-lora", (2e-3, 5e-3, 1e-2), _COLD),
-        Contestant("lora-rs", "peft-lora-rs", (2e-3, 5e-3, 1e-2), _COLD),
-        Contestant("ia3", "peft-ia3", (3e-2, 1e-1, 3e-1)),
-        Contestant("full", "full", (3e-4, 1e-3, 3e-3)),
+        Contestant("lora", "peft-lora", (2e-3, 5e-3, 1e-2), _OF_LORA),
+        Contestant("lora-rs", "peft-lora-rs", (2e-3, 5e-3, 1e-2), _OF_LORA),
+        Contestant("ia3", "peft-ia3", (3e-2, 1e-1, 3e-1), _USUAL),
+        Contestant("full", "full", (3e-4, 1e-3, 3e-3), _USUAL),
     )
 }
 """Default contestants with the start of their grids: a sparse delta needs far higher rates than a dense weight."""
@@ -89,7 +96,7 @@ SET_BY_THE_BENCH = (
     *("learning_rate", "seed", "steps", "epochs", "density", "tunable_weights", "start_from", "output_dir", "resume"),
 )
 """Options that a variant cannot set: they form the grid, or are the same for all."""
-OF_PEERS = ("eps", "weight_decay", "warmup_fraction", "lr_schedule")
+OF_PEERS = ("betas", "eps", "weight_decay", "warmup_fraction", "lr_schedule")
 """Options that a variant of LoRA, IA3 or full tuning can set."""
 
 
@@ -131,7 +138,7 @@ def present_name(name: str) -> str:
 def _variant(text: str) -> Contestant:
     """Parse `NAME=METHOD,option=value,...`, a contestant with other options: a peer with those of its optimizer."""
     name, _, rest = text.partition("=")
-    method, *settings = rest.split(",")
+    method, *settings = _BETWEEN_SETTINGS.split(rest)
     method = present_name(method)
     if not name or not settings:
         raise UserError(

@@ -143,7 +143,8 @@ def test_the_peers_loop_is_that_of_ours_where_all_entries_are_trained(settings):
     """AdamW on every entry of the target weights, dense or as deltas: one and the same training."""
     wanted = settings(["full", "ag"], steps=3, exact_match_examples=0)
     mask = METHODS["random"]
-    whole = replace(mask, options={**mask.options, "rank_equivalent": "none", "density": "1"})
+    usual = {"betas": METHODS["full"].options["betas"]}
+    whole = replace(mask, options={**mask.options, **usual, "rank_equivalent": "none", "density": "1"})
     dense, sparse = (run_job(wanted.job(Task(), contestant, 1e-3)) for contestant in (METHODS["full"], whole))
     assert dense["trainable"] == sparse["trainable"]
     assert sparse["held_out_loss"] == pytest.approx(dense["held_out_loss"], rel=1e-5)
@@ -252,7 +253,7 @@ def test_the_page_shows_each_group_of_settings_and_the_newest_row_of_each_run(tm
         (["--methods", "randon"], "did you mean 'random'?"),
         (["--learning-rates", "stattic=1"], "did you mean 'static'?"),
         (["--learning_rates", "full=fast"], "--learning_rates full: got 'fast', expected numbers above 0"),
-        (["--variant", "slim=lora,method=ma"], "expected an option that lora has: eps, weight_decay"),
+        (["--variant", "slim=lora,method=ma"], "expected an option that lora has: betas, eps, weight_decay"),
         (["--variant", "slim=ag,candidate_ratios=0.5"], "did you mean 'candidate_ratio'?"),
         (["--variant", "slim=ag,candidate_ratio=much"], "slim: 1 mistake"),
         (["--learning-rates", "full=1e9"], "learning_rate: got 1000000000.0"),
@@ -301,10 +302,10 @@ def test_a_recipe_gives_what_the_command_does_not_and_must_have_an_equal_budget(
 
 
 def test_a_variant_has_its_own_line_with_its_options(settings, measure):
-    wanted = settings(["ag"], ["ag=0.01", "slim=0.01"], ["slim=ag,delta_dtype=bfloat16"])
+    wanted = settings(["ag"], ["ag=0.01", "slim=0.01"], ["slim=ag,betas=0.7,0.9,delta_dtype=bfloat16"])
     found, _ = measure(wanted)
     assert [row["settings"]["method"] for row in found] == ["base", "ag", "slim"]
-    assert found[2]["settings"]["options"]["delta_dtype"] == "bfloat16"
+    assert found[2]["settings"]["options"] == {"method": "ag", "betas": "0.7,0.9", "delta_dtype": "bfloat16"}
     assert found[1]["result"]["held_out_loss"] != found[2]["result"]["held_out_loss"]
 
 

@@ -104,7 +104,7 @@ def test_the_schema_has_every_option_with_its_help_and_default() -> None:
     found = json.loads(command("schema").output)
     properties = {name: section["properties"] for name, section in found["properties"].items()}
     assert {option: section for section, options in properties.items() for option in options} == OPTIONS
-    assert properties["optimizer"]["betas"]["default"] == [0.9, 0.999]
+    assert properties["optimizer"]["betas"]["default"] == [0.8, 0.999]
     assert properties["sparse"]["method"]["enum"] == ["random", "static", "columns", "ag", "ma"]
     assert all(option["description"] for options in properties.values() for option in options.values())
     assert set(found["properties"]) == set(SECTIONS)

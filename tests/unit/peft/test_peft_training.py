@@ -49,7 +49,7 @@ def test_a_training_is_that_of_attach_until_cohorts_differ(method, equal_steps, 
     options = SCHEDULE | {"density": 0.05, "total_steps": 10, "kernels": "off", "method": method} | rule
     plain, model = tiny(dtype), wrapped(tiny(dtype), **options)
     own = ESTIMATED | rule if method == "static" else {}
-    sparse = scale_sft.attach(plain, **options | own, moments="float32")
+    sparse = scale_sft.attach(plain, **options | own, moments="float32", betas=(0.9, 0.999))
     optimizer, other = sparse.optimizer(lr=1e-2), torch.optim.AdamW(model.parameters(), **ADAMW)
     for number, batch in enumerate(batches(10), start=1):
         losses = []
