@@ -123,9 +123,10 @@ def quality(
     Contestants: random, entries from the seed; static-sampled, fixed entries sampled by balanced score (temperature
     0.5); ag-sampled, SFT-AG that samples its first choice and its growth, with moments from 0; columns and
     columns-sampled, whole columns from the seed or sampled; columns-grown, sampled columns that SFT-AG moves; ag and
-    ma, as in the paper; static, the largest gradients; lora and lora-rs (rank-stabilised) on the same layers, all of
-    equal trained weights; ia3; and full, the same layers densely. All see the same batches and the same loss. The
-    learning rate rises and falls as in training, but LoRA's has no warm-up: so it ended better.
+    ma, the paper's methods; static, the largest gradients; lora and lora-rs (rank-stabilised) on the same layers, all
+    of equal trained weights; ia3; and full, the same layers densely. All see the same batches and the same loss. The
+    learning rate rises and falls as in training, but LoRA's has no warm-up: so it ended better. LoRA, ia3 and full
+    have AdamW's usual decay rates, 0.9 and 0.999.
 
     Each tries a grid of rates with one seed, which grows while the best rate is at its end. The best, by the loss on
     --validation_examples held back from the training data, runs with the other seeds. Reported figures come from the

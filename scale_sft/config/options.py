@@ -99,8 +99,8 @@ class OptimizerConfig:
     learning_rate: float | None = option(
         None,
         "Peak learning rate; sparse deltas need far higher ones than dense weights. Default: by the budget and the "
-        "depth, 0.007 x (8 / r)^(5/6) x (32 / blocks)^(1/2), where LoRA of rank r has as many parameters; with ma, and "
-        "with ag unless it samples, a tenth of it, as their entries crowd. The run says which.",
+        "depth, 0.005 x (8 / r)^(5/6) x (32 / blocks)^(1/2), where LoRA of rank r has as many parameters; with "
+        "ag unless it samples a tenth of it, as its entries crowd; with ma two fifths. The run says which.",
         check=between(0, 1e6, open_low=True),
         on_resume="by_effect",
     )

@@ -507,11 +507,11 @@ def test_the_schedule_of_the_options_ends_at_zero_and_stays_there(load) -> None:
 @pytest.mark.parametrize(
     ("method", "draw", "rate"),
     [
-        ("random", "top", 0.014),
-        ("columns", "top", 0.014),
-        ("ag", "sample", 0.014),
-        ("ag", "top", 0.0014),
-        ("ma", "top", 0.0014),
+        ("random", "top", 0.01),
+        ("columns", "top", 0.01),
+        ("ag", "sample", 0.01),
+        ("ag", "top", 0.001),
+        ("ma", "top", 0.004),
     ],
 )
 def test_a_learning_rate_that_is_not_given_follows_method_and_budget(load, method, draw, rate) -> None:

@@ -37,8 +37,8 @@ def plan(shape: str, *arguments):
 
 
 def test_a_plan_has_the_learning_rate_of_budget_and_depth() -> None:
-    assert (plan("7b")["learning_rate"], plan("7b", "--learning_rate", 0.02)["learning_rate"]) == (0.0026, 0.02)
-    assert "learning rate: 0.00026 at its peak" in command("--shape", "7b", "--density", 0.01, "--method", "ag").output
+    assert (plan("7b")["learning_rate"], plan("7b", "--learning_rate", 0.02)["learning_rate"]) == (0.0019, 0.02)
+    assert "learning rate: 0.00019 at its peak" in command("--shape", "7b", "--density", 0.01, "--method", "ag").output
 
 
 def test_a_deep_model_is_traced_as_its_first_blocks_say() -> None:

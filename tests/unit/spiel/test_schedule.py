@@ -83,10 +83,10 @@ def test_short_runs_warm_up_over_ten_steps_or_a_quarter(steps: int, warmup: int)
 
 
 def test_a_rate_falls_as_budget_and_depth_grow() -> None:
-    assert scaled_rate(0.007, 8, 32) == 0.007, "what it is stated for"
-    assert (scaled_rate(0.007, 64, 32), scaled_rate(0.007, 2, 32)) == (0.0012, 0.022)
-    assert (scaled_rate(0.007, 8, 8), scaled_rate(0.007, 8, 128)) == (0.014, 0.0035)
-    assert scaled_rate(0.007, 0.1, 1) == scaled_rate(0.007, 2, 8), "few entries in a shallow model must not leap"
+    assert scaled_rate(0.005, 8, 32) == 0.005, "what it is stated for"
+    assert (scaled_rate(0.005, 64, 32), scaled_rate(0.005, 2, 32)) == (0.00088, 0.016)
+    assert (scaled_rate(0.005, 8, 8), scaled_rate(0.005, 8, 128)) == (0.01, 0.0025)
+    assert scaled_rate(0.005, 0.1, 1) == scaled_rate(0.005, 2, 8), "few entries in a shallow model must not leap"
 
 
 def test_a_run_of_one_step_has_a_learning_rate() -> None:
