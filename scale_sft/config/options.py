@@ -106,7 +106,7 @@ class OptimizerConfig:
     )
     betas: tuple[float, float] = option(
         (0.8, 0.999),
-        "AdamW's decay rates of the two moments. At 0.9, which is usual, sparse deltas learned less and forgot more.",
+        "AdamW's decay rates of the two moments. At 0.9, which is usual, sparse deltas learned less.",
         check=two_betas,
     )
     eps: float = option(1e-8, "Added to the denominator (AdamW) or under the root (SM3).", check=above(0))

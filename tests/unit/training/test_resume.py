@@ -231,13 +231,13 @@ def test_a_rate_that_follows_the_budget_is_told_and_holds_when_a_run_resumes(
     saving |= {"density": None, "rank_equivalent": 4, "learning_rate": None}
     crashing_run(4, **saving)
     shown = " ".join(capsys.readouterr().out.split())
-    assert "learning rate 0.0025 at its peak (for as many entries as LoRA of rank 4 has parameters)" in shown
-    with pytest.raises(UserError, match=r"peak learning rate: 0.0025 in the checkpoint, 0.01 now"):
+    assert "learning rate 0.0018 at its peak (for as many entries as LoRA of rank 4 has parameters)" in shown
+    with pytest.raises(UserError, match=r"peak learning rate: 0.0018 in the checkpoint, 0.01 now"):
         train_run(**saving | {"learning_rate": 0.01})
-    run = train_run(**saving | {"learning_rate": 0.0025})
+    run = train_run(**saving | {"learning_rate": 0.0018})
     assert train_run(**saving | {"output_dir": str(tmp_path / "whole"), "save_every_steps": None}) != run
     card = (tmp_path / "whole" / "adapter" / "README.md").read_text()
-    assert "| learning_rate | 0.0025 |" in card
+    assert "| learning_rate | 0.0018 |" in card
     assert losses(run) == losses(tmp_path / "whole")
 
 
