@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from scale_sft import sync
 
 PROMPT = torch.tensor([[7, 3, 200, 45]])
+LEAST = 3
+"""Tokens between two patches, however busy the machine is."""
 
 
 def main(folder: str, descriptor: int) -> None:
@@ -25,7 +27,8 @@ def main(folder: str, descriptor: int) -> None:
     generated = 0
     with torch.inference_mode():
         while True:
-            while not connection.poll(0.002):  # leave the trainer its share of the processor
+            wanted = generated + LEAST
+            while generated < wanted or not connection.poll(0.002):  # leave the trainer its share of the processor
                 tokens = torch.cat((tokens, model(input_ids=tokens).logits[:, -1:].argmax(-1)), 1)[:, -8:]
                 generated += 1
             try:

@@ -71,4 +71,4 @@ def test_a_rollout_server_follows_two_hundred_syncs_and_a_restart_bit_for_bit(ti
             seen.add(logits)
     finally:
         server.kill()
-    assert len(seen) > 0.9 * SYNCS and generated > SYNCS / 10  # weights changed, and it generated meanwhile
+    assert len(seen) > 0.9 * SYNCS and generated > SYNCS  # the weights did change, and it did generate meanwhile

@@ -66,8 +66,7 @@ def test_full_density_without_reallocation_gives_the_losses_of_dense_fine_tuning
     targets = find_targets(model, None)
     model.requires_grad_(False)
     weights = [target.module.weight.requires_grad_(True) for target in targets]
-    betas = inputs.config.optimizer.betas
-    stock = torch.optim.AdamW(weights, lr=2e-3, betas=betas, eps=1e-8, weight_decay=0.0)
+    stock = torch.optim.AdamW(weights, lr=2e-3, betas=(0.8, 0.999), eps=1e-8, weight_decay=0.0)
     expected = []
     for step in range(1, 9):
         members = inputs.order.batch(step)
