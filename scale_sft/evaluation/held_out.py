@@ -38,17 +38,28 @@ class Evaluation:
         return math.exp(min(loss, 700.0))
 
 
-@torch.no_grad()
 def held_out_loss(model: nn.Module, examples: Examples, cluster: Cluster, batch_size: int, pad_id: int) -> Evaluation:
     """Compute the mean loss per target token over all examples, spread over the ranks, summed in double precision."""
-    loss = 0.0
+    loss = sum(loss_by_example(model, examples, cluster, batch_size, pad_id))
+    tokens = examples.target_tokens(range(len(examples)))
+    return Evaluation(loss=loss / tokens, target_tokens=tokens)
+
+
+@torch.no_grad()
+def loss_by_example(
+    model: nn.Module, examples: Examples, cluster: Cluster, batch_size: int, pad_id: int
+) -> list[float]:
+    """Sum the losses of the target tokens of each example, in double precision; every rank gets all sums."""
+    sums = [0.0] * len(examples)
     for group in by_length(examples, batch_size * cluster.size):
         cluster.agree_to_stop()
         for members in micro_batches(group, cluster.rank, cluster.size, batch_size):
-            loss += token_losses(model, collate(examples, members, pad_id, cluster.device)).double().sum().item()
-    tokens = examples.target_tokens(range(len(examples)))
-    (total,) = cluster.sum_floats(loss)
-    return Evaluation(loss=total / tokens, target_tokens=tokens)
+            losses = token_losses(model, collate(examples, members, pad_id, cluster.device)).double().cpu()
+            counts = [0 if n is None else examples.target_tokens([n]) for n in members]
+            for n, own in zip(members, losses.split(counts), strict=True):
+                if n is not None:
+                    sums[n] = own.sum().item()
+    return cluster.sum_floats(*sums)
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from scale_sft.bench.rows import Row, newest
 from scale_sft.errors import UserError
 
 from .contestants import BASE
-from .summary import Figure, short_name
+from .intervals import Figure
+from .summary import short_name
 from .table import LOSS, MISSING
 from .worker import Job, loss_on, split, train_one
 

@@ -43,11 +43,12 @@ def part(rows: Sequence[Row]) -> Part:
         "rate is at an end; best is the lowest loss on examples kept out of the training data. Figures are on the "
         "held-out data, at the best rate: the mean over the seeds and its 95 % confidence interval by Student's t "
         "distribution, which is wide for few seeds (for 3 of them 2.5 standard deviations). "
-        f"Against {REFERENCE}: the difference of the losses, seed by seed. Losses on other data show what the model "
-        "has kept: compare them with those of the base. Norms of the update (merged minus base) are means over the "
-        "weights; visible in bf16 is the share of changed entries that a merge in bfloat16 changes. Seconds include "
-        "the choice of entries; runs that share a machine slow each other down. Peak memory is that of training above "
-        "the weights of the base. A dash: not measured."
+        f"Against {REFERENCE}: the difference of the losses, seed by seed; by examples: how far it depends on which "
+        "examples were held out, a 95 % interval by the jackknife over 32 parts of them. Losses on other data show "
+        "what the model has kept: compare them with those of the base. Norms of the update (merged minus base) are "
+        "means over the weights; visible in bf16 is the share of changed entries that a merge in bfloat16 changes. "
+        "Seconds include the choice of entries; runs that share a machine slow each other down. Peak memory is that "
+        "of training above the weights of the base. A dash: not measured."
     )
     return Part(title="Quality: held-out loss and what is retained", text=text, tables=tables, plots=plots)
 

@@ -4,48 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
+from statistics import mean
+from typing import Any, TypeVar
 
 from scale_sft.config.options import SECTIONS
 
 from .contestants import BASE, present_name
+from .intervals import Figure, half_width_over_parts
 
 Row = dict[str, Any]
-
-# Two-sided 95 % quantiles of Student's t distribution, by degrees of freedom from 1; beyond, by interpolation in 1/df.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-      2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
-_NORMAL = 1.960
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Some values over seeds: their mean, and half the width of its 95 % confidence interval (t distribution)."""
-
-    mean: float
-    half_width: float | None  # None: a single value
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Figure | None:
-        """Summarise values; None without any."""
-        if not values:
-            return None
-        if len(values) == 1:
-            return cls(values[0], None, 1)
-        return cls(mean(values), t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values)), len(values))
-
-
-def t_quantile(degrees: int) -> float:
-    """Return the two-sided 95 % quantile of Student's t distribution for `degrees` of freedom, from 1."""
-    if degrees <= len(_T):
-        return _T[degrees - 1]
-    return _NORMAL + (_T[-1] - _NORMAL) * len(_T) / degrees
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,9 +39,25 @@ class Summary:
 
     def difference(self, other: Summary, key: str) -> Figure | None:
         """Compare with another contestant, seed by seed: the same seed means the same batches."""
-        theirs = {row["settings"]["seed"]: value_of(row, key) for row in other.runs}
-        pairs = [(value_of(row, key), theirs.get(row["settings"]["seed"])) for row in self.runs]
-        return Figure.of([mine - its for mine, its in pairs if mine is not None and its is not None])
+        return Figure.of([mine - its for mine, its in self._pairs(other, lambda row: value_of(row, key))])
+
+    def half_width_by_examples(self, other: Summary) -> float | None:
+        """Tell how far the difference of the held-out losses depends on the examples, whatever the seeds.
+
+        Returns half the width of its 95 % interval; None where no seed has the parts of both.
+        """
+        both = self._pairs(other, lambda row: row["result"].get("held_out_parts"))
+        if not both:
+            return None
+        tokens = [count for _, count in both[0][0]]
+        sums = [[loss - its for (loss, _), (its, _) in zip(*pair, strict=True)] for pair in both]
+        return half_width_over_parts([mean(of_part) for of_part in zip(*sums, strict=True)], tokens)
+
+    def _pairs(self, other: Summary, get: Callable[[Row], T | None]) -> list[tuple[T, T]]:
+        """Pair what the runs of both at the same seed have."""
+        theirs = {row["settings"]["seed"]: get(row) for row in other.runs}
+        pairs = ((get(row), theirs.get(row["settings"]["seed"])) for row in self.runs)
+        return [(mine, its) for mine, its in pairs if mine is not None and its is not None]
 
     def remark(self) -> str | None:
         """Warn of anything that casts doubt on the best rate; None if nothing does."""

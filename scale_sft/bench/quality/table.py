@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .contestants import BASE
-from .summary import Figure, Row, Summary, groups_of, retained_names, summaries
+from .intervals import Figure
+from .summary import Row, Summary, groups_of, retained_names, summaries
 
 REFERENCE = "lora"
 """The contestant that the others are compared with, where it takes part."""
@@ -56,9 +57,13 @@ def learning_table(rows: Sequence[Row]) -> Table:
     found = summaries(rows)
     kept = [Column(name, f"retained.{name}", "{:.3f}".format) for name in retained_names(rows)]
     other = next((summary for summary in found if summary.name == REFERENCE and summary.runs), None)
+    compared = [summary for summary in found if other and summary.name not in (BASE.name, other.name)]
+    widths = {summary.name: summary.half_width_by_examples(other) for summary in compared if other}
+    by_examples = any(width is not None for width in widths.values())
     matches = any(summary.values("exact_match") for summary in found)
     columns = ["method", "rate", "seeds", LOSS.title]
     columns += [f"against {REFERENCE}"] if other else []
+    columns += ["by examples"] if by_examples else []
     columns += [_MATCH.title] if matches else []
     columns += [f"loss on {column.title}" for column in kept]
 
@@ -68,7 +73,8 @@ def learning_table(rows: Sequence[Row]) -> Table:
         cells = [summary.name, rate, str(len(summary.runs)) if trains else MISSING]
         cells.append(LOSS.cell(summary.figure(LOSS.key)))
         if other:
-            cells.append(_signed(summary.difference(other, LOSS.key) if trains and summary is not other else None))
+            cells.append(_signed(summary.difference(other, LOSS.key) if summary in compared else None))
+        cells += [_width(widths.get(summary.name))] if by_examples else []
         cells += [_MATCH.cell(summary.figure(_MATCH.key))] if matches else []
         return cells + [column.cell(summary.figure(column.key)) for column in kept]
 
@@ -89,8 +95,12 @@ def cost_table(rows: Sequence[Row]) -> Table:
 def _signed(found: Figure | None) -> str:
     if found is None:
         return MISSING
-    width = "" if found.half_width is None else f" ± {found.half_width:.4f}"
+    width = "" if found.half_width is None else f" {_width(found.half_width)}"
     return f"{found.mean:+.4f}{width}"
+
+
+def _width(found: float | None) -> str:
+    return MISSING if found is None else f"± {found:.4f}"
 
 
 def csv_of(rows: Sequence[Row]) -> str:

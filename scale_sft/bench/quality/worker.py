@@ -21,6 +21,8 @@ from .tasks import Retained, retained_examples
 from .updates import Update, dense_updates, figures, peft_updates, sparse_updates
 
 CURVE_POINTS = 40
+PARTS = 32
+"""How many parts the held-out examples are dealt into, to tell how far a loss depends on them."""
 
 
 @dataclass(frozen=True)
@@ -218,15 +220,27 @@ def _retained(model: Any, retained: Sequence[Retained], inputs: Any, cluster: An
     return {"retained": found} if found else {}
 
 
-def evaluated(model: Any, inputs: Any, validation: Any, cluster: Any) -> dict[str, float]:
+def held_out_parts(model: Any, inputs: Any, cluster: Any) -> list[tuple[float, int]]:
+    """Deal the held-out examples into at most PARTS parts; returns the summed loss and the target tokens of each."""
+    from scale_sft.evaluation.held_out import loss_by_example
+
+    examples, size = inputs.eval, inputs.config.run.eval_batch_size
+    losses = loss_by_example(model, examples, cluster, size, inputs.tokenizer.pad_token_id)
+    members = [range(n, len(examples), PARTS) for n in range(min(PARTS, len(examples)))]
+    return [(sum(losses[n] for n in part), examples.target_tokens(part)) for part in members]
+
+
+def evaluated(model: Any, inputs: Any, validation: Any, cluster: Any) -> dict[str, Any]:
     """Measure losses on both held-out parts, and exact match on the second if the configuration requests it."""
     from scale_sft.evaluation.answers import exact_match, greedy_answers
 
     config = inputs.config
     size, count = config.run.eval_batch_size, config.data.exact_match_examples
-    result = {
+    parts = held_out_parts(model, inputs, cluster)
+    result: dict[str, Any] = {
         "validation_loss": loss_on(model, validation, inputs, cluster),
-        "held_out_loss": loss_on(model, inputs.eval, inputs, cluster),
+        "held_out_loss": sum(loss for loss, _ in parts) / sum(tokens for _, tokens in parts),
+        "held_out_parts": [[round(loss, 3), tokens] for loss, tokens in parts],
     }
     if count:
         answers = greedy_answers(

@@ -18,7 +18,7 @@ from scale_sft.bench.quality import measure as quality
 from scale_sft.bench.quality.contestants import BASE, METHODS, choose
 from scale_sft.bench.quality.summary import summaries
 from scale_sft.bench.quality.tasks import Task, read_retained, read_tasks
-from scale_sft.bench.quality.worker import run_job, split
+from scale_sft.bench.quality.worker import PARTS, run_job, split
 from scale_sft.cli.main import main
 from scale_sft.errors import UserError
 from tests.expert_models import make_experts
@@ -136,6 +136,11 @@ def test_dense_training_lowers_the_loss_in_both_dtypes(settings):
         before = run_job(wanted.job(Task(), BASE))
         after = run_job(wanted.job(Task(), METHODS["full"], 0.003))
         assert after["held_out_loss"] < before["held_out_loss"] - 0.3
+        (losses, tokens), (losses_before, tokens_before) = (
+            zip(*one["held_out_parts"], strict=True) for one in (after, before)
+        )
+        assert after["held_out_loss"] == pytest.approx(sum(losses) / sum(tokens), abs=1e-4)
+        assert tokens == tokens_before and len(tokens) == min(PARTS, 24) and losses != losses_before
         assert after["curve"][-1][0] == 12 and after["curve"][-1][1] < after["curve"][0][1]
 
 

@@ -9,16 +9,10 @@ import torch
 
 from scale_sft.bench.pool import Pool
 from scale_sft.bench.quality.contestants import EARLIER_NAMES, METHODS, choose
+from scale_sft.bench.quality.intervals import Figure, half_width_over_parts, t_quantile
 from scale_sft.bench.quality.search import Search
-from scale_sft.bench.quality.summary import (
-    Figure,
-    groups_of,
-    present,
-    rung_beyond,
-    settings_key,
-    summaries,
-    t_quantile,
-)
+from scale_sft.bench.quality.summary import groups_of, present, rung_beyond, settings_key, summaries
+from scale_sft.bench.quality.table import learning_table
 from scale_sft.bench.quality.tasks import read_retained, read_tasks, retained_by
 from scale_sft.bench.quality.updates import Update, figures, spectral_norm
 from scale_sft.config.options import SECTIONS
@@ -81,6 +75,24 @@ def test_an_interval_is_that_of_the_t_distribution():
     assert quantiles == sorted(quantiles, reverse=True) and t_quantile(60) == pytest.approx(2.000, abs=2e-3)
 
 
+def test_the_interval_over_parts_is_that_of_a_mean_and_knows_a_constant_quotient():
+    sums = [3.0, 5.0, 4.0, 8.0]
+    found = half_width_over_parts(sums, [2] * 4)
+    assert found == pytest.approx(3.182 * stdev(sums) / 2 / math.sqrt(4))
+    assert half_width_over_parts([1.0, 2.0, 3.0], [10, 20, 30]) == pytest.approx(0.0, abs=1e-12)
+    assert half_width_over_parts([1.0], [10]) is None
+
+
+def test_the_interval_over_parts_holds_the_truth_as_often_as_it_says():
+    draw, held, rounds = torch.Generator().manual_seed(0), 0, 400
+    for _ in range(rounds):
+        counts = torch.randint(5, 60, (32,), generator=draw)
+        sums = 0.5 * counts + torch.randn(32, generator=draw) * counts.sqrt()
+        width = half_width_over_parts(sums.tolist(), counts.tolist())
+        held += abs((sums.sum() / counts.sum()).item() - 0.5) <= width
+    assert 0.92 <= held / rounds <= 0.98
+
+
 def row(method="ag", rate=0.01, seed=0, loss=1.0, shared=None, **more):
     settings = {"shared": {"base": "demo", "steps": 4, **(shared or {})}, "method": method, "kind": "ours"}
     return {"settings": {**settings, "learning_rate": rate, "seed": seed, **more}, "result": {"held_out_loss": loss}}
@@ -92,6 +104,23 @@ def test_methods_are_compared_seed_by_seed():
         one["result"]["validation_loss"] = one["result"]["held_out_loss"]
     lora, ag = summaries(rows)
     assert ag.difference(lora, "held_out_loss") == Figure(0.5, 0.0, 3) and ag.figure("held_out_loss").half_width > 2
+
+
+def test_a_difference_says_how_far_it_depends_on_the_examples():
+    def rows(parts):
+        found = [row(name, seed=seed) for name in ("lora", "ag") for seed in (0, 1)]
+        for one in found:
+            one["result"] |= {"validation_loss": 1.0}
+            if parts:
+                extra = [0, 0, 0] if one["settings"]["method"] == "lora" else [1, 2, 3 + one["settings"]["seed"]]
+                one["result"]["held_out_parts"] = [[5 + more, 10] for more in extra]
+        return found
+
+    columns, lines = learning_table(rows(True))
+    cells = [dict(zip(columns, line, strict=True)) for line in lines]
+    width = half_width_over_parts([1, 2, 3.5], [10] * 3)
+    assert [cell["by examples"] for cell in cells] == ["-", f"± {width:.4f}"]
+    assert "by examples" not in learning_table(rows(False))[0]  # rows of an earlier version
 
 
 def test_runs_of_another_contestant_that_had_the_name_are_no_further_seeds():

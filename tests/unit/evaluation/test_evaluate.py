@@ -18,7 +18,7 @@ from scale_sft.config.options import DataConfig, ModelConfig
 from scale_sft.data.cache import load_examples
 from scale_sft.evaluation.answers import Answer, exact_match, extract_answer, greedy_answers
 from scale_sft.evaluation.evaluate_model import for_people
-from scale_sft.evaluation.held_out import Evaluation, held_out_loss
+from scale_sft.evaluation.held_out import Evaluation, held_out_loss, loss_by_example
 from scale_sft.model.loading import load_base, load_model_config
 from scale_sft.training.best import best_step, hopeless
 
@@ -44,11 +44,12 @@ def test_the_loss_does_not_depend_on_the_batch_size(base, examples, cluster):
 
 
 def test_the_loss_is_that_of_transformers_weighted_by_tokens(base, examples, cluster):
-    total = 0.0
+    sums = []
     for n in range(len(examples)):
         ids, labels = (torch.from_numpy(part.astype("int64"))[None] for part in examples.tokens(n))
-        total += float(base(input_ids=ids, labels=labels).loss) * examples.target_tokens([n])
-    expected = total / examples.target_tokens(range(len(examples)))
+        sums.append(float(base(input_ids=ids, labels=labels).loss) * examples.target_tokens([n]))
+    assert loss_by_example(base, examples, cluster, 5, 258) == pytest.approx(sums, abs=1e-4)
+    expected = sum(sums) / examples.target_tokens(range(len(examples)))
     assert held_out_loss(base, examples, cluster, 5, 258).loss == pytest.approx(expected, abs=1e-5)
 
 
