@@ -172,8 +172,8 @@ def quality(
     except KeyboardInterrupt:
         raise UserError(f"interrupted; finished runs are in {output}: the same command resumes") from None
     for task, tables, remarks in benchmark.report(rows):
-        for number, (columns, lines) in enumerate(tables):
-            click.echo(f"\n{task}" if task and not number else "")
+        for title, (columns, lines) in tables:
+            click.echo(f"\n{title or task}".rstrip())
             _print([columns, *lines])
         for remark in remarks:
             click.echo(remark)

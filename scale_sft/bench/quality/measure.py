@@ -26,7 +26,7 @@ from .contestants import BASE, Contestant
 from .page import part
 from .search import MORE_RUNGS, Search
 from .summary import Row, groups_of, present, reason_of, result_of, settings_key, summaries
-from .table import Table, cost_table, csv_of, learning_table
+from .table import Table, csv_of, tables_of
 from .tasks import Retained, Task, retained_by, retained_examples
 from .worker import Job, run_job, split
 
@@ -105,8 +105,8 @@ def measure(settings: Settings, folder: Path, *, processes: int, say: Callable[[
     return [row for row in campaign.rows.values() if row is not None]
 
 
-def report(rows: Sequence[Row]) -> list[tuple[str, list[Table], list[str]]]:
-    """Make for each task its name, its tables, and remarks on them."""
+def report(rows: Sequence[Row]) -> list[tuple[str, list[tuple[str, Table]], list[str]]]:
+    """Make for each task its name, its tables with their titles, and remarks on them."""
     found = []
     for group in reversed(groups_of(rows)):
         every = summaries(group)
@@ -117,9 +117,7 @@ def report(rows: Sequence[Row]) -> list[tuple[str, list[Table], list[str]]]:
             if summary.best_rate is not None
             for rate, why in summary.failures.items()
         ]
-        found.append(
-            (group[-1]["settings"]["shared"].get("task", ""), [learning_table(group), cost_table(group)], remarks)
-        )
+        found.append((group[-1]["settings"]["shared"].get("task", ""), tables_of(group), remarks))
     return found
 
 

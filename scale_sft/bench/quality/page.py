@@ -17,7 +17,7 @@ from scale_sft.reporting.style import CYCLE, GREY, PERCENT, PLAIN, WIDTH_INCHES,
 
 from .contestants import BASE
 from .summary import Row, Summary, groups_of, retained_names, short_name, summaries, value_of
-from .table import REFERENCE, cost_table, learning_table
+from .table import REFERENCE, tables_of
 
 
 def part(rows: Sequence[Row]) -> Part:
@@ -43,12 +43,12 @@ def part(rows: Sequence[Row]) -> Part:
         "rate is at an end; best is the lowest loss on examples kept out of the training data. Figures are on the "
         "held-out data, at the best rate: the mean over the seeds and its 95 % confidence interval by Student's t "
         "distribution, which is wide for few seeds (for 3 of them 2.5 standard deviations). "
-        f"Against {REFERENCE}: the difference of the losses, seed by seed; by examples: how far it depends on which "
-        "examples were held out, a 95 % interval by the jackknife over 32 parts of them. Losses on other data show "
-        "what the model has kept: compare them with those of the base. Norms of the update (merged minus base) are "
-        "means over the weights; visible in bf16 is the share of changed entries that a merge in bfloat16 changes. "
-        "Seconds include the choice of entries; runs that share a machine slow each other down. Peak memory is that "
-        "of training above the weights of the base. A dash: not measured."
+        f"Losses less those of {REFERENCE}: seed by seed, their mean and its interval over the seeds; in brackets how "
+        "far the difference depends on the examples that it is measured on, a 95 % interval by the jackknife over 32 "
+        "parts of them. Losses on other data show what the model has kept: compare them with those of the base. Norms "
+        "of the update (merged minus base) are means over the weights; visible in bf16 is the share of changed "
+        "entries that a merge in bfloat16 changes. Seconds include the choice of entries; runs that share a machine "
+        "slow each other down. Peak memory is that of training above the weights of the base. A dash: not measured."
     )
     return Part(title="Quality: held-out loss and what is retained", text=text, tables=tables, plots=plots)
 
@@ -65,12 +65,11 @@ def title_of(group: Sequence[Row]) -> str:
 
 
 def _tables(group: Sequence[Row], title: str) -> list[Table]:
-    """Make the table of what was learned, and that of updates and costs."""
+    """Make all tables of a group; the first has the title of the group, and remarks below it."""
     remarks = "; ".join(remark for summary in summaries(group) if (remark := summary.remark()) is not None)
-    return [
-        Table(*learning_table(group), sources=group, title=title, note=f"{remarks}." if remarks else ""),
-        Table(*cost_table(group), sources=(), title="Updates and costs"),
-    ]
+    (_, learned), *others = tables_of(group)
+    first = Table(*learned, sources=group, title=title, note=f"{remarks}." if remarks else "")
+    return [first, *(Table(*table, sources=(), title=name) for name, table in others)]
 
 
 def _plots(group: Sequence[Row]) -> list[Plot]:

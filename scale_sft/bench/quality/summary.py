@@ -41,15 +41,15 @@ class Summary:
         """Compare with another contestant, seed by seed: the same seed means the same batches."""
         return Figure.of([mine - its for mine, its in self._pairs(other, lambda row: value_of(row, key))])
 
-    def half_width_by_examples(self, other: Summary) -> float | None:
-        """Tell how far the difference of the held-out losses depends on the examples, whatever the seeds.
+    def half_width_by_examples(self, other: Summary, key: str) -> float | None:
+        """Tell how far the difference of a loss depends on the examples that it is measured on, whatever the seeds.
 
         Returns half the width of its 95 % interval; None where no seed has the parts of both.
         """
-        both = self._pairs(other, lambda row: row["result"].get("held_out_parts"))
+        both = self._pairs(other, lambda row: _parts_of(row, key))
         if not both:
             return None
-        tokens = [count for _, count in both[0][0]]
+        tokens = [int(count) for _, count in both[0][0]]
         sums = [[loss - its for (loss, _), (its, _) in zip(*pair, strict=True)] for pair in both]
         return half_width_over_parts([mean(of_part) for of_part in zip(*sums, strict=True)], tokens)
 
@@ -84,6 +84,14 @@ def value_of(row: Row, key: str) -> float | None:
     group, _, name = key.rpartition(".")
     found = row["result"].get(group, {}).get(name) if group else row["result"].get(key)
     return None if found is None else float(found)
+
+
+def _parts_of(row: Row, key: str) -> list[list[float]] | None:
+    """Return the summed losses and target tokens of the parts of a loss; None in rows of an earlier version."""
+    group, _, name = key.rpartition(".")
+    if group:
+        return row["result"].get(f"{group}_parts", {}).get(name)
+    return row["result"].get(f"{key.removesuffix('_loss')}_parts")
 
 
 def retained_names(rows: Sequence[Row]) -> list[str]:

@@ -52,33 +52,60 @@ Table = tuple[list[str], list[list[str]]]
 """Columns and lines."""
 
 
+def tables_of(rows: Sequence[Row]) -> list[tuple[str, Table]]:
+    """Make the tables of one group of `summary.groups_of`, with a title each; that of the first is empty."""
+    against = difference_table(rows)
+    tables = [("", learning_table(rows))]
+    if against is not None:
+        tables.append((f"Losses less those of {REFERENCE}", against))
+    return [*tables, ("Updates and costs", cost_table(rows))]
+
+
 def learning_table(rows: Sequence[Row]) -> Table:
     """Make the table of what contestants have learned and retained, of one group of `summary.groups_of`."""
     found = summaries(rows)
-    kept = [Column(name, f"retained.{name}", "{:.3f}".format) for name in retained_names(rows)]
-    other = next((summary for summary in found if summary.name == REFERENCE and summary.runs), None)
-    compared = [summary for summary in found if other and summary.name not in (BASE.name, other.name)]
-    widths = {summary.name: summary.half_width_by_examples(other) for summary in compared if other}
-    by_examples = any(width is not None for width in widths.values())
-    matches = any(summary.values("exact_match") for summary in found)
-    columns = ["method", "rate", "seeds", LOSS.title]
-    columns += [f"against {REFERENCE}"] if other else []
-    columns += ["by examples"] if by_examples else []
-    columns += [_MATCH.title] if matches else []
-    columns += [f"loss on {column.title}" for column in kept]
+    columns = [LOSS, *([_MATCH] if any(summary.values(_MATCH.key) for summary in found) else []), *_kept(rows)]
 
     def line(summary: Summary) -> list[str]:
-        trains = summary.name != BASE.name
         rate = f"{summary.best_rate:g}" if summary.best_rate is not None else MISSING
-        cells = [summary.name, rate, str(len(summary.runs)) if trains else MISSING]
-        cells.append(LOSS.cell(summary.figure(LOSS.key)))
-        if other:
-            cells.append(_signed(summary.difference(other, LOSS.key) if summary in compared else None))
-        cells += [_width(widths.get(summary.name))] if by_examples else []
-        cells += [_MATCH.cell(summary.figure(_MATCH.key))] if matches else []
-        return cells + [column.cell(summary.figure(column.key)) for column in kept]
+        seeds = str(len(summary.runs)) if summary.name != BASE.name else MISSING
+        return [summary.name, rate, seeds, *(column.cell(summary.figure(column.key)) for column in columns)]
 
-    return columns, [line(summary) for summary in found]
+    return ["method", "rate", "seeds", *(column.title for column in columns)], [line(summary) for summary in found]
+
+
+def difference_table(rows: Sequence[Row]) -> Table | None:
+    """Make the table of the differences of all losses to those of REFERENCE; None where it has nobody to compare.
+
+    A cell holds the mean over the seeds that both have, the half width of its interval over them, and in brackets that
+    over the examples.
+    """
+    found = summaries(rows)
+    other = next((summary for summary in found if summary.name == REFERENCE and summary.runs), None)
+    if other is None:
+        return None
+    columns = [LOSS, *_kept(rows)]
+    lines = []
+    for summary in found:
+        if summary.name not in (BASE.name, other.name) and (first := summary.difference(other, LOSS.key)):
+            differences = (_difference(summary, other, column.key) for column in columns)
+            lines.append([summary.name, str(first.count), *differences])
+    return (["method", "seeds", *(column.title for column in columns)], lines) if lines else None
+
+
+def _kept(rows: Sequence[Row]) -> list[Column]:
+    return [Column(f"loss on {name}", f"retained.{name}", "{:.3f}".format) for name in retained_names(rows)]
+
+
+def _difference(summary: Summary, other: Summary, key: str) -> str:
+    found = summary.difference(other, key)
+    if found is None:
+        return MISSING
+    text = f"{found.mean:+.4f}"
+    if found.half_width is not None:
+        text += f" ± {found.half_width:.4f}"
+    by_examples = summary.half_width_by_examples(other, key)
+    return text if by_examples is None else f"{text} (± {by_examples:.4f})"
 
 
 def cost_table(rows: Sequence[Row]) -> Table:
@@ -90,17 +117,6 @@ def cost_table(rows: Sequence[Row]) -> Table:
         for summary in found
     ]
     return ["method", "weights", *(column.title for column in _OTHERS)], lines
-
-
-def _signed(found: Figure | None) -> str:
-    if found is None:
-        return MISSING
-    width = "" if found.half_width is None else f" {_width(found.half_width)}"
-    return f"{found.mean:+.4f}{width}"
-
-
-def _width(found: float | None) -> str:
-    return MISSING if found is None else f"± {found:.4f}"
 
 
 def csv_of(rows: Sequence[Row]) -> str:

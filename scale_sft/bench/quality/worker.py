@@ -22,7 +22,7 @@ from .updates import Update, dense_updates, figures, peft_updates, sparse_update
 
 CURVE_POINTS = 40
 PARTS = 32
-"""How many parts the held-out examples are dealt into, to tell how far a loss depends on them."""
+"""How many parts examples are dealt into, to tell how far a loss depends on them."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,9 @@ def run_job(job: Job) -> dict[str, Any]:
 
     Losses are means over target tokens in nats; `validation_loss` is on examples kept out of the training data,
     `held_out_loss` and `exact_match` (a fraction) are on `eval_data`, `retained` holds the losses on other data by
-    name. `seconds` is the loop alone, with the choice of entries; `peak_bytes` is the peak memory of training above
-    the base's weights. For the figures of the update see `updates.figures`.
+    name; `held_out_parts` and `retained_parts` hold the parts of these losses (see `loss_in_parts`). `seconds` is the
+    loop alone, with the choice of entries; `peak_bytes` is the peak memory of training above the base's weights. For
+    the figures of the update see `updates.figures`.
     """
     from scale_sft.distributed.cluster import Cluster
     from scale_sft.training.inputs import read_inputs
@@ -214,20 +215,22 @@ def loss_on(model: Any, examples: Any, inputs: Any, cluster: Any) -> float:
     return held_out_loss(model, examples, cluster, size, pad).loss
 
 
-def _retained(model: Any, retained: Sequence[Retained], inputs: Any, cluster: Any) -> dict[str, dict[str, float]]:
+def _retained(model: Any, retained: Sequence[Retained], inputs: Any, cluster: Any) -> dict[str, dict[str, Any]]:
     """Measure the loss on each of the data that the model should still know; empty without any."""
-    found = {one.name: loss_on(model, retained_examples(one, inputs), inputs, cluster) for one in retained}
-    return {"retained": found} if found else {}
+    found = {one.name: loss_in_parts(model, retained_examples(one, inputs), inputs, cluster) for one in retained}
+    losses = {name: loss for name, (loss, _) in found.items()}
+    return {"retained": losses, "retained_parts": {name: parts for name, (_, parts) in found.items()}} if found else {}
 
 
-def held_out_parts(model: Any, inputs: Any, cluster: Any) -> list[tuple[float, int]]:
-    """Deal the held-out examples into at most PARTS parts; returns the summed loss and the target tokens of each."""
+def loss_in_parts(model: Any, examples: Any, inputs: Any, cluster: Any) -> tuple[float, list[list[float]]]:
+    """Compute what `loss_on` does, and for at most PARTS parts of the examples the summed loss and the target tokens."""
     from scale_sft.evaluation.held_out import loss_by_example
 
-    examples, size = inputs.eval, inputs.config.run.eval_batch_size
-    losses = loss_by_example(model, examples, cluster, size, inputs.tokenizer.pad_token_id)
+    size, pad = inputs.config.run.eval_batch_size, inputs.tokenizer.pad_token_id
+    losses = loss_by_example(model, examples, cluster, size, pad)
     members = [range(n, len(examples), PARTS) for n in range(min(PARTS, len(examples)))]
-    return [(sum(losses[n] for n in part), examples.target_tokens(part)) for part in members]
+    parts = [[round(sum(losses[n] for n in part), 6), examples.target_tokens(part)] for part in members]
+    return sum(losses) / examples.target_tokens(range(len(examples))), parts
 
 
 def evaluated(model: Any, inputs: Any, validation: Any, cluster: Any) -> dict[str, Any]:
@@ -236,11 +239,11 @@ def evaluated(model: Any, inputs: Any, validation: Any, cluster: Any) -> dict[st
 
     config = inputs.config
     size, count = config.run.eval_batch_size, config.data.exact_match_examples
-    parts = held_out_parts(model, inputs, cluster)
+    loss, parts = loss_in_parts(model, inputs.eval, inputs, cluster)
     result: dict[str, Any] = {
         "validation_loss": loss_on(model, validation, inputs, cluster),
-        "held_out_loss": sum(loss for loss, _ in parts) / sum(tokens for _, tokens in parts),
-        "held_out_parts": [[round(loss, 3), tokens] for loss, tokens in parts],
+        "held_out_loss": loss,
+        "held_out_parts": parts,
     }
     if count:
         answers = greedy_answers(

@@ -69,8 +69,10 @@ def test_every_rate_is_tried_and_the_best_is_run_with_the_other_seeds(settings, 
         assert summary.best_rate == min(summary.grid, key=summary.grid.get)
         assert [row["settings"]["seed"] for row in summary.runs] == [0, 1]
     assert len(runs) == 7 and len(said) == 7
-    ((_, (learned, costs), _),) = quality.report(found)
+    ((_, tables, _),) = quality.report(found)
+    learned, differences, costs = (table for _, table in tables)
     assert [line[0] for line in learned[1]] == ["base", "ag", "lora"] and "±" in learned[1][1][3]
+    assert [line[:2] for line in differences[1]] == [["ag", "2"]] and differences[1][0][2].count("±") == 2
     assert [line[0] for line in costs[1]] == ["ag", "lora"] and not any("-" in line[2:] for line in costs[1])
     again, said = measure(wanted)
     by_settings = lambda some: {json.dumps(row["settings"]): row["result"] for row in some}
@@ -136,11 +138,9 @@ def test_dense_training_lowers_the_loss_in_both_dtypes(settings):
         before = run_job(wanted.job(Task(), BASE))
         after = run_job(wanted.job(Task(), METHODS["full"], 0.003))
         assert after["held_out_loss"] < before["held_out_loss"] - 0.3
-        (losses, tokens), (losses_before, tokens_before) = (
-            zip(*one["held_out_parts"], strict=True) for one in (after, before)
-        )
+        (losses, tokens), (_, tokens_before) = (zip(*one["held_out_parts"], strict=True) for one in (after, before))
         assert after["held_out_loss"] == pytest.approx(sum(losses) / sum(tokens), abs=1e-4)
-        assert tokens == tokens_before and len(tokens) == min(PARTS, 24) and losses != losses_before
+        assert tokens == tokens_before and len(tokens) == min(PARTS, 24)
         assert after["curve"][-1][0] == 12 and after["curve"][-1][1] < after["curve"][0][1]
 
 
@@ -185,7 +185,7 @@ def test_a_run_that_crashed_is_tried_again(settings, measure, monkeypatch):
     found, _ = measure(wanted)
     assert {row["result"]["crashed"] for row in found} == {"RuntimeError: out of memory"}
     ((_, tables, remarks),) = quality.report(found)
-    assert "no learning rate of 0.001 led to a result" in remarks[0] and tables[0][1][1][:2] == ["full", "-"]
+    assert "no learning rate of 0.001 led to a result" in remarks[0] and tables[0][1][1][1][:2] == ["full", "-"]
     monkeypatch.undo()
     found, said = measure(wanted)
     assert "held_out_loss" in found[1]["result"] and len(said) == 2

@@ -12,7 +12,7 @@ from scale_sft.bench.quality.contestants import EARLIER_NAMES, METHODS, choose
 from scale_sft.bench.quality.intervals import Figure, half_width_over_parts, t_quantile
 from scale_sft.bench.quality.search import Search
 from scale_sft.bench.quality.summary import groups_of, present, rung_beyond, settings_key, summaries
-from scale_sft.bench.quality.table import learning_table
+from scale_sft.bench.quality.table import difference_table
 from scale_sft.bench.quality.tasks import read_retained, read_tasks, retained_by
 from scale_sft.bench.quality.updates import Update, figures, spectral_norm
 from scale_sft.config.options import SECTIONS
@@ -106,21 +106,26 @@ def test_methods_are_compared_seed_by_seed():
     assert ag.difference(lora, "held_out_loss") == Figure(0.5, 0.0, 3) and ag.figure("held_out_loss").half_width > 2
 
 
-def test_a_difference_says_how_far_it_depends_on_the_examples():
+def test_a_difference_says_how_far_it_depends_on_seeds_and_on_examples():
     def rows(parts):
         found = [row(name, seed=seed) for name in ("lora", "ag") for seed in (0, 1)]
         for one in found:
-            one["result"] |= {"validation_loss": 1.0}
+            lora, seed = one["settings"]["method"] == "lora", one["settings"]["seed"]
+            losses = [5, 5, 5] if lora else [6, 7, 8 + seed]
+            loss = sum(losses) / 30
+            one["result"] = {"validation_loss": 1.0, "held_out_loss": loss, "retained": {"news": 2 * loss}}
             if parts:
-                extra = [0, 0, 0] if one["settings"]["method"] == "lora" else [1, 2, 3 + one["settings"]["seed"]]
-                one["result"]["held_out_parts"] = [[5 + more, 10] for more in extra]
+                of_all = [[loss, 10] for loss in losses]
+                one["result"] |= {"held_out_parts": of_all, "retained_parts": {"news": [[2 * a, b] for a, b in of_all]}}
         return found
 
-    columns, lines = learning_table(rows(True))
-    cells = [dict(zip(columns, line, strict=True)) for line in lines]
-    width = half_width_over_parts([1, 2, 3.5], [10] * 3)
-    assert [cell["by examples"] for cell in cells] == ["-", f"± {width:.4f}"]
-    assert "by examples" not in learning_table(rows(False))[0]  # rows of an earlier version
+    columns, lines = difference_table(rows(True))
+    by_seeds, by_examples = Figure.of([6 / 30, 7 / 30]), half_width_over_parts([1, 2, 3.5], [10] * 3)
+    cell = f"+{by_seeds.mean:.4f} ± {by_seeds.half_width:.4f} (± {by_examples:.4f})"
+    twice = f"+{2 * by_seeds.mean:.4f} ± {2 * by_seeds.half_width:.4f} (± {2 * by_examples:.4f})"
+    assert columns == ["method", "seeds", "held-out loss", "loss on news"] and lines == [["ag", "2", cell, twice]]
+    assert "(" not in "".join(difference_table(rows(False))[1][0])  # rows of an earlier version
+    assert difference_table(rows(True)[:2]) is None and difference_table(rows(True)[2:]) is None
 
 
 def test_runs_of_another_contestant_that_had_the_name_are_no_further_seeds():
