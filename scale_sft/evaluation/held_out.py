@@ -54,7 +54,7 @@ def loss_by_example(
     for group in by_length(examples, batch_size * cluster.size):
         cluster.agree_to_stop()
         for members in micro_batches(group, cluster.rank, cluster.size, batch_size):
-            losses = token_losses(model, collate(examples, members, pad_id, cluster.device)).double().cpu()
+            losses = token_losses(model, collate(examples, members, pad_id, cluster.device)).cpu().double()
             counts = [0 if n is None else examples.target_tokens([n]) for n in members]
             for n, own in zip(members, losses.split(counts), strict=True):
                 if n is not None:
