@@ -223,7 +223,7 @@ def _retained(model: Any, retained: Sequence[Retained], inputs: Any, cluster: An
 
 
 def loss_in_parts(model: Any, examples: Any, inputs: Any, cluster: Any) -> tuple[float, list[list[float]]]:
-    """Compute what `loss_on` does, and for at most PARTS parts of the examples the summed loss and the target tokens."""
+    """Compute what `loss_on` does, and the summed loss and the target tokens of at most PARTS parts of the examples."""
     from scale_sft.evaluation.held_out import loss_by_example
 
     size, pad = inputs.config.run.eval_batch_size, inputs.tokenizer.pad_token_id
