@@ -46,9 +46,11 @@ def half_width_over_parts(sums: Sequence[float], counts: Sequence[int]) -> float
     Args:
         sums: of each part, such as of a loss or of the difference of two.
         counts: of what is summed there, such as target tokens.
+
+    Returns None where one part has all of them.
     """
     n, total, count = len(sums), sum(sums), sum(counts)
-    if n < 2:
+    if n < 2 or max(counts) == count:
         return None
     without = [(total - of_part) / (count - own) for of_part, own in zip(sums, counts, strict=True)]
     centre = mean(without)

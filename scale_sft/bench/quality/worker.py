@@ -209,10 +209,7 @@ _WAYS: dict[str, Callable[..., Trained]] = {
 
 def loss_on(model: Any, examples: Any, inputs: Any, cluster: Any) -> float:
     """Compute the mean loss per target token."""
-    from scale_sft.evaluation.held_out import held_out_loss
-
-    size, pad = inputs.config.run.eval_batch_size, inputs.tokenizer.pad_token_id
-    return held_out_loss(model, examples, cluster, size, pad).loss
+    return loss_in_parts(model, examples, inputs, cluster)[0]
 
 
 def _retained(model: Any, retained: Sequence[Retained], inputs: Any, cluster: Any) -> dict[str, dict[str, Any]]:
@@ -223,7 +220,7 @@ def _retained(model: Any, retained: Sequence[Retained], inputs: Any, cluster: An
 
 
 def loss_in_parts(model: Any, examples: Any, inputs: Any, cluster: Any) -> tuple[float, list[list[float]]]:
-    """Compute what `loss_on` does, and the summed loss and the target tokens of at most PARTS parts of the examples."""
+    """Compute the mean loss per target token, and of at most PARTS parts of the examples their sums and tokens."""
     from scale_sft.evaluation.held_out import loss_by_example
 
     size, pad = inputs.config.run.eval_batch_size, inputs.tokenizer.pad_token_id

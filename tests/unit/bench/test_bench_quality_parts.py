@@ -80,7 +80,7 @@ def test_the_interval_over_parts_is_that_of_a_mean_and_knows_a_constant_quotient
     found = half_width_over_parts(sums, [2] * 4)
     assert found == pytest.approx(3.182 * stdev(sums) / 2 / math.sqrt(4))
     assert half_width_over_parts([1.0, 2.0, 3.0], [10, 20, 30]) == pytest.approx(0.0, abs=1e-12)
-    assert half_width_over_parts([1.0], [10]) is None
+    assert half_width_over_parts([1.0], [10]) is None and half_width_over_parts([1.0, 0.0], [10, 0]) is None
 
 
 def test_the_interval_over_parts_holds_the_truth_as_often_as_it_says():
