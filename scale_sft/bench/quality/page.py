@@ -16,6 +16,7 @@ from scale_sft.reporting.plots import Plot
 from scale_sft.reporting.style import CYCLE, GREY, PERCENT, PLAIN, WIDTH_INCHES, log_axis
 
 from .contestants import BASE
+from .intervals import PARTS
 from .summary import Row, Summary, groups_of, retained_names, short_name, summaries, value_of
 from .table import REFERENCE, tables_of
 
@@ -44,11 +45,12 @@ def part(rows: Sequence[Row]) -> Part:
         "held-out data, at the best rate: the mean over the seeds and its 95 % confidence interval by Student's t "
         "distribution, which is wide for few seeds (for 3 of them 2.5 standard deviations). "
         f"Losses less those of {REFERENCE}: seed by seed, their mean and its interval over the seeds; in brackets how "
-        "far the difference depends on the examples that it is measured on, a 95 % interval by the jackknife over 32 "
-        "parts of them. Losses on other data show what the model has kept: compare them with those of the base. Norms "
-        "of the update (merged minus base) are means over the weights; visible in bf16 is the share of changed "
-        "entries that a merge in bfloat16 changes. Seconds include the choice of entries; runs that share a machine "
-        "slow each other down. Peak memory is that of training above the weights of the base. A dash: not measured."
+        "far the difference depends on the examples that it is measured on, a 95 % interval by the jackknife over "
+        f"{PARTS} parts of them. Losses on other data show what the model has kept: compare them with those of the "
+        "base. Norms of the update (merged minus base) are means over the weights; visible in bf16 is the share of "
+        "changed entries that a merge in bfloat16 changes. Seconds include the choice of entries; runs that share a "
+        "machine slow each other down. Peak memory is that of training above the weights of the base. A dash: not "
+        "measured."
     )
     return Part(title="Quality: held-out loss and what is retained", text=text, tables=tables, plots=plots)
 

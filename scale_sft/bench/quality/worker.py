@@ -17,12 +17,11 @@ from typing import Any
 from scale_sft.errors import UserError
 
 from .contestants import Contestant
+from .intervals import PARTS
 from .tasks import Retained, retained_examples
 from .updates import Update, dense_updates, figures, peft_updates, sparse_updates
 
 CURVE_POINTS = 40
-PARTS = 32
-"""How many parts examples are dealt into, to tell how far a loss depends on them."""
 
 
 @dataclass(frozen=True)

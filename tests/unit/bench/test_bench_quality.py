@@ -16,9 +16,10 @@ from scale_sft.bench import page, rows
 from scale_sft.bench.pool import Died, Pool
 from scale_sft.bench.quality import measure as quality
 from scale_sft.bench.quality.contestants import BASE, METHODS, choose
+from scale_sft.bench.quality.intervals import PARTS
 from scale_sft.bench.quality.summary import summaries
 from scale_sft.bench.quality.tasks import Task, read_retained, read_tasks
-from scale_sft.bench.quality.worker import PARTS, run_job, split
+from scale_sft.bench.quality.worker import run_job, split
 from scale_sft.cli.main import main
 from scale_sft.errors import UserError
 from tests.expert_models import make_experts
